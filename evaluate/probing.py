@@ -1,0 +1,165 @@
+"""SAE-Bench's sparse probing on sae-probes' tasks, of SAEs and of the language model itself. Torch; no jax.
+
+The code that scores is SAE-Bench 0.6.0's `sparse_probing_sae_probes.run_eval`, unchanged; `evaluate.probing_cache` has
+given it the activations. Its traps are closed here: the SAE's name carries a hash of its weights (a known name gets
+its old scores back), every folder is one that a hash of the settings names (results are aggregated over whatever lies
+in a folder), and what is aggregated is checked to be complete.
+"""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluate.probing_cache import ActivationCache
+from evaluate.workspace import fingerprint
+from extract.format.errors import UserError
+from extract.format.store import Manifest
+
+METRICS = ("test_accuracy", "test_auc", "test_f1")
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What decides the scores, beside the SAE and the activations."""
+
+    tasks: tuple[str, ...]
+    ks: tuple[int, ...]
+    penalty: str
+    seed: int
+
+
+def probe_sae(
+    unique_name: str, sae: Any, hook_point: str, cache: ActivationCache, settings: ProbeSettings, root: Path
+) -> dict[str, Any]:
+    """SAE-Bench's own result for one SAE, as the JSON of its output file; SAE-Bench's files are kept under `root`.
+
+    Top-k probes on the SAE's latents at each text's last token, and the full probe on the activations themselves
+    (`llm_test_*`), which is trained once for all SAEs. An interrupted run goes on at the task where it stopped.
+    Raises `UserError` for a hook point whose name SAE-Bench cannot read.
+    """
+    if not hook_point.startswith("blocks."):
+        raise UserError(f"hook point {hook_point}: SAE-Bench's sae-probes evaluation reads only names like blocks.3.*")
+    with _logged(root / "saebench.log"):
+        from sae_bench.evals.sparse_probing_sae_probes import SparseProbingSaeProbesEvalConfig, run_eval
+
+        results = root / "results" / _settings_key(cache, settings)
+        _drop_torn(results)
+        run_eval(
+            SparseProbingSaeProbesEvalConfig(
+                model_name=cache.model_name,
+                random_seed=settings.seed,
+                dataset_names=list(settings.tasks),
+                reg_type=settings.penalty,
+                ks=list(settings.ks),
+                results_path=str(results),
+                model_cache_path=str(cache.folder),
+                include_llm_baseline=True,
+            ),
+            [(unique_name, sae)],
+            device=str(sae.device),
+            output_path=str(results / "output"),
+            force_rerun=True,
+        )
+        (path,) = (results / "output").glob(f"{unique_name}_*_eval_results.json")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    _check_complete(values, settings)
+    return values
+
+
+def probe_language_model(
+    manifest: Manifest, cache: ActivationCache, settings: ProbeSettings, root: Path
+) -> dict[str, Any]:
+    """The language model's own probes: {"model", "hook_point", "tasks": {task: {"full": ..., "top_1": ..., ...}}}.
+
+    `full` is sae-probes' logistic regression on all D activations. `top_k` is the sparse probe of `probe_sae` on the
+    identity in the place of an SAE: the k residual-stream dimensions that tell the classes apart best.
+    """
+    with _logged(root / "saebench.log"):
+        from sae_bench.custom_saes.identity_sae import IdentitySAE
+
+        layer = int(manifest.hook_point.split(".")[1])
+        identity = IdentitySAE(
+            manifest.d_model,
+            cache.model_name,
+            layer,
+            torch.device("cpu"),
+            torch.float32,
+            hook_name=manifest.hook_point,
+        )
+    values = probe_sae("identity", identity, manifest.hook_point, cache, settings, root)
+    return {
+        "model": manifest.model.name,
+        "hook_point": manifest.hook_point,
+        "tasks": {task: {"full": full_probe(values, task), **top_probes(values, task)} for task in settings.tasks},
+    }
+
+
+def full_probe(values: dict[str, Any], task: str) -> dict[str, float]:
+    """Of a SAE-Bench result, the full probe on the language model's activations."""
+    detail = _detail(values, task)
+    return {metric: detail[f"llm_{metric}"] for metric in METRICS}
+
+
+def top_probes(values: dict[str, Any], task: str) -> dict[str, dict[str, float]]:
+    """Of a SAE-Bench result, {"top_<k>": {metric: value}}."""
+    return {f"top_{k}": metrics for k, metrics in _detail(values, task)["sae_metrics_by_k"].items()}
+
+
+def _detail(values: dict[str, Any], task: str) -> dict[str, Any]:
+    return next(detail for detail in values["eval_result_details"] if detail["dataset_name"] == task)
+
+
+def _check_complete(values: dict[str, Any], settings: ProbeSettings) -> None:
+    """Raises where SAE-Bench left out a task or a k: it averages over what it finds, and says nothing."""
+    found = {detail["dataset_name"]: detail for detail in values["eval_result_details"]}
+    if set(found) != set(settings.tasks):
+        raise RuntimeError(f"SAE-Bench returned the tasks {sorted(found)}, asked for {sorted(settings.tasks)}")
+    for task, detail in found.items():
+        ks = {int(k) for k in detail["sae_metrics_by_k"] or {}}
+        if ks != set(settings.ks) or detail["llm_test_accuracy"] is None:
+            raise RuntimeError(f"SAE-Bench returned k={sorted(ks)} for {task}, asked for {sorted(settings.ks)}")
+
+
+def _settings_key(cache: ActivationCache, settings: ProbeSettings) -> str:
+    versions = [version("sae-bench"), version("sae-probes")]
+    tasks = sorted(settings.tasks)
+    return fingerprint([cache.key, tasks, list(settings.ks), settings.penalty, settings.seed, versions])
+
+
+def _drop_torn(results: Path) -> None:
+    """Removes what a kill left half-written: sae-probes takes any file that exists for a finished task."""
+    for path in results.rglob("*.json"):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Sends SAE-Bench's prints and progress bars to a log, holds its probes to one thread, hides its warnings.
+
+    Its logistic regressions are small: on two busy cores, BLAS threads waiting for each other made them 20 times
+    slower than one thread.
+    """
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed; pip install 'hafs-jax[evaluate]', or run `make setup`") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(path, "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+        warnings.catch_warnings(),
+        threadpool_limits(1),
+    ):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,133 @@
+"""`python -m extract`: makes a store; `python -m extract verify STORE`: checks one. Imports torch only to extract."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from extract.config import TEXT_SYNTAX, ExtractConfig, parse_source
+from extract.format.config import Parser, add_flags, with_flags
+from extract.format.errors import one_line_errors
+from extract.format.files import read_json, write_json
+from extract.format.store import TIMING, read_manifest
+from extract.format.verify import verify
+from extract.journal import is_complete, store_folders
+from extract.profiles import OFFLINE, PRESETS, Resolved, prepare_hub, resolve
+
+DESCRIPTION = """\
+Run a language model over text and store its activations at one hook point, shuffled, as two stores:
+OUT/<profile>/store/train and OUT/<profile>/store/heldout, which share no document. A run that was
+interrupted goes on when the same command is given again. `python -m extract verify STORE` checks a store.
+"""
+
+EPILOG = f"""\
+profiles:
+  auto       pythia70m where the hub answers or its cache serves, else offline; decided within 5 seconds
+  pythia70m  EleutherAI/pythia-70m-deduped at blocks.3.hook_resid_post; WikiText-103 and WMDP-bio from the hub
+  offline    SmolLM2-135M at blocks.8.hook_resid_post; Wikipedia extracts; both from package registries
+A flag overrides its profile's value. Defaults in [] are those of the offline profile.
+
+--text {TEXT_SYNTAX}
+  may be repeated; the sources named are then all there are. PATH is a .jsonl, .parquet or .txt file, a folder of
+  them, or a hub dataset. WEIGHT is its share of tokens relative to the others'. KEYs: subset, split, kind (rows,
+  wikitext, multiple_choice), template ({{text}}), keep (COLUMN=VALUE or COLUMN!=VALUE). A NAME of the profile's
+  (wikitext, wmdp-bio; wikipedia, biology) keeps that source's other fields, so it can be read from a local copy.
+  A .txt file's documents are divided by blank lines.
+    --text books.jsonl --text code=/data/code@0.2,template={{source}}
+    --text wmdp=cais/wmdp@0.1,subset=wmdp-cyber,split=test,kind=multiple_choice
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    with one_line_errors():
+        if arguments[:1] == ["verify"]:
+            return _verify(arguments[1:])
+        return _extract(arguments)
+
+
+def _verify(arguments: list[str]) -> int:
+    parser = Parser(
+        prog="python -m extract verify",
+        description="Check everything of an activation store: files, shapes, checksums, rows against contexts.",
+        epilog="Exits 0 with a line of facts, or 1 naming what is wrong.",
+    )
+    parser.add_argument("store", type=Path, metavar="STORE", help="a store's folder, such as OUT/offline/store/train")
+    folder = parser.parse_args(arguments).store
+    problems = verify(folder)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        return 1
+    manifest = read_manifest(folder)
+    print(
+        f"{folder}: {manifest.rows:,} rows of {manifest.d_model} {manifest.dtype} in {len(manifest.shards)} shards,"
+        f" {manifest.split} split, {manifest.model.name} at {manifest.hook_point}, fingerprint {manifest.fingerprint}"
+    )
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m extract",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("artifacts"), help="folder of all profiles [artifacts]")
+    parser.add_argument("--profile", default="auto", help="auto, pythia70m or offline [auto]", dest="requested")
+    parser.add_argument("--text", action="append", default=[], metavar="SOURCE", help="a source of text, see below")
+    parser.add_argument("--force", action="store_true", help="replace a store of another config, or extract anew")
+    add_flags(parser, OFFLINE, skip=("profile", "sources"))
+    return parser
+
+
+def _extract(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    resolved = resolve(options.requested)
+    config = _config(resolved, options)
+    print(f"profile {resolved.resolved} ({resolved.reason})", file=sys.stderr, flush=True)
+    if resolved.requested == "auto":
+        write_json(options.out / "auto.json", {"profile": resolved.resolved, "reason": resolved.reason})
+
+    if not options.force and is_complete(config, options.out):
+        print("the stores are there already, from this very config", file=sys.stderr)
+    else:
+        prepare_hub(config)
+        from extract.run import extract  # torch, and the hub libraries
+
+        extract(config, resolved, options.out, options.force)
+    _report(store_folders(config, options.out))
+    return 0
+
+
+def _config(resolved: Resolved, options: argparse.Namespace) -> ExtractConfig:
+    preset = PRESETS[resolved.resolved]
+    config = with_flags(preset, options)
+    if options.text:
+        sources = tuple(parse_source(text, preset.sources) for text in options.text)
+        config = dataclasses.replace(config, sources=sources)
+    return config
+
+
+def _report(folders: dict[str, Path]) -> None:
+    for split, folder in folders.items():
+        manifest = read_manifest(folder)
+        norms = manifest.norm_filter
+        total = manifest.rows + norms.dropped_rows
+        dropped = "no norm filter"
+        if norms.multiple is not None:
+            dropped = f"{norms.dropped_rows:,} ({norms.dropped_rows / total:.2%}) over {norms.multiple:g} x the median"
+            dropped += f" norm {norms.median_norm:.4g} dropped"
+        print(f"{split}: {manifest.rows:,} rows of {manifest.d_model} {manifest.dtype}; {dropped}; {folder}")
+    timing = read_json(folders["train"] / TIMING, "a store's timing")
+    print(
+        f"{timing['tokens']:,} tokens in {timing['seconds_by_stage']['model']:.0f} s"
+        f" ({timing['tokens_per_second']:,.0f} tokens/s, {timing['padding_share']:.1%} padding),"
+        f" {timing['seconds']:.0f} s in all"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,90 @@
+"""Whether the model hub can be used, decided in seconds. Standard library only: it runs before any hub library.
+
+An unreachable hub costs the hub libraries minutes of retries, and they read `HF_HUB_OFFLINE` once, at import. So
+the question is put here first, with one bounded request, and `go_offline` is called before they are imported.
+"""
+
+import os
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+PROBE_SECONDS = 3.5
+PROBED_FILE = "EleutherAI/pythia-70m-deduped/resolve/main/config.json"
+
+
+def hub_problem(seconds: float = PROBE_SECONDS) -> str | None:
+    """Why the hub cannot be used, or None if it answers. Takes at most `seconds`, whatever DNS or a proxy does.
+
+    The request runs in a daemon thread, since a name look-up that hangs ignores every socket timeout.
+    """
+    if _is_true(os.environ.get("HF_HUB_OFFLINE")) or _is_true(os.environ.get("TRANSFORMERS_OFFLINE")):
+        return "HF_HUB_OFFLINE is set"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    outcome: list[str | None] = []
+
+    def ask() -> None:
+        request = urllib.request.Request(f"{endpoint}/{PROBED_FILE}", method="HEAD")
+        try:
+            with urllib.request.urlopen(request, timeout=seconds):
+                outcome.append(None)
+        except urllib.error.HTTPError as error:
+            outcome.append(f"{endpoint} answers {error.code}")
+        except (OSError, ValueError) as error:
+            outcome.append(f"{endpoint} cannot be reached ({getattr(error, 'reason', error)})")
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0] if outcome else f"{endpoint} did not answer within {seconds:g} s"
+
+
+def go_offline() -> None:
+    """Makes the hub libraries use their cache alone, whether they are imported already or will be."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+def model_is_cached(name: str) -> bool:
+    """Whether the hub cache holds a config and weights of the model `name`."""
+    snapshots = _hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots"
+    return any(
+        any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+        for folder in _folders(snapshots)
+        if (folder / "config.json").exists()
+    )
+
+
+def dataset_is_cached(name: str, subset: str | None) -> bool:
+    """Whether the `datasets` library's cache holds the hub dataset `name`, prepared, of which it can read `subset`."""
+
+    def plain(text: str) -> str:  # the library joins by underscores and breaks capitalised words with them
+        return text.replace("/", "").replace("_", "").lower()
+
+    found = (folder / (subset or "") for folder in _folders(_datasets_cache()) if plain(folder.name) == plain(name))
+    return any(any(folder.rglob("*.arrow")) for folder in found if folder.is_dir())
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+
+
+def _home() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("HF_HOME", f"{cache}/huggingface")).expanduser()
+
+
+def _hub_cache() -> Path:
+    return Path(os.environ.get("HF_HUB_CACHE", _home() / "hub")).expanduser()
+
+
+def _datasets_cache() -> Path:
+    return Path(os.environ.get("HF_DATASETS_CACHE", _home() / "datasets")).expanduser()
+
+
+def _is_true(value: str | None) -> bool:
+    return (value or "").upper() in {"1", "ON", "YES", "TRUE"}

@@ -1,0 +1,216 @@
+"""The language model: loading it, its activations at a hook point, its logits with a splice. PyTorch, never JAX.
+
+Residual-stream hook points are read from the transformers model itself, which is faster than TransformerLens's
+bridge and equal to it (a test says so); every other hook point goes through the bridge.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from extract import packaged
+from extract.format.config import did_you_mean
+from extract.format.errors import UserError
+from extract.format.store import Manifest, ModelInfo
+from extract.hub import go_offline, hub_problem
+
+_RESID = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+Splice = Callable[[Tensor], Tensor]
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the activations are in hand."""
+
+
+class LanguageModel:
+    """A causal language model with its tokenizer, and what TransformerLens calls its hook points."""
+
+    def __init__(self, hf: Any, tokenizer: Any, info: ModelInfo, device: torch.device) -> None:
+        self.hf = hf.eval().requires_grad_(False).to(device)
+        self.tokenizer = tokenizer
+        self.info = info
+        self.device = device
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.tokenizer.bos_token_id
+
+    @property
+    def prepend_bos(self) -> bool:
+        """Whether every context begins with BOS: exactly where the tokenizer has one."""
+        return self.bos_token_id is not None
+
+    @cached_property
+    def bridge(self) -> Any:
+        """The model as TransformerLens's TransformerBridge, sharing its weights; made without a hub look-up."""
+        try:
+            from transformer_lens.model_bridge import TransformerBridge
+        except ImportError as error:
+            raise UserError(f"{error.name} is not installed; pip install 'hafs-jax[extract]'") from error
+        bridge = TransformerBridge.boot_transformers(
+            self.info.name, hf_model=self.hf, tokenizer=self.tokenizer, device=self.device, dtype=self.hf.dtype
+        )
+        return bridge.requires_grad_(False)  # it turns gradients on
+
+    def tokenize(self, texts: list[str]) -> list[np.ndarray]:
+        """The token ids of each text, [tokens] int32, without BOS; special tokens' names in a text are plain text."""
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        return [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
+
+    def check_hook_point(self, hook_point: str) -> int:
+        """The width D of the activations at `hook_point`; `UserError` naming near ones where there is no such point."""
+        resid = _RESID.fullmatch(hook_point)
+        if resid and int(resid[1]) < self.info.n_layers:
+            return self.info.d_model
+        last = f"blocks.{self.info.n_layers - 1}.hook_resid_post"
+        if resid or hook_point not in self.bridge.hook_dict:
+            near = last if resid else did_you_mean(hook_point, self.bridge.hook_dict).removeprefix("; ")
+            raise UserError(
+                f"hook point {hook_point!r}: {self.info.name} has {self.info.n_layers} layers and no such hook point;"
+                f" {near if near and not resid else f'the last is {last}'}"
+            )
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        return self.activations(tokens, hook_point).shape[-1]
+
+    @torch.no_grad()
+    def activations(self, tokens_BL: Int[Tensor, "B L"], hook_point: str) -> Float[Tensor, "B L D"]:
+        """The activations at `hook_point`, in the model's dtype; layers past it are not run.
+
+        Shorter contexts may be padded on the right with any token: attention is causal, so no position sees it.
+        Activations of several heads are joined: [B, L, heads, width] becomes [B, L, heads * width].
+        """
+        found: list[Tensor] = []
+        tokens_BL = tokens_BL.to(self.device)
+
+        def keep(acts: Tensor) -> Tensor:
+            found.append(acts)
+            raise _Stop
+
+        module, before = self._resid_module(hook_point)
+        if module is not None:
+            with _hooked(module, before, keep), contextlib.suppress(_Stop):
+                self.hf(tokens_BL, use_cache=False)
+        else:
+            block = _BLOCK.match(hook_point)
+            self.bridge.run_with_hooks(
+                tokens_BL,
+                stop_at_layer=int(block[1]) + 1 if block else None,
+                return_type=None,
+                fwd_hooks=[(hook_point, lambda acts, hook: found.append(acts))],
+            )
+        return found[0].flatten(2)
+
+    @torch.no_grad()
+    def logits(
+        self, tokens_BL: Int[Tensor, "B L"], splice: Splice | None = None, hook_point: str | None = None
+    ) -> Float[Tensor, "B L V"]:
+        """The logits of a full forward pass; `splice` maps the activations at `hook_point` to their replacement."""
+        tokens_BL = tokens_BL.to(self.device)
+        if splice is None or hook_point is None:
+            return self.hf(tokens_BL, use_cache=False).logits
+        module, before = self._resid_module(hook_point)
+        if module is not None:
+            with _hooked(module, before, splice):
+                return self.hf(tokens_BL, use_cache=False).logits
+        hook = (hook_point, lambda acts, hook: splice(acts.flatten(2)).reshape(acts.shape))
+        return self.bridge.run_with_hooks(tokens_BL, return_type="logits", fwd_hooks=[hook])
+
+    def _resid_module(self, hook_point: str) -> tuple[Any, bool]:
+        """The transformers block of a residual-stream hook point, and whether it is its input that counts."""
+        resid = _RESID.fullmatch(hook_point)
+        if resid is None:
+            return None, False
+        lists = (module for module in self.hf.base_model.modules() if isinstance(module, torch.nn.ModuleList))
+        blocks = next((found for found in lists if len(found) == self.info.n_layers), None)
+        return (None, False) if blocks is None else (blocks[int(resid[1])], resid[2] == "pre")
+
+
+@contextlib.contextmanager
+def _hooked(module: Any, before: bool, change: Splice) -> Iterator[None]:
+    """Passes the hidden states that enter (`before`) or leave a block through `change`."""
+
+    def enter(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    def leave(_: Any, args: tuple, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    handle = (
+        module.register_forward_pre_hook(enter, with_kwargs=True) if before else module.register_forward_hook(leave)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def load_model(name: str, dtype: str, revision: str | None = None, device: str = "auto") -> LanguageModel:
+    """The model `name`: a packaged one, a local folder, or the hub's (`revision` is the hub's alone).
+
+    Raises `UserError` where there is no such model or it cannot be had.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed; pip install 'hafs-jax[extract]'") from error
+    if name in packaged.MODELS:
+        wheel = packaged.MODELS[name].wheel
+        where, origin, revision_used = str(packaged.model_folder(name)), f"wheel:{wheel.requirement}", wheel.sha256
+        revision = None
+    elif Path(name).is_dir():
+        where, origin, revision_used = name, f"folder:{Path(name).resolve()}", None
+        revision = None
+    else:
+        where, origin, revision_used = name, "hub", revision
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision)
+        hf = transformers.AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model {name!r} does not load from {origin}: {reason}") from error
+    config = hf.config.get_text_config()
+    if origin == "hub":
+        revision_used = getattr(hf.config, "_commit_hash", None) or revision
+    info = ModelInfo(name, revision_used, origin, dtype, config.num_hidden_layers, config.hidden_size)
+    return LanguageModel(hf, tokenizer, info, pick_device(device))
+
+
+def load_for_manifest(manifest: Manifest, dtype: str | None = None, device: str = "auto") -> LanguageModel:
+    """The model that made a store, of the same revision; `dtype` overrides the one that it computed in."""
+    info = manifest.model
+    name = info.origin.removeprefix("folder:") if info.origin.startswith("folder:") else info.name
+    if name != info.name and not Path(name).is_dir():
+        raise UserError(f"the store's model was read from {name}, where there is no folder now; put it back there")
+    if info.origin.startswith("wheel:") and name not in packaged.MODELS:
+        raise UserError(f"the store's model {name!r} ({info.origin}) is not packaged in this version; extract again")
+    if info.origin == "hub" and hub_problem():
+        go_offline()  # its cache may serve; without this, minutes of retries
+    model = load_model(name, dtype or info.dtype, info.revision, device)
+    if (found := (model.info.revision, model.info.d_model)) != (info.revision, info.d_model):
+        raise UserError(f"model {name}: the store was made by {(info.revision, info.d_model)}, found {found}")
+    return model
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device: `auto` is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); say --device cpu") from error
+    return torch.device(device)

@@ -1,0 +1,195 @@
+"""An extraction from end to end: contexts, the model over them, the shuffle, the stores; each stage resumable.
+
+Work lies in a hidden folder beside the stores and becomes them by a rename. A run that was killed at any moment goes
+on when the same command is given again, and ends with the same bytes.
+"""
+
+import dataclasses
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from extract.config import ExtractConfig, difference
+from extract.contexts import SPLITS, write_contexts
+from extract.format.config import to_dict
+from extract.format.errors import UserError
+from extract.format.files import write_json
+from extract.format.store import MANIFEST, TIMING, write_manifest
+from extract.journal import (
+    Journal,
+    SplitProgress,
+    is_complete,
+    locked,
+    read_journal,
+    store_folders,
+    write_journal,
+)
+from extract.models import LanguageModel, load_model
+from extract.passes import Split, open_split, spill_rows, write_store
+from extract.profiles import Resolved
+from extract.shuffle import Spill
+
+WORK = ".work"
+JOURNAL_SECONDS = 5.0
+SPARE_BYTES = 64 << 20
+
+
+def extract(
+    config: ExtractConfig,
+    resolved: Resolved,
+    out: Path,
+    force: bool = False,
+    journal_seconds: float = JOURNAL_SECONDS,
+) -> dict[str, Path]:
+    """Makes the two stores of `config` under `out`, going on where an earlier run was stopped; their folders.
+
+    `force` replaces stores, and discards unfinished work, of another config.
+    """
+    folders = store_folders(config, out)
+    root = folders["train"].parent
+    with locked(root):
+        if not force and is_complete(config, out):
+            shutil.rmtree(root / WORK, ignore_errors=True)
+        else:
+            _Extraction(config, resolved, root / WORK, force, journal_seconds).run(folders)
+    return folders
+
+
+class _Extraction:
+    """One attempt. `self.journal` is what is on disk at any moment."""
+
+    def __init__(
+        self, config: ExtractConfig, resolved: Resolved, work: Path, force: bool, journal_seconds: float
+    ) -> None:
+        self.config, self.work, self.journal_seconds = config, work, journal_seconds
+        journal = read_journal(work)
+        if journal and (found := difference(journal.config, to_dict(config))):
+            if not force:
+                raise UserError(f"{work} holds an unfinished extraction with {found}; pass --force to discard it")
+            journal = None
+        if journal is None:
+            shutil.rmtree(work, ignore_errors=True)
+            journal = Journal(to_dict(config), dataclasses.asdict(resolved))
+        else:
+            print("going on with the extraction that was interrupted", file=sys.stderr)
+        self.journal = dataclasses.replace(journal, attempts=journal.attempts + 1)
+        self._note()
+
+    def run(self, folders: dict[str, Path]) -> None:
+        """Makes what is not made yet, and puts it in its place."""
+        if self.journal.notes is None or any(
+            (self.work / split).exists() and not (self.work / split / MANIFEST).exists() for split in SPLITS
+        ):
+            self._make()
+        for split in reversed(SPLITS):  # train last: where it is, all is
+            made, target, old = self.work / split, folders[split], self.work / f"old-{split}"
+            if made.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                if target.exists():
+                    target.rename(old)
+                made.rename(target)
+        shutil.rmtree(self.work)
+
+    def _make(self) -> None:
+        config, started = self.config, time.monotonic()
+        model = load_model(config.model, config.model_dtype, config.revision, config.device)
+        d_model = model.check_hook_point(config.hook_point)
+        info = to_dict(model.info)
+        if self.journal.model not in (None, info):
+            raise UserError(
+                f"the interrupted extraction used the model {self.journal.model}, found {info};"
+                f" delete {self.work} to begin anew"
+            )
+        self._note("load", started, model=info)
+        if self.journal.notes is None:
+            started = time.monotonic()
+            bos = model.bos_token_id if model.prepend_bos else None
+            self._note("text", started, notes=tuple(write_contexts(config, model.tokenize, bos, self.work)))
+        for note in self.journal.notes or ():
+            print(note, file=sys.stderr)
+        splits = [open_split(name, self.work / name, config, model, d_model) for name in SPLITS]
+        self._check_space(splits)
+        self._write(splits, self._run_model(splits, model), model)
+
+    def _run_model(self, splits: list[Split], model: LanguageModel) -> list[Spill]:
+        """Pass 1 over both splits; their rows in buckets."""
+        done = {split.name: self.journal.progress(split.name) for split in splits}
+        spills, total = [], sum(split.rows for split in splits)
+        with _bar(total, "activations", sum(sum(progress.buckets) for progress in done.values())) as bar:
+            for split in splits:
+                started = time.monotonic()
+
+                def save(batches: int, counts: list[int], name: str = split.name) -> None:
+                    nonlocal started
+                    now = time.monotonic()
+                    progress = SplitProgress(batches, tuple(counts))
+                    self._note("model", started, splits={**self.journal.splits, name: to_dict(progress)})
+                    started = now
+
+                progress, folder = done[split.name], self.work / f"{split.name}-rows"
+                spill = spill_rows(
+                    split,
+                    model,
+                    self.config,
+                    folder,
+                    progress.batches,
+                    list(progress.buckets),
+                    save,
+                    self.journal_seconds,
+                    bar,
+                )
+                spill.close()
+                spills.append(spill)
+        return spills
+
+    def _write(self, splits: list[Split], spills: list[Spill], model: LanguageModel) -> None:
+        """Pass 2: both stores, whole but for their places."""
+        started = time.monotonic()
+        median = spills[SPLITS.index("train")].median_norm()
+        with _bar(sum(split.rows for split in splits), "shuffling") as bar:
+            manifests = [
+                write_store(split, spill, median, self.config, model, self.journal.profile, bar)
+                for split, spill in zip(splits, spills, strict=True)
+            ]
+        self._note("write", started)
+        tokens, positions = sum(split.rows for split in splits), sum(split.batches.positions for split in splits)
+        seconds = self.journal.seconds
+        timing = {
+            "seconds": sum(seconds.values()),
+            "seconds_by_stage": seconds,
+            "attempts": self.journal.attempts,
+            "device": str(model.device),
+            "tokens": tokens,
+            "tokens_per_second": tokens / max(seconds["model"], 1e-9),
+            "padding_share": 1 - sum(len(split.contexts.tokens) for split in splits) / positions,
+        }
+        for split, manifest in zip(splits, manifests, strict=True):
+            write_json(split.folder / TIMING, timing)
+            write_manifest(split.folder, manifest)
+
+    def _check_space(self, splits: list[Split]) -> None:
+        spilled = sum(path.stat().st_size for path in self.work.glob("*-rows/*"))
+        needed = sum(split.bytes_needed for split in splits) + SPARE_BYTES - spilled
+        free = shutil.disk_usage(self.work).free
+        if free < needed:
+            raise UserError(
+                f"{self.work.parent} needs {needed / 1e9:.1f} GB of free disk space (half of it only until the rows are"
+                f" shuffled), found {free / 1e9:.1f} GB; free some, choose another OUT, or lower --max-rows"
+            )
+
+    def _note(self, stage: str | None = None, started: float = 0.0, **changes: Any) -> None:
+        """Writes the journal with `changes` and the seconds since `started` added to `stage`."""
+        spent = dict(self.journal.seconds)
+        if stage:
+            spent[stage] = spent.get(stage, 0.0) + time.monotonic() - started
+        self.journal = dataclasses.replace(self.journal, seconds=spent, **changes)
+        write_journal(self.work, self.journal)
+
+
+def _bar(total: int, what: str, initial: int = 0) -> tqdm:
+    interval = 0.5 if sys.stderr.isatty() else 15.0
+    return tqdm(total=total, initial=initial, desc=what, unit="tok", unit_scale=True, mininterval=interval)

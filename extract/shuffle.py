@@ -1,0 +1,134 @@
+"""The global shuffle in bounded memory, and the exact median of the norms. Standard library and numpy only.
+
+Every row of a split has a 64-bit key, a hash of the seed, the split and the row's number; the stored order is that of
+the keys. Pass 1 appends rows to buckets by the top bits of their keys; pass 2 sorts one bucket after another. So the
+order is that of one sort of all rows: it depends neither on the number of buckets nor on when a run was interrupted.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from extract.format.store import KEPT_AS, ROW
+
+BUCKET_BYTES = 96 << 20
+MAX_BUCKETS = 256  # each is an open file
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_CHUNK = 1 << 20
+
+
+def shuffle_keys(seed: int, stream: int, start: int, count: int) -> np.ndarray:
+    """Keys [count] uint64 of rows `start` to `start + count`: splitmix64 (Steele et al. 2014) at those counters.
+
+    Counter-based, so that any row's key is known without the rows before it; a bijection, so that no two rows tie.
+    """
+    state = _splitmix(np.array([seed], np.uint64) + _GOLDEN)
+    state = _splitmix(state + np.array([stream + 1], np.uint64) * _GOLDEN)
+    counters = np.arange(start + 1, start + count + 1, dtype=np.uint64)
+    return _splitmix(state + counters * _GOLDEN)
+
+
+def _splitmix(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def spilled(d_model: int, dtype: str) -> np.dtype:
+    """A row on its way through the shuffle: its key, its norm, what it is, its activations."""
+    return np.dtype([("key", "<u8"), ("norm", "<f4"), ("row", ROW), ("acts", KEPT_AS[dtype], (d_model,))])
+
+
+def n_buckets(rows: int, record: np.dtype) -> int:
+    """Buckets for `rows` rows, so that one of them fits into memory with ease."""
+    return min(MAX_BUCKETS, max(1, -(-rows * record.itemsize // BUCKET_BYTES)))
+
+
+class Spill:
+    """One split's rows in buckets on disk, and all norms in row order."""
+
+    def __init__(self, folder: Path, record: np.dtype, counts: list[int]) -> None:
+        """Opens `len(counts)` buckets and cuts them back to `counts` rows, as a journal says; zeros begin anew."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.record, self.counts = record, list(counts)
+        self._paths = [folder / f"bucket-{index:04d}.bin" for index in range(len(counts))]
+        self._norms_path = folder / "norms.bin"
+        sizes = [count * record.itemsize for count in counts]
+        self._files = [_cut(path, size) for path, size in zip(self._paths, sizes, strict=True)]
+        self._norms = _cut(self._norms_path, 4 * self.rows)
+
+    @property
+    def rows(self) -> int:
+        return sum(self.counts)
+
+    def append(self, records: np.ndarray) -> None:
+        """Appends rows, each to the bucket of its key."""
+        n = np.uint64(len(self.counts))
+        bucket = ((records["key"] >> np.uint64(32)) * n >> np.uint64(32)).astype(np.int64)
+        ordered = records[np.argsort(bucket, kind="stable")]
+        ends = np.cumsum(np.bincount(bucket, minlength=len(self.counts)))
+        for index, (start, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            if stop > start:
+                self._files[index].write(ordered[start:stop].tobytes())
+                self.counts[index] += int(stop - start)
+        self._norms.write(np.ascontiguousarray(records["norm"]).tobytes())
+
+    def sync(self) -> None:
+        """Puts everything appended on disk, as far as the operating system can promise."""
+        for file in (*self._files, self._norms):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in (*self._files, self._norms):
+            file.close()
+
+    def shuffled(self) -> Iterator[np.ndarray]:
+        """All rows in the order of their keys, a bucket at a time."""
+        for path, count in zip(self._paths, self.counts, strict=True):
+            records = np.fromfile(path, self.record, count)
+            yield records[np.argsort(records["key"])]
+
+    def median_norm(self) -> float:
+        """The exact median of all norms; of an even number the mean of the middle two, as numpy's."""
+        return exact_median(self._norms_path)
+
+
+def exact_median(path: Path) -> float:
+    """The exact median of the non-negative float32 numbers in a raw file, in two passes and constant memory.
+
+    The bits of non-negative floats are ordered as the floats are: one pass counts the upper 16 bits, and one more
+    the lower 16 of those numbers that share the median's upper half.
+    """
+    count = path.stat().st_size // 4
+    upper = np.zeros(1 << 16, np.int64)
+    for bits in _bits(path):
+        upper += np.bincount(bits >> 16, minlength=1 << 16)
+    ends = np.cumsum(upper)
+    middle = []
+    for rank in ((count - 1) // 2, count // 2):
+        high = int(np.searchsorted(ends, rank, side="right"))
+        lower = np.zeros(1 << 16, np.int64)
+        for bits in _bits(path):
+            lower += np.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16)
+        before = int(ends[high] - upper[high])
+        low = int(np.searchsorted(np.cumsum(lower), rank - before, side="right"))
+        middle.append(float(np.uint32(high << 16 | low).view(np.float32)))
+    return (middle[0] + middle[1]) / 2
+
+
+def _bits(path: Path) -> Iterator[np.ndarray]:
+    with open(path, "rb") as file:
+        while len(bits := np.fromfile(file, "<u4", _CHUNK)):
+            yield bits
+
+
+def _cut(path: Path, size: int) -> IO[bytes]:
+    """The file opened for appending, cut to `size` bytes."""
+    file = open(path, "ab")  # noqa: SIM115 - closed by Spill.close
+    file.truncate(size)
+    return file

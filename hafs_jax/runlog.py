@@ -1,0 +1,78 @@
+"""What a run shows and writes while it trains: metrics.jsonl, TensorBoard, the progress bar. Reads only finished numbers."""
+
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from extract.format.errors import UserError
+from extract.format.files import read_jsonl, write_text
+
+
+class RunLog:
+    """Writes one line per logged step; on resume it drops the lines past the checkpoint and continues the clock."""
+
+    def __init__(self, path: Path, config_tokens: int, batch_size: int, start: int, label: str, tensorboard: bool) -> None:
+        kept = [record for record in read_jsonl(path) if record["step"] <= start]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._batch_size = batch_size
+        self._seconds = kept[-1]["seconds"] if kept else 0.0
+        self._clock, self._last_step = time.perf_counter(), start
+        self._bar = tqdm(
+            total=config_tokens, initial=start * batch_size, desc=label, unit="row", unit_scale=True, mininterval=0.5
+        )
+        self._events = _event_writer(path.parent / "tensorboard") if tensorboard else None
+        self.last: dict[str, Any] = kept[-1] if kept else {}
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of training so far, earlier attempts included (up to their last checkpoint)."""
+        return self._seconds + time.perf_counter() - self._clock
+
+    def write(self, metrics: dict[str, np.ndarray], index: int, extra: dict[str, float]) -> None:
+        """Logs entry `index` of a dispatch's stacked metrics, with `extra` figures beside them."""
+        record: dict[str, Any] = {name: _number(values[index]) for name, values in metrics.items()}
+        step = int(record["step"])
+        now = self.seconds
+        since = now - (self.last.get("seconds", 0.0) if self.last else 0.0)
+        rows = (step - int(self.last.get("step", 0))) * self._batch_size
+        record.update(extra, tokens=step * self._batch_size, seconds=now, tokens_per_second=rows / max(since, 1e-9))
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._events:
+            for name, value in record.items():
+                self._events.add_scalar(name, value, step)
+        self.last = record
+
+    def advance(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+        """Moves the bar to `step` and shows the latest figures."""
+        shown = {"FVU": f"{metrics['fvu'][-1]:.3f}", "L0": f"{metrics['l0'][-1]:.1f}"}
+        if metrics["lambda"][-1] > 0:
+            shown["lambda"] = f"{metrics['lambda'][-1]:.2f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update((step - self._last_step) * self._batch_size)
+        self._last_step = step
+
+    def close(self) -> None:
+        self._file.close()
+        self._bar.close()
+        if self._events:
+            self._events.close()
+
+
+def _number(value: np.ndarray) -> float | int | None:
+    """A JSON number; null where it is not finite."""
+    number = value.item()
+    return number if np.isfinite(number) else None
+
+
+def _event_writer(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboardX: pip install 'hafs-jax[tensorboard]'") from None
+    return SummaryWriter(str(folder))

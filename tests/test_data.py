@@ -1,0 +1,95 @@
+"""Batches: every row once a pass, reproducible, seekable; dtypes; the prefetching thread."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from stores import write_store
+
+from extract.format.errors import UserError
+from extract.format.store import Store
+from hafs_jax.data import Batches, input_scale, prefetch
+
+N, D, B = 203, 5, 6
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    acts = np.arange(N, dtype=np.float32)[:, None] + np.array([0.0, 0.1, 0.2, 0.3, 0.4], np.float32)
+    return Store(write_store(tmp_path / "store", acts, shard_rows=40))
+
+
+def first_column(batches: Batches, start: int, stop: int, size: int = 4) -> list[list[float]]:
+    return [list(map(float, batch[:, 0])) for block in batches.dispatches(start, stop, size) for batch in block]
+
+
+def test_a_pass_has_every_row_once_but_for_the_unfilled_batch(store: Store) -> None:
+    batches = Batches(store, B, seed=0)
+    seen = np.concatenate(first_column(batches, 0, batches.steps_per_pass))
+    assert len(seen) == N - N % B and len(set(seen.tolist())) == len(seen)
+    second = np.concatenate(first_column(batches, batches.steps_per_pass, 2 * batches.steps_per_pass))
+    assert len(set(second.tolist())) == len(second) and not np.array_equal(seen, second)
+
+
+def test_any_step_can_be_sought_and_the_seed_decides_the_order(store: Store) -> None:
+    batches = Batches(store, B, seed=3)
+    whole = first_column(batches, 0, 80)
+    for start in (1, 6, 7, 33, 34, 35, 66, 79):
+        assert first_column(Batches(store, B, seed=3), start, 80, size=3) == whole[start:]
+    assert first_column(Batches(store, B, seed=4), 0, 80) != whole
+
+
+def test_dispatches_are_full_but_for_the_last(store: Store) -> None:
+    assert [len(block) for block in Batches(store, B, 0).dispatches(0, 11, 4)] == [4, 4, 3]
+    one_batch = Batches(store, N, 0)
+    assert [block.shape for block in one_batch.dispatches(0, 3, 2)] == [(2, N, D), (1, N, D)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_stored_dtype_reaches_the_device(tmp_path: Path, dtype: str) -> None:
+    acts = np.random.default_rng(0).normal(size=(24, D)).astype(np.float32)
+    store = Store(write_store(tmp_path / dtype, acts, dtype))
+    block = next(Batches(store, 24, 0).dispatches(0, 1, 1))
+    assert block.dtype.name == dtype
+    np.testing.assert_allclose(np.sort(block[0].astype(np.float32), 0), np.sort(acts, 0), rtol=0.01, atol=0.01)
+
+
+def test_the_scale_centres_and_normalises(store: Store) -> None:
+    scaled = np.asarray(input_scale(store)(jax.numpy.asarray(store.read(0))))
+    everything = np.concatenate([np.asarray(input_scale(store)(jax.numpy.asarray(store.read(i)))) for i in range(len(store.shard_sizes))])
+    assert scaled.dtype == np.float32
+    np.testing.assert_allclose(everything.mean(0), 0.0, atol=1e-4)
+    np.testing.assert_allclose((everything**2).sum(1).mean(), D, rtol=1e-4)
+
+
+def test_a_store_smaller_than_a_batch_or_without_variance_is_refused(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds 203 rows, fewer than batch_size=204; extract more rows or set a smaller"):
+        Batches(store, N + 1, 0)
+    constant = Store(write_store(tmp_path / "constant", np.ones((8, D), np.float32)))
+    with pytest.raises(UserError, match="its rows do not vary"):
+        input_scale(constant)
+
+
+def test_prefetch_keeps_the_order_and_hands_over_errors() -> None:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    blocks = [np.full((1, 2, 3), i, np.float32) for i in range(7)]
+    assert [int(block[0, 0, 0]) for block in prefetch(iter(blocks), here)] == list(range(7))
+
+    def failing():  # noqa: ANN202
+        yield blocks[0]
+        raise OSError("disk gone")
+
+    stream = prefetch(failing(), here)
+    next(stream)
+    with pytest.raises(OSError, match="disk gone"):
+        next(stream)
+
+
+def test_an_abandoned_prefetch_stops_its_thread() -> None:
+    import threading
+
+    stream = prefetch((np.zeros((1, 1, 1), np.float32) for _ in range(1000)), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    next(stream)
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
