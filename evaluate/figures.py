@@ -134,6 +134,7 @@ def write_png(path: Path, panels: list[Panel], styles: dict[str, Style], columns
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(_rc(path.name)):
         figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.35), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # inches
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         labels: dict[str, Any] = {}
         for axes, panel in zip(grid, panels, strict=False):
@@ -199,15 +200,21 @@ def _draw(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None:
         else:
             marker = style.marker if series.markers or len(series.x) == 1 else ""
             axes.plot(series.x, series.y, marker=marker, markersize=4, **look)
-    for key, _, level in panel.levels:
+    for key, label, level in panel.levels:
         style = styles[key]
-        look = (0, style.dashes) if key == "llm-full" and style.dashes else (0, (1, 1.5))
-        axes.axhline(level, color=style.colour, linewidth=1.1, linestyle="solid" if key == "llm-full" else look)
+        if key == "llm-full":  # named in the legend
+            axes.axhline(level, color=style.colour, linewidth=style.width, label=label)
+            continue
+        axes.axhline(level, color=style.colour, linewidth=1.1, linestyle=(0, (1, 1.5)))
+        place = {"xycoords": axes.get_yaxis_transform(), "xytext": (3, 2), "textcoords": "offset points"}
+        axes.annotate(label, (0, level), color=style.colour, fontsize=8, **place)
     axes.set_ylim(*panel.y_limits)
     if panel.x_ticks is not None:
         axes.xaxis.set_major_locator(FixedLocator([place for place, _ in panel.x_ticks]))
         axes.xaxis.set_major_formatter(FuncFormatter(dict(panel.x_ticks).get))
         axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if panel.y_log:
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
@@ -215,7 +222,7 @@ def _draw(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_minor_locator(NullLocator())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 

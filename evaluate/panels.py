@@ -12,37 +12,39 @@ POINTS = 240  # a curve's points; more can't be told apart at the page's width
 MILLION = 1e6
 
 TRAINING = (
-    # key, title, unit of y, log y, limits of y
+    # key, title, unit of y, logarithmic y where it spans enough, limits of a linear y
     ("loss", "Loss", "loss (FVU units)", True, (None, None)),
     ("fvu_ema", "FVU", "FVU (EMA of the batches)", True, (None, None)),
-    ("l0", "L0", "active latents a token", True, (None, None)),
+    ("l0", "L0", "active latents a token", True, (0, None)),
     ("dead_fraction", "Dead latents", "share of latents", False, (0, None)),
     ("coherence_mean", "Mean coherence", "mean nearest cosine", False, (0, None)),
     ("coherence_max", "Max coherence", "largest cosine", False, (0, 1.02)),
     ("alpha", "alpha", "tolerance of sharing", False, (-0.03, 1.03)),
-    ("lambda", "lambda", "weight of the penalty", False, (0, None)),
+    ("lambda", "lambda", "weight of the penalty", False, (-0.03, None)),
     ("penalty", "Penalty O", "O (before lambda)", False, (0, None)),
 )
+LEAST_TOP = {"l0": 1.0, "dead_fraction": 0.02, "lambda": 1.0}  # so that a constant 0 lies at the foot
 
 
 def training_panels(lines: dict[str, list[dict[str, Any]]], results: dict[str, Any]) -> list[Panel]:
     """A panel a metric over training tokens; FVU with each gate's tau. Metrics that no run logged are left out."""
     panels = []
-    for key, title, unit, is_log, limits in TRAINING:
-        series = [_curve(name, run, key, is_log) for name, run in lines.items()]
+    for key, title, unit, wants_log, limits in TRAINING:
+        series = [_curve(name, run, key, wants_log) for name, run in lines.items()]
         series = [curve for curve in series if curve.x]
-        levels = _taus(results) if key == "fvu_ema" else []
-        # A logarithmic axis over a constant (BatchTopK's L0) would have no ticks; a linear one reads better anyway.
         values = [value for curve in series for value in curve.y]
-        is_log = is_log and bool(values) and min(values) > 0 and max(values) > 3 * min(values)
-        if key == "l0" and values and not is_log:
-            limits = (0, 1.25 * max(values))
-        if key == "lambda" and values:
-            limits = (-0.03 * max(max(values), 1), 1.05 * max(max(values), 1))
-        if series:
-            panels.append(
-                Panel(key, title, "training tokens (millions)", unit, series, levels, y_log=is_log, y_limits=limits)
-            )
+        if not values:
+            continue
+        # A logarithmic axis over a constant (BatchTopK's L0) would have no ticks; a linear one reads better anyway.
+        is_log = wants_log and max(values) > 3 * min(values)
+        headroom = LEAST_TOP.get(key)
+        if headroom is not None and not is_log:
+            limits_here = (limits[0], max(1.05 * max(values), headroom))
+        else:
+            limits_here = limits if not is_log else (None, None)
+        levels = _taus(results) if key == "fvu_ema" else []
+        x_label = "training tokens (millions)"
+        panels.append(Panel(key, title, x_label, unit, series, levels, y_log=is_log, y_limits=limits_here))
     return panels
 
 
@@ -52,14 +54,13 @@ def probing_panels(results: dict[str, Any]) -> tuple[list[Panel], list[Panel]]:
     if not any(name for name in means):
         return [], []
     over = f"{len(shared)} task{'s' if len(shared) != 1 else ''}"
-    lowest = min([value for by_k in means.values() for value in by_k.values()], default=0.5)
-    mean = _probing_panel("probing-mean", f"Mean over {over}", means, min(0.5, math.floor(lowest * 20) / 20))
-    per_task = []
+    mean = _probing_panel("probing-mean", f"Probing, mean over {over}", means, _floor([means]))
+    by_task = {}
     for task in shared:
-        values = {name: variant["probing"].get(task, {}) for name, variant in results["variants"].items()}
-        values[None] = results["llm"]["probing"].get(task, {})
-        lowest = min([value for by_k in values.values() for value in by_k.values()], default=0.5)
-        per_task.append(_probing_panel(f"probing-{task}", task, values, min(0.5, math.floor(lowest * 20) / 20)))
+        by_task[task] = {name: values["probing"].get(task, {}) for name, values in results["variants"].items()}
+        by_task[task][None] = results["llm"]["probing"].get(task, {})
+    floor = _floor(list(by_task.values()))  # one for all tasks, so that their panels compare
+    per_task = [_probing_panel(f"probing-{task}", task, values, floor) for task, values in by_task.items()]
     return [mean], per_task
 
 
@@ -72,7 +73,7 @@ def latent_panels(latents: dict[str, dict[str, Any]]) -> list[Panel]:
         panels.append(_density_panel(densities, rows))
     cosines = {name: np.array(v["nearest_cosine"]) for name, v in latents.items() if v.get("nearest_cosine")}
     if cosines:
-        low = min(0.0, min(float(values.min()) for values in cosines.values()))
+        low = min(0.0, *(float(values.min()) for values in cosines.values()))
         edges = np.linspace(low, 1, 41)
         series = [
             Series(name, name, edges.tolist(), (np.histogram(values, edges)[0] / len(values)).tolist(), steps=True)
@@ -129,6 +130,12 @@ def _taus(results: dict[str, Any]) -> list[tuple[str, str, float]]:
     ]
 
 
+def _floor(panels: list[dict[str | None, dict[str, float]]]) -> float:
+    """The lowest accuracy of the panels, rounded down to a twentieth."""
+    values = [value for values in panels for by_k in values.values() for value in by_k.values()]
+    return math.floor(20 * min(values, default=0.5)) / 20
+
+
 def _probing_panel(key: str, title: str, values: dict[str | None, dict[str, float]], floor: float) -> Panel:
     series, levels = [], []
     ks: set[int] = set()
@@ -151,5 +158,5 @@ def _probing_panel(key: str, title: str, values: dict[str | None, dict[str, floa
         levels,
         x_log=True,
         x_ticks=[(float(k), str(k)) for k in sorted(ks)],
-        y_limits=(floor - 0.01, 1.0),
+        y_limits=(floor - 0.01, 1.01),
     )

@@ -9,13 +9,14 @@ in a folder), and what is aggregated is checked to be complete.
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from evaluate.probing_cache import ActivationCache
 from evaluate.workspace import fingerprint
@@ -44,9 +45,9 @@ def probe_sae(
     (`llm_test_*`), which is trained once for all SAEs. An interrupted run goes on at the task where it stopped.
     Raises `UserError` for a hook point whose name SAE-Bench cannot read.
     """
-    if not hook_point.startswith("blocks."):
-        raise UserError(f"hook point {hook_point}: SAE-Bench's sae-probes evaluation reads only names like blocks.3.*")
-    with _logged(root / "saebench.log"):
+    check_hook_point(hook_point)
+    # Its logistic regressions are small: on busy cores, BLAS threads waiting for each other made them 20 times slower.
+    with logged(root / "saebench.log"), threadpool_limits(1):
         from sae_bench.evals.sparse_probing_sae_probes import SparseProbingSaeProbesEvalConfig, run_eval
 
         results = root / "results" / _settings_key(cache, settings)
@@ -67,8 +68,7 @@ def probe_sae(
             output_path=str(results / "output"),
             force_rerun=True,
         )
-        (path,) = (results / "output").glob(f"{unique_name}_*_eval_results.json")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_output(results / "output", unique_name)
     _check_complete(values, settings)
     return values
 
@@ -81,10 +81,10 @@ def probe_language_model(
     `full` is sae-probes' logistic regression on all D activations. `top_k` is the sparse probe of `probe_sae` on the
     identity in the place of an SAE: the k residual-stream dimensions that tell the classes apart best.
     """
-    with _logged(root / "saebench.log"):
+    layer = check_hook_point(manifest.hook_point)
+    with logged(root / "saebench.log"):
         from sae_bench.custom_saes.identity_sae import IdentitySAE
 
-        layer = int(manifest.hook_point.split(".")[1])
         identity = IdentitySAE(
             manifest.d_model,
             cache.model_name,
@@ -99,6 +99,16 @@ def probe_language_model(
         "hook_point": manifest.hook_point,
         "tasks": {task: {"full": full_probe(values, task), **top_probes(values, task)} for task in settings.tasks},
     }
+
+
+def read_output(folder: Path, unique_name: str) -> dict[str, Any]:
+    """SAE-Bench's output file for `unique_name`, with its version in the place of the commit that it wrote.
+
+    SAE-Bench takes the HEAD of whatever repository the working directory is in for its own.
+    """
+    (path,) = folder.glob(f"{unique_name}_*_eval_results.json")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return {**values, "sae_bench_commit_hash": f"sae-bench=={version('sae-bench')}"}
 
 
 def full_probe(values: dict[str, Any], task: str) -> dict[str, float]:
@@ -143,23 +153,24 @@ def _drop_torn(results: Path) -> None:
 
 
 @contextlib.contextmanager
-def _logged(path: Path) -> Iterator[None]:
-    """Sends SAE-Bench's prints and progress bars to a log, holds its probes to one thread, hides its warnings.
-
-    Its logistic regressions are small: on two busy cores, BLAS threads waiting for each other made them 20 times
-    slower than one thread.
-    """
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed; pip install 'hafs-jax[evaluate]', or run `make setup`") from None
+def logged(path: Path) -> Iterator[None]:
+    """Sends SAE-Bench's prints and progress bars to a log and hides its libraries' warnings."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(path, "a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
         warnings.catch_warnings(),
-        threadpool_limits(1),
     ):
         warnings.simplefilter("ignore")
         yield
+
+
+def check_hook_point(hook_point: str) -> int:
+    """The layer of a hook point; `UserError` for a name that SAE-Bench cannot read."""
+    parts = hook_point.split(".")
+    if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
+        raise UserError(
+            f"hook point {hook_point}: SAE-Bench's probing reads only blocks.<layer>.<name>; --skip probing"
+        )
+    return int(parts[1])

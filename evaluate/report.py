@@ -136,9 +136,9 @@ def _variant_rows(results: dict[str, Any], means: dict[str | None, dict[str, flo
         for column in COLUMNS:
             own = figures_of[name][column.key]
             other = figures_of[baseline][column.key] if baseline not in (None, name) else None
-            change = f"{own - other:+.{column.digits}f}" if own is not None and other is not None else ""
+            change = "" if own is None or other is None else _signed(own - other, column.digits)
             text = NOT_EVALUATED if own is None else f"{own:.{column.digits}f}"
-            cells.append({"text": text, "change": change.replace("-", "−"), "missing": own is None})
+            cells.append({"text": text, "change": change, "missing": own is None})
         cells.insert(-2, {"text": _tau(values), "change": "", "missing": values["tau_reached"] is None})
         rows.append({"name": name, "key": name, "cells": cells})
     llm = means.get(None, {})
@@ -146,11 +146,16 @@ def _variant_rows(results: dict[str, Any], means: dict[str | None, dict[str, flo
     if "top_1" in llm:
         shown = [f"{llm[key]:.3f}" if key in llm else "" for key in ("top_1", "top_5")]
         cells = empty + [{"text": text, "change": "", "missing": False} for text in shown]
-        rows.append({"name": "language model, top-k activations", "key": "llm-top-k", "cells": cells})
+        rows.append({"name": "LM, top-k activations", "key": "llm-top-k", "cells": cells})
     if "full" in llm:
         cells = empty + [{"text": f"{llm['full']:.3f}", "change": "", "missing": False}] * 2
-        rows.append({"name": "language model, full probe", "key": "llm-full", "cells": cells})
+        rows.append({"name": "LM, full probe", "key": "llm-full", "cells": cells})
     return rows
+
+
+def _signed(change: float, digits: int) -> str:
+    text = f"{change:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else f"±{0:.{digits}f}"
 
 
 def _tau(values: dict[str, Any]) -> str:
@@ -259,7 +264,7 @@ def _html(view: dict[str, Any]) -> str:
         shown = []
         for panel in some:
             text, hovers[panel.key] = figures.svg(panel, styles)
-            shown.append({**vars(panel), "svg": Markup(text)})  # noqa: S704 - matplotlib escapes what it writes
+            shown.append({**vars(panel), "svg": Markup(text)})
         return shown
 
     values = dict(view)
@@ -276,10 +281,10 @@ def _html(view: dict[str, Any]) -> str:
     return environment.get_template("page.html").render(
         **values,
         css_name=figures.css_name,
-        style_variables=Markup(_style_variables(styles)),  # noqa: S704 - our own
-        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
-        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),  # noqa: S704 - our own
-        data=Markup(script_json(data)),  # noqa: S704 - escaped there
+        style_variables=Markup(_style_variables(styles)),
+        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
+        data=Markup(script_json(data)),
     )
 
 

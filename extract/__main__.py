@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
+import errno
 import sys
 from pathlib import Path
 
 from extract.config import TEXT_SYNTAX, ExtractConfig, parse_source
 from extract.format.config import Parser, add_flags, with_flags
-from extract.format.errors import one_line_errors
+from extract.format.errors import UserError, one_line_errors
 from extract.format.files import read_json, write_json
 from extract.format.store import TIMING, read_manifest
 from extract.format.verify import verify
@@ -36,6 +37,9 @@ A flag overrides its profile's value. Defaults in [] are those of the offline pr
     --text books.jsonl --text code=/data/code@0.2,template={{source}}
     --text wmdp=cais/wmdp@0.1,subset=wmdp-cyber,split=test,kind=multiple_choice
 """
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
+"""What a write fails with that the user can mend."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,16 +92,21 @@ def _extract(arguments: list[str]) -> int:
     resolved = resolve(options.requested)
     config = _config(resolved, options)
     print(f"profile {resolved.resolved} ({resolved.reason})", file=sys.stderr, flush=True)
-    if resolved.requested == "auto":
-        write_json(options.out / "auto.json", {"profile": resolved.resolved, "reason": resolved.reason})
-
     if not options.force and is_complete(config, options.out):
         print("the stores are there already, from this very config", file=sys.stderr)
     else:
         prepare_hub(config)
+        if resolved.requested == "auto":
+            write_json(options.out / "auto.json", {"profile": resolved.resolved, "reason": resolved.reason})
         from extract.run import extract  # torch, and the hub libraries
 
-        extract(config, resolved, options.out, options.force)
+        try:
+            extract(config, resolved, options.out, options.force)
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            where = error.filename or options.out
+            raise UserError(f"{where}: {error.strerror}; mend it and give the same command, or another --out") from None
     _report(store_folders(config, options.out))
     return 0
 

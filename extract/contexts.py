@@ -4,6 +4,7 @@ A context is a window of at most `context_length` tokens of one document, BOS fi
 splits' contexts.npy, tokens.npy and documents.jsonl are written here, as they will lie in the stores.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -86,7 +87,7 @@ class SplitText:
         self.source_names = [source.name for source in config.sources]
         self.rows = 0  # tokens without BOS
         self._bin = folder / ".tokens.bin"
-        self._tokens = open(self._bin, "wb")  # noqa: SIM115 - closed in close()
+        self._tokens = open(self._bin, "wb")  # noqa: SIM115 - closed by close()
         self._documents = open(folder / "documents.jsonl", "w", encoding="utf-8")  # noqa: SIM115
         self._n_documents = self._n_tokens = 0
         self._contexts: list[np.ndarray] = []
@@ -117,11 +118,16 @@ class SplitText:
         self.rows += len(ids)
 
     def close(self) -> None:
+        """Closes the files that are written to, finished or not."""
+        self._tokens.close()
+        self._documents.close()
+
+    def finish(self) -> None:
         """Puts all on disk: documents.jsonl, contexts.npy and, converted from a raw file, tokens.npy."""
         for file in (self._tokens, self._documents):
             file.flush()
             os.fsync(file.fileno())
-            file.close()
+        self.close()
         write_npy(self.folder / "contexts.npy", np.concatenate([np.zeros(0, CONTEXT), *self._contexts]))
         out = np.lib.format.open_memmap(self.folder / "tokens.npy", mode="w+", dtype="<i4", shape=(self._n_tokens,))
         with open(self._bin, "rb") as raw:
@@ -137,9 +143,27 @@ def write_contexts(config: ExtractConfig, tokenize: Tokenize, bos: int | None, f
 
     Ends when every source has run out or the training split has `max_rows` tokens, BOS not counted.
     """
-    writers = {split: SplitText(folder / split, config, bos) for split in SPLITS}
-    train, notes = writers["train"], []
-    tokens = [0] * len(config.sources)
+    tokens, notes = [0] * len(config.sources), list[str]()
+    with contextlib.ExitStack() as files:
+        writers = {}
+        for split in SPLITS:
+            writers[split] = files.enter_context(contextlib.closing(SplitText(folder / split, config, bos)))
+        _fill(writers, config, tokenize, tokens, notes)
+    if len(notes) == len(config.sources):
+        notes = ["all the text of every source is used"]
+    total, weights = sum(tokens), sum(source.weight for source in config.sources)
+    shares = [
+        f"{source.name} {count / total:.1%} ({source.weight / weights:.1%} asked)"
+        for source, count in zip(config.sources, tokens, strict=True)
+    ]
+    return [*notes, f"{total:,} tokens: {', '.join(shares)}"]
+
+
+def _fill(
+    writers: dict[str, SplitText], config: ExtractConfig, tokenize: Tokenize, tokens: list[int], notes: list[str]
+) -> None:
+    """Deals the documents out to `writers`, counting each source's `tokens`, and finishes them."""
+    train = writers["train"]
     for number, document, ids in mixed(config.sources, tokenize, notes):
         split, kept = "train", ids
         if is_heldout(document.text, config.seed, config.heldout_fraction):
@@ -151,20 +175,12 @@ def write_contexts(config: ExtractConfig, tokenize: Tokenize, bos: int | None, f
         if train.rows == config.max_rows:
             break
     for split, writer in writers.items():
-        writer.close()
+        writer.finish()
         if not writer.rows:
             raise UserError(
                 f"no document fell into the {split} split of {sum(tokens):,} tokens; give more text,"
                 f" or change heldout_fraction={config.heldout_fraction}"
             )
-    if len(notes) == len(config.sources):
-        notes = ["all the text of every source is used"]
-    total, weights = sum(tokens), sum(source.weight for source in config.sources)
-    shares = [
-        f"{source.name} {count / total:.1%} ({source.weight / weights:.1%} asked)"
-        for source, count in zip(config.sources, tokens, strict=True)
-    ]
-    return [*notes, f"{total:,} tokens: {', '.join(shares)}"]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor
 
 from extract import packaged
@@ -49,6 +50,11 @@ class LanguageModel:
     def prepend_bos(self) -> bool:
         """Whether every context begins with BOS: exactly where the tokenizer has one."""
         return self.bos_token_id is not None
+
+    @property
+    def max_context_length(self) -> int | None:
+        """Positions that the model was made for; None where its config does not say."""
+        return getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
 
     @cached_property
     def bridge(self) -> Any:
@@ -176,10 +182,11 @@ def load_model(name: str, dtype: str, revision: str | None = None, device: str =
         revision = None
     else:
         where, origin, revision_used = name, "hub", revision
+    transformers.utils.logging.disable_progress_bar()  # one a file, over in a moment
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision)
         hf = transformers.AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model {name!r} does not load from {origin}: {reason}") from error
     config = hf.config.get_text_config()

@@ -1,5 +1,6 @@
 """The two passes over one split: the model's rows into the shuffle's buckets, and the buckets into a store."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,18 +81,18 @@ def spill_rows(
 
     Every `save_seconds` and at the end, `save(batches done, rows by bucket)` is called, once all of it is synced.
     """
-    spill = Spill(spill_folder, split.record, counts or [0] * n_buckets(split.rows, split.record))
+    counts = counts or [0] * n_buckets(split.rows, split.record)
     stream, saved = SPLITS.index(split.name), time.monotonic()
-    for index in range(batches_done, len(split.batches)):
-        numbers = split.batches[index]
-        records = _records(split, model, config, numbers)
-        records["key"] = shuffle_keys(config.seed, stream, spill.rows, len(records))
-        spill.append(records)
-        bar.update(len(records))
-        if index + 1 == len(split.batches) or time.monotonic() - saved >= save_seconds:
-            spill.sync()
-            save(index + 1, spill.counts)
-            saved = time.monotonic()
+    with contextlib.closing(Spill(spill_folder, split.record, counts)) as spill:
+        for index in range(batches_done, len(split.batches)):
+            records = _records(split, model, config, split.batches[index])
+            records["key"] = shuffle_keys(config.seed, stream, spill.rows, len(records))
+            spill.append(records)
+            bar.update(len(records))
+            if index + 1 == len(split.batches) or time.monotonic() - saved >= save_seconds:
+                spill.sync()
+                save(index + 1, spill.counts)
+                saved = time.monotonic()
     return spill
 
 

@@ -34,17 +34,11 @@ from extract.profiles import Resolved
 from extract.shuffle import Spill
 
 WORK = ".work"
-JOURNAL_SECONDS = 5.0
-SPARE_BYTES = 64 << 20
+JOURNAL_SECONDS = 5.0  # what a kill may cost
+SPARE_BYTES = 64 << 20  # of disk space, for what is not activations
 
 
-def extract(
-    config: ExtractConfig,
-    resolved: Resolved,
-    out: Path,
-    force: bool = False,
-    journal_seconds: float = JOURNAL_SECONDS,
-) -> dict[str, Path]:
+def extract(config: ExtractConfig, resolved: Resolved, out: Path, force: bool = False) -> dict[str, Path]:
     """Makes the two stores of `config` under `out`, going on where an earlier run was stopped; their folders.
 
     `force` replaces stores, and discards unfinished work, of another config.
@@ -55,20 +49,18 @@ def extract(
         if not force and is_complete(config, out):
             shutil.rmtree(root / WORK, ignore_errors=True)
         else:
-            _Extraction(config, resolved, root / WORK, force, journal_seconds).run(folders)
+            _Extraction(config, resolved, root / WORK, force).run(folders)
     return folders
 
 
 class _Extraction:
     """One attempt. `self.journal` is what is on disk at any moment."""
 
-    def __init__(
-        self, config: ExtractConfig, resolved: Resolved, work: Path, force: bool, journal_seconds: float
-    ) -> None:
-        self.config, self.work, self.journal_seconds = config, work, journal_seconds
+    def __init__(self, config: ExtractConfig, resolved: Resolved, work: Path, force: bool) -> None:
+        self.config, self.work = config, work
         journal = read_journal(work)
         if journal and (found := difference(journal.config, to_dict(config))):
-            if not force:
+            if journal.splits and not force:  # before that, there is little to lose
                 raise UserError(f"{work} holds an unfinished extraction with {found}; pass --force to discard it")
             journal = None
         if journal is None:
@@ -98,6 +90,9 @@ class _Extraction:
         config, started = self.config, time.monotonic()
         model = load_model(config.model, config.model_dtype, config.revision, config.device)
         d_model = model.check_hook_point(config.hook_point)
+        longest = model.max_context_length
+        if longest is not None and config.context_length > longest:
+            raise UserError(f"context_length={config.context_length}: {config.model} has {longest} positions")
         info = to_dict(model.info)
         if self.journal.model not in (None, info):
             raise UserError(
@@ -139,10 +134,9 @@ class _Extraction:
                     progress.batches,
                     list(progress.buckets),
                     save,
-                    self.journal_seconds,
+                    JOURNAL_SECONDS,
                     bar,
                 )
-                spill.close()
                 spills.append(spill)
         return spills
 

@@ -12,6 +12,7 @@ from typing import IO
 
 import numpy as np
 
+from extract.format.errors import UserError
 from extract.format.store import KEPT_AS, ROW
 
 BUCKET_BYTES = 96 << 20
@@ -129,6 +130,9 @@ def _bits(path: Path) -> Iterator[np.ndarray]:
 
 def _cut(path: Path, size: int) -> IO[bytes]:
     """The file opened for appending, cut to `size` bytes."""
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise UserError(f"{path} holds {found} bytes, the journal says {size}; delete {path.parents[1]} to begin anew")
     file = open(path, "ab")  # noqa: SIM115 - closed by Spill.close
     file.truncate(size)
     return file

@@ -24,8 +24,6 @@ LABELS = ("title", "topic", "label", "answer")
 _ARTICLE = re.compile(r" = (?!= )(.+?)(?<! =) = \n?")
 """WikiText's article title, ` = Title = `; its sections have more equals signs, each set apart by a space."""
 
-_BETWEEN_DOCUMENTS = re.compile(r"\n\s*\n|<\|endoftext\|>")
-
 
 @dataclass(frozen=True)
 class Document:
@@ -128,8 +126,7 @@ def _local_records(source: SourceConfig) -> Iterator[Record]:
         elif path.suffix == ".parquet":
             yield from _parquet_records(path)
         else:
-            text = _read_text(path)
-            yield from ({"text": part.strip()} for part in _BETWEEN_DOCUMENTS.split(text))
+            yield from _txt_records(path)
 
 
 def local_files(source: SourceConfig) -> list[Path]:
@@ -151,11 +148,23 @@ def local_files(source: SourceConfig) -> list[Path]:
     return [path for path in found if path.name.startswith(source.split)] or found
 
 
-def _read_text(path: Path) -> str:
+def _txt_records(path: Path) -> Iterator[Record]:
+    """The parts of a text file between blank lines, or between `<|endoftext|>`."""
+    part = ""
     try:
-        return path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                *ended, rest = line.split("<|endoftext|>")
+                for piece in ended:
+                    yield {"text": (part + piece).strip()}
+                    part = ""
+                part += rest
+                if not rest.strip():
+                    yield {"text": part.strip()}
+                    part = ""
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text ({error})") from None
+    yield {"text": part.strip()}
 
 
 def _jsonl_records(path: Path) -> Iterator[Record]:

@@ -64,7 +64,7 @@ class RunLog:
             self._events.close()
 
 
-def _number(value: np.ndarray) -> float | int | None:
+def _number(value: np.generic) -> float | int | None:
     """A JSON number; null where it is not finite."""
     number = value.item()
     return number if np.isfinite(number) else None

@@ -6,7 +6,7 @@ in units of FVU: the batch's residual over the store's variance. For relu that i
 by the constant variance.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -168,16 +168,23 @@ def train_step(
     return new_state, metrics
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="state")
-def train_steps(
-    state: TrainState, acts_SBD: Array, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
-) -> tuple[TrainState, Metrics]:
-    """S training steps in one call; each metric comes back as [S]."""
+def compile_steps(state_shardings: Any = None) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The compiled program: (state, acts_SBD, scale, hyper, config) -> (state, metrics of [S]), S steps in one call.
 
-    def body(state: TrainState, acts_BD: Array) -> tuple[TrainState, Metrics]:
-        return train_step(state, acts_BD, scale, hyper, config)
+    The state is donated. Its shardings are pinned to `state_shardings`, so that the state that comes out fits the program
+    that it goes back into, and nothing compiles twice.
+    """
 
-    return jax.lax.scan(body, state, acts_SBD)
+    def train_steps(
+        state: TrainState, acts_SBD: Array, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
+    ) -> tuple[TrainState, Metrics]:
+        def body(state: TrainState, acts_BD: Array) -> tuple[TrainState, Metrics]:
+            return train_step(state, acts_BD, scale, hyper, config)
+
+        return jax.lax.scan(body, state, acts_SBD)
+
+    out = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    return jax.jit(train_steps, static_argnames="config", donate_argnames="state", **out)
 
 
 def _where(condition: Array, yes: Any, no: Any) -> Any:

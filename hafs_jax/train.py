@@ -24,7 +24,7 @@ from hafs_jax.penalty import coherence
 from hafs_jax.runlog import RunLog
 from hafs_jax.runs import Run, baseline_tau
 from hafs_jax.state import hyperparameters, init_state
-from hafs_jax.step import margin, train_steps
+from hafs_jax.step import compile_steps, margin
 
 
 class TrainingStopped(Exception):
@@ -89,7 +89,9 @@ def _loop(config: TrainConfig, store: Store, batches: Batches, run: Run) -> None
         raise UserError(f"batch_size={config.batch_size}: expected a multiple of the {mesh.shape['data']} data shards")
     hyper, scale = hyperparameters(config), input_scale(store)
     state = init_state(config, store.manifest.d_model, jax.random.key(config.seed), hyper)
-    state = jax.device_put(state, shardings.state_shardings(state, mesh))
+    state_shardings = shardings.state_shardings(state, mesh)
+    state = jax.device_put(state, state_shardings)
+    train_steps = compile_steps(state_shardings)
     with Checkpoints(run.checkpoints) as checkpoints, _stop_signals() as stopped:
         if checkpoints.latest_step() is not None:
             state, scale = checkpoints.restore(state, scale)

@@ -17,7 +17,7 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset
 from hafs_jax.sae import InputScale
 from hafs_jax.state import TrainState, hyperparameters, init_state
-from hafs_jax.step import train_step, train_steps
+from hafs_jax.step import compile_steps, train_step
 
 B, D, F, K = 12, 5, 11, 3
 
@@ -188,7 +188,7 @@ def test_several_steps_per_dispatch_equal_single_steps_and_nothing_recompiles() 
     singles = state
     for index in range(2):
         singles, _ = one_step(config, singles, scale, acts[index])
-    train_steps.clear_cache()
+    train_steps = compile_steps()
     together, metrics = train_steps(state, acts, scale, hyperparameters(config), config)
     np.testing.assert_allclose(together.params["W_dec"], singles.params["W_dec"], atol=1e-6)
     assert metrics["loss"].shape == (2,)
@@ -200,7 +200,7 @@ def test_golden_step() -> None:
     """Fixed numbers of two steps. They may change only with the loss, the optimizer or the initialisation on purpose."""
     config = small("strict")
     state, scale = fresh(config)
-    _, metrics = train_steps(state, jnp.stack([batch(0), batch(1)]), scale, hyperparameters(config), config)
+    _, metrics = compile_steps()(state, jnp.stack([batch(0), batch(1)]), scale, hyperparameters(config), config)
     found = {name: [round(float(v), 4) for v in metrics[name]] for name in ("fvu", "penalty", "l0", "loss")}
     assert found == GOLDEN
 
@@ -221,19 +221,20 @@ def test_a_sharded_step_equals_the_step_on_one_device(tmp_path: Path) -> None:
         "from test_step import small, fresh, batch\n"
         "from hafs_jax import shardings\n"
         "from hafs_jax.state import hyperparameters\n"
-        "from hafs_jax.step import train_steps\n"
+        "from hafs_jax.step import compile_steps\n"
         "config = small('adaptive', sae={'n_latents': 12, 'k': 3})\n"
         "acts = jnp.stack([batch(0), batch(1)])\n"
         "outs = []\n"
         "for split in (False, True):\n"
         "    state, scale = fresh(config)\n"
-        "    block = acts\n"
+        "    block, spread = acts, None\n"
         "    if split:\n"
         "        mesh = shardings.make_mesh(2)\n"
-        "        state = jax.device_put(state, shardings.state_shardings(state, mesh))\n"
+        "        spread = shardings.state_shardings(state, mesh)\n"
+        "        state = jax.device_put(state, spread)\n"
         "        block = jax.device_put(acts, jax.NamedSharding(mesh, shardings.BATCHES))\n"
         "        assert state.params['W_dec'].addressable_shards[0].data.shape == (6, 5)\n"
-        "    state, metrics = train_steps(state, block, scale, hyperparameters(config), config)\n"
+        "    state, metrics = compile_steps(spread)(state, block, scale, hyperparameters(config), config)\n"
         "    outs.append(jax.device_get((state.params, metrics)))\n"
         "for one, other in zip(jax.tree.leaves(outs[0]), jax.tree.leaves(outs[1])):\n"
         "    np.testing.assert_allclose(one, other, atol=2e-5)\n"

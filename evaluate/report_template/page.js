@@ -137,7 +137,7 @@ if (document.getElementById("explorer")) {
           { type: "button", "data-index": latent.index, "aria-pressed": latent === opened, onclick: () => open(latent, true) },
           make("span", {}, `#${latent.index}`),
           make("span", { class: "density" }, percent(latent.density)),
-          make("span", { class: "token" }, latent.top_tokens.map(([token]) => token.trim() || token).slice(0, 3).join("  ")),
+          make("span", { class: "token" }, [...new Set(latent.top_tokens.map(([token]) => token.trim() || token))].slice(0, 3).join("  ")),
         ),
       ),
     );
@@ -157,7 +157,7 @@ if (document.getElementById("explorer")) {
     const text = make("p", { class: "text" });
     context.tokens.forEach((token, i) => {
       const activation = context.values[i];
-      const options = i === context.peak ? { class: "peak" } : {};
+      const options = i === context.peak ? { class: "peak" } : /^<(\|.*\||s|bos|pad)>$/.test(token) ? { class: "special" } : {};
       if (activation > 0) {
         options.title = number(activation);
         options.style = `background: rgba(var(--shade), ${(0.1 + 0.75 * Math.min(1, activation / maximum)).toFixed(2)})`;

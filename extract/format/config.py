@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message}; see `{self.prog} --help`", file=sys.stderr)
         raise SystemExit(2)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._all_actions() for flag in action.option_strings]
@@ -114,7 +114,7 @@ def add_flags(parser: argparse.ArgumentParser, default: Any, prefix: str = "", s
             continue
         help_line = f"{field.metadata.get('help', '')} [{_shown(value)}]".replace("%", "%%")
         flag, kind = "--" + path.replace("_", "-"), hints[field.name]
-        common = {"dest": path, "default": argparse.SUPPRESS, "help": help_line}
+        common: dict[str, Any] = {"dest": path, "default": argparse.SUPPRESS, "help": help_line}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif typing.get_origin(kind) is tuple:

@@ -12,7 +12,7 @@ import numpy as np
 from extract.format.errors import UserError
 
 
-def write_atomic(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Calls `write(file)` on a temporary file beside `path`, syncs it, and renames it to `path`.
 
     A reader sees the old file or the whole new one, never a part, whenever the process is killed.
@@ -34,12 +34,12 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()) and None)
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text` as UTF-8, atomically."""
-    write_atomic(path, lambda file: file.write(text.encode()) and None)
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:

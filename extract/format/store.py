@@ -36,7 +36,7 @@ ROW = np.dtype([("token", "<i4"), ("document", "<i4"), ("context", "<i4"), ("pos
 CONTEXT = np.dtype([("start", "<i8"), ("length", "<i4"), ("document", "<i4"), ("offset", "<i4"), ("source", "<u2")])
 """Of one context: its slice of tokens.npy, its document and source, the offset of its first token in the document."""
 
-KEPT_AS = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
+KEPT_AS: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
 """The numpy dtype in which each activation dtype is kept on disk."""
 
 

@@ -1,0 +1,132 @@
+"""What every architecture under every variant promises. A new one joins by its line in the presets."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from sae_lens import SAE as TorchSAE
+from stores import planted, write_store
+
+from evaluate.bridge import export_run
+from extract.format.errors import UserError
+from extract.format.store import Store
+from hafs_jax.checkpoint import load_checkpoint
+from hafs_jax.config import TrainConfig
+from hafs_jax.presets import ARCHITECTURES, VARIANTS, preset
+from hafs_jax.sae import SAE, init_params
+from hafs_jax.state import hyperparameters, init_state
+from hafs_jax.step import compile_steps, train_step
+from hafs_jax.train import train
+
+B, D, F, K = 50, 13, 29, 4
+EVERY = [(variant, architecture) for variant in VARIANTS for architecture in ARCHITECTURES]
+every = pytest.mark.parametrize(("variant", "architecture"), EVERY, ids=["-".join(pair) for pair in EVERY])
+
+
+def config_of(variant: str, architecture: str, steps: int = 600) -> TrainConfig:
+    config = preset(variant, architecture)
+    return dataclasses.replace(
+        config,
+        tokens=steps * B,
+        batch_size=B,
+        sae=dataclasses.replace(config.sae, n_latents=F, k=K),
+        penalty=dataclasses.replace(config.penalty, tau=0.5 if config.penalty.gate else None, mu0=0.1, chunk_size=8),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=3e-3),
+    )
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    acts = 7.0 * planted(6000, D, 24, K, seed=2)[0] + 3.0
+    return Store(write_store(tmp_path_factory.mktemp("contract") / "store", acts, shard_rows=2000))
+
+
+@every
+def test_shapes_dtypes_and_unit_rows(variant: str, architecture: str) -> None:
+    config = config_of(variant, architecture)
+    params = init_params(config.sae, D, jax.random.key(0))
+    assert {name: value.shape for name, value in params.items()} == {
+        "W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)
+    }  # fmt: skip
+    assert {value.dtype for value in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=1), 1.0, rtol=1e-5)
+    for dtype in ("float32", "bfloat16"):
+        sae = SAE(dataclasses.replace(config.sae, compute_dtype=dtype), D)
+        encoding, recon = sae.apply({"params": params}, jax.random.normal(jax.random.key(1), (B, D)))
+        assert encoding.latents_BF.shape == (B, F) and recon.shape == (B, D)
+        assert encoding.latents_BF.dtype == recon.dtype == jnp.float32
+        assert float(encoding.latents_BF.min()) >= 0
+
+
+@every
+def test_jit_equals_no_jit(variant: str, architecture: str, store: Store) -> None:
+    config = config_of(variant, architecture)
+    hyper = hyperparameters(config)
+    state = init_state(config, D, jax.random.key(0), hyper)
+    from hafs_jax.data import input_scale
+
+    acts = jnp.asarray(store.read(0, 0, B))
+    compiled, ours = jax.jit(train_step, static_argnames="config")(state, acts, input_scale(store), hyper, config)
+    with jax.disable_jit():
+        plain, theirs = train_step(state, acts, input_scale(store), hyper, config)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+    for name, value in plain.params.items():
+        np.testing.assert_allclose(compiled.params[name], value, atol=2e-5, err_msg=name)
+
+
+@every
+def test_trains_saves_loads_and_exports(
+    variant: str, architecture: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run each: the loss falls, L0 is as promised, rows keep unit norm, one compilation, and torch computes the same."""
+    config = config_of(variant, architecture)
+    programs = []
+    monkeypatch.setattr("hafs_jax.train.compile_steps", lambda *args: programs.append(compile_steps(*args)) or programs[-1])
+    run = train(config, store.folder, tmp_path)
+    assert [program._cache_size() for program in programs] == [1]
+    records = run.metrics()
+    first, final = records[0], run.result()["final"]
+    assert final["fvu_ema"] < 0.7 * first["fvu"]
+    assert final["lambda"] <= config.penalty.lam_max and (final["lambda"] == 0) == (variant == "baseline")
+    l0 = np.mean([record["l0"] for record in records[-5:]])
+    assert l0 == pytest.approx(K, rel=1e-3 if architecture == "batchtopk" else 0.25)
+
+    state, scale = load_checkpoint(run.checkpoints, run.config(), D)
+    np.testing.assert_allclose(jnp.linalg.norm(state.params["W_dec"], axis=1), 1.0, rtol=1e-5)
+
+    acts = store.read(1)[:400]
+    threshold = state.threshold(config.sparsity.threshold_decay)
+    encoding, recon = SAE(run.config().sae, D).apply({"params": state.params}, scale(jnp.asarray(acts)), threshold)
+    theirs = TorchSAE.load_from_disk(export_run(run.folder))
+    with torch.no_grad():
+        latents = theirs.encode(torch.tensor(acts))
+        theirs_recon = theirs.decode(latents).numpy()
+    ours_recon = np.asarray(recon) / float(scale.scale) + np.asarray(scale.mean_D)
+    assert np.abs(theirs_recon - ours_recon).max() / np.abs(ours_recon).max() < 1e-5
+    ours_latents = np.asarray(encoding.latents_BF) / float(scale.scale)
+    np.testing.assert_allclose(latents.numpy(), ours_latents, atol=1e-5 * float(ours_latents.max()))
+    assert theirs.cfg.metadata.hook_name == "blocks.0.hook_resid_post" and theirs.cfg.d_sae == F
+    np.testing.assert_allclose(theirs.W_dec.norm(dim=1).detach().numpy(), 1.0, rtol=1e-5)
+
+
+def test_exporting_twice_gives_the_same_bytes_and_an_unfinished_run_is_refused(store: Store, tmp_path: Path) -> None:
+    run = train(config_of("baseline", "batchtopk", steps=16), store.folder, tmp_path)
+    folder = export_run(run.folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(before) == {"cfg.json", "sae_weights.safetensors"}
+    assert {path.name: path.read_bytes() for path in export_run(run.folder).iterdir()} == before
+    run.result_path.unlink()
+    with pytest.raises(UserError, match="expected a finished run's run.json"):
+        export_run(run.folder)
+
+
+def test_bfloat16_compute_ends_near_float32(store: Store, tmp_path: Path) -> None:
+    config = config_of("adaptive", "batchtopk")
+    half = dataclasses.replace(config, sae=dataclasses.replace(config.sae, compute_dtype="bfloat16"))
+    finals = [train(c, store.folder, tmp_path / str(i)).result()["final"] for i, c in enumerate((config, half))]
+    assert finals[1]["fvu_ema"] == pytest.approx(finals[0]["fvu_ema"], rel=0.05)

@@ -1,0 +1,76 @@
+"""The rooms and the direction of imports, and proof that the check can fail."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN = {
+    "extract": {"jax", "flax", "optax", "orbax", "hafs_jax", "evaluate"},
+    "hafs_jax": {"torch", "transformers", "transformer_lens", "sae_lens", "datasets", "evaluate"},
+}
+ALLOWED_ACROSS = {"hafs_jax": {"extract.format"}, "evaluate": {"extract.format", "extract.models", "extract.packaged", "hafs_jax"}}
+
+
+def imports(source: str) -> set[str]:
+    """The absolute names of all modules that the source imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def violations(room: str, source: str, path: str) -> list[str]:
+    """Imports that the rules forbid to a file of `room`."""
+    problems = []
+    for name in sorted(imports(source)):
+        top = name.split(".")[0]
+        across = top in ("extract", "hafs_jax", "evaluate") and top != room
+        known = any(name == allowed or name.startswith(allowed + ".") for allowed in ALLOWED_ACROSS.get(room, set()))
+        package = name in ("extract", "hafs_jax")  # the package itself, in `from extract import models`
+        if top in FORBIDDEN.get(room, set()) or (across and not known and not package):
+            problems.append(f"{path} imports {name}")
+        if path.startswith("extract/format/") and top not in {*sys.stdlib_module_names, "numpy", "extract"}:
+            problems.append(f"{path} imports {name}: the format needs only the standard library and numpy")
+        if room == "evaluate" and top in ("jax", "hafs_jax") and path != "evaluate/bridge.py":
+            problems.append(f"{path} imports {name}: only the bridge may")
+    return problems
+
+
+def test_every_file_keeps_to_its_room() -> None:
+    files = [path for room in ("extract", "hafs_jax", "evaluate") for path in (ROOT / room).rglob("*.py")]
+    assert len(files) > 25
+    found = []
+    for path in files:
+        relative = path.relative_to(ROOT).as_posix()
+        found += violations(relative.split("/")[0], path.read_text(), relative)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("room", "path", "source"),
+    [
+        ("extract", "extract/run.py", "import jax"),
+        ("extract", "extract/run.py", "def f():\n    from hafs_jax.sae import SAE"),
+        ("hafs_jax", "hafs_jax/step.py", "import torch.nn as nn"),
+        ("hafs_jax", "hafs_jax/step.py", "from extract.run import extract"),
+        ("evaluate", "evaluate/core.py", "from hafs_jax import sae"),
+        ("evaluate", "evaluate/core.py", "import extract.run"),
+        ("extract", "extract/format/store.py", "import torch"),
+    ],
+)
+def test_the_check_can_fail(room: str, path: str, source: str) -> None:
+    assert violations(room, source, path)
+
+
+def test_our_evaluate_and_extract_are_the_ones_that_run() -> None:
+    import evaluate
+    import extract
+
+    assert Path(evaluate.__file__).parent == ROOT / "evaluate"
+    assert Path(extract.__file__).parent == ROOT / "extract"

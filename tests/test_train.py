@@ -1,0 +1,255 @@
+"""The training loop as a user meets it: resume after a kill, signals, bad data, error lines, a planted dictionary."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from stores import planted, write_store
+
+from extract.format.errors import UserError
+from hafs_jax.checkpoint import load_checkpoint
+from hafs_jax.config import TrainConfig
+from hafs_jax.presets import preset
+from hafs_jax.runs import Run
+from hafs_jax.train import TrainingStopped, train
+
+ROOT = Path(__file__).parents[1]
+D, ROWS = 16, 4000
+FLAGS = {"--tokens": "48000", "--batch-size": "80", "--sae.k": "3", "--sae.n-latents": "24", "--checkpoint-every-steps": "40"}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An `artifacts` folder with a store of planted features."""
+    out = tmp_path_factory.mktemp("artifacts")
+    write_store(out / "tiny" / "store" / "train", planted(ROWS, D, 20, 3)[0], "float16", shard_rows=700)
+    return out
+
+
+def command(out: Path, *extra: str) -> list[str]:
+    flags = [text for pair in FLAGS.items() for text in pair]
+    return [sys.executable, "-m", "hafs_jax", "train", "--out", str(out), "--profile", "tiny", *flags, *extra]
+
+
+def spawn(out: Path, *extra: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command(out, *extra), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    stdout, stderr = process.communicate(timeout=300)
+    return process.returncode, stdout, stderr
+
+
+def weights(run: Run) -> str:
+    """A hash of every leaf of the final checkpoint."""
+    state, scale = load_checkpoint(run.checkpoints, run.config(), D)
+    leaves = jax.tree.leaves((state.replace(key=jax.random.key_data(state.key)), scale))
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
+
+
+def losses(run: Run) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in run.metrics()]
+
+
+def small(variant: str = "baseline", architecture: str = "batchtopk", **changes: Any) -> TrainConfig:
+    config = preset(variant, architecture)
+    sae = dataclasses.replace(config.sae, n_latents=24, k=3)
+    return dataclasses.replace(config, tokens=16_000, batch_size=80, sae=sae, **changes)
+
+
+def wait_for_step(run: Run, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        records = run.metrics_path.read_text().splitlines() if run.metrics_path.exists() else []
+        if len(records) > 1 and json.loads(records[-2])["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    raise AssertionError("the run did not get going")
+
+
+@pytest.mark.slow
+def test_a_run_killed_anywhere_resumes_to_the_same_bits(out: Path, tmp_path: Path) -> None:
+    """SIGKILL past a checkpoint, then SIGTERM, then to the end: the same weights, counters, key and losses."""
+    other = tmp_path / "artifacts"
+    (other / "tiny").mkdir(parents=True)
+    (other / "tiny" / "store").symlink_to(out / "tiny" / "store")
+    extra = ("--variant", "adaptive", "--penalty.tau", "0.3", "--log-every-steps", "4")
+    code, _, stderr = finish(spawn(out, *extra))
+    assert code == 0, stderr
+    whole = Run(out / "tiny" / "runs" / "adaptive-s0")
+
+    run = Run(other / "tiny" / "runs" / "adaptive-s0")
+    process = spawn(other, *extra)
+    wait_for_step(run, 90, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not run.finished()
+    process = spawn(other, *extra)
+    wait_for_step(run, 200, process)
+    process.send_signal(signal.SIGTERM)
+    code, _, stderr = finish(process)
+    assert code == 128 + signal.SIGTERM and "stopped and checkpointed; run the same command again" in stderr
+    code, _, stderr = finish(spawn(other, *extra))
+    assert code == 0, stderr
+
+    assert weights(run) == weights(whole)
+    assert losses(run) == losses(whole)
+    assert run.result()["final"]["fvu_ema"] == whole.result()["final"]["fvu_ema"]
+    code, stdout, _ = finish(spawn(other, *extra))
+    assert code == 0 and "already trained" in stdout
+
+
+def test_logging_does_not_change_training(out: Path, tmp_path: Path) -> None:
+    store = out / "tiny" / "store" / "train"
+    quiet = train(small(log_every_steps=10**6, coherence_every_steps=10**6), store, tmp_path / "quiet")
+    loud = train(small(log_every_steps=1, coherence_every_steps=1, tensorboard=True), store, tmp_path / "loud")
+    assert weights(quiet) == weights(loud)
+    assert len(quiet.metrics()) == 1 and len(loud.metrics()) == 200
+    assert list((loud.folder / "tensorboard").glob("events*"))
+
+
+def test_metrics_hold_what_the_report_reads(out: Path, tmp_path: Path) -> None:
+    run = train(small("strict"), out / "tiny" / "store" / "train", tmp_path)
+    last = run.metrics()[-1]
+    names = (
+        "step tokens seconds tokens_per_second loss loss_reconstruction loss_sparsity loss_aux loss_orthogonality fvu fvu_ema l0 "
+        "dead_fraction alpha lambda penalty coherence_mean coherence_max learning_rate sparsity_coefficient gradient_norm bad_batches"
+    )
+    assert set(names.split()) <= set(last)
+    assert last["loss"] == pytest.approx(
+        last["loss_reconstruction"] + last["loss_sparsity"] + last["loss_aux"] + last["loss_orthogonality"], rel=1e-5
+    )
+    assert last["tokens"] == 16_000 and last["lambda"] == 3.0 and last["l0"] == pytest.approx(3, abs=0.05)
+    result = run.result()
+    assert result["tau"] is None and result["tau_reached"] is None and result["final"] == last
+
+
+def test_tau_comes_from_the_baseline_of_the_same_setting(out: Path, tmp_path: Path) -> None:
+    store = out / "tiny" / "store" / "train"
+    with pytest.raises(UserError, match=r"adaptive needs tau.*make train VARIANT=baseline SEED=0.*found no finished run at"):
+        train(small("adaptive"), store, tmp_path)
+    baseline = train(small(), store, tmp_path)
+    run = train(small("adaptive"), store, tmp_path)
+    assert run.config().penalty.tau == pytest.approx(1.25 * baseline.result()["final"]["fvu_ema"])
+    assert run.result()["tau_reached"] in (True, False)
+    narrow = small("adaptive")
+    narrow = dataclasses.replace(narrow, sae=dataclasses.replace(narrow.sae, k=2))
+    with pytest.raises(UserError, match=r"baseline-s0 has sae\.k=3, this run 2"):
+        train(narrow, store, tmp_path)
+    given = dataclasses.replace(small("gate_only"), penalty=dataclasses.replace(small("gate_only").penalty, tau=0.5))
+    assert train(given, store, tmp_path / "given").config().penalty.tau == 0.5
+
+
+def test_a_planted_dictionary_is_recovered(tmp_path: Path) -> None:
+    """Mean over planted directions of the best cosine with a dictionary vector; random vectors reach 0.55."""
+    acts, directions = planted(20_000, 24, 32, 3, seed=1)
+    store = write_store(tmp_path / "store", acts, shard_rows=8192)
+    config = preset("baseline")
+    config = dataclasses.replace(
+        config,
+        tokens=400_000,
+        batch_size=250,
+        sae=dataclasses.replace(config.sae, n_latents=48, k=3),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=3e-3),
+    )
+    run = train(config, store, tmp_path / "runs")
+    state, _ = load_checkpoint(run.checkpoints, run.config(), 24)
+    best = (directions @ np.asarray(state.params["W_dec"]).T).max(1)
+    assert best.mean() > 0.95, best
+    assert run.result()["final"]["fvu_ema"] < 0.1
+
+
+def test_a_run_on_bad_data_stops_names_the_step_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    acts = planted(4000, D, 20, 3)[0]
+    folder = write_store(tmp_path / "store", acts, shard_rows=1000)
+    shard = np.load(folder / "shard-00002.npy")
+    shard[:] = np.nan
+    np.save(folder / "shard-00002.npy", shard)
+    config = small(checkpoint_every_steps=1, steps_per_dispatch=1)
+    with pytest.raises(TrainingStopped, match=r"2 of \d+ batches gave a loss that is not finite.* step \d+.*checkpoint is in"):
+        train(config, folder, tmp_path / "runs")
+    run = Run(tmp_path / "runs" / "baseline-s0")
+    assert not run.finished()
+    state, _ = load_checkpoint(run.checkpoints, run.config(), D)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)) and int(state.step) > 0
+
+
+def test_another_config_in_the_same_folder_is_refused_and_force_replaces_it(out: Path, tmp_path: Path) -> None:
+    store = out / "tiny" / "store" / "train"
+    train(small(), store, tmp_path)
+    faster = dataclasses.replace(small(), optimizer=dataclasses.replace(small().optimizer, learning_rate=0.5))
+    with pytest.raises(UserError, match=r"holds a run with optimizer\.learning_rate=0\.001, this one has 0\.5; pass --force"):
+        train(faster, store, tmp_path)
+    assert train(faster, store, tmp_path, force=True).config().optimizer.learning_rate == 0.5
+    elsewhere = write_store(tmp_path / "other", planted(400, D, 20, 3, seed=9)[0])
+    with pytest.raises(UserError, match="was trained on another store"):
+        train(faster, elsewhere, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(out: Path, tmp_path: Path) -> None:
+    run = train(small(), out / "tiny" / "store" / "train", tmp_path)
+    run.result_path.unlink()
+    wider = dataclasses.replace(run.config(), sae=dataclasses.replace(run.config().sae, n_latents=25))
+    with pytest.raises(UserError, match="does not fit this config or is damaged"):
+        load_checkpoint(run.checkpoints, wider, D)
+    with pytest.raises(UserError, match="found none; train the run first"):
+        load_checkpoint(tmp_path / "nothing", run.config(), D)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--variant", "adaptiv"], "expected one of baseline, strict"),
+        (["train", "--arch", "topkk"], "architecture 'topkk': expected one of"),
+        (["train", "--penalty.lam-mx", "1"], "did you mean '--penalty.lam-max'?"),
+        (["train", "--profile", "nope"], "expected an activation store at"),
+        (["train"], "auto.json, found no such file; run `make extract` first"),
+        (["train", "--sae.k", "0"], "sae.k=0: expected 1 to"),
+        (["train", "--tokens", "many"], "invalid int value: 'many'"),
+        (["tau", "--baseline", "nowhere"], "expected a finished run's run.json"),
+        (["inspect", "nowhere"], "expected a run's config.json"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hafs_jax.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and message in stderr and stderr.count("\n") == 1, stderr
+
+
+def test_help_names_every_field_and_inspect_and_tau_read_a_run(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from hafs_jax.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for flag in ("--sae.k", "--penalty.tau", "--sparsity.l1", "--optimizer.learning-rate", "--tokens", "--variant"):
+        assert flag in shown
+    run = train(small(), out / "tiny" / "store" / "train", tmp_path)
+    capsys.readouterr()
+    main(["inspect", str(run.folder)])
+    assert "batchtopk F=24 k=3, finished" in capsys.readouterr().out
+    main(["tau", "--baseline", str(run.folder), "--factor", "2"])
+    assert float(capsys.readouterr().out) == pytest.approx(2 * run.result()["final"]["fvu_ema"])
