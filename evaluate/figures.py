@@ -105,7 +105,7 @@ def svg(panel: Panel, styles: dict[str, Style]) -> tuple[str, dict[str, Any]]:
         axes = figure.add_subplot()
         _draw(axes, panel, styles)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", transparent=True)
         box = axes.get_position()
         hover = {
             "box": [72 * WIDTH * box.x0, 72 * HEIGHT * (1 - box.y1), 72 * WIDTH * box.x1, 72 * HEIGHT * (1 - box.y0)],
@@ -206,8 +206,15 @@ def _draw(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None:
             axes.axhline(level, color=style.colour, linewidth=style.width, label=label)
             continue
         axes.axhline(level, color=style.colour, linewidth=1.1, linestyle=(0, (1, 1.5)))
-        place = {"xycoords": axes.get_yaxis_transform(), "xytext": (3, 2), "textcoords": "offset points"}
-        axes.annotate(label, (0, level), color=style.colour, fontsize=8, **place)
+        axes.annotate(
+            label,
+            (0, level),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(3, 2),
+            textcoords="offset points",
+            color=style.colour,
+            fontsize=8,
+        )
     axes.set_ylim(*panel.y_limits)
     if panel.x_ticks is not None:
         axes.xaxis.set_major_locator(FixedLocator([place for place, _ in panel.x_ticks]))

@@ -14,21 +14,22 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from evaluate import top_rows
 from evaluate.token_text import TokenText
+from evaluate.top_rows import scan
 from extract.format.config import option
 from extract.format.errors import UserError
 from extract.format.files import write_text
 from extract.format.store import Store, to_float32
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # Llama and most others; GPT-2; GPT-NeoX; Phi
-BATCH_FLOATS = 1 << 24  # floats that a batch's activations and latents may take together: 64 MiB
 
 
 @dataclass(frozen=True)
 class LatentsConfig:
     """What latents.json holds."""
 
-    max_rows: int = option(262_144, "rows scanned; a store is shuffled, so that its first rows are a sample of it")
+    max_rows: int = option(131_072, "rows scanned; a store is shuffled, so that its first rows are a sample of it")
     latents: int = option(40, "latents shown, spread evenly over the live ones' density ranks [latents]")
     most_active: int = option(8, "of those, how many are the ones with the highest activation [latents]")
     examples: int = option(12, "top contexts a latent, each from another document [contexts]")
@@ -43,17 +44,6 @@ class LatentsConfig:
         for name in ("latents", "most_active", "tokens_before", "tokens_after", "promoted"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: expected 0 or more")
-
-
-@dataclass(frozen=True)
-class Scan:
-    """One pass over a store. Rows are numbered through the store's shards; an empty place in the top is row -1."""
-
-    rows: int
-    density_F: np.ndarray  # float64, share of the rows on which the latent is positive
-    max_activation_F: np.ndarray  # float32
-    top_rows_FN: np.ndarray  # int64, best first; at most one row a document; of equal activations the earlier row
-    top_values_FN: np.ndarray  # float32
 
 
 def write_latents(
@@ -101,29 +91,6 @@ def write_latents(
     }
     write_text(path, json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
     return values
-
-
-@torch.no_grad()
-def scan(sae: Any, store: Store, max_rows: int, examples: int) -> Scan:
-    """Density, maximum and the `examples` best rows of every latent over the store's first `max_rows` rows.
-
-    Memory is bounded by the batch and by F x examples; only rows that beat a latent's present n-th best are looked at.
-    """
-    n_latents = sae.W_dec.shape[0]
-    batch_rows = max(1, min(8192, BATCH_FLOATS // (store.manifest.d_model + 2 * n_latents)))
-    count_F = torch.zeros(n_latents, dtype=torch.int64)
-    max_F = torch.zeros(n_latents)
-    top = _Top(n_latents, examples)
-    seen = 0
-    for first, acts_BD, rows_B in _batches(store, max_rows, batch_rows):
-        latents_BF = sae.encode(torch.from_numpy(acts_BD).to(sae.device, sae.dtype)).float().cpu()
-        count_F += (latents_BF > 0).sum(0)
-        max_F = torch.maximum(max_F, latents_BF.amax(0))
-        row, latent = torch.nonzero(latents_BF > torch.from_numpy(top.floor_F), as_tuple=True)
-        local = row.numpy()
-        top.add(latent.numpy(), latents_BF[row, latent].numpy(), rows_B["document"][local], first + local)
-        seen += len(acts_BD)
-    return Scan(seen, count_F.numpy() / max(seen, 1), max_F.numpy(), top.rows_FN, top.values_FN)
 
 
 def choose_latents(density_F: np.ndarray, max_activation_F: np.ndarray, latents: int, most_active: int) -> np.ndarray:
@@ -206,7 +173,7 @@ def nearest_vectors(W_dec: Float[torch.Tensor, "F D"]) -> tuple[np.ndarray, np.n
     """Of each dictionary vector, the index of the other one with the highest cosine, and that cosine: ([F], [F])."""
     unit_FD = torch.nn.functional.normalize(W_dec.float(), dim=1)
     index_parts, cosine_parts = [], []
-    chunk = max(1, BATCH_FLOATS // len(unit_FD))
+    chunk = max(1, top_rows.BATCH_FLOATS // len(unit_FD))
     for start in range(0, len(unit_FD), chunk):
         cosine_CF = unit_FD[start : start + chunk] @ unit_FD.T
         cosine_CF.diagonal(start).fill_(-2.0)  # never its own neighbour
@@ -214,54 +181,6 @@ def nearest_vectors(W_dec: Float[torch.Tensor, "F D"]) -> tuple[np.ndarray, np.n
         index_parts.append(best.indices.cpu())
         cosine_parts.append(best.values.clamp(-1, 1).cpu())
     return torch.cat(index_parts).numpy(), torch.cat(cosine_parts).numpy()
-
-
-class _Top:
-    """The running best `n` rows of every latent, of distinct documents."""
-
-    def __init__(self, n_latents: int, n: int) -> None:
-        self.n = n
-        self.values_FN = np.zeros((n_latents, n), np.float32)
-        self.rows_FN = np.full((n_latents, n), -1, np.int64)
-        self._documents_FN = np.full((n_latents, n), -1, np.int64)
-
-    @property
-    def floor_F(self) -> np.ndarray:
-        """What a value must exceed to enter. An equal one never does: it is of a later row."""
-        return self.values_FN[:, -1]
-
-    def add(self, latent: np.ndarray, value: np.ndarray, document: np.ndarray, row: np.ndarray) -> None:
-        touched = np.unique(latent)
-        slot, place = np.nonzero(self.rows_FN[touched] >= 0)
-        kept = touched[slot]
-        latent = np.concatenate([kept, latent])
-        value = np.concatenate([self.values_FN[kept, place], value])
-        document = np.concatenate([self._documents_FN[kept, place], document])
-        row = np.concatenate([self.rows_FN[kept, place], row])
-
-        order = np.lexsort((row, -value, document, latent))  # each document's best row
-        latent, value, document, row = latent[order], value[order], document[order], row[order]
-        is_best = np.ones(len(latent), bool)
-        is_best[1:] = (latent[1:] != latent[:-1]) | (document[1:] != document[:-1])
-        latent, value, document, row = latent[is_best], value[is_best], document[is_best], row[is_best]
-
-        order = np.lexsort((row, -value, latent))
-        latent, value, document, row = latent[order], value[order], document[order], row[order]
-        rank = np.arange(len(latent)) - np.searchsorted(latent, latent)
-        fits = rank < self.n
-        at = latent[fits], rank[fits]
-        self.values_FN[at], self._documents_FN[at], self.rows_FN[at] = value[fits], document[fits], row[fits]
-
-
-def _batches(store: Store, max_rows: int, batch_rows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(number of the first row, activations [B, D] float32, rows [B] of ROW) over the store's first `max_rows`."""
-    base = 0
-    for shard, size in enumerate(store.shard_sizes):
-        table = store.rows(shard)
-        for start in range(0, min(size, max_rows - base), batch_rows):
-            stop = min(start + batch_rows, size, max_rows - base)
-            yield base + start, store.read(shard, start, stop), np.array(table[start:stop])
-        base += size
 
 
 def _rows_at(store: Store, numbers: np.ndarray) -> dict[int, np.void]:
@@ -278,7 +197,7 @@ def _rows_at(store: Store, numbers: np.ndarray) -> dict[int, np.void]:
 def _rows_of_tokens(store: Store, wanted: np.ndarray, n_latents: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Activations [B, D] and places in tokens.npy [B] of the store's rows whose token is in the sorted `wanted`."""
     starts = np.array(store.contexts().table["start"])
-    batch_rows = max(1, BATCH_FLOATS // (store.manifest.d_model + 2 * n_latents))
+    batch_rows = top_rows.batch_rows(store, n_latents)
     for shard in range(len(store.shard_sizes)):
         table = store.rows(shard)
         token = starts[table["context"]] + table["position"]

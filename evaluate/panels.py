@@ -11,7 +11,7 @@ from evaluate.results import mean_probing, top_k
 POINTS = 240  # a curve's points; more can't be told apart at the page's width
 MILLION = 1e6
 
-TRAINING = (
+TRAINING: tuple[tuple[str, str, str, bool, tuple[float | None, float | None]], ...] = (
     # key, title, unit of y, logarithmic y where it spans enough, limits of a linear y
     ("loss", "Loss", "loss (FVU units)", True, (None, None)),
     ("fvu_ema", "FVU", "FVU (EMA of the batches)", True, (None, None)),
@@ -37,14 +37,12 @@ def training_panels(lines: dict[str, list[dict[str, Any]]], results: dict[str, A
             continue
         # A logarithmic axis over a constant (BatchTopK's L0) would have no ticks; a linear one reads better anyway.
         is_log = wants_log and max(values) > 3 * min(values)
-        headroom = LEAST_TOP.get(key)
-        if headroom is not None and not is_log:
-            limits_here = (limits[0], max(1.05 * max(values), headroom))
-        else:
-            limits_here = limits if not is_log else (None, None)
+        low, high = (None, None) if is_log else limits
+        if key in LEAST_TOP and not is_log:
+            high = max(1.05 * max(values), LEAST_TOP[key])
         levels = _taus(results) if key == "fvu_ema" else []
         x_label = "training tokens (millions)"
-        panels.append(Panel(key, title, x_label, unit, series, levels, y_log=is_log, y_limits=limits_here))
+        panels.append(Panel(key, title, x_label, unit, series, levels, y_log=is_log, y_limits=(low, high)))
     return panels
 
 

@@ -72,7 +72,11 @@ def read_task(name: str) -> Task:
         raise UserError(
             f"task {name}: expected two labels and a column of texts, found {list(table.columns)} in {path}"
         )
-    return Task(name, path, sha256_of(path), tuple(table["prompt"]))
+    texts = tuple(table["prompt"])
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"task {name}: row {row} of {path} has no text, so no activation; leave the task out")
+    return Task(name, path, sha256_of(path), texts)
 
 
 def model_short_name(manifest: Manifest) -> str:

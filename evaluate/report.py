@@ -5,9 +5,7 @@ Equal workspaces give equal bytes, under equal versions of the libraries.
 """
 
 import json
-import platform
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +14,14 @@ from markupsafe import Markup
 
 from evaluate import figures, panels
 from evaluate.markdown import markdown
+from evaluate.provenance import configs, sources, store_note, versions
 from evaluate.results import build_results, mean_probing, training_lines
 from evaluate.verdict import DEFINITIONS, verdict, what_ran
-from extract import packaged
 from extract.format.files import read_json, write_json, write_text
 from extract.format.store import Manifest, read_manifest
 
 TEMPLATES = Path(__file__).parent / "report_template"
 NOT_EVALUATED = "not evaluated"
-
-# Of what the hub serves; packaged models and texts say theirs themselves.
-HUB_LICENCES = {
-    "EleutherAI/pythia-70m-deduped": "Apache-2.0",
-    "Salesforce/wikitext": "CC BY-SA 3.0 and GFDL",
-    "cais/wmdp": "MIT",
-}
-DISTRIBUTIONS = (
-    "hafs-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "transformer-lens",
-    "sae-lens", "sae-bench", "sae-probes", "scikit-learn", "safetensors", "matplotlib",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,12 +97,12 @@ def _view(folder: Path, results: dict[str, Any], manifest: Manifest) -> dict[str
         "latent_names": list(latents),
         "dictionary": panels.latent_panels(latents),
         "definitions": DEFINITIONS,
-        "sources": _sources(manifest),
-        "store_note": _store_note(manifest),
+        "sources": sources(manifest),
+        "store_note": store_note(manifest),
         "by_source": _by_source(results),
         "seconds": [(stage, f"{taken:,.1f}") for stage, taken in results["seconds"].items() if taken is not None],
-        "versions": _versions(),
-        "configs": _configs(folder, runs, manifest),
+        "versions": versions(),
+        "configs": configs(folder, runs, manifest),
     }
 
 
@@ -187,60 +174,6 @@ def _by_source(results: dict[str, Any]) -> dict[str, Any] | None:
         values = [by_source.get(source, {}).get("fvu") for source in sources]
         rows.append({"name": name, "cells": [NOT_EVALUATED if value is None else f"{value:.3f}" for value in values]})
     return {"sources": sources, "rows": rows}
-
-
-def _sources(manifest: Manifest) -> list[dict[str, str]]:
-    model = manifest.model
-    revision = f", revision {model.revision[:12]}" if model.revision else ""
-    packaged_model = packaged.MODELS.get(model.name)
-    licence = packaged_model.wheel.licence if packaged_model else HUB_LICENCES.get(model.name, "see its own page")
-    origin = f"{model.name} ({model.origin}{revision}), computed in {model.dtype}"
-    rows = [{"what": "language model", "origin": origin, "licence": licence, "documents": "", "rows": ""}]
-    for source in manifest.sources:
-        text = packaged.TEXTS.get(source.path)
-        rows.append(
-            {
-                "what": source.name,
-                "origin": f"{source.path}{f' ({text.wheel.requirement})' if text else ''}, weight {source.weight:g}",
-                "licence": text.wheel.licence if text else HUB_LICENCES.get(source.path, "see its own page"),
-                "documents": f"{source.documents:,}",
-                "rows": f"{source.rows:,}",
-            }
-        )
-    return rows
-
-
-def _store_note(manifest: Manifest) -> str:
-    kept = manifest.norm_filter
-    note = (
-        f"Contexts of {manifest.context_length} tokens{', BOS first' if manifest.tokenizer.prepend_bos else ''}; "
-        f"stored as {manifest.dtype}; seed {manifest.seed}; store {manifest.fingerprint}. "
-    )
-    if kept.multiple is None:
-        return note + "No rows were left out for their norm."
-    return note + (
-        f"{kept.dropped_rows:,} training rows with a norm over {kept.multiple:g} times the median "
-        f"({kept.median_norm:.4g}) were left out."
-    )
-
-
-def _versions() -> str:
-    found = [f"Python {platform.python_version()}"]
-    for name in DISTRIBUTIONS:
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found) + "."
-
-
-def _configs(folder: Path, runs: dict[str, str], manifest: Manifest) -> dict[str, str]:
-    configs = {"extract": json.dumps(manifest.config, indent=2, ensure_ascii=False)}
-    for name, run in runs.items():
-        path = folder / "runs" / run / "config.json"
-        if path.exists():
-            configs[name] = json.dumps(read_json(path, "a run's config"), indent=2, ensure_ascii=False)
-    return configs
 
 
 def _pngs(view: dict[str, Any]) -> dict[str, tuple[list[figures.Panel], int]]:

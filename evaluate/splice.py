@@ -72,16 +72,16 @@ def splice_metrics(
     saes: Mapping[str, Any],
     contexts: int = 64,
     seed: int = 0,
-    batch_contexts: int = 8,
+    batch_contexts: int = 4,
 ) -> dict[str, dict[str, Any]]:
     """The `model` part of core.json for each of `saes`, by name, through `model` (an `extract.models.LanguageModel`).
 
-    Clean and ablated logits are computed once a batch for all SAEs. Log-probabilities are float32, their sums float64.
+    The clean and the ablated model run once a batch, for all SAEs together. Log-probabilities are float32, their sums float64.
     `tokens` counts all positions, `tokens_untouched` those left as they were: `tokens_bos` and `tokens_over_norm`.
     """
     manifest, texts = store.manifest, store.contexts()
     chosen = choose_contexts(store, contexts, seed)
-    clean, ablated, spliced = Losses(), Losses(), {name: Losses() for name in saes}
+    ce_clean, ablated, spliced = 0.0, Losses(), {name: Losses() for name in saes}
     counts = dict.fromkeys(("tokens", "tokens_bos", "tokens_over_norm", "predicted", "compared"), 0)
     interval = 0.5 if sys.stderr.isatty() else 15.0
     passes = (2 + len(saes)) * sum(len(texts[int(index)]) for index in chosen)
@@ -101,7 +101,7 @@ def splice_metrics(
                 return acts_BLD
 
             target = _Target(model.logits(tokens_BL, record, manifest.hook_point), tokens_BL, is_text_BL & ~is_bos_BL)
-            target.add(clean, target.logits_BLV)
+            ce_clean += target.clean_ce()
             bar.update(step)
             target.add(ablated, model.logits(tokens_BL, torch.zeros_like, manifest.hook_point))
             bar.update(step)
@@ -114,7 +114,7 @@ def splice_metrics(
             counts["predicted"] += target.predicted
             counts["compared"] += target.compared
     predicted, compared = counts.pop("predicted"), counts.pop("compared")
-    ce_clean, ce_ablated, kl_ablated = clean.ce / predicted, ablated.ce / predicted, ablated.kl / compared
+    ce_clean, ce_ablated, kl_ablated = ce_clean / predicted, ablated.ce / predicted, ablated.kl / compared
     return {
         name: {
             "ce_clean": ce_clean,
@@ -140,25 +140,31 @@ class _Target:
     ) -> None:
         """`is_counted_BL`: the positions whose next-token distribution counts. Of those, the ones with a next token
         in the context have a cross-entropy."""
-        self.logits_BLV = logits_BLV
         self._at = is_counted_BL.nonzero(as_tuple=True)
         has_next_BL = torch.zeros_like(is_counted_BL)
         has_next_BL[:, :-1] = is_counted_BL[:, 1:]
         next_BL = torch.roll(tokens_BL, -1, dims=1)
         self._next_N, self._has_next_N = next_BL[self._at].long(), has_next_BL[self._at]
         self.compared, self.predicted = len(self._next_N), int(self._has_next_N.sum())
+        self._log_p_NV = torch.log_softmax(logits_BLV[self._at].float(), dim=-1)
+        self._p_NV = self._log_p_NV.exp()
         self._rows = max(1, CHUNK_FLOATS // logits_BLV.shape[-1])
+
+    def clean_ce(self) -> float:
+        """The clean model's summed cross-entropy, in nats."""
+        return self._ce(self._log_p_NV, slice(None))
 
     def add(self, losses: Losses, logits_BLV: Float[Tensor, "B L V"]) -> None:
         """Adds this batch's cross-entropy and KL(clean || logits), in nats, to `losses`."""
         for start in range(0, self.compared, self._rows):
             part = slice(start, start + self._rows)
-            at = tuple(index[part] for index in self._at)
-            log_p = torch.log_softmax(self.logits_BLV[at].float(), dim=-1)
-            log_q = torch.log_softmax(logits_BLV[at].float(), dim=-1)
-            losses.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-            chosen_N = log_q.gather(1, self._next_N[part, None])[:, 0].double()
-            losses.ce -= float(chosen_N[self._has_next_N[part]].sum())
+            log_q = torch.log_softmax(logits_BLV[tuple(index[part] for index in self._at)].float(), dim=-1)
+            losses.ce += self._ce(log_q, part)
+            losses.kl += float(torch.linalg.vecdot(self._p_NV[part], self._log_p_NV[part] - log_q).double().sum())
+
+    def _ce(self, log_q_NV: Float[Tensor, "N V"], part: slice) -> float:
+        chosen_N = log_q_NV.gather(1, self._next_N[part, None])[:, 0].double()
+        return -float(chosen_N[self._has_next_N[part]].sum())
 
 
 def _splice(sae: Any, untouched_BL: Bool[Tensor, "B L"]) -> Any:

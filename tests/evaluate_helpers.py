@@ -1,21 +1,17 @@
-"""Random SAEs on disk and a tiny language model with a tokenizer, for the tests of the evaluate room."""
+"""Random SAEs, in memory and on disk, and a tiny language model, for the tests of the evaluate room."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE
+from extract_tiny import save_model
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from extract.format.store import ModelInfo
-from extract.models import LanguageModel
+from extract.models import LanguageModel, load_model
 
 HOOK = "blocks.1.hook_resid_post"
-WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "runs", "sleeps", "eats", "big", "small"]
 
 
 def random_sae(d_model: int, n_latents: int, architecture: str = "standard", seed: int = 0, hook: str = HOOK) -> Any:
@@ -39,7 +35,6 @@ def saved_sae(folder: Path, *args: Any, **kwargs: Any) -> Path:
     """A random SAE's SAELens folder."""
     folder.mkdir(parents=True, exist_ok=True)
     random_sae(*args, **kwargs).save_model(folder)
-    SAE.load_from_disk(folder)
     return folder
 
 
@@ -52,31 +47,6 @@ def identity_sae(d_model: int, bound: float = 1e3, hook: str = HOOK) -> Any:
     return sae
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, BOS prepended by default."""
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
-
-
-def tiny_model(d_model: int = 12, seed: int = 0) -> LanguageModel:
-    """A random-weight GPT-NeoX of three layers in float32."""
-    torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    config = GPTNeoXConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=d_model,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=64,
-        initializer_range=0.4,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    info = ModelInfo("org/tiny", None, "folder:tiny", "float32", 3, d_model)
-    return LanguageModel(GPTNeoXForCausalLM(config), tokenizer, info, torch.device("cpu"))
+def tiny_model(folder: Path) -> LanguageModel:
+    """A random-weight GPT-NeoX (D = 20, 5 layers) in float32, whose predictions differ widely."""
+    return load_model(str(save_model(folder, {"initializer_range": 0.3})), "float32", device="cpu")

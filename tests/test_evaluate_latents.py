@@ -12,16 +12,16 @@ from evaluate_helpers import random_sae, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from evaluate import latents
+from evaluate import latents, top_rows
 from evaluate.latents import (
     LatentsConfig,
     choose_latents,
     nearest_vectors,
     read_windows,
-    scan,
     write_latents,
 )
 from evaluate.token_text import TokenText, visible
+from evaluate.top_rows import scan
 from extract.format.errors import UserError
 from extract.format.files import sha256_of, write_npy
 from extract.format.store import (
@@ -131,7 +131,7 @@ def naive_top(column: np.ndarray, documents: np.ndarray, n: int) -> list[int]:
 
 @pytest.mark.parametrize("batch_rows", [7, 1000])
 def test_scan_equals_a_naive_computation(store, sae, monkeypatch, batch_rows):
-    monkeypatch.setattr(latents, "BATCH_FLOATS", batch_rows * (D + 2 * F))
+    monkeypatch.setattr(top_rows, "BATCH_FLOATS", batch_rows * (D + 2 * F))
     values_NF, rows = everything(store, sae)
     found = scan(sae, store, 10**9, examples=4)
     assert found.rows == len(store)
@@ -162,7 +162,7 @@ def test_windows_encode_only_the_rows_that_they_show(store, sae, monkeypatch):
 def test_of_equal_activations_the_earlier_row_wins(store, monkeypatch):
     same = SimpleNamespace(W_dec=torch.eye(F, D), device="cpu", dtype=torch.float32)
     same.encode = lambda acts: (acts[:, :1] > 0).float().expand(-1, F)  # 1 or 0: every active row ties
-    monkeypatch.setattr(latents, "BATCH_FLOATS", 7 * (D + 2 * F))
+    monkeypatch.setattr(top_rows, "BATCH_FLOATS", 7 * (D + 2 * F))
     values_NF, rows = everything(store, same)
     found = scan(same, store, 10**9, examples=3)
     assert found.top_rows_FN[2].tolist() == naive_top(values_NF[:, 2], rows["document"], 3)
@@ -193,7 +193,7 @@ def test_windows_hold_the_latents_value_on_every_token(store, sae, monkeypatch, 
     values_NF, rows = everything(store, sae)
     at = {(int(row["context"]), int(row["position"])): number for number, row in enumerate(rows)}
     found = scan(sae, store, 10**9, examples=3)
-    monkeypatch.setattr(latents, "BATCH_FLOATS", batch_rows * (D + 2 * F))
+    monkeypatch.setattr(top_rows, "BATCH_FLOATS", batch_rows * (D + 2 * F))
     chosen = np.array([10, 2, 7])
     windows = read_windows(sae, store, chosen, found.top_rows_FN[chosen], before, after)
     absent = 0
@@ -230,7 +230,7 @@ def test_chosen_latents_are_the_most_active_and_an_even_spread_of_the_rest():
 
 @pytest.mark.parametrize("batch_floats", [13, 1 << 20])
 def test_nearest_vectors_equal_the_full_cosine_matrix(monkeypatch, batch_floats):
-    monkeypatch.setattr(latents, "BATCH_FLOATS", batch_floats)
+    monkeypatch.setattr(top_rows, "BATCH_FLOATS", batch_floats)
     vectors = torch.randn(F, D, generator=torch.Generator().manual_seed(0)) * torch.arange(1, F + 1)[:, None]
     index, cosine = nearest_vectors(vectors)
     unit = vectors.numpy() / np.linalg.norm(vectors.numpy(), axis=1, keepdims=True)

@@ -12,23 +12,23 @@ from evaluate.splice import ce_score, choose_contexts, kl_score, splice_metrics
 from extract.format.errors import UserError
 from extract.format.store import Store, read_manifest, write_manifest
 
-D, LENGTH = 12, 9
+D, LENGTH = 20, 9
 
 
 def make_store(folder, rows=37, **changes):
     acts = np.random.default_rng(0).normal(size=(rows, D)).astype(np.float32)
     write_store(folder, acts, length=LENGTH)
     manifest = read_manifest(folder)
-    tokens = np.load(folder / "tokens.npy") % 20
-    tokens[np.load(folder / "contexts.npy")["start"]] = 1
+    tokens = np.load(folder / "tokens.npy") * 7
+    tokens[np.load(folder / "contexts.npy")["start"]] = 0
     np.save(folder / "tokens.npy", tokens)
     write_manifest(folder, dataclasses.replace(manifest, hook_point=HOOK, **changes))
     return Store(folder)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model(D)
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

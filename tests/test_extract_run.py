@@ -18,12 +18,14 @@ from extract_tiny import D, save_model, save_wikitext, save_wmdp
 from extract import journal, passes, run, shards
 from extract.__main__ import main
 from extract.config import ExtractConfig, parse_source
+from extract.contexts import plan_batches
 from extract.format.errors import UserError
 from extract.format.files import read_json, sha256_of
 from extract.format.store import Store, read_manifest
 from extract.format.verify import verify
 from extract.models import load_model
 from extract.profiles import PYTHIA70M, resolve
+from extract.shuffle import shuffle_keys
 
 RESOLVED = resolve("pythia70m")
 SPLITS = ("train", "heldout")
@@ -155,6 +157,19 @@ def test_rows_are_shuffled_reproducibly_and_by_seed(made: Path, inputs: Inputs, 
     assert (ours[:n] == other[:n]).mean() < 0.02
 
 
+def test_the_stored_order_is_that_of_one_shuffle_of_all_rows(inputs: Inputs, tmp_path: Path) -> None:
+    config = inputs.config(norm_multiple=None, seed=3)
+    root = _extract(config, tmp_path)
+    for stream, split in enumerate(SPLITS):
+        store = Store(root / split)
+        contexts, rows = store.contexts(), _all(store)[1]
+        batches = plan_batches(np.array(contexts.table["length"]), config.batch_tokens)
+        numbers = np.concatenate([batches[index] for index in range(len(batches))])
+        pairs = [(number, position) for number in numbers for position in range(1, contexts.table["length"][number])]
+        expected = np.array(pairs)[np.argsort(shuffle_keys(3, stream, 0, len(pairs)))]
+        np.testing.assert_array_equal(np.stack([rows["context"], rows["position"]], 1), expected)
+
+
 def test_the_norm_filter_is_exact_and_the_split_of_work_does_not_matter(
     made: Path, inputs: Inputs, tmp_path: Path
 ) -> None:
@@ -226,11 +241,14 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(
     monkeypatch.setattr(run, "load_model", lambda *_: model)
     monkeypatch.setattr(owner, name, stopping)
     monkeypatch.setattr(run, "JOURNAL_SECONDS", 0.0)
-    root = None
+    root, place = None, tmp_path / "pythia70m" / "store"
     while root is None:
         attempt, calls = attempt + 1, 0
         with contextlib.suppress(Killed):
             root = _extract(inputs.config(), tmp_path)
+        for split in SPLITS:  # where there is a store, it is whole; where there is train, there is heldout
+            assert not (place / split).exists() or verify(place / split) == []
+        assert (place / "heldout").exists() or not (place / "train").exists()
     assert attempt > 1 and _digests(root) == _digests(made)
     assert sorted(path.name for path in root.iterdir()) == ["heldout", "train"]
 
@@ -238,12 +256,14 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(
 CHILD = """
 import os, signal, sys
 from extract import passes, shards
-owner, name, at = {"append": (passes.Spill, "append"), "npy": (shards, "write_npy")}[sys.argv[1]] + (int(sys.argv[2]),)
+owner, name, at = {"sync": (passes.Spill, "sync"), "npy": (shards, "write_npy")}[sys.argv[1]] + (int(sys.argv[2]),)
 original, calls = getattr(owner, name), 0
 def dying(*args, **kwargs):
     global calls
     calls += 1
     if calls == at:
+        if name == "write_npy":  # amid the writing
+            args[0].with_name(f".{args[0].name}.{os.getpid()}.tmp").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
 setattr(owner, name, dying)
@@ -264,7 +284,7 @@ def test_a_run_killed_in_both_passes_ends_with_the_same_bytes(inputs: Inputs, ma
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
 
     work = tmp_path / "pythia70m" / "store" / ".work"
-    assert attempt("append", 5).returncode == -signal.SIGKILL
+    assert attempt("sync", 5).returncode == -signal.SIGKILL
     progress = read_json(work / "journal.json", "a journal")["splits"]["train"]
     assert progress["batches"] == 4
     killed = attempt("npy", 4)
