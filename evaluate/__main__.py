@@ -42,7 +42,11 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m evaluate", description="Evaluate trained SAEs.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser(
-        "run", help="measure all finished runs", description=DESCRIPTION, epilog=EPILOG, **formatted
+        "run",
+        help="measure all finished runs",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_place(run)
     run.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that have finished]")

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from extract.format.files import write_atomic
@@ -133,8 +134,8 @@ def write_png(path: Path, panels: list[Panel], styles: dict[str, Style], columns
     """The panels as one PNG on white, with one legend, atomically."""
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(_rc(path.name)):
-        figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.35), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # inches
+        spaced = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)  # inches
+        figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.35), layout=spaced)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         labels: dict[str, Any] = {}
         for axes, panel in zip(grid, panels, strict=False):
@@ -150,7 +151,7 @@ def write_png(path: Path, panels: list[Panel], styles: dict[str, Style], columns
     write_atomic(path, lambda file: file.write(buffer.getvalue()) and None)
 
 
-def _rc(salt: str) -> dict[str, Any]:
+def _rc(salt: str) -> Any:
     return {
         "font.size": 9,
         "axes.titlesize": 10,
@@ -189,7 +190,7 @@ def _draw(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None:
         axes.set_yscale("log")
     for series in panel.series:
         style = styles[series.key]
-        look = {
+        look: dict[str, Any] = {
             "color": style.colour,
             "linewidth": style.width,
             "linestyle": (0, style.dashes) if style.dashes else "solid",

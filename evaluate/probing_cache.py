@@ -69,9 +69,7 @@ def read_task(name: str) -> Task:
     path = task_path(name)
     table = pandas.read_csv(path, compression="zstd")
     if "prompt" not in table or table["target"].nunique() != 2:
-        raise UserError(
-            f"task {name}: expected two labels and a column of texts, found {list(table.columns)} in {path}"
-        )
+        raise UserError(f"task {name}: expected a column of texts and two labels in {path}; leave the task out")
     texts = tuple(table["prompt"])
     for row, text in enumerate(texts):
         if not isinstance(text, str):

@@ -27,7 +27,8 @@ def build_results(workspace_folder: Path) -> dict[str, Any]:
     folder = Path(workspace_folder)
     manifest = read_manifest(folder / "store" / "train")
     heldout = folder / "store" / "heldout"
-    finished, unfinished = [], []
+    finished: list[Path] = []
+    unfinished: list[Path] = []
     for run_folder in sorted(path for path in (folder / "runs").glob("*") if path.is_dir()):
         (finished if (run_folder / "run.json").exists() else unfinished).append(run_folder)
     runs = [read_json(run_folder / "run.json", "a finished run") for run_folder in finished]
@@ -187,7 +188,7 @@ def mean_probing(results: dict[str, Any]) -> tuple[list[str], dict[str | None, d
     """
     probed = {name: values["probing"] for name, values in results["variants"].items() if values["probing"]}
     llm = results["llm"]["probing"]
-    shared = sorted(set.intersection(*map(set, probed.values()))) if probed else sorted(llm)
+    shared = sorted(set.intersection(*map(set, probed.values())) if probed else llm, key=_by_number)
     means: dict[str | None, dict[str, float]] = {}
     for name, by_task in [*probed.items(), (None, llm)]:
         if not shared or not set(shared) <= set(by_task):
@@ -195,6 +196,12 @@ def mean_probing(results: dict[str, Any]) -> tuple[list[str], dict[str | None, d
         columns = [column for column in by_task[shared[0]] if all(column in by_task[task] for task in shared)]
         means[name] = {column: sum(by_task[task][column] for task in shared) / len(shared) for column in columns}
     return shared, means
+
+
+def _by_number(task: str) -> tuple[int, str]:
+    """The order of tasks: sae-probes' by the number that begins their names, others after them by name."""
+    number = re.match(r"\d+", task)
+    return (int(number[0]) if number else 1 << 30, task)
 
 
 def top_k(name: str) -> int:

@@ -12,7 +12,8 @@ DEFINITIONS = {
     "FVU": "sum of |x - x̂|² over sum of |x - mean|², over the held-out rows; 0 is perfect, 1 is predicting the mean.",
     "L0": "mean number of active latents a row.",
     "dead": "share of latents that fire on no held-out row.",
-    "CE score": "(CE ablated - CE with the SAE spliced in) / (CE ablated - CE clean), per token; 1 loses nothing.",
+    "CE score": "(CE ablated - CE with the SAE spliced in) / (CE ablated - CE clean), ablated: activations set to 0; "
+    "1 loses nothing, 0 is as bad as ablation.",
     "KL score": "1 - KL(clean ‖ spliced) / KL(clean ‖ ablated); 1 loses nothing.",
     "mean coherence": "mean over latents of the cosine of a dictionary vector with its nearest other one.",
     "max coherence": "the largest cosine between any two dictionary vectors.",
@@ -145,12 +146,16 @@ def _task_wins(arms: dict[str, Any], tasks: list[str]) -> tuple[int, int] | None
         return None
     better = worse = 0
     for task in tasks:
-        top_1 = _means(arms, lambda _, values, task=task: values["probing"].get(task, {}).get("top_1"))
+        top_1 = _means(arms, _top_1(task))
         if not {"baseline", "adaptive"} <= set(top_1):
             return None
         better += top_1["adaptive"] > top_1["baseline"]
         worse += top_1["adaptive"] < top_1["baseline"]
     return better, worse
+
+
+def _top_1(task: str) -> Callable[[str, dict[str, Any]], float | None]:
+    return lambda _, values: values["probing"].get(task, {}).get("top_1")
 
 
 def _cautions(arms: dict[str, Any]) -> list[str]:

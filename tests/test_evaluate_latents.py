@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from evaluate_helpers import random_sae, tiny_model
+from evaluate_helpers import random_sae
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from evaluate import latents, top_rows
 from evaluate.latents import (
@@ -101,6 +101,21 @@ def make_store(folder: Path, documents: int = 9, contexts_each: int = 2, seed: i
     )
     assert verify(folder) == []
     return Store(folder)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"word{n}" for n in range(14))]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>")
+
+
+def tiny_model(d_model: int) -> SimpleNamespace:
+    """A random GPT-NeoX as `extract.models.LanguageModel` holds it, the gain of its final norm not 1."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": d_model, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    hf = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=18, max_position_embeddings=8, rotary_pct=1.0, **sizes))
+    hf.base_model.final_layer_norm.weight.data = torch.linspace(-1, 2, d_model)
+    return SimpleNamespace(hf=hf, tokenizer=tiny_tokenizer())
 
 
 @pytest.fixture
@@ -240,9 +255,9 @@ def test_nearest_vectors_equal_the_full_cosine_matrix(monkeypatch, batch_floats)
 
 
 def test_write_latents_writes_what_the_parts_say(store, sae, tmp_path):
-    model = tiny_model(D + 1)  # its tokenizer alone is used
+    tokenizer = tiny_tokenizer()
     path = tmp_path / "eval" / "run" / "latents.json"
-    values = write_latents(sae, store, model.tokenizer, path, run="run", config=LatentsConfig(latents=6, examples=3))
+    values = write_latents(sae, store, tokenizer, path, run="run", config=LatentsConfig(latents=6, examples=3))
     assert json.loads(path.read_text()) == values
     assert (values["run"], values["rows_scanned"]) == ("run", len(store))
     assert len(values["density"]) == len(values["max_activation"]) == len(values["nearest_cosine"]) == F
@@ -257,22 +272,19 @@ def test_write_latents_writes_what_the_parts_say(store, sae, tmp_path):
             row = rows[number]
             assert context["title"] == f"Title {row['document']}"
             assert context["source"] == ["a", "b"][row["source"]]
-            assert context["tokens"][context["peak"]] == model.tokenizer.convert_ids_to_tokens(int(row["token"]))
+            assert context["tokens"][context["peak"]] == tokenizer.convert_ids_to_tokens(int(row["token"]))
             assert len(context["tokens"]) == len(context["values"])
             value = found.top_values_FN[index][found.top_rows_FN[index].tolist().index(number)]
             assert context["values"][context["peak"]] == pytest.approx(value, rel=1e-4)
         assert sum(share for _, share in latent["top_tokens"]) <= 1 + 1e-3
     before = path.read_bytes()
-    write_latents(sae, store, model.tokenizer, path, run="run", config=LatentsConfig(latents=6, examples=3))
+    write_latents(sae, store, tokenizer, path, run="run", config=LatentsConfig(latents=6, examples=3))
     assert path.read_bytes() == before
 
 
-def test_promoted_tokens_are_the_vectors_highest_logits_through_norm_gain_and_unembedding(tmp_path):
-    model = tiny_model(12)
-    model.hf.base_model.final_layer_norm.weight.data = torch.linspace(-1, 2, 12)
-    sae = random_sae(12, F, seed=1)
-    vectors = sae.W_dec * torch.linspace(-1, 2, 12)
-    expected = vectors @ model.hf.get_output_embeddings().weight.T
+def test_promoted_tokens_are_the_highest_logits_through_the_norms_gain_and_the_unembedding(tmp_path):
+    model, sae = tiny_model(12), random_sae(12, F, seed=1)
+    expected = (sae.W_dec * torch.linspace(-1, 2, 12)) @ model.hf.get_output_embeddings().weight.detach().T
     found = latents._logits(sae.W_dec, model)
     np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
     text = TokenText(model.tokenizer)
@@ -281,13 +293,11 @@ def test_promoted_tokens_are_the_vectors_highest_logits_through_norm_gain_and_un
     assert latents._best(-found[4], 2, text) == [text(index) for index in order[::-1][:2]]
 
 
-def test_write_latents_with_the_model_fills_in_promoted_tokens(tmp_path):
-    store = make_store(tmp_path / "store")
-    model = tiny_model(12)
-    sae = random_sae(D, F, seed=1)
-    model.hf.base_model.final_layer_norm = torch.nn.LayerNorm(D)
-    model.hf.set_output_embeddings(torch.nn.Linear(D, len(model.tokenizer), bias=False))
-    values = write_latents(sae, store, model, tmp_path / "latents.json", run="r", config=LatentsConfig(promoted=4))
+def test_write_latents_with_the_model_fills_in_promoted_tokens(store, sae, tmp_path):
+    model, config = tiny_model(D + 1), LatentsConfig(promoted=4)
+    model.hf.base_model.final_layer_norm = torch.nn.LayerNorm(D)  # a model of the store's width, odd as that is
+    model.hf.set_output_embeddings(torch.nn.Linear(D, 18, bias=False))
+    values = write_latents(sae, store, model, tmp_path / "latents.json", run="r", config=config)
     assert all(len(latent["promoted"]) == len(latent["suppressed"]) == 4 for latent in values["latents"])
     assert all(set(latent["promoted"]).isdisjoint(latent["suppressed"]) for latent in values["latents"])
 
@@ -305,7 +315,7 @@ def test_write_latents_with_the_model_fills_in_promoted_tokens(tmp_path):
 )
 def test_every_option_changes_the_file(store, sae, tmp_path, change, measure):
     config = LatentsConfig(latents=4, most_active=2) if "most_active" in change else LatentsConfig()
-    tokenizer = tiny_model().tokenizer
+    tokenizer = tiny_tokenizer()
     default = write_latents(sae, store, tokenizer, tmp_path / "a.json", run="r", config=config)
     changed = dataclasses.replace(config, **change)
     assert measure(write_latents(sae, store, tokenizer, tmp_path / "b.json", run="r", config=changed)) != measure(
@@ -319,7 +329,7 @@ def test_a_bad_option_and_a_wrong_width_are_user_errors(store, tmp_path):
     with pytest.raises(UserError, match="tokens_after=-1: expected 0 or more"):
         LatentsConfig(tokens_after=-1)
     with pytest.raises(UserError, match="expected activations of the SAE's width 6, found d_model=5"):
-        write_latents(random_sae(6, F), store, tiny_model().tokenizer, tmp_path / "x.json", run="r")
+        write_latents(random_sae(6, F), store, tiny_tokenizer(), tmp_path / "x.json", run="r")
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:

@@ -159,12 +159,12 @@ def test_errors_of_tasks_name_what_to_do(model, manifest, tasks, tmp_path):
         read_task("3_empty")
     without_bos = dataclasses.replace(manifest, tokenizer=dataclasses.replace(manifest.tokenizer, prepend_bos=False))
     mute = SimpleNamespace(tokenize=lambda texts: [np.zeros(0, np.int32)] * len(texts))
-    with pytest.raises(UserError, match=r"2_second: the text '.*' has no token, hence no activation"):
+    with pytest.raises(UserError, match=r"2_second: the text '.*' has no token, so it has no activation"):
         fill_cache(["2_second"], without_bos, tmp_path / "cache", lambda: mute)
     save_task(tmp_path / "data", "4_three", ["a", "b", "c"], ["x", "y", "z"])
-    with pytest.raises(UserError, match=r"4_three: .* is no binary task with a text in each row"):
+    with pytest.raises(UserError, match="4_three: expected a column of texts and two labels"):
         read_task("4_three")
-    with pytest.raises(UserError, match=r"hook_embed: SAE-Bench probes only at blocks\.<layer>\.<name>; --skip"):
+    with pytest.raises(UserError, match=r"hook_embed: SAE-Bench.s probing reads only blocks\.<layer>\.<name>; --skip"):
         check_hook_point("hook_embed")
 
 

@@ -244,6 +244,12 @@ def test_means_are_over_the_tasks_that_every_variant_has(tmp_path):
     assert means[None]["full"] == pytest.approx(0.9)
 
 
+def test_tasks_are_in_the_order_of_their_numbers(tmp_path):
+    folder = make_workspace(tmp_path, ("baseline-s0",))
+    write_probing(folder, "baseline-s0", 0.6, tasks=("105_b", "92_a", "ag_news"))
+    assert mean_probing(build_results(folder))[0] == ["92_a", "105_b", "ag_news"]
+
+
 def test_a_step_logged_twice_counts_once(tmp_path):
     lines = [{"step": 0, "loss": 3.0}, {"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}, {"step": 10, "loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "lo')
