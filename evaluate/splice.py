@@ -76,7 +76,7 @@ def splice_metrics(
 ) -> dict[str, dict[str, Any]]:
     """The `model` part of core.json for each of `saes`, by name, through `model` (an `extract.models.LanguageModel`).
 
-    The clean and the ablated model run once a batch, for all SAEs together. Log-probabilities are float32, sums float64.
+    The clean and the ablated model run once a batch for all SAEs. Log-probabilities are float32, their sums float64.
     `tokens` counts all positions, `tokens_untouched` those left as they were: `tokens_bos` and `tokens_over_norm`.
     """
     manifest, texts = store.manifest, store.contexts()

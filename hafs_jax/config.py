@@ -78,10 +78,10 @@ class PenaltyConfig:
 class SparsityConfig:
     """What keeps latents sparse and alive, beside the activation itself."""
 
-    l1: float = option(0.04, "first (or fixed) coefficient of relu's L1 x decoder norm")
+    l1: float = option(2.0, "first (or fixed) coefficient of relu's L1 x decoder norm; the original fixed one is 0.04")
     l1_warmup: float = option(0.05, "fraction of training over which the L1 coefficient rises from 0")
     match_l0: bool = option(True, "let a controller move the L1 coefficient until L0 is sae.k; off: it stays")
-    match_gain: float = option(0.02, "controller: relative change of the coefficient per step and unit of log L0 error")
+    match_gain: float = option(0.02, "controller: doublings of the coefficient per step and doubling of L0 over its target")
     freeze_fraction: float = option(0.15, "last fraction of training in which the controller's coefficient is frozen")
     aux: float = option(0.03125, "weight of the dead latents' auxiliary reconstruction (batchtopk)")
     aux_k: int = option(256, "dead latents that may reconstruct the residual, per row")
@@ -103,9 +103,9 @@ class SparsityConfig:
 class OptimizerConfig:
     """Adam and its learning-rate schedule: linear warm-up, constant, linear decay to zero."""
 
-    learning_rate: float = option(1e-3, "peak learning rate")
+    learning_rate: float = option(4e-3, "peak learning rate (inputs are scaled to unit variance, decoder rows to norm 1)")
     warmup: float = option(0.05, "fraction of training over which the rate rises from 0")
-    decay: float = option(0.2, "last fraction of training over which the rate falls to 0")
+    decay: float = option(0.4, "last fraction of training over which the rate falls to 0")
     beta1: float = option(0.9, "Adam's decay of the first moment")
     beta2: float = option(0.999, "Adam's decay of the second moment")
     epsilon: float = option(1e-8, "Adam's epsilon")
@@ -129,7 +129,7 @@ class TrainConfig:
     variant: str = option("baseline", "the preset that this run's penalty came from")
     seed: int = option(0, "seed of the weights, the data order and the penalty's chunks")
     tokens: int | None = option(None, "activation rows to train on; none: passes x the store's rows")
-    passes: float = option(1.5, "passes over the store, where tokens is none")
+    passes: float = option(1.4, "passes over the store, where tokens is none")
     batch_size: int = option(2048, "B, rows per step")
     steps_per_dispatch: int = option(8, "steps run in one call of the compiled program")
     checkpoint_every_steps: int = option(200, "steps between checkpoints")

@@ -88,7 +88,9 @@ def outcome(config: TrainConfig) -> list[np.ndarray]:
     state = init_state(config, D, jax.random.key(config.seed), hyper)
     acts = jnp.stack([batch(seed) for seed in range(STEPS)])
     state, _ = compile_steps()(state, acts, fresh(config)[1], hyper, config)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.threshold_ema, state.gate, state.sparsity))]
+    return [
+        np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.threshold_ema, state.gate, state.sparsity))
+    ]
 
 
 def base(variant: str, architecture: str) -> TrainConfig:

@@ -86,7 +86,9 @@ def test_trains_saves_loads_and_exports(
     """One run each: the loss falls, L0 is as promised, rows keep unit norm, one compilation, and torch computes the same."""
     config = config_of(variant, architecture)
     programs = []
-    monkeypatch.setattr("hafs_jax.train.compile_steps", lambda *args: programs.append(compile_steps(*args)) or programs[-1])
+    monkeypatch.setattr(
+        "hafs_jax.train.compile_steps", lambda *args: programs.append(compile_steps(*args)) or programs[-1]
+    )
     run = train(config, store.folder, tmp_path)
     assert [program._cache_size() for program in programs] == [1]
     records = run.metrics()

@@ -57,14 +57,18 @@ def test_the_stored_dtype_reaches_the_device(tmp_path: Path, dtype: str) -> None
 
 def test_the_scale_centres_and_normalises(store: Store) -> None:
     scaled = np.asarray(input_scale(store)(jax.numpy.asarray(store.read(0))))
-    everything = np.concatenate([np.asarray(input_scale(store)(jax.numpy.asarray(store.read(i)))) for i in range(len(store.shard_sizes))])
+    everything = np.concatenate(
+        [np.asarray(input_scale(store)(jax.numpy.asarray(store.read(i)))) for i in range(len(store.shard_sizes))]
+    )
     assert scaled.dtype == np.float32
     np.testing.assert_allclose(everything.mean(0), 0.0, atol=1e-4)
     np.testing.assert_allclose((everything**2).sum(1).mean(), D, rtol=1e-4)
 
 
 def test_a_store_smaller_than_a_batch_or_without_variance_is_refused(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds 203 rows, fewer than batch_size=204; extract more rows or set a smaller"):
+    with pytest.raises(
+        UserError, match=r"holds 203 rows, fewer than batch_size=204; extract more rows or set a smaller"
+    ):
         Batches(store, N + 1, 0)
     constant = Store(write_store(tmp_path / "constant", np.ones((8, D), np.float32)))
     with pytest.raises(UserError, match="its rows do not vary"):
@@ -89,7 +93,9 @@ def test_prefetch_keeps_the_order_and_hands_over_errors() -> None:
 def test_an_abandoned_prefetch_stops_its_thread() -> None:
     import threading
 
-    stream = prefetch((np.zeros((1, 1, 1), np.float32) for _ in range(1000)), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    stream = prefetch(
+        (np.zeros((1, 1, 1), np.float32) for _ in range(1000)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )
     next(stream)
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]

@@ -131,10 +131,13 @@ def test_nothing_is_asked_where_all_is_local(no_hub_settings: Path, monkeypatch:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-def test_the_hub_libraries_see_the_choice_though_imported() -> None:
+def test_the_hub_libraries_see_the_choice_though_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets.config
     import huggingface_hub.constants
 
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
     hub.go_offline()
     assert huggingface_hub.constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
 

@@ -115,14 +115,17 @@ def test_the_median_sees_numbers_that_differ_in_their_last_bit(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dtype", list(KEPT_AS))
-def test_shards_are_full_but_the_last_and_statistics_are_of_what_is_stored(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("ends", [(3, 3, 22, 23), (10, 20, 23), (9, 11, 21, 23)])
+def test_shards_are_full_but_the_last_and_statistics_are_of_what_is_stored(
+    tmp_path: Path, dtype: str, ends: tuple[int, ...]
+) -> None:
     rng = np.random.default_rng(0)
     acts = rng.normal(3.0, 2.0, (23, D)).astype(np.float32)
     raw = acts.astype(KEPT_AS[dtype]) if dtype != "bfloat16" else (acts.view(np.uint32) >> 16).astype(np.uint16)
     rows = np.zeros(23, RECORD["row"])
     rows["source"], rows["token"] = np.arange(23) % 3, np.arange(23)
     writer = ShardWriter(tmp_path, D, dtype, 10, 4)
-    for start, stop in ((0, 3), (3, 3), (3, 22), (22, 23)):
+    for start, stop in zip((0, *ends), ends, strict=False):
         writer.add(raw[start:stop], rows[start:stop])
     statistics = writer.finish()
     assert statistics is not None and [shard.rows for shard in writer.shards] == [10, 10, 3]

@@ -50,6 +50,7 @@ def test_only_a_title_of_one_equals_sign_begins_an_article(tmp_path: Path) -> No
         " text \n",
         " = = Part = = \n",
         " = = = Sub = = = \n",
+        " = = odd = \n",
         " x = 1 \n",
         " = E = mc = \n",
     ]

@@ -11,7 +11,10 @@ FORBIDDEN = {
     "extract": {"jax", "flax", "optax", "orbax", "hafs_jax", "evaluate"},
     "hafs_jax": {"torch", "transformers", "transformer_lens", "sae_lens", "datasets", "evaluate"},
 }
-ALLOWED_ACROSS = {"hafs_jax": {"extract.format"}, "evaluate": {"extract.format", "extract.models", "extract.packaged", "extract.hub", "hafs_jax"}}
+ALLOWED_ACROSS = {
+    "hafs_jax": {"extract.format"},
+    "evaluate": {"extract.format", "extract.models", "extract.packaged", "extract.hub", "hafs_jax"},
+}
 
 
 def imports(source: str) -> set[str]:

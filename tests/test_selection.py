@@ -26,7 +26,9 @@ def test_keeps_exactly_the_largest(shape: str, count: int) -> None:
 
 
 def test_ties_are_all_kept_and_few_positives_give_zero() -> None:
-    assert (np.array([1.0, 2.0, 2.0, 2.0, 3.0]) >= float(count_threshold(jnp.array([1.0, 2.0, 2.0, 2.0, 3.0]), 2))).sum() == 4
+    assert (
+        np.array([1.0, 2.0, 2.0, 2.0, 3.0]) >= float(count_threshold(jnp.array([1.0, 2.0, 2.0, 2.0, 3.0]), 2))
+    ).sum() == 4
     assert float(count_threshold(jnp.array([0.0, 0.0, 0.0, 5.0]), 2)) <= np.finfo(np.float32).tiny
     assert float(count_threshold(jnp.array([1.0, 2.0]), 2)) == 0.0
 

@@ -148,7 +148,9 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_counters_and_lambda(pois
         state, _ = one_step(config, state, scale, batch(seed))
     state = state.replace(gate=state.gate.replace(lam=jnp.float32(0.8)))
     after, metrics = one_step(config, state, scale, batch().at[3, 2].set(poison))
-    for before, now in zip(jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((after.params, after.opt_state)), strict=True):
+    for before, now in zip(
+        jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((after.params, after.opt_state)), strict=True
+    ):
         np.testing.assert_array_equal(before, now)
     assert float(after.gate.lam) == pytest.approx(0.4) and float(after.gate.ema) == float(state.gate.ema)
     assert float(after.threshold_ema) == float(state.threshold_ema)

@@ -109,6 +109,8 @@ def test_rounding_is_exact_for_values_that_fit_and_to_nearest_even(dtype: str) -
 def test_bfloat16_is_torchs_and_float16_overflow_is_infinity() -> None:
     torch = pytest.importorskip("torch")
     values = np.random.default_rng(1).normal(size=1000).astype(np.float32) * 10.0 ** np.arange(-20, 20).repeat(25)
+    ties = (np.arange(0x4000, 0x4010, dtype=np.uint32) << 16 | 0x8000).view(np.float32)  # halfway between two
+    values = np.concatenate([values, ties, -ties])
     bits = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(from_float32(values, "bfloat16"), bits)
     assert np.isinf(from_float32(np.array([70000.0], np.float32), "float16")).all()

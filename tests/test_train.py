@@ -25,7 +25,13 @@ from hafs_jax.train import TrainingStopped, train
 
 ROOT = Path(__file__).parents[1]
 D, ROWS = 16, 4000
-FLAGS = {"--tokens": "48000", "--batch-size": "80", "--sae.k": "3", "--sae.n-latents": "24", "--checkpoint-every-steps": "40"}
+FLAGS = {
+    "--tokens": "48000",
+    "--batch-size": "80",
+    "--sae.k": "3",
+    "--sae.n-latents": "24",
+    "--checkpoint-every-steps": "40",
+}
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +146,9 @@ def test_metrics_hold_what_the_report_reads(out: Path, tmp_path: Path) -> None:
 
 def test_tau_comes_from_the_baseline_of_the_same_setting(out: Path, tmp_path: Path) -> None:
     store = out / "tiny" / "store" / "train"
-    with pytest.raises(UserError, match=r"adaptive needs tau.*make train VARIANT=baseline SEED=0.*found no finished run at"):
+    with pytest.raises(
+        UserError, match=r"adaptive needs tau.*make train VARIANT=baseline SEED=0.*found no finished run at"
+    ):
         train(small("adaptive"), store, tmp_path)
     baseline = train(small(), store, tmp_path)
     run = train(small("adaptive"), store, tmp_path)
@@ -180,7 +188,9 @@ def test_a_run_on_bad_data_stops_names_the_step_and_keeps_the_checkpoint(tmp_pat
     shard[:] = np.nan
     np.save(folder / "shard-00002.npy", shard)
     config = small(checkpoint_every_steps=1, steps_per_dispatch=1)
-    with pytest.raises(TrainingStopped, match=r"2 of \d+ batches gave a loss that is not finite.* step \d+.*checkpoint is in"):
+    with pytest.raises(
+        TrainingStopped, match=r"2 of \d+ batches gave a loss that is not finite.* step \d+.*checkpoint is in"
+    ):
         train(config, folder, tmp_path / "runs")
     run = Run(tmp_path / "runs" / "baseline-s0")
     assert not run.finished()
@@ -192,7 +202,9 @@ def test_another_config_in_the_same_folder_is_refused_and_force_replaces_it(out:
     store = out / "tiny" / "store" / "train"
     train(small(), store, tmp_path)
     faster = dataclasses.replace(small(), optimizer=dataclasses.replace(small().optimizer, learning_rate=0.5))
-    with pytest.raises(UserError, match=r"holds a run with optimizer\.learning_rate=0\.001, this one has 0\.5; pass --force"):
+    with pytest.raises(
+        UserError, match=r"holds a run with optimizer\.learning_rate=0\.004, this one has 0\.5; pass --force"
+    ):
         train(faster, store, tmp_path)
     assert train(faster, store, tmp_path, force=True).config().optimizer.learning_rate == 0.5
     elsewhere = write_store(tmp_path / "other", planted(400, D, 20, 3, seed=9)[0])
