@@ -15,7 +15,7 @@ import torch
 from extract.models import LanguageModel, load_model
 from extract.profiles import OFFLINE
 
-BATCH_TOKENS = (1_024, 2_048, 4_096, 8_192, 16_384)
+BATCH_TOKENS = (2_048, 4_096, 8_192)
 ROUNDS = 3
 
 

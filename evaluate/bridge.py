@@ -23,8 +23,8 @@ def export_run(run_folder: Path) -> Path:
     """Writes `<run>/sae/` from the run's last checkpoint and returns that folder; a second call writes the same bytes.
 
     The folder holds `cfg.json` and `sae_weights.safetensors` as `sae_lens.SAE.load_from_disk` reads them: float32 W_enc
-    [D, F], b_enc [F], W_dec [F, D] of unit rows, b_dec [D] and, for batchtopk (written as `jumprelu`), threshold [F]. The
-    input's centring and scale are folded in, so the SAE takes raw activations. cfg.json is written last.
+    [D, F], b_enc [F], W_dec [F, D] of unit rows, b_dec [D] and, for batchtopk (written as `jumprelu`), threshold [F].
+    The input's centring and scale are folded in, so the SAE takes raw activations. cfg.json is written last.
     Raises `UserError` where the run has not finished or its store is gone.
     """
     from hafs_jax.checkpoint import load_checkpoint
@@ -35,7 +35,8 @@ def export_run(run_folder: Path) -> Path:
     result, config = run.result(), run.config()
     if config.sae.architecture not in _NAMES:
         raise UserError(
-            f"{run_folder}: no SAELens form for architecture {config.sae.architecture!r}; expected one of {', '.join(_NAMES)}"
+            f"{run_folder}: no SAELens form for architecture {config.sae.architecture!r}; "
+            f"expected one of {', '.join(_NAMES)}"
         )
     store = run_folder / run.store_record()["folder"]
     manifest = read_manifest(store)
@@ -43,18 +44,16 @@ def export_run(run_folder: Path) -> Path:
     params, threshold = folded(state.params, scale, state.threshold(config.sparsity.threshold_decay))
     tensors = {name: np.asarray(value, np.float32) for name, value in params.items()}
     if _NAMES[config.sae.architecture] == "jumprelu":
-        tensors["threshold"] = np.full(config.sae.n_latents, np.float32(threshold))
+        tensors["threshold"] = np.full(config.sae.F, np.float32(threshold))
     folder = run_folder / "sae"
     metadata = {"variant": config.variant, "seed": config.seed, "tokens": result["tokens"], "k": config.sae.k}
     weights = safetensors.numpy.save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
     write_atomic(folder / "sae_weights.safetensors", lambda file: file.write(weights) and None)
-    write_json(folder / "cfg.json", saelens_config(config.sae.architecture, manifest, config.sae.n_latents, metadata))
+    write_json(folder / "cfg.json", saelens_config(config.sae.architecture, manifest, config.sae.F, metadata))
     return folder
 
 
-def saelens_config(
-    architecture: str, manifest: Manifest, n_latents: int | None, metadata: dict[str, Any]
-) -> dict[str, Any]:
+def saelens_config(architecture: str, manifest: Manifest, n_latents: int, metadata: dict[str, Any]) -> dict[str, Any]:
     """The cfg.json of an SAE of ours: SAELens's keys, and in `metadata` where its activations came from."""
     return {
         "architecture": _NAMES[architecture],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from extract.format.config import Parser, add_flags, with_flags
 from extract.format.errors import UserError, one_line_errors
+from hafs_jax.config import TrainConfig
 from hafs_jax.presets import ARCHITECTURES, VARIANTS, preset
 
 _SKIP = ("variant", "seed", "sae.architecture")
@@ -28,8 +29,9 @@ def _parser(arguments: list[str]) -> Parser:
     train = commands.add_parser(
         "train",
         help="train one SAE, or go on with an interrupted run",
-        description="Trains one SAE on an activation store into OUT/PROFILE/runs/<variant>[-<arch>]-s<seed>/. The same command "
-        "resumes an interrupted run to bit-identical weights. Defaults in brackets are those of the chosen variant.",
+        description="Trains one SAE on an activation store into OUT/PROFILE/runs/<variant>[-<arch>]-s<seed>/. "
+        "The same command resumes an interrupted run to bit-identical weights. Defaults in brackets are those of the "
+        "chosen variant and architecture.",
     )
     _add_place(train)
     train.add_argument("--variant", default="baseline", help=f"the arm: {', '.join(VARIANTS)} [baseline]")
@@ -39,7 +41,7 @@ def _parser(arguments: list[str]) -> Parser:
     train.add_argument("--force", action="store_true", help="replace a run of the same name")
     chosen, _ = train.parse_known_args([flag for flag in arguments[1:] if flag not in ("-h", "--help")])
     defaults = preset(chosen.variant, chosen.arch)
-    add_flags(train.add_argument_group("config"), defaults, skip=_SKIP)
+    add_flags(train, defaults, skip=_SKIP)
     train.set_defaults(command=lambda parsed: _train(parsed, defaults))
 
     tau = commands.add_parser(
@@ -59,10 +61,12 @@ def _parser(arguments: list[str]) -> Parser:
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("artifacts"), help="where stores and runs live [artifacts]")
-    parser.add_argument("--profile", default="auto", help="the profile that was extracted; auto: as extract decided [auto]")
+    parser.add_argument(
+        "--profile", default="auto", help="the profile that was extracted; auto: as extract decided [auto]"
+    )
 
 
-def _train(parsed: argparse.Namespace, defaults: object) -> None:
+def _train(parsed: argparse.Namespace, defaults: TrainConfig) -> None:
     from hafs_jax.runs import profile_folder
     from hafs_jax.train import Terminated, TrainingStopped, train
 

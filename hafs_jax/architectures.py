@@ -34,7 +34,7 @@ def relu(
 def batchtopk(
     pre_BF: Float[Array, "B F"], config: SAEConfig, threshold: Float[Array, ""] | None = None
 ) -> Float[Array, "B F"]:
-    """Training: the B*k largest of relu(pre) over the whole batch, the rest zero. Inference: relu(pre) where pre > threshold.
+    """Training: the B*k largest of relu(pre) over the batch, the rest zero. Inference: relu(pre) where pre > threshold.
 
     Ties at the smallest kept value are all kept. The gradient passes through the kept entries unchanged
     (Bussmann et al. 2024, arXiv 2412.06410).

@@ -22,6 +22,12 @@ class SAEConfig:
     encoder_scale: float = option(1.0, "W_enc starts as this times the transposed W_dec")
     compute_dtype: str = option("float32", "dtype of the matrix products' inputs", ("float32", "bfloat16"))
 
+    @property
+    def F(self) -> int:
+        """The resolved number of latents; `hafs_jax.train.resolve` fills n_latents in from the store's D."""
+        assert self.n_latents is not None
+        return self.n_latents
+
     def __post_init__(self) -> None:
         check_choices(self)
         F = self.n_latents
@@ -81,7 +87,9 @@ class SparsityConfig:
     l1: float = option(2.0, "first (or fixed) coefficient of relu's L1 x decoder norm; the original fixed one is 0.04")
     l1_warmup: float = option(0.05, "fraction of training over which the L1 coefficient rises from 0")
     match_l0: bool = option(True, "let a controller move the L1 coefficient until L0 is sae.k; off: it stays")
-    match_gain: float = option(0.02, "controller: doublings of the coefficient per step and doubling of L0 over its target")
+    match_gain: float = option(
+        0.02, "controller: doublings of the coefficient per step and doubling of L0 over its target"
+    )
     freeze_fraction: float = option(0.15, "last fraction of training in which the controller's coefficient is frozen")
     aux: float = option(0.03125, "weight of the dead latents' auxiliary reconstruction (batchtopk)")
     aux_k: int = option(256, "dead latents that may reconstruct the residual, per row")
@@ -92,10 +100,14 @@ class SparsityConfig:
         _require(self.l1 >= 0, f"sparsity.l1={self.l1}: expected 0 or more")
         _require(0 <= self.l1_warmup <= 1, f"sparsity.l1_warmup={self.l1_warmup}: expected a fraction")
         _require(self.match_gain > 0, f"sparsity.match_gain={self.match_gain}: expected a positive number")
-        _require(0 <= self.freeze_fraction <= 1, f"sparsity.freeze_fraction={self.freeze_fraction}: expected a fraction")
+        _require(
+            0 <= self.freeze_fraction <= 1, f"sparsity.freeze_fraction={self.freeze_fraction}: expected a fraction"
+        )
         _require(self.aux >= 0, f"sparsity.aux={self.aux}: expected 0 or more")
         _require(self.aux_k >= 1, f"sparsity.aux_k={self.aux_k}: expected at least 1")
-        _require(self.dead_after_tokens >= 1, f"sparsity.dead_after_tokens={self.dead_after_tokens}: expected 1 or more")
+        _require(
+            self.dead_after_tokens >= 1, f"sparsity.dead_after_tokens={self.dead_after_tokens}: expected 1 or more"
+        )
         _require(0 <= self.threshold_decay < 1, f"sparsity.threshold_decay={self.threshold_decay}: expected 0 up to 1")
 
 
@@ -103,7 +115,9 @@ class SparsityConfig:
 class OptimizerConfig:
     """Adam and its learning-rate schedule: linear warm-up, constant, linear decay to zero."""
 
-    learning_rate: float = option(4e-3, "peak learning rate (inputs are scaled to unit variance, decoder rows to norm 1)")
+    learning_rate: float = option(
+        4e-3, "peak learning rate (inputs are scaled to unit variance, decoder rows to norm 1)"
+    )
     warmup: float = option(0.05, "fraction of training over which the rate rises from 0")
     decay: float = option(0.4, "last fraction of training over which the rate falls to 0")
     beta1: float = option(0.9, "Adam's decay of the first moment")

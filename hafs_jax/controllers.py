@@ -15,8 +15,7 @@ _WINSOR_AFTER, _WINSOR_AT = 100, 3.0  # updates before a spike is clipped, and a
 _RISE, _FALL = 0.02, 0.1  # largest moves of lambda per step, as fractions of lam_max
 
 
-@struct.dataclass
-class ErrorGate:
+class ErrorGate(struct.PyTreeNode):
     """The state of lambda(e): the FVU's moving average and the weight that the next step will use."""
 
     ema: Float[Array, "..."]  # uncorrected
@@ -52,8 +51,8 @@ def update_gate(
     """One step of the error-adaptive weight.
 
     e is the bias-corrected average of FVU, a finite value winsorised at 3 x the average after 100 updates. lambda moves
-    towards lam_min + (lam_max - lam_min) sigmoid((tau - e) / (w tau)), by at most +0.02 or -0.1 lam_max. A batch that is not
-    finite freezes the average and halves lambda. Without the gate only the average and the counters move.
+    towards lam_min + (lam_max - lam_min) sigmoid((tau - e) / (w tau)), by at most +0.02 or -0.1 lam_max. A batch that
+    is not finite freezes the average and halves lambda. Without the gate only the average and the counters move.
     """
     ok = jnp.isfinite(fvu)
     value = jnp.where(ok, fvu, 0.0)
@@ -73,8 +72,7 @@ def update_gate(
     return gate.replace(lam=jnp.where(ok, moved, 0.5 * gate.lam), reached=reached)
 
 
-@struct.dataclass
-class SparsityControl:
+class SparsityControl(struct.PyTreeNode):
     """The L1 coefficient in force and the moving average of L0 that steers it."""
 
     coefficient: Float[Array, "..."]

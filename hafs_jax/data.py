@@ -5,7 +5,7 @@ The order depends on the seed and the pass alone, so a step number is a position
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class Batches:
         self.steps_per_pass = len(store) // batch_size
 
     def dispatches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        """The batches of steps `start` to `stop`, stacked [S, B, D] in the store's dtype, S = `size` but for the last."""
+        """The batches of steps `start` to `stop`, [S, B, D] in the store's dtype, S = `size` but for the last."""
         stacked: list[np.ndarray] = []
         for batch_BD in self._batches(start, stop):
             stacked.append(batch_BD)
@@ -98,7 +98,9 @@ def input_scale(store: Store) -> InputScale:
     )
 
 
-def prefetch(blocks: Iterator[np.ndarray], sharding: jax.sharding.Sharding, depth: int = 2) -> Iterator[jax.Array]:
+def prefetch(
+    blocks: Iterator[np.ndarray], sharding: jax.sharding.Sharding, depth: int = 2
+) -> Generator[jax.Array, None, None]:
     """`blocks` as device arrays, read and transferred by a thread that stays `depth` blocks ahead.
 
     An exception of the reading thread is raised here. Closing the iterator stops the thread.

@@ -30,9 +30,9 @@ def hinge_penalty(
 ) -> Float[Array, ""]:
     """O: the one-sided squared hinge on cosines above mu0, estimated on a random partition into chunks of m.
 
-    O = w * mean_i sum_{j in chunk(i), j != i} (1 - alpha T_ij) relu(u_i . u_j - mu0)^2, u the unit rows of W_dec, with w the
-    inverse probability that a pair shares a chunk: (F - 1)/(m - 1) where m divides F. Unbiased over partitions; exact
-    where one chunk holds all latents. Cost F m D, never F x F.
+    O = w * mean_i sum_{j in chunk(i), j != i} (1 - alpha T_ij) relu(u_i . u_j - mu0)^2, u the unit rows of W_dec, with
+    w the inverse probability that a pair shares a chunk: (F - 1)/(m - 1) where m divides F. Unbiased over partitions;
+    exact where one chunk holds all latents. Cost F m D, never F x F.
     """
     F = W_dec.shape[0]
     m = min(config.chunk_size, F)

@@ -17,7 +17,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ramp_only": {"kind": "hinge", "ramp": True, "gate": False},
     "gate_only": {"kind": "hinge", "ramp": False, "gate": True},
 }
-"""METHOD's arms as fields of PenaltyConfig: no penalty; constant pressure; alpha(t) and the gate; each of them alone."""
+"""The arms as fields of PenaltyConfig: no penalty; constant pressure; alpha(t) and the gate; each of them alone."""
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "batchtopk": {},
@@ -29,9 +29,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def preset(variant: str = "baseline", architecture: str = "batchtopk") -> TrainConfig:
     """The default config of a variant on an architecture; `UserError` names the known ones."""
     if variant not in VARIANTS:
-        raise UserError(
-            f"variant {variant!r}: expected one of {', '.join(VARIANTS)}{did_you_mean(variant, VARIANTS)}"
-        )
+        raise UserError(f"variant {variant!r}: expected one of {', '.join(VARIANTS)}{did_you_mean(variant, VARIANTS)}")
     if architecture not in ARCHITECTURES:
         raise UserError(
             f"architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}"

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: metrics.jsonl, TensorBoard, the progress bar. Reads only finished numbers."""
+"""What a run shows and writes while it trains: metrics.jsonl, TensorBoard, the progress bar; finished numbers only."""
 
 import json
 import time
@@ -15,7 +15,9 @@ from extract.format.files import read_jsonl, write_text
 class RunLog:
     """Writes one line per logged step; on resume it drops the lines past the checkpoint and continues the clock."""
 
-    def __init__(self, path: Path, config_tokens: int, batch_size: int, start: int, label: str, tensorboard: bool) -> None:
+    def __init__(
+        self, path: Path, config_tokens: int, batch_size: int, start: int, label: str, tensorboard: bool
+    ) -> None:
         kept = [record for record in read_jsonl(path) if record["step"] <= start]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)

@@ -1,9 +1,9 @@
 """A run's folder: what lies in it, how it is named, and how a finished run is read. Owns the run format.
 
-    config.json      the resolved config, the store it trains on and its fingerprint; written first
-    metrics.jsonl    one object per logged step
-    checkpoints/     Orbax, the last two
-    run.json         written last, when training has finished
+config.json      the resolved config, the store it trains on and its fingerprint; written first
+metrics.jsonl    one object per logged step
+checkpoints/     Orbax, the last two
+run.json         written last, when training has finished
 """
 
 from dataclasses import dataclass, replace

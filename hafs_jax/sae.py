@@ -1,7 +1,7 @@
 """The sparse autoencoder as a Flax module, and the affine map between the model's units and the SAE's.
 
-Inside, activations are centred by the store's mean and scaled to a mean squared distance of D from it. The decoder's rows are of
-unit norm: `unit_rows` is applied at initialisation and after each update (in `step`), and nowhere else.
+Inside, activations are centred by the store's mean and scaled to a mean squared distance of D from it. The decoder's
+rows are of unit norm: `unit_rows` is applied at initialisation and after each update (in `step`), and nowhere else.
 """
 
 import flax.linen as nn
@@ -17,8 +17,7 @@ Params = dict[str, Array]
 """W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D], float32."""
 
 
-@struct.dataclass
-class InputScale:
+class InputScale(struct.PyTreeNode):
     """x -> (x - mean) * scale, kept in the checkpoint and folded into the weights at export."""
 
     mean_D: Float[Array, " D"]
@@ -30,8 +29,7 @@ class InputScale:
         return (acts_BD.astype(jnp.float32) - self.mean_D[None]) * self.scale
 
 
-@struct.dataclass
-class Encoding:
+class Encoding(struct.PyTreeNode):
     """What the encoder computed: pre-activations and the latents that the architecture kept."""
 
     pre_BF: Float[Array, "B F"]
@@ -50,7 +48,7 @@ class SAE(nn.Module):
     d_model: int
 
     def setup(self) -> None:
-        F, D, scale = self.config.n_latents, self.d_model, self.config.encoder_scale
+        F, D, scale = self.config.F, self.d_model, self.config.encoder_scale
         self.W_dec = self.param("W_dec", lambda key: unit_rows(jax.random.normal(key, (F, D), jnp.float32)))
         self.W_enc = self.param("W_enc", lambda _: scale * self.W_dec.T)
         self.b_enc = self.param("b_enc", nn.initializers.zeros, (F,), jnp.float32)
@@ -92,9 +90,7 @@ def unit_rows(matrix: Float[Array, "F D"]) -> Float[Array, "F D"]:
     return matrix / jnp.where(norms > 0, norms, 1.0)
 
 
-def folded(
-    params: Params, scale: InputScale, threshold: Float[Array, ""]
-) -> tuple[Params, Float[Array, ""]]:
+def folded(params: Params, scale: InputScale, threshold: Float[Array, ""]) -> tuple[Params, Float[Array, ""]]:
     """Weights and threshold that take raw activations: the same function, in the model's units.
 
     With x' = (x - m) s: b_dec = m + b_dec'/s, b_enc = b_enc'/s, threshold = threshold'/s and both matrices unchanged,

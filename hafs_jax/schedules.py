@@ -43,4 +43,6 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
 def warmup_schedule(fraction: float, steps: int) -> Schedule:
     """Linear from 0 to 1 over the first `fraction` of `steps`, then 1."""
-    return piecewise_linear((0.0, fraction, 1.0), (0.0, 1.0, 1.0), steps) if fraction > 0 else optax.constant_schedule(1.0)
+    if fraction == 0:
+        return optax.constant_schedule(1.0)
+    return piecewise_linear((0.0, fraction, 1.0), (0.0, 1.0, 1.0), steps)

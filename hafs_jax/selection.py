@@ -52,7 +52,8 @@ def count_threshold(values: Float[Array, "..."], count: int) -> Float[Array, ""]
             jnp.where(up, count_high, found),
         )
 
-    return jax.lax.while_loop(unfinished, narrow, (jnp.int32(0), low, high, count_low, count_high))[1]
+    start: tuple[Array, ...] = (jnp.int32(0), low, high, count_low, count_high)
+    return jax.lax.while_loop(unfinished, narrow, start)[1]
 
 
 def _bits(value: Float[Array, ""]) -> Array:

@@ -1,7 +1,7 @@
 """Where arrays live on several devices: the one place that names the mesh's axes.
 
-Rows of a batch are split over the axis `data`, latents over the axis `dictionary`; everything else is replicated. On one
-device both axes have size 1 and nothing is split. The step itself is written as if for one device: the compiler
+Rows of a batch are split over the axis `data`, latents over the axis `dictionary`; everything else is replicated. On
+one device both axes have size 1 and nothing is split. The step itself is written as if for one device: the compiler
 inserts the communication.
 """
 
@@ -26,7 +26,7 @@ def make_mesh(dictionary_shards: int) -> Mesh:
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """A sharding for every leaf of the training state (or its shapes), by the leaf's name; the moments follow their parameter."""
+    """A sharding for every leaf of the training state, by the leaf's name; Adam's moments follow their parameter."""
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
         names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]

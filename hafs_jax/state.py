@@ -14,8 +14,7 @@ from hafs_jax.controllers import ErrorGate, SparsityControl, init_gate, init_spa
 from hafs_jax.sae import Params, init_params
 
 
-@struct.dataclass
-class Hyperparameters:
+class Hyperparameters(struct.PyTreeNode):
     """The numbers that may differ between SAEs trained in one program; all else is static config."""
 
     learning_rate: Float[Array, "..."]
@@ -24,8 +23,7 @@ class Hyperparameters:
     tau: Float[Array, "..."]  # 1 where there is no gate
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Parameters, optimizer, controllers, counters and the PRNG key. `step` is also the position in the data."""
 
     step: Int[Array, "..."]
@@ -66,7 +64,7 @@ def init_state(config: TrainConfig, d_model: int, key: Key[Array, ""], hyper: Hy
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer(config).init(params),
-        steps_since_fired_F=jnp.zeros(config.sae.n_latents, jnp.int32),
+        steps_since_fired_F=jnp.zeros(config.sae.F, jnp.int32),
         threshold_ema=jnp.zeros(()),
         gate=init_gate(config.penalty, hyper.lam_max),
         sparsity=init_sparsity(hyper.l1, config.sae.k),

@@ -2,12 +2,12 @@
 
     L = FVU + sparsity + aux + lambda * O
 
-in units of FVU: the batch's residual over the store's variance. For relu that is the usual |x - x_hat|^2 + l1 |f|_1, divided
-by the constant variance.
+in units of FVU: the batch's residual over the store's variance. For relu that is the usual |x - x_hat|^2 + l1 |f|_1,
+divided by the constant variance.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,7 @@ Metrics = dict[str, Array]
 _NEVER = 2**30  # where steps_since_fired saturates
 
 
-@struct.dataclass
-class Weights:
+class Weights(struct.PyTreeNode):
     """What the loss at one step is weighted with; constants of differentiation."""
 
     alpha: Float[Array, ""]
@@ -50,7 +49,7 @@ def loss_fn(
     d_model = acts_BD.shape[1]
     architecture = ARCHITECTURES[config.sae.architecture]
     sae = SAE(config.sae, d_model)
-    encoding, recon_BD = sae.apply({"params": params}, acts_BD)
+    encoding, recon_BD = cast(tuple[Encoding, Array], sae.apply({"params": params}, acts_BD))
     residual_BD = acts_BD - recon_BD
     fvu = jnp.mean(jnp.sum(residual_BD**2, axis=1)) / variance
     parts = {"fvu": fvu, "loss_reconstruction": fvu}
@@ -79,7 +78,7 @@ def aux_loss(
     sae: SAE,
     aux_k: int,
 ) -> Float[Array, ""]:
-    """|e - e_hat|^2 / |e|^2, e the residual (a constant) and e_hat its reconstruction by each row's top `aux_k` dead latents.
+    """|e - e_hat|^2 / |e|^2, e the residual (a constant), e_hat its reconstruction by the top `aux_k` dead latents.
 
     Gao et al. 2024 (arXiv 2406.04093), appendix A.2. Costs nothing while no latent is dead: then it is 0.
     """
@@ -90,7 +89,7 @@ def aux_loss(
         if aux_k < dead_BF.shape[1]:
             smallest_B1 = jax.lax.top_k(jax.lax.stop_gradient(dead_BF), aux_k)[0][:, -1:]
             dead_BF = jnp.where(dead_BF >= smallest_B1, dead_BF, 0.0)
-        recon_BD = sae.apply({"params": params}, dead_BF, method="decode") - params["b_dec"][None]
+        recon_BD = cast(Array, sae.apply({"params": params}, dead_BF, method="decode")) - params["b_dec"][None]
         return jnp.sum((target_BD - recon_BD) ** 2) / jnp.maximum(jnp.sum(target_BD**2), 1e-20)
 
     return jax.lax.cond(jnp.any(is_dead_F), revive, lambda *_: jnp.zeros(()), params, pre_BF)
@@ -100,7 +99,7 @@ def margin(config: TrainConfig, d_model: int) -> float:
     """mu0: the config's, or the one solved from the noise floor."""
     if config.penalty.mu0 is not None:
         return config.penalty.mu0
-    return noise_floor_margin(config.sae.n_latents, d_model, config.penalty.noise_floor)
+    return noise_floor_margin(config.sae.F, d_model, config.penalty.noise_floor)
 
 
 def train_step(
@@ -171,8 +170,8 @@ def train_step(
 def compile_steps(state_shardings: Any = None) -> Callable[..., tuple[TrainState, Metrics]]:
     """The compiled program: (state, acts_SBD, scale, hyper, config) -> (state, metrics of [S]), S steps in one call.
 
-    The state is donated. Its shardings are pinned to `state_shardings`, so that the state that comes out fits the program
-    that it goes back into, and nothing compiles twice.
+    The state is donated. Its shardings are pinned to `state_shardings`, so that the state that comes out fits the
+    program that it goes back into, and nothing compiles twice.
     """
 
     def train_steps(
@@ -183,7 +182,7 @@ def compile_steps(state_shardings: Any = None) -> Callable[..., tuple[TrainState
 
         return jax.lax.scan(body, state, acts_SBD)
 
-    out = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    out: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
     return jax.jit(train_steps, static_argnames="config", donate_argnames="state", **out)
 
 

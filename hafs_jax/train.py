@@ -1,4 +1,4 @@
-"""The training loop: opens the store, resumes or starts, feeds the compiled step, checkpoints, and writes the result."""
+"""The training loop: opens the store, resumes or starts, feeds the compiled step, checkpoints, writes the result."""
 
 import dataclasses
 import os
@@ -95,7 +95,7 @@ def _loop(config: TrainConfig, store: Store, batches: Batches, run: Run) -> None
     with Checkpoints(run.checkpoints) as checkpoints, _stop_signals() as stopped:
         if checkpoints.latest_step() is not None:
             state, scale = checkpoints.restore(state, scale)
-        step = int(state.step)
+        step, bad = int(state.step), int(state.gate.bad)
         log = RunLog(
             run.metrics_path,
             config.steps * config.batch_size,
@@ -112,7 +112,8 @@ def _loop(config: TrainConfig, store: Store, batches: Batches, run: Run) -> None
                 state, stacked = train_steps(state, block, scale, hyper, config)
                 metrics = jax.device_get(stacked)
                 before, step = step, int(metrics["step"][-1])
-                _check_finite(metrics, config, run)
+                _check_finite(metrics, bad, config, run)
+                bad = int(metrics["bad_batches"][-1])
                 extra = {}
                 every = config.coherence_every_steps
                 if before // every < step // every or step == config.steps:
@@ -153,15 +154,14 @@ def _result(config: TrainConfig, store: Store, run: Run, log: RunLog, state: Any
     }
 
 
-def _check_finite(metrics: dict[str, np.ndarray], config: TrainConfig, run: Run) -> None:
+def _check_finite(metrics: dict[str, np.ndarray], bad_before: int, config: TrainConfig, run: Run) -> None:
     bad, step = int(metrics["bad_batches"][-1]), int(metrics["step"][-1])
     if bad > config.max_bad_fraction * max(step, 100):
-        rising = np.diff(metrics["bad_batches"], prepend=metrics["bad_batches"][0] - 1) > 0
-        first = int(metrics["step"][np.argmax(rising)])
+        first = int(metrics["step"][np.argmax(metrics["bad_batches"] > bad_before)])
         raise TrainingStopped(
-            f"{bad} of {step} batches gave a loss that is not finite, the last run of them from step {first}, more than "
-            f"max_bad_fraction={config.max_bad_fraction}; the last good checkpoint is in {run.checkpoints}: check the "
-            "store (`python -m extract verify`), then lower --optimizer.learning-rate"
+            f"{bad} of the first {step} batches gave a loss that is not finite, the latest from step {first}: more "
+            f"than max_bad_fraction={config.max_bad_fraction}; the last good checkpoint is in {run.checkpoints}; check the "
+            "store (`python -m extract verify STORE`), then lower --optimizer.learning-rate"
         )
 
 

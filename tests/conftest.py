@@ -9,27 +9,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import functools
-
 import flax.struct
 from jaxtyping import install_import_hook
 
-
-def _unchecked(wrapped):  # noqa: ANN001, ANN202
-    """JAX rebuilds pytrees with shardings, shapes and placeholders for leaves: their constructors can't be checked."""
-
-    @functools.wraps(wrapped)
-    def dataclass(cls=None, **options):  # noqa: ANN001, ANN202, ANN003
-        if cls is None:
-            return functools.partial(dataclass, **options)
-        made = wrapped(cls, **options)
-        made.__no_type_check__ = True
-        return made
-
-    return dataclass
-
-
-flax.struct.dataclass = _unchecked(flax.struct.dataclass)
+# JAX rebuilds pytrees with shardings, shapes and placeholders for leaves: their constructors can't be checked.
+flax.struct.PyTreeNode.__no_type_check__ = True
 
 install_import_hook("hafs_jax", "beartype.beartype")
 

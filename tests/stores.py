@@ -23,7 +23,12 @@ from extract.format.store import (
 
 
 def write_store(
-    folder: Path, acts_ND: np.ndarray, dtype: str = "float32", shard_rows: int = 64, split: str = "train", length: int = 8
+    folder: Path,
+    acts_ND: np.ndarray,
+    dtype: str = "float32",
+    shard_rows: int = 64,
+    split: str = "train",
+    length: int = 8,
 ) -> Path:
     """A whole store of the rows `acts_ND`, in contexts of `length` tokens with a BOS in front; returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +85,7 @@ def write_store(
 
 
 def planted(rows: int, d_model: int, n_features: int, active: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Sparse non-negative combinations of random unit directions plus an offset: (acts [rows, D], directions [n, D])."""
+    """Sparse non-negative combinations of random unit directions and an offset: (acts [rows, D], directions [n, D])."""
     random = np.random.default_rng(seed)
     directions = random.normal(size=(n_features, d_model))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)

@@ -83,7 +83,7 @@ def test_jit_equals_no_jit(variant: str, architecture: str, store: Store) -> Non
 def test_trains_saves_loads_and_exports(
     variant: str, architecture: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One run each: the loss falls, L0 is as promised, rows keep unit norm, one compilation, and torch computes the same."""
+    """One run each: the loss falls, L0 is as promised, rows keep unit norm, it compiles once, torch agrees."""
     config = config_of(variant, architecture)
     programs = []
     monkeypatch.setattr(
@@ -123,7 +123,7 @@ def test_exporting_twice_gives_the_same_bytes_and_an_unfinished_run_is_refused(s
     assert set(before) == {"cfg.json", "sae_weights.safetensors"}
     assert {path.name: path.read_bytes() for path in export_run(run.folder).iterdir()} == before
     run.result_path.unlink()
-    with pytest.raises(UserError, match="expected a finished run's run.json"):
+    with pytest.raises(UserError, match=r"expected a finished run's run\.json"):
         export_run(run.folder)
 
 

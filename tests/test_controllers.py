@@ -53,7 +53,7 @@ def test_equals_the_plain_statement_on_a_rough_sequence() -> None:
 
 
 def test_a_spike_barely_moves_lambda_and_bad_batches_let_it_recover() -> None:
-    """METHOD: one 250x spike moves lambda .837 -> .823 -> .829; ten NaN take it to .0008, recovered in about 50 steps."""
+    """One 250x spike moves lambda .837 -> .823 -> .829; ten NaN take it to .0008, recovered in about 50 steps."""
     steady = [0.19] * 600
     before = run(steady)[1][-1]
     spiked = run(steady + [250 * 0.19] + [0.19] * 100)[1]

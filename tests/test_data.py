@@ -80,7 +80,7 @@ def test_prefetch_keeps_the_order_and_hands_over_errors() -> None:
     blocks = [np.full((1, 2, 3), i, np.float32) for i in range(7)]
     assert [int(block[0, 0, 0]) for block in prefetch(iter(blocks), here)] == list(range(7))
 
-    def failing():  # noqa: ANN202
+    def failing():
         yield blocks[0]
         raise OSError("disk gone")
 

@@ -21,7 +21,13 @@ N, D, F = 90, 6, 11
 @pytest.fixture
 def store(tmp_path):
     acts = np.random.default_rng(0).normal(size=(N, D)) * [1, 2, 3, 1, 1, 1] + 4
-    return Store(write_store(tmp_path / "heldout", acts.astype(np.float32), shard_rows=40))
+    folder = write_store(tmp_path / "heldout", acts.astype(np.float32), shard_rows=40)
+    for index in range(3):  # as extraction leaves it, a context's rows lie anywhere
+        order = np.random.default_rng(index).permutation(len(np.load(folder / f"rows-{index:05d}.npy")))
+        for name in ("rows", "shard"):
+            path = folder / f"{name}-{index:05d}.npy"
+            np.save(path, np.load(path)[order])
+    return Store(folder)
 
 
 def acts_of(store):
@@ -157,6 +163,16 @@ def test_max_rows_measures_the_first_rows_about_their_own_mean(store):
     result = measured(Constant(first.mean(0)), store, max_rows=50)
     assert result.values["rows"] == 50
     assert result.values["reconstruction"]["fvu"] == pytest.approx(1, rel=1e-12)
+    always_on = measured(identity_sae(D), store, max_rows=50)
+    np.testing.assert_array_equal(always_on.latents["density"], np.ones(D))
+
+
+def test_l1_takes_absolute_values_and_l0_counts_negative_latents(store):
+    signed = Constant(np.zeros(D))
+    signed.encode = lambda acts: torch.nn.functional.pad(acts - 4, (0, F - D))
+    found = measured(signed, store).values["sparsity"]
+    assert found["l1"] == pytest.approx(np.abs(acts_of(store) - 4).sum(1).mean(), rel=1e-12)
+    assert found["l0"] == D
 
 
 def test_a_source_is_centred_on_its_own_mean(tmp_path):

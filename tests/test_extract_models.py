@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import torch
 from extract_tiny import LAYERS, D, save_model
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from extract.format.errors import UserError
+from extract.format.store import ModelInfo
 from extract.models import LanguageModel, load_for_manifest, load_model, pick_device
 
 
@@ -48,6 +57,29 @@ def test_activations_are_the_models_hidden_states(model: LanguageModel, tokens_B
         if layer + 1 < LAYERS:  # transformers' last hidden state is past the final norm
             post = model.activations(tokens_BL, f"blocks.{layer}.hook_resid_post")
             torch.testing.assert_close(post, states[layer + 1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_other_architectures_blocks_are_found(architecture: str, model: LanguageModel, tokens_BL: torch.Tensor) -> None:
+    """Llama is the offline model's; GPT-2's blocks lie under another name, and OPT's one module deeper."""
+    if architecture == "llama":
+        sizes = {"hidden_size": 12, "intermediate_size": 14, "num_hidden_layers": 3, "num_attention_heads": 2}
+        hf = LlamaForCausalLM(LlamaConfig(vocab_size=401, **sizes))
+    elif architecture == "gpt2":
+        hf = GPT2LMHeadModel(GPT2Config(vocab_size=401, n_embd=12, n_layer=3, n_head=2, n_positions=32))
+    else:
+        sizes = {"hidden_size": 12, "ffn_dim": 14, "num_hidden_layers": 3, "num_attention_heads": 2}
+        hf = OPTForCausalLM(OPTConfig(vocab_size=401, word_embed_proj_dim=12, max_position_embeddings=32, **sizes))
+    info = ModelInfo(architecture, None, "hub", "float32", 3, 12)
+    other = LanguageModel(hf, model.tokenizer, info, torch.device("cpu"))
+    with torch.no_grad():
+        states = other.hf(tokens_BL, output_hidden_states=True).hidden_states
+    for layer in range(3):
+        pre = other.activations(tokens_BL, f"blocks.{layer}.hook_resid_pre")
+        torch.testing.assert_close(pre, states[layer], rtol=0, atol=0)
+    post = other.activations(tokens_BL, "blocks.1.hook_resid_post")
+    torch.testing.assert_close(post, states[2], rtol=0, atol=0)
+    assert "bridge" not in vars(other)
 
 
 def test_only_the_layers_up_to_the_hook_point_run(model: LanguageModel, tokens_BL: torch.Tensor) -> None:
