@@ -160,8 +160,8 @@ def _check_finite(metrics: dict[str, np.ndarray], bad_before: int, config: Train
         first = int(metrics["step"][np.argmax(metrics["bad_batches"] > bad_before)])
         raise TrainingStopped(
             f"{bad} of the first {step} batches gave a loss that is not finite, the latest from step {first}: more "
-            f"than max_bad_fraction={config.max_bad_fraction}; the last good checkpoint is in {run.checkpoints}; check the "
-            "store (`python -m extract verify STORE`), then lower --optimizer.learning-rate"
+            f"than max_bad_fraction={config.max_bad_fraction}; the last good checkpoint is in {run.checkpoints}; check "
+            "the store (`python -m extract verify STORE`), then lower --optimizer.learning-rate"
         )
 
 
