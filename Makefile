@@ -18,6 +18,8 @@ comma  := ,
 
 # `evaluate` and `extract` are also names of other packages: the repository's own come first.
 export PYTHONPATH := $(CURDIR)
+# On busy cores OpenMP threads that spin while they wait cost more than they save.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo test lint extract train eval report clean
 
@@ -45,7 +47,7 @@ demo: setup  ## the whole pipeline, offline: a packaged model and text, four SAE
 	$(PY) -m evaluate report $(DEMO)
 
 test: setup  ## all tests, on the CPU and without a model hub
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

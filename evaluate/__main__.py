@@ -1,6 +1,7 @@
 """`python -m evaluate`: run the evaluations, write the report, export a run. Torch and jax are imported when needed."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,8 @@ PLACE = "profile's folder in OUT; auto is what the last `make extract` decided o
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; its exit code."""
+    # Read when torch is imported. On busy cores, OpenMP threads that spin while they wait cost four times the run.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with one_line_errors():
         options = _parser().parse_args(argv)
         return options.command(options)

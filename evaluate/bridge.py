@@ -46,7 +46,14 @@ def export_run(run_folder: Path) -> Path:
     if _NAMES[config.sae.architecture] == "jumprelu":
         tensors["threshold"] = np.full(config.sae.F, np.float32(threshold))
     folder = run_folder / "sae"
-    metadata = {"variant": config.variant, "seed": config.seed, "tokens": result["tokens"], "k": config.sae.k}
+    metadata = {
+        "variant": config.variant,
+        "seed": config.seed,
+        "training_tokens": result["tokens"],
+        "k": config.sae.k,
+        "l0": result["final"]["l0"],
+        "num_dead_features": round(result["final"]["dead_fraction"] * config.sae.F),
+    }
     weights = safetensors.numpy.save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
     write_atomic(folder / "sae_weights.safetensors", lambda file: file.write(weights) and None)
     write_json(folder / "cfg.json", saelens_config(config.sae.architecture, manifest, config.sae.F, metadata))

@@ -47,7 +47,7 @@ def probe_sae(
     """
     check_hook_point(hook_point)
     # Its logistic regressions are small: on busy cores, BLAS threads waiting for each other made them 20 times slower.
-    with logged(root / "saebench.log"), threadpool_limits(1):
+    with logged(root / "saebench.log"), threadpool_limits(1, user_api="blas"):
         from sae_bench.evals.sparse_probing_sae_probes import SparseProbingSaeProbesEvalConfig, run_eval
 
         results = root / "results" / _settings_key(cache, settings)

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def fill_cache(
     missing = [pair for pair in pairs if not pair[1].exists()]
     tokens = 0
     if missing:
-        known = {}
+        known: dict[str, Tensor] = {}
         for task, file in pairs:
             if file.exists():
                 known.update(zip(task.texts, torch.load(file, weights_only=True), strict=True))
@@ -153,7 +154,7 @@ def _compute(
             acts_ND = last_activations(model, of_task, manifest.hook_point, batch_tokens, bar.update)
             known.update(zip(texts, acts_ND, strict=True))
             of_all_ND = torch.stack([known[text] for text in task.texts])
-            write_atomic(file, lambda handle, of_all_ND=of_all_ND: torch.save(of_all_ND, handle))
+            write_atomic(file, partial(torch.save, of_all_ND))
     return total
 
 

@@ -80,7 +80,7 @@ class Evaluation:
         with self._timed(f"core/{run.name}"):
             result = core_metrics(self._sae(run), self.workspace.heldout, self._moments, config.heldout_rows)
             arrays = path.with_name("core_latents.npz")
-            write_atomic(arrays, lambda file: np.savez(file, **result.latents))
+            write_atomic(arrays, lambda file: np.savez(file, allow_pickle=False, **result.latents))
             identity = {"run": run.name, "sae_sha256": run.weights_sha256, "config": to_dict(config)}
             write_json(path, {**identity, **result.values, "model": {}})
         self._done(run.name, {"core": mark, "splice": None})

@@ -116,7 +116,7 @@ class OptimizerConfig:
     """Adam and its learning-rate schedule: linear warm-up, constant, linear decay to zero."""
 
     learning_rate: float = option(
-        4e-3, "peak learning rate (inputs are scaled to unit variance, decoder rows to norm 1)"
+        3e-3, "peak learning rate (inputs are scaled to unit variance, decoder rows to norm 1)"
     )
     warmup: float = option(0.05, "fraction of training over which the rate rises from 0")
     decay: float = option(0.4, "last fraction of training over which the rate falls to 0")
@@ -144,12 +144,12 @@ class TrainConfig:
     seed: int = option(0, "seed of the weights, the data order and the penalty's chunks")
     tokens: int | None = option(None, "activation rows to train on; none: passes x the store's rows")
     passes: float = option(1.4, "passes over the store, where tokens is none")
-    batch_size: int = option(2048, "B, rows per step")
+    batch_size: int = option(1024, "B, rows per step")
     steps_per_dispatch: int = option(8, "steps run in one call of the compiled program")
-    checkpoint_every_steps: int = option(200, "steps between checkpoints")
+    checkpoint_every_steps: int = option(400, "steps between checkpoints")
     log_every_steps: int = option(8, "steps between lines of metrics.jsonl")
     max_bad_fraction: float = option(0.01, "share of non-finite batches (skipped) above which the run stops")
-    coherence_every_steps: int = option(40, "steps between measurements of the decoder's coherence")
+    coherence_every_steps: int = option(80, "steps between measurements of the decoder's coherence")
     dictionary_shards: int = option(1, "devices along the latents; the others split the batch")
     tensorboard: bool = option(False, "also write TensorBoard events (needs the tensorboardX package)")
     sae: SAEConfig = option(SAEConfig(), "the autoencoder")

@@ -174,7 +174,7 @@ def test_whole_dispatches_only() -> None:
         (lambda: PenaltyConfig(mu0=1.0), r"penalty\.mu0=1\.0"),
         (lambda: SparsityConfig(freeze_fraction=2.0), r"sparsity\.freeze_fraction=2\.0: expected a fraction"),
         (lambda: OptimizerConfig(warmup=0.9, decay=0.2), "expected fractions that add up to at most 1"),
-        (lambda: TrainConfig(tokens=5), r"tokens=5: expected at least one batch \(2048\)"),
+        (lambda: TrainConfig(tokens=5), r"tokens=5: expected at least one batch \(1024\)"),
         (lambda: TrainConfig(max_bad_fraction=1.0), r"max_bad_fraction=1\.0: expected 0 up to 1"),
         (lambda: preset("adaptiv"), "did you mean 'adaptive'"),
         (lambda: preset("strict", "rellu"), "did you mean 'relu'"),
