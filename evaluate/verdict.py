@@ -7,6 +7,7 @@ from typing import Any
 from evaluate.results import DEFAULT_ARCHITECTURE, VARIANT_ORDER, mean_probing
 
 MATCHED_L0 = 0.05  # variants whose L0 differs by more than this share are not compared on FVU without a warning
+INACTIVE_LAMBDA = 0.05  # a gate that ends below this, in FVU per unit of penalty, has done nothing
 
 DEFINITIONS = {
     "FVU": "sum of |x - x̂|² over sum of |x - mean|², over the held-out rows; 0 is perfect, 1 is predicting the mean.",
@@ -163,8 +164,7 @@ def _cautions(arms: dict[str, Any]) -> list[str]:
     for seeds in arms.values():
         for name, values in seeds:
             if values["tau_reached"] is False:
-                cautions.append(f"{name} is inactive: its error never reached tau = {values['tau']:.3f}, so that its")
-                cautions[-1] += " penalty stayed off and it is a baseline."
+                cautions.append(_unreached(name, values))
     l0 = _means(arms, lambda _, values: values["l0"])
     if l0 and max(l0.values()) > (1 + MATCHED_L0) * min(l0.values()):
         cautions.append("L0 differs by more than 5% between variants: their FVU is not compared at equal sparsity.")
@@ -180,6 +180,15 @@ def _cautions(arms: dict[str, Any]) -> list[str]:
         "under twice that is not resolved."
     )
     return cautions
+
+
+def _unreached(name: str, values: dict[str, Any]) -> str:
+    """Of a gate whose error stayed above tau: it is soft, so the penalty may have acted all the same."""
+    lam = values["training"]["final"].get("lambda") or 0.0
+    if lam < INACTIVE_LAMBDA:
+        consequence = "its penalty stayed off and it is a baseline"
+        return f"{name} is inactive: its error never reached tau = {values['tau']:.3f}, so that {consequence}."
+    return f"{name}: its error never fell to tau = {values['tau']:.3f}; the soft gate left lambda at {lam:.2f}."
 
 
 def _deviation(values: list[float]) -> float:

@@ -90,7 +90,8 @@ def _train(parsed: argparse.Namespace, defaults: TrainConfig) -> None:
         f"{run.result()['seconds']:.0f} s -> {run.folder}"
     )
     if run.result()["tau_reached"] is False:
-        print(f"{run.folder.name}: adaptive inactive: the error never reached tau, so this run is a baseline")
+        said = "adaptive inactive: " if final["lambda"] < 0.05 else ""
+        print(f"{run.folder.name}: {said}the error never fell to tau; lambda ended at {final['lambda']:.2f}")
 
 
 def _tau(parsed: argparse.Namespace) -> None:

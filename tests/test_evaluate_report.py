@@ -291,8 +291,11 @@ def test_the_verdict_does_not_flatter(tmp_path, strict, adaptive, said):
 
 def test_the_verdict_warns_of_an_inactive_gate_and_of_unequal_sparsity(tmp_path):
     folder = make_workspace(tmp_path, ("baseline-s0", "strict-s0", "adaptive-s0"))
-    write_run(folder, "adaptive-s0", tau_reached=False)
     write_core(folder, "strict-s0", 0.3, l0=5.0)
+    write_run(folder, "adaptive-s0", tau_reached=False)
+    said = " ".join(verdict(build_results(folder)))
+    assert "adaptive: its error never fell to tau = 0.250; the soft gate left lambda at 0.40." in said
+    write_run(folder, "adaptive-s0", tau_reached=False, final={"lambda": 0.01})
     said = " ".join(verdict(build_results(folder)))
     assert "adaptive is inactive: its error never reached tau = 0.250" in said
     assert "L0 differs by more than 5%" in said
