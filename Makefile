@@ -25,7 +25,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
-	@echo "Variables: PROFILE=auto|offline|pythia70m VARIANT=baseline|strict|adaptive ARCH=batchtopk|relu SEED=0 OUT=artifacts"
+	@echo "Variables: PROFILE=auto|offline|pythia70m VARIANT=baseline|strict|adaptive ARCH=batchtopk|topk|relu SEED=0 OUT=artifacts"
 	@echo "           ACCEL=cpu|cuda12|cuda13 ARGS='flags passed to the stage' (make train ARGS=--help lists them)"
 
 setup: $(STAMP)  ## create the environment in .venv (ACCEL=cuda12 or cuda13 for a GPU); does nothing when up to date

@@ -16,7 +16,7 @@ from extract.format.store import Manifest, read_manifest
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 _SAELENS_VERSION = "6.54.12"  # the version whose on-disk format this is; SAELens drops metadata of versions below 6
-_NAMES = {"relu": "standard", "batchtopk": "jumprelu"}
+_NAMES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu"}
 
 
 def export_run(run_folder: Path) -> Path:
@@ -56,7 +56,10 @@ def export_run(run_folder: Path) -> Path:
     }
     weights = safetensors.numpy.save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
     write_atomic(folder / "sae_weights.safetensors", lambda file: file.write(weights) and None)
-    write_json(folder / "cfg.json", saelens_config(config.sae.architecture, manifest, config.sae.F, metadata))
+    cfg = saelens_config(config.sae.architecture, manifest, config.sae.F, metadata)
+    if cfg["architecture"] == "topk":
+        cfg |= {"k": config.sae.k, "rescale_acts_by_decoder_norm": False}
+    write_json(folder / "cfg.json", cfg)
     return folder
 
 

@@ -31,6 +31,18 @@ def relu(
     return jax.nn.relu(pre_BF)
 
 
+def topk(
+    pre_BF: Float[Array, "B F"], config: SAEConfig, threshold: Float[Array, ""] | None = None
+) -> Float[Array, "B F"]:
+    """The k largest of each row's relu(pre), the rest zero, in training and at inference (Gao et al. 2024, 2406.04093).
+
+    Ties at a row's smallest kept value are all kept; entries that are not positive never are.
+    """
+    positive_BF = jax.nn.relu(pre_BF)
+    smallest_B1 = jax.lax.top_k(jax.lax.stop_gradient(positive_BF), config.k)[0][:, -1:]
+    return jnp.where(positive_BF >= jnp.maximum(smallest_B1, jnp.finfo(jnp.float32).tiny), positive_BF, 0.0)
+
+
 def batchtopk(
     pre_BF: Float[Array, "B F"], config: SAEConfig, threshold: Float[Array, ""] | None = None
 ) -> Float[Array, "B F"]:
@@ -48,5 +60,6 @@ def batchtopk(
 
 ARCHITECTURES: dict[str, Architecture] = {
     "batchtopk": Architecture(batchtopk, uses_l1=False, learns_threshold=True, uses_aux=True),
+    "topk": Architecture(topk, uses_l1=False, learns_threshold=False, uses_aux=True),
     "relu": Architecture(relu, uses_l1=True, learns_threshold=False, uses_aux=False),
 }

@@ -18,7 +18,7 @@ class SAEConfig:
     architecture: str = option("batchtopk", "activation and sparsity: see `hafs_jax.architectures`")
     n_latents: int | None = option(None, "F, latents in the dictionary; none: expansion x D")
     expansion: int = option(4, "F as a multiple of D, where n_latents is none")
-    k: int = option(40, "active latents per row: the L0 of batchtopk, the target L0 of relu")
+    k: int = option(40, "active latents per row: the L0 of topk, the mean L0 of batchtopk, the target L0 of relu")
     encoder_scale: float = option(1.0, "W_enc starts as this times the transposed W_dec")
     compute_dtype: str = option("float32", "dtype of the matrix products' inputs", ("float32", "bfloat16"))
 
@@ -91,7 +91,7 @@ class SparsityConfig:
         0.02, "controller: doublings of the coefficient per step and doubling of L0 over its target"
     )
     freeze_fraction: float = option(0.15, "last fraction of training in which the controller's coefficient is frozen")
-    aux: float = option(0.03125, "weight of the dead latents' auxiliary reconstruction (batchtopk)")
+    aux: float = option(0.03125, "weight of the dead latents' auxiliary reconstruction (topk, batchtopk)")
     aux_k: int = option(256, "dead latents that may reconstruct the residual, per row")
     dead_after_tokens: int = option(100_000, "a latent that has not fired for so many rows is dead")
     threshold_decay: float = option(0.99, "decay of batchtopk's moving-average inference threshold, per step")

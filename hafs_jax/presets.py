@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "batchtopk": {},
+    "topk": {},
     "relu": {"optimizer": {"learning_rate": 2e-3}},
 }
 """Fields of TrainConfig that an architecture changes from the defaults."""

@@ -60,6 +60,8 @@ def torch_step(config: TrainConfig, state: TrainState, scale: InputScale, acts: 
         kept = torch.zeros_like(latents).reshape(-1)
         kept[latents.reshape(-1).topk(B * K).indices] = 1
         latents = latents * kept.reshape(B, F)
+    if config.sae.architecture == "topk":
+        latents = latents * torch.zeros_like(latents).scatter(1, latents.topk(K, dim=1).indices, 1.0)
     fvu = ((x - latents @ params["W_dec"] - params["b_dec"]) ** 2).sum(1).mean() / D
     loss = fvu
     if config.sae.architecture == "relu":
@@ -79,7 +81,7 @@ def torch_step(config: TrainConfig, state: TrainState, scale: InputScale, acts: 
     return {"loss": loss.detach().numpy(), **{name: value.detach().numpy() for name, value in params.items()}}
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk", "relu"])
+@pytest.mark.parametrize("architecture", ["batchtopk", "topk", "relu"])
 @pytest.mark.parametrize("variant", ["baseline", "strict", "adaptive", "gate_only"])
 def test_a_step_equals_torchs(variant: str, architecture: str) -> None:
     config = small(variant, architecture, sparsity={"l1_warmup": 0.0}, optimizer={"clip_norm": None})
