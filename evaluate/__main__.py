@@ -29,7 +29,7 @@ datasets of --suite standard, unless named:
   {chr(10).join("  " + dataset for dataset in DATASETS).strip()}
 """
 
-PLACE = "profile's folder in OUT; auto is what the last `make extract` decided on [auto]"
+PLACE = "profile's folder in OUT; auto is the one extracted last [auto]"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -87,17 +87,22 @@ def _parser() -> Parser:
     return parser
 
 
+def _note_profile(out: Path, resolved: Resolved) -> None:
+    """Notes in `out`/auto.json which profile `--profile auto` of the later stages stands for: the last extracted."""
+    write_json(out / "auto.json", {"profile": resolved.resolved, "reason": resolved.reason})
+
+
 def _extract(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     resolved = resolve(options.requested)
     config = _config(resolved, options)
     print(f"profile {resolved.resolved} ({resolved.reason})", file=sys.stderr, flush=True)
     if not options.force and is_complete(config, options.out):
+        _note_profile(options.out, resolved)
         print("the stores are there already, from this very config", file=sys.stderr)
     else:
         prepare_hub(config)
-        if resolved.requested == "auto":
-            write_json(options.out / "auto.json", {"profile": resolved.resolved, "reason": resolved.reason})
+        _note_profile(options.out, resolved)
         from extract.run import extract  # torch, and the hub libraries
 
         try:

@@ -62,7 +62,7 @@ def _parser(arguments: list[str]) -> Parser:
 def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("artifacts"), help="where stores and runs live [artifacts]")
     parser.add_argument(
-        "--profile", default="auto", help="the profile that was extracted; auto: as extract decided [auto]"
+        "--profile", default="auto", help="the profile that was extracted; auto: the one extracted last [auto]"
     )
 
 

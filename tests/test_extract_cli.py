@@ -185,6 +185,10 @@ def test_auto_is_recorded_and_a_second_run_has_nothing_to_do(
     assert main(["verify", str(store / "train")]) == 1
     said = capsys.readouterr()
     assert "shard-00000.npy: sha256 is" in said.err and not said.out
+    (tmp_path / "out" / "auto.json").unlink()
+    assert main([*flags, "--profile", "offline"]) == 0
+    noted = read_json(tmp_path / "out" / "auto.json", "auto")
+    assert noted == {"profile": "offline", "reason": "named on the command line"}
 
 
 @pytest.mark.parametrize(
