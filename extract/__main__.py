@@ -98,11 +98,9 @@ def _extract(arguments: list[str]) -> int:
     config = _config(resolved, options)
     print(f"profile {resolved.resolved} ({resolved.reason})", file=sys.stderr, flush=True)
     if not options.force and is_complete(config, options.out):
-        _note_profile(options.out, resolved)
         print("the stores are there already, from this very config", file=sys.stderr)
     else:
         prepare_hub(config)
-        _note_profile(options.out, resolved)
         from extract.run import extract  # torch, and the hub libraries
 
         try:
@@ -112,6 +110,7 @@ def _extract(arguments: list[str]) -> int:
                 raise
             where = error.filename or options.out
             raise UserError(f"{where}: {error.strerror}; mend it and give the same command, or another --out") from None
+    _note_profile(options.out, resolved)
     _report(store_folders(config, options.out))
     return 0
 
