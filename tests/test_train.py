@@ -214,11 +214,25 @@ def test_another_config_in_the_same_folder_is_refused_and_force_replaces_it(out:
 
 
 def test_a_damaged_checkpoint_is_one_clear_error(out: Path, tmp_path: Path) -> None:
+    """In a process of its own: Orbax's reads that a failed restore leaves behind would report into later tests."""
     run = train(small(), out / "tiny" / "store" / "train", tmp_path)
-    run.result_path.unlink()
-    wider = dataclasses.replace(run.config(), sae=dataclasses.replace(run.config().sae, n_latents=25))
-    with pytest.raises(UserError, match="does not fit this config or is damaged"):
-        load_checkpoint(run.checkpoints, wider, D)
+    script = (
+        "import dataclasses, sys; from pathlib import Path\n"
+        "from hafs_jax.checkpoint import load_checkpoint; from hafs_jax.runs import Run\n"
+        "run = Run(Path(sys.argv[1])); config = run.config()\n"
+        "wider = dataclasses.replace(config, sae=dataclasses.replace(config.sae, n_latents=25))\n"
+        "load_checkpoint(run.checkpoints, wider, int(sys.argv[2]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(run.folder), str(D)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 1 and "UserError: checkpoint 200 in" in done.stderr
+    assert "does not fit this config or is damaged" in done.stderr
     with pytest.raises(UserError, match="found none; train the run first"):
         load_checkpoint(tmp_path / "nothing", run.config(), D)
 
