@@ -1,9 +1,11 @@
-"""`python -m extract`: makes a store; `python -m extract verify STORE`: checks one. Imports torch only to extract."""
+"""`python -m extract`: makes stores; `import`: from arrays; `verify`: checks one. Imports torch only to extract."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from extract.config import TEXT_SYNTAX, ExtractConfig, parse_source
@@ -12,13 +14,16 @@ from extract.format.errors import UserError, one_line_errors
 from extract.format.files import read_json, write_json
 from extract.format.store import TIMING, read_manifest
 from extract.format.verify import verify
-from extract.journal import is_complete, store_folders
+from extract.journal import is_complete, profile_names, store_folders
 from extract.profiles import OFFLINE, PRESETS, Resolved, prepare_hub, resolve
 
 DESCRIPTION = """\
 Run a language model over text and store its activations at one hook point, shuffled, as two stores:
 OUT/<profile>/store/train and OUT/<profile>/store/heldout, which share no document. A run that was
-interrupted goes on when the same command is given again. `python -m extract verify STORE` checks a store.
+interrupted goes on when the same command is given again. Of several hook points, divided by commas, the model runs
+once and each has its own profile, <profile>/<hook point>, with the same rows in the same order.
+`python -m extract import ACTS.npy` makes stores of any activations, without a model; `python -m extract verify STORE`
+checks a store.
 """
 
 EPILOG = f"""\
@@ -48,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     with one_line_errors():
         if arguments[:1] == ["verify"]:
             return _verify(arguments[1:])
+        if arguments[:1] == ["import"]:
+            return _import(arguments[1:])
         return _extract(arguments)
 
 
@@ -69,6 +76,16 @@ def _verify(arguments: list[str]) -> int:
         f"{folder}: {manifest.rows:,} rows of {manifest.d_model} {manifest.dtype} in {len(manifest.shards)} shards,"
         f" {manifest.split} split, {manifest.model.name} at {manifest.hook_point}, fingerprint {manifest.fingerprint}"
     )
+    return 0
+
+
+def _import(arguments: list[str]) -> int:
+    from extract.importing import import_arrays, parse
+
+    options = parse(arguments)
+    with _disk_errors(options.out):
+        import_arrays(options)
+    _note_profile(options.out, Resolved(options.profile, options.profile, "imported from arrays"))
     return 0
 
 
@@ -103,16 +120,26 @@ def _extract(arguments: list[str]) -> int:
         prepare_hub(config)
         from extract.run import extract  # torch, and the hub libraries
 
-        try:
+        with _disk_errors(options.out):
             extract(config, resolved, options.out, options.force)
-        except OSError as error:
-            if error.errno not in _DISK:
-                raise
-            where = error.filename or options.out
-            raise UserError(f"{where}: {error.strerror}; mend it and give the same command, or another --out") from None
-    _note_profile(options.out, resolved)
-    _report(store_folders(config, options.out))
+    first, *_ = profile_names(config).values()
+    _note_profile(options.out, dataclasses.replace(resolved, resolved=first))
+    for folders in store_folders(config, options.out).values():
+        _report(folders)
+    _report_timing(folders)
     return 0
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """Turns what a disk refuses into a `UserError`; any other OSError is our bug and passes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = error.filename or out
+        raise UserError(f"{where}: {error.strerror}; mend it and give the same command, or another --out") from None
 
 
 def _config(resolved: Resolved, options: argparse.Namespace) -> ExtractConfig:
@@ -134,6 +161,9 @@ def _report(folders: dict[str, Path]) -> None:
             dropped = f"{norms.dropped_rows:,} ({norms.dropped_rows / total:.2%}) over {norms.multiple:g} x the median"
             dropped += f" norm {norms.median_norm:.4g} dropped"
         print(f"{split}: {manifest.rows:,} rows of {manifest.d_model} {manifest.dtype}; {dropped}; {folder}")
+
+
+def _report_timing(folders: dict[str, Path]) -> None:
     timing = read_json(folders["train"] / TIMING, "a store's timing")
     print(
         f"{timing['tokens']:,} tokens in {timing['seconds_by_stage']['model']:.0f} s"

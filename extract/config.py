@@ -51,7 +51,9 @@ class ExtractConfig:
     revision: str | None = option(None, "hub revision of the model: branch, tag or commit")
     model_dtype: str = option("float32", "dtype that the model computes in", choices=MODEL_DTYPES)
     device: str = option("auto", "torch device; auto takes CUDA where there is one")
-    hook_point: str = option("", "TransformerLens name of the activations, such as blocks.3.hook_resid_post")
+    hook_point: str = option(
+        "", "TransformerLens name of the activations, such as blocks.3.hook_resid_post; or several, divided by commas"
+    )
     context_length: int = option(128, "tokens a context, BOS included")
     sources: tuple[SourceConfig, ...] = option((), "text sources and their weights")
     max_rows: int | None = option(None, "training rows before the norm filter; none takes all the text")
@@ -67,6 +69,9 @@ class ExtractConfig:
         for name in ("profile", "model", "hook_point", "sources"):
             if not getattr(self, name):
                 raise UserError(f"the extraction's config lacks {name}")
+        points = self.hook_points
+        if not all(points) or any(point != point.strip() for point in points) or len(set(points)) < len(points):
+            raise UserError(f"hook_point={self.hook_point!r}: expected different names divided by commas alone")
         for name, low, high in (
             ("context_length", 2, 65_535),  # positions are kept in 16 bits
             ("shard_rows", 1, 2**31 - 1),
@@ -84,6 +89,11 @@ class ExtractConfig:
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise UserError(f"sources {', '.join(names)}: two have one name; say --text NAME=PATH")
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """The hook points one by one."""
+        return tuple(self.hook_point.split(","))
 
 
 def parse_source(text: str, known: tuple[SourceConfig, ...]) -> SourceConfig:

@@ -3,9 +3,6 @@
 A killed run goes on from its journal, which is never ahead of what is synced to disk.
 """
 
-import contextlib
-import fcntl
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +17,29 @@ from extract.format.store import MANIFEST, read_manifest
 JOURNAL = "journal.json"
 
 
-def store_folders(config: ExtractConfig, out: Path) -> dict[str, Path]:
-    """Where each split's store lies: `out`/<profile>/store/<split>."""
-    return {split: out / config.profile / "store" / split for split in SPLITS}
+def profile_names(config: ExtractConfig) -> dict[str, str]:
+    """Each hook point's `--profile` for later commands: <profile> of one alone, else <profile>/<hook point>."""
+    several = len(config.hook_points) > 1
+    return {hook: f"{config.profile}/{hook}" if several else config.profile for hook in config.hook_points}
+
+
+def store_folders(config: ExtractConfig, out: Path) -> dict[str, dict[str, Path]]:
+    """Where the stores lie, by hook point and split: `out`/<profile name>/store/<split>."""
+    return {
+        hook: {split: out / name / "store" / split for split in SPLITS} for hook, name in profile_names(config).items()
+    }
+
+
+def work_root(config: ExtractConfig, out: Path) -> Path:
+    """The folder that an extraction locks and works in: where its stores will lie, or of several hook points above."""
+    folder = out / config.profile
+    return folder if len(config.hook_points) > 1 else folder / "store"
 
 
 def is_complete(config: ExtractConfig, out: Path) -> bool:
-    """Whether both stores are there under this very config; `UserError` where they are there under another."""
-    folders = store_folders(config, out)
-    made = [folder for folder in folders.values() if (folder / MANIFEST).exists()]
+    """Whether all stores are there under this very config; `UserError` where some are there under another."""
+    folders = [folder for splits in store_folders(config, out).values() for folder in splits.values()]
+    made = [folder for folder in folders if (folder / MANIFEST).exists()]
     for folder in made:
         if found := difference(read_manifest(folder).config, to_dict(config)):
             raise UserError(f"{folder} was extracted with {found}; pass --force to replace it, or choose another OUT")
@@ -54,6 +65,7 @@ class Journal:
     splits: dict[str, Any] = option({}, "SplitProgress by split")
     seconds: dict[str, Any] = option({}, "seconds by stage, over all attempts")
     attempts: int = 0
+    made: bool = False  # all stores are whole, in the work folder or already in their places
 
     def progress(self, split: str) -> SplitProgress:
         return from_dict(SplitProgress, self.splits.get(split, {}), f"{JOURNAL}: {split}")
@@ -67,18 +79,3 @@ def read_journal(folder: Path) -> Journal | None:
 
 def write_journal(folder: Path, journal: Journal) -> None:
     write_json(folder / JOURNAL, to_dict(journal))
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process alone; `UserError` where another extraction is at work there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another extraction is at work in {folder}; wait for it, or choose another OUT") from None
-        try:
-            yield
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)

@@ -6,8 +6,8 @@ bridge and equal to it (a test says so); every other hook point goes through the
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,33 +90,44 @@ class LanguageModel:
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         return self.activations(tokens, hook_point).shape[-1]
 
-    @torch.no_grad()
     def activations(self, tokens_BL: Int[Tensor, "B L"], hook_point: str) -> Float[Tensor, "B L D"]:
         """The activations at `hook_point`, in the model's dtype; layers past it are not run.
 
         Shorter contexts may be padded on the right with any token: attention is causal, so no position sees it.
         Activations of several heads are joined: [B, L, heads, width] becomes [B, L, heads * width].
         """
-        found: list[Tensor] = []
+        return self.activations_at(tokens_BL, (hook_point,))[hook_point]
+
+    @torch.no_grad()
+    def activations_at(
+        self, tokens_BL: Int[Tensor, "B L"], hook_points: Sequence[str]
+    ) -> dict[str, Float[Tensor, "B L D"]]:
+        """The `activations` at each of `hook_points`, whose widths D may differ, from one forward pass."""
+        found: dict[str, Tensor] = {}
         tokens_BL = tokens_BL.to(self.device)
+        modules = {hook_point: self._resid_module(hook_point) for hook_point in hook_points}
+        if all(module is not None for module, _ in modules.values()):
 
-        def keep(acts: Tensor) -> Tensor:
-            found.append(acts)
-            raise _Stop
+            def keep(hook_point: str, acts: Tensor) -> Tensor:
+                found[hook_point] = acts
+                if len(found) == len(modules):
+                    raise _Stop
+                return acts
 
-        module, before = self._resid_module(hook_point)
-        if module is not None:
-            with _hooked(module, before, keep), contextlib.suppress(_Stop):
+            with contextlib.ExitStack() as hooks:
+                for hook_point, (module, before) in modules.items():
+                    hooks.enter_context(_hooked(module, before, partial(keep, hook_point)))
+                hooks.enter_context(contextlib.suppress(_Stop))
                 self.hf(tokens_BL, use_cache=False)
         else:
-            block = _BLOCK.match(hook_point)
+            blocks = [_BLOCK.match(hook_point) for hook_point in modules]
             self.bridge.run_with_hooks(
                 tokens_BL,
-                stop_at_layer=int(block[1]) + 1 if block else None,
+                stop_at_layer=max(int(block[1]) for block in blocks if block) + 1 if all(blocks) else None,
                 return_type=None,
-                fwd_hooks=[(hook_point, lambda acts, hook: found.append(acts))],
+                fwd_hooks=[(point, lambda acts, hook, point=point: found.update({point: acts})) for point in modules],
             )
-        return found[0].flatten(2)
+        return {hook_point: found[hook_point].flatten(2) for hook_point in hook_points}
 
     @torch.no_grad()
     def logits(
@@ -199,6 +210,10 @@ def load_model(name: str, dtype: str, revision: str | None = None, device: str =
 def load_for_manifest(manifest: Manifest, dtype: str | None = None, device: str = "auto") -> LanguageModel:
     """The model that made a store, of the same revision; `dtype` overrides the one that it computed in."""
     info = manifest.model
+    if not manifest.has_tokens:
+        raise UserError(
+            f"the store of {info.name} ({info.origin}) was imported from an array: it has no language model"
+        )
     name = info.origin.removeprefix("folder:") if info.origin.startswith("folder:") else info.name
     if name != info.name and not Path(name).is_dir():
         raise UserError(f"the store's model was read from {name}, where there is no folder now; put it back there")

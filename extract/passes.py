@@ -1,9 +1,14 @@
-"""The two passes over one split: the model's rows into the shuffle's buckets, and the buckets into a store."""
+"""The two passes over one split: the model's rows into the shuffle's buckets, and the buckets into stores.
+
+There is one store for each hook point. Their rows go through the shuffle together, so that they stay aligned.
+"""
 
 import contextlib
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +20,9 @@ from extract.config import ExtractConfig
 from extract.contexts import SPLITS, Batches, plan_batches
 from extract.format.config import to_dict
 from extract.format.errors import UserError
-from extract.format.files import sha256_of
+from extract.format.files import sha256_of, write_atomic
+from extract.format.shards import ShardWriter
+from extract.format.shuffle import Spill, as_kept, n_buckets, shuffle_keys, spilled
 from extract.format.store import (
     FORMAT_VERSION,
     MANIFEST,
@@ -29,8 +36,6 @@ from extract.format.store import (
     to_float32,
 )
 from extract.models import LanguageModel
-from extract.shards import ShardWriter
-from extract.shuffle import Spill, n_buckets, shuffle_keys, spilled
 
 TEXT_FILES = ("contexts.npy", "tokens.npy", "documents.jsonl")
 
@@ -44,7 +49,7 @@ class Split:
     contexts: Contexts
     batches: Batches
     first_position: int  # 1 where BOS is at 0, else 0
-    record: np.dtype
+    record: np.dtype  # with a kind of activations for each hook point
 
     @property
     def rows(self) -> int:
@@ -53,17 +58,20 @@ class Split:
 
     @property
     def bytes_needed(self) -> int:
-        """Disk space of buckets, norms, shards and rows files together, before the norm filter."""
-        stored = self.record["acts"].itemsize + ROW.itemsize
-        return self.rows * (self.record.itemsize + 4 + stored)
+        """Disk space of buckets, norms, and the stores' shards, rows files and texts, before the norm filter."""
+        kinds = self.record["norm"].shape[0]
+        stored = sum(self.record[f"acts{kind}"].itemsize + ROW.itemsize for kind in range(kinds))
+        text = sum((self.folder / file).stat().st_size for file in TEXT_FILES)
+        return self.rows * (self.record.itemsize + 4 * kinds + stored) + kinds * text
 
 
-def open_split(name: str, folder: Path, config: ExtractConfig, model: LanguageModel, d_model: int) -> Split:
-    """The split whose contexts lie in `folder`."""
+def open_split(name: str, folder: Path, config: ExtractConfig, model: LanguageModel, widths: Sequence[int]) -> Split:
+    """The split whose contexts lie in `folder`; `widths` are the hook points'."""
     arrays = [np.load(folder / file, mmap_mode="r", allow_pickle=False) for file in ("contexts.npy", "tokens.npy")]
     contexts = Contexts(*arrays)
     batches = plan_batches(contexts.table["length"], config.batch_tokens)
-    return Split(name, folder, contexts, batches, int(model.prepend_bos), spilled(d_model, config.dtype))
+    record = spilled([(width, config.dtype) for width in widths])
+    return Split(name, folder, contexts, batches, int(model.prepend_bos), record)
 
 
 def spill_rows(
@@ -105,81 +113,118 @@ def _records(split: Split, model: LanguageModel, config: ExtractConfig, numbers:
         tokens_BL[row, : table["length"][row]] = split.contexts[number]
     position_L = np.arange(longest)
     kept_BL = (position_L >= split.first_position) & (position_L < table["length"][:, None])
-    acts_BLD = model.activations(torch.from_numpy(tokens_BL), config.hook_point)
-    acts_ND = acts_BLD[torch.from_numpy(kept_BL).to(acts_BLD.device)].float().cpu().numpy()
+    acts = model.activations_at(torch.from_numpy(tokens_BL), config.hook_points)
 
     context_N, position_N = np.nonzero(kept_BL)
-    records = np.zeros(len(acts_ND), split.record)
+    records = np.zeros(len(context_N), split.record)
     row_N = records["row"]
     row_N["token"], row_N["position"] = tokens_BL[kept_BL], position_N
     row_N["context"] = numbers[context_N]
     row_N["document"], row_N["source"] = table["document"][context_N], table["source"][context_N]
-    records["acts"] = from_float32(acts_ND, config.dtype)
-    kept_ND = to_float32(records["acts"], config.dtype)
-    _check_finite(acts_ND, kept_ND, row_N, split, config)
-    records["norm"] = np.sqrt(np.einsum("nd,nd->n", kept_ND, kept_ND, dtype=np.float64))
+    for kind, (hook_point, acts_BLD) in enumerate(acts.items()):
+        acts_ND = acts_BLD[torch.from_numpy(kept_BL).to(acts_BLD.device)].float().cpu().numpy()
+        kept_ND, records["norm"][:, kind], is_finite_N = as_kept(acts_ND, config.dtype)
+        if not is_finite_N.all():
+            raise _not_finite(hook_point, acts_ND, ~is_finite_N, row_N, split, config)
+        records[f"acts{kind}"] = kept_ND
     return records
 
 
-def _check_finite(
+def _not_finite(
+    hook_point: str,
     acts_ND: Float[np.ndarray, "N D"],
-    kept_ND: Float[np.ndarray, "N D"],
+    bad: np.ndarray,
     row_N: np.ndarray,
     split: Split,
     config: ExtractConfig,
-) -> None:
-    bad = ~np.isfinite(kept_ND).all(1)
-    if not bad.any():
-        return
+) -> UserError:
+    """The error for the first of the rows that `bad` [N] marks."""
+    kept_ND = to_float32(from_float32(acts_ND, config.dtype), config.dtype)
     first = int(np.argmax(bad))
     row, column = row_N[first], int(np.argmax(~np.isfinite(kept_ND[first])))
     value = float(acts_ND[first, column])
     why = f"does not fit into {config.dtype}; say --dtype bfloat16" if np.isfinite(value) else "is not finite"
-    raise UserError(
-        f"{config.hook_point} of document {row['document']} of the {split.name} split"
+    return UserError(
+        f"{hook_point} of document {row['document']} of the {split.name} split"
         f" (source {config.sources[row['source']].name}), position {row['position']} of context {row['context']}:"
         f" value {value:g} in dimension {column} {why} ({int(bad.sum())} such rows in this batch)"
     )
 
 
-def write_store(
+def write_stores(
     split: Split,
     spill: Spill,
-    median_norm: float,
+    median_norms: Sequence[float],
+    folders: dict[str, Path],
     config: ExtractConfig,
     model: LanguageModel,
     profile: dict,
     bar: tqdm,
-) -> Manifest:
-    """Writes the shuffled shards of rows within `norm_multiple` x `median_norm`; the manifest, not yet on disk."""
-    for left in [*split.folder.glob(".*.tmp"), split.folder / MANIFEST]:
-        left.unlink(missing_ok=True)  # of an attempt that was killed
-    limit = None if config.norm_multiple is None else config.norm_multiple * median_norm
-    d_model = split.record["acts"].shape[0]
-    writer = ShardWriter(split.folder, d_model, config.dtype, config.shard_rows, len(config.sources))
+) -> dict[Path, Manifest]:
+    """Writes each hook point's store into its folder of `folders`; the manifests, not yet on disk.
+
+    A row is kept where its norm is within `norm_multiple` x the hook point's median norm at every hook point.
+    """
+    limits = None if config.norm_multiple is None else config.norm_multiple * np.asarray(median_norms)
+    writers = []
+    for kind, folder in enumerate(folders.values()):
+        _begin_store(split, folder)
+        width = split.record[f"acts{kind}"].shape[0]
+        writers.append(ShardWriter(folder, width, config.dtype, config.shard_rows, len(config.sources)))
     for records in spill.shuffled():
-        kept = records if limit is None else records[records["norm"].astype(np.float64) <= limit]
-        writer.add(kept["acts"], kept["row"])
+        kept = records if limits is None else records[(records["norm"].astype(np.float64) <= limits).all(1)]
+        for kind, writer in enumerate(writers):
+            writer.add(kept[f"acts{kind}"], kept["row"])
         bar.update(len(records))
+    manifests = {}
+    for (hook_point, folder), writer, median_norm in zip(folders.items(), writers, median_norms, strict=True):
+        manifests[folder] = _manifest(
+            split, hook_point, folder, writer, median_norm, config, model, profile, spill.rows
+        )
+    return manifests
+
+
+def _begin_store(split: Split, folder: Path) -> None:
+    """The folder with the split's texts and nothing that an attempt that was killed left half done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in [*folder.glob(".*.tmp"), folder / MANIFEST]:
+        left.unlink(missing_ok=True)
+    for name in TEXT_FILES:
+        with open(split.folder / name, "rb") as text:
+            write_atomic(folder / name, partial(shutil.copyfileobj, text))
+
+
+def _manifest(
+    split: Split,
+    hook_point: str,
+    folder: Path,
+    writer: ShardWriter,
+    median_norm: float,
+    config: ExtractConfig,
+    model: LanguageModel,
+    profile: dict,
+    spilled_rows: int,
+) -> Manifest:
     statistics = writer.finish()
     if statistics is None:
         raise UserError(f"norm_multiple={config.norm_multiple} drops every row of the {split.name} split; raise it")
+    limit = None if config.norm_multiple is None else config.norm_multiple * median_norm
     return Manifest(
         format_version=FORMAT_VERSION,
         split=split.name,
         profile=profile,
         model=model.info,
         tokenizer=TokenizerInfo(model.info.name, len(model.tokenizer), model.bos_token_id, model.prepend_bos),
-        hook_point=config.hook_point,
-        d_model=d_model,
+        hook_point=hook_point,
+        d_model=writer.d_model,
         dtype=config.dtype,
         context_length=config.context_length,
         seed=config.seed,
         sources=_sources(split, config, writer.rows_by_source),
-        norm_filter=NormFilter(config.norm_multiple, median_norm, limit, spill.rows - writer.rows),
+        norm_filter=NormFilter(config.norm_multiple, median_norm, limit, spilled_rows - writer.rows),
         rows=writer.rows,
         shards=tuple(writer.shards),
-        files_sha256={file: sha256_of(split.folder / file) for file in TEXT_FILES},
+        files_sha256={file: sha256_of(folder / file) for file in TEXT_FILES},
         mean=tuple(statistics.mean_D.tolist()),
         mean_squared_norm=statistics.mean_squared_norm,
         variance=statistics.variance,

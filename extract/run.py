@@ -18,33 +18,34 @@ from extract.contexts import SPLITS, write_contexts
 from extract.format.config import to_dict
 from extract.format.errors import UserError
 from extract.format.files import write_json
-from extract.format.store import MANIFEST, TIMING, write_manifest
+from extract.format.places import locked, put_in_place
+from extract.format.shuffle import Spill
+from extract.format.store import TIMING, Manifest, write_manifest
 from extract.journal import (
     Journal,
     SplitProgress,
     is_complete,
-    locked,
     read_journal,
     store_folders,
+    work_root,
     write_journal,
 )
 from extract.models import LanguageModel, load_model
-from extract.passes import Split, open_split, spill_rows, write_store
+from extract.passes import Split, open_split, spill_rows, write_stores
 from extract.profiles import Resolved
-from extract.shuffle import Spill
 
 WORK = ".work"
 JOURNAL_SECONDS = 5.0  # what a kill may cost
 SPARE_BYTES = 64 << 20  # of disk space, for what is not activations
 
 
-def extract(config: ExtractConfig, resolved: Resolved, out: Path, force: bool = False) -> dict[str, Path]:
-    """Makes the two stores of `config` under `out`, going on where an earlier run was stopped; their folders.
+def extract(config: ExtractConfig, resolved: Resolved, out: Path, force: bool = False) -> dict[str, dict[str, Path]]:
+    """Makes the stores of `config` under `out`, going on where an earlier run was stopped.
 
-    `force` replaces stores, and discards unfinished work, of another config.
+    Returns their folders by hook point and split. `force` replaces stores, and discards unfinished work, of another
+    config.
     """
-    folders = store_folders(config, out)
-    root = folders["train"].parent
+    folders, root = store_folders(config, out), work_root(config, out)
     with locked(root):
         if not force and is_complete(config, out):
             shutil.rmtree(root / WORK, ignore_errors=True)
@@ -71,25 +72,25 @@ class _Extraction:
         self.journal = dataclasses.replace(journal, attempts=journal.attempts + 1)
         self._note()
 
-    def run(self, folders: dict[str, Path]) -> None:
+    def run(self, folders: dict[str, dict[str, Path]]) -> None:
         """Makes what is not made yet, and puts it in its place."""
-        if self.journal.notes is None or any(
-            (self.work / split).exists() and not (self.work / split / MANIFEST).exists() for split in SPLITS
-        ):
+        if not self.journal.made:
             self._make()
         for split in reversed(SPLITS):  # train last: where it is, all is
-            made, target, old = self.work / split, folders[split], self.work / f"old-{split}"
-            if made.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                if target.exists():
-                    target.rename(old)
-                made.rename(target)
+            for hook_point, places in folders.items():
+                made = self._made(hook_point, split)
+                if made.exists():
+                    put_in_place(made, places[split], self.work / "old" / hook_point / split)
         shutil.rmtree(self.work)
+
+    def _made(self, hook_point: str, split: str) -> Path:
+        """Where a store is made, before it is put in its place."""
+        return self.work / "stores" / hook_point / split
 
     def _make(self) -> None:
         config, started = self.config, time.monotonic()
         model = load_model(config.model, config.model_dtype, config.revision, config.device)
-        d_model = model.check_hook_point(config.hook_point)
+        widths = [model.check_hook_point(hook_point) for hook_point in config.hook_points]
         longest = model.max_context_length
         if longest is not None and config.context_length > longest:
             raise UserError(f"context_length={config.context_length}: {config.model} has {longest} positions")
@@ -106,7 +107,7 @@ class _Extraction:
             self._note("text", started, notes=tuple(write_contexts(config, model.tokenize, bos, self.work)))
         for note in self.journal.notes or ():
             print(note, file=sys.stderr)
-        splits = [open_split(name, self.work / name, config, model, d_model) for name in SPLITS]
+        splits = [open_split(name, self.work / name, config, model, widths) for name in SPLITS]
         self._check_space(splits)
         self._write(splits, self._run_model(splits, model), model)
 
@@ -141,14 +142,14 @@ class _Extraction:
         return spills
 
     def _write(self, splits: list[Split], spills: list[Spill], model: LanguageModel) -> None:
-        """Pass 2: both stores, whole but for their places."""
+        """Pass 2: all stores, whole but for their places."""
         started = time.monotonic()
-        median = spills[SPLITS.index("train")].median_norm()
+        medians = spills[SPLITS.index("train")].median_norms()
+        manifests: dict[Path, Manifest] = {}
         with _bar(sum(split.rows for split in splits), "shuffling") as bar:
-            manifests = [
-                write_store(split, spill, median, self.config, model, self.journal.profile, bar)
-                for split, spill in zip(splits, spills, strict=True)
-            ]
+            for split, spill in zip(splits, spills, strict=True):
+                folders = {hook_point: self._made(hook_point, split.name) for hook_point in self.config.hook_points}
+                manifests |= write_stores(split, spill, medians, folders, self.config, model, self.journal.profile, bar)
         self._note("write", started)
         tokens, positions = sum(split.rows for split in splits), sum(split.batches.positions for split in splits)
         seconds = self.journal.seconds
@@ -161,9 +162,10 @@ class _Extraction:
             "tokens_per_second": tokens / max(seconds["model"], 1e-9),
             "padding_share": 1 - sum(len(split.contexts.tokens) for split in splits) / positions,
         }
-        for split, manifest in zip(splits, manifests, strict=True):
-            write_json(split.folder / TIMING, timing)
-            write_manifest(split.folder, manifest)
+        for folder, manifest in manifests.items():
+            write_json(folder / TIMING, timing)
+            write_manifest(folder, manifest)
+        self._note(made=True)
 
     def _check_space(self, splits: list[Split]) -> None:
         spilled = sum(path.stat().st_size for path in self.work.glob("*-rows/*"))

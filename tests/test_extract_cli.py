@@ -256,7 +256,7 @@ def test_what_the_disk_refuses_is_one_line(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("extract.shuffle.Spill.append", full)
+        patch.setattr("extract.format.shuffle.Spill.append", full)
         assert "out: No space left on device; mend it and give the same command" in said("--context-length", "64")
     assert main([*flags, "--context-length", "64"]) == 0
     (tmp_path / "file").write_text("")

@@ -184,6 +184,7 @@ def test_a_device_that_is_not_there_is_named() -> None:
 @dataclasses.dataclass
 class _Manifest:
     model: object
+    has_tokens: bool = True
 
 
 def test_the_model_of_a_manifest_is_loaded_again(model: LanguageModel, folder: Path, tmp_path: Path) -> None:
@@ -195,6 +196,8 @@ def test_the_model_of_a_manifest_is_loaded_again(model: LanguageModel, folder: P
     other = dataclasses.replace(model.info, d_model=21)
     with pytest.raises(UserError, match=r"made by \(None, 21\), found \(None, 20\)"):
         load_for_manifest(_Manifest(other))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"was imported from an array: it has no language model"):
+        load_for_manifest(_Manifest(model.info, has_tokens=False))  # type: ignore[arg-type]
     packaged = dataclasses.replace(model.info, origin="wheel:old==1", name="local/Old")
     with pytest.raises(UserError, match="not packaged in this version"):
         load_for_manifest(_Manifest(packaged))  # type: ignore[arg-type]

@@ -15,17 +15,19 @@ import pytest
 import torch
 from extract_tiny import D, save_model, save_wikitext, save_wmdp
 
-from extract import journal, passes, run, shards
+from extract import passes, run
 from extract.__main__ import main
 from extract.config import ExtractConfig, parse_source
 from extract.contexts import plan_batches
+from extract.format import shards
 from extract.format.errors import UserError
 from extract.format.files import read_json, sha256_of
+from extract.format.places import locked
+from extract.format.shuffle import shuffle_keys
 from extract.format.store import Store, read_manifest
 from extract.format.verify import verify
 from extract.models import load_model
 from extract.profiles import PYTHIA70M, resolve
-from extract.shuffle import shuffle_keys
 
 RESOLVED = resolve("pythia70m")
 SPLITS = ("train", "heldout")
@@ -79,7 +81,8 @@ def made(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _extract(config: ExtractConfig, out: Path, **more) -> Path:
-    return run.extract(config, RESOLVED, out, **more)["train"].parent
+    ((_, folders),) = run.extract(config, RESOLVED, out, **more).items()
+    return folders["train"].parent
 
 
 def _all(store: Store) -> tuple[np.ndarray, np.ndarray]:
@@ -255,7 +258,8 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(
 
 CHILD = """
 import os, signal, sys
-from extract import passes, shards
+from extract import passes
+from extract.format import shards
 owner, name, at = {"sync": (passes.Spill, "sync"), "npy": (shards, "write_npy")}[sys.argv[1]] + (int(sys.argv[2]),)
 original, calls = getattr(owner, name), 0
 def dying(*args, **kwargs):
@@ -289,7 +293,7 @@ def test_a_run_killed_in_both_passes_ends_with_the_same_bytes(inputs: Inputs, ma
     assert progress["batches"] == 4
     killed = attempt("npy", 4)
     assert killed.returncode == -signal.SIGKILL and "going on with the extraction" in killed.stderr
-    assert (work / "train" / "shard-00000.npy").exists()
+    assert (work / "stores" / "blocks.3.hook_resid_post" / "train" / "shard-00000.npy").exists()
     assert main(inputs.flags(tmp_path)) == 0
     root = tmp_path / "pythia70m" / "store"
     assert _digests(root) == _digests(made)
@@ -319,7 +323,7 @@ def test_unfinished_work_of_another_config_is_kept_unless_forced(
         def stop(*_):
             raise Killed
 
-        patch.setattr(run, "write_store", stop)
+        patch.setattr(run, "write_stores", stop)
         with pytest.raises(Killed):
             _extract(inputs.config(), tmp_path)
     with pytest.raises(UserError, match=r"unfinished extraction with seed=0, not 1; pass --force to discard it"):
@@ -330,7 +334,7 @@ def test_unfinished_work_of_another_config_is_kept_unless_forced(
 
 def test_two_extractions_do_not_share_a_folder(inputs: Inputs, tmp_path: Path) -> None:
     with (
-        journal.locked(tmp_path / "pythia70m" / "store"),
+        locked(tmp_path / "pythia70m" / "store"),
         pytest.raises(UserError, match="another extraction is at work in"),
     ):
         _extract(inputs.config(), tmp_path)

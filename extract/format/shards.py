@@ -24,7 +24,7 @@ class ShardWriter:
     """Collects rows in their final order and writes them to shards, all of `shard_rows` rows but the last."""
 
     def __init__(self, folder: Path, d_model: int, dtype: str, shard_rows: int, n_sources: int) -> None:
-        self.folder, self.dtype, self.shard_rows = folder, dtype, shard_rows
+        self.folder, self.d_model, self.dtype, self.shard_rows = folder, d_model, dtype, shard_rows
         self.shards: list[ShardInfo] = []
         self.rows_by_source = np.zeros(n_sources, np.int64)
         self._acts = np.empty((0, d_model), KEPT_AS[dtype])

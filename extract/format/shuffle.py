@@ -6,14 +6,14 @@ order is that of one sort of all rows: it depends neither on the number of bucke
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from extract.format.errors import UserError
-from extract.format.store import KEPT_AS, ROW
+from extract.format.store import KEPT_AS, ROW, from_float32, to_float32
 
 BUCKET_BYTES = 96 << 20
 MAX_BUCKETS = 256  # each is an open file
@@ -27,10 +27,14 @@ def shuffle_keys(seed: int, stream: int, start: int, count: int) -> np.ndarray:
 
     Counter-based, so that any row's key is known without the rows before it; a bijection, so that no two rows tie.
     """
+    return hashed(seed, stream, np.arange(start, start + count, dtype=np.uint64))
+
+
+def hashed(seed: int, stream: int, numbers_N: np.ndarray) -> np.ndarray:
+    """The keys [N] uint64 of the integers `numbers_N`, negative ones modulo 2^64: `shuffle_keys` at any counters."""
     state = _splitmix(np.array([seed], np.uint64) + _GOLDEN)
     state = _splitmix(state + np.array([stream + 1], np.uint64) * _GOLDEN)
-    counters = np.arange(start + 1, start + count + 1, dtype=np.uint64)
-    return _splitmix(state + counters * _GOLDEN)
+    return _splitmix(state + (numbers_N.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
 
 def _splitmix(z: np.ndarray) -> np.ndarray:
@@ -39,9 +43,21 @@ def _splitmix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def spilled(d_model: int, dtype: str) -> np.dtype:
-    """A row on its way through the shuffle: its key, its norm, what it is, its activations."""
-    return np.dtype([("key", "<u8"), ("norm", "<f4"), ("row", ROW), ("acts", KEPT_AS[dtype], (d_model,))])
+def spilled(kinds: Sequence[tuple[int, str]]) -> np.dtype:
+    """A row on its way through the shuffle: its key, what it is, and a norm and activations of each kind.
+
+    Kinds, (width, dtype), are what stays together, such as several hook points' activations: `acts0`, `acts1`, ...
+    """
+    acts = [(f"acts{index}", KEPT_AS[dtype], (width,)) for index, (width, dtype) in enumerate(kinds)]
+    return np.dtype([("key", "<u8"), ("norm", "<f4", (len(kinds),)), ("row", ROW), *acts])
+
+
+def as_kept(acts_ND: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float32 rows as kept on disk [N, D] of KEPT_AS, the norms [N] of what is kept, and whether each is finite [N]."""
+    kept_ND = from_float32(acts_ND, dtype)
+    values_ND = to_float32(kept_ND, dtype)
+    norm_N = np.sqrt(np.einsum("nd,nd->n", values_ND, values_ND, dtype=np.float64))
+    return kept_ND, norm_N, np.isfinite(values_ND).all(1)
 
 
 def n_buckets(rows: int, record: np.dtype) -> int:
@@ -55,12 +71,12 @@ class Spill:
     def __init__(self, folder: Path, record: np.dtype, counts: list[int]) -> None:
         """Opens `len(counts)` buckets and cuts them back to `counts` rows, as a journal says; zeros begin anew."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.record, self.counts = record, list(counts)
+        self.record, self.counts, self.kinds = record, list(counts), record["norm"].shape[0]
         self._paths = [folder / f"bucket-{index:04d}.bin" for index in range(len(counts))]
         self._norms_path = folder / "norms.bin"
         sizes = [count * record.itemsize for count in counts]
         self._files = [_cut(path, size) for path, size in zip(self._paths, sizes, strict=True)]
-        self._norms = _cut(self._norms_path, 4 * self.rows)
+        self._norms = _cut(self._norms_path, 4 * self.kinds * self.rows)
 
     @property
     def rows(self) -> int:
@@ -94,27 +110,27 @@ class Spill:
             records = np.fromfile(path, self.record, count)
             yield records[np.argsort(records["key"])]
 
-    def median_norm(self) -> float:
-        """The exact median of all norms; of an even number the mean of the middle two, as numpy's."""
-        return exact_median(self._norms_path)
+    def median_norms(self) -> list[float]:
+        """The exact median of each kind's norms; of an even number the mean of the middle two, as numpy's."""
+        return [exact_median(self._norms_path, kind, self.kinds) for kind in range(self.kinds)]
 
 
-def exact_median(path: Path) -> float:
-    """The exact median of the non-negative float32 numbers in a raw file, in two passes and constant memory.
+def exact_median(path: Path, column: int = 0, columns: int = 1) -> float:
+    """The exact median of one column of the non-negative float32 numbers in a raw file, in constant memory.
 
     The bits of non-negative floats are ordered as the floats are: one pass counts the upper 16 bits, and one more
     the lower 16 of those numbers that share the median's upper half.
     """
-    count = path.stat().st_size // 4
+    count = path.stat().st_size // (4 * columns)
     upper = np.zeros(1 << 16, np.int64)
-    for bits in _bits(path):
+    for bits in _bits(path, column, columns):
         upper += np.bincount(bits >> 16, minlength=1 << 16)
     ends = np.cumsum(upper)
     middle = []
     for rank in ((count - 1) // 2, count // 2):
         high = int(np.searchsorted(ends, rank, side="right"))
         lower = np.zeros(1 << 16, np.int64)
-        for bits in _bits(path):
+        for bits in _bits(path, column, columns):
             lower += np.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16)
         before = int(ends[high] - upper[high])
         low = int(np.searchsorted(np.cumsum(lower), rank - before, side="right"))
@@ -122,10 +138,10 @@ def exact_median(path: Path) -> float:
     return (middle[0] + middle[1]) / 2
 
 
-def _bits(path: Path) -> Iterator[np.ndarray]:
+def _bits(path: Path, column: int, columns: int) -> Iterator[np.ndarray]:
     with open(path, "rb") as file:
-        while len(bits := np.fromfile(file, "<u4", _CHUNK)):
-            yield bits
+        while len(bits := np.fromfile(file, "<u4", _CHUNK * columns)):
+            yield bits[column::columns]
 
 
 def _cut(path: Path, size: int) -> IO[bytes]:
