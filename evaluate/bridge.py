@@ -15,37 +15,48 @@ from extract.format.store import Manifest, read_manifest
 # What JAX computes here is small; it must not claim a GPU that the evaluation's torch needs.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-_SAELENS_VERSION = "6.54.12"  # the version whose on-disk format this is; SAELens drops metadata of versions below 6
-_NAMES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu"}
+SAELENS_VERSION = "6.54.12"  # the version whose on-disk format this is; SAELens drops metadata of versions below 6
+_NAMES = {
+    "relu": "standard",
+    "matryoshka_relu": "standard",
+    "topk": "topk",
+    "batchtopk": "jumprelu",
+    "matryoshka": "jumprelu",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+}
+_TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}  # SAELens has no others
 
 
 def export_run(run_folder: Path) -> Path:
     """Writes `<run>/sae/` from the run's last checkpoint and returns that folder; a second call writes the same bytes.
 
     The folder holds `cfg.json` and `sae_weights.safetensors` as `sae_lens.SAE.load_from_disk` reads them: float32 W_enc
-    [D, F], b_enc [F], W_dec [F, D] of unit rows, b_dec [D] and, for batchtopk (written as `jumprelu`), threshold [F].
-    The input's centring and scale are folded in, so the SAE takes raw activations. cfg.json is written last.
-    Raises `UserError` where the run has not finished or its store is gone.
+    [D, F], b_enc [F], W_dec [F, D] of unit rows (a transcoder's, [F, D_out], are of one other norm), b_dec [D]; of a
+    `jumprelu` (jumprelu; batchtopk and matryoshka, whose one threshold is repeated) threshold [F]; of a `gated` b_gate,
+    b_mag and r_mag [F], and no b_enc. The input's centring and scale are folded in, so the SAE takes raw activations.
+    cfg.json is written last. Raises `UserError` where the run has not finished, its store is gone, or SAELens has no
+    form for it (a topk or gated transcoder).
     """
     from hafs_jax.checkpoint import load_checkpoint
+    from hafs_jax.nested import fixed_ends
     from hafs_jax.runs import Run
     from hafs_jax.sae import folded
 
     run = Run(run_folder)
     result, config = run.result(), run.config()
-    if config.sae.architecture not in _NAMES:
-        raise UserError(
-            f"{run_folder}: no SAELens form for architecture {config.sae.architecture!r}; "
-            f"expected one of {', '.join(_NAMES)}"
-        )
-    store = run_folder / run.store_record()["folder"]
-    manifest = read_manifest(store)
-    state, scale = load_checkpoint(run.checkpoints, config, manifest.d_model)
-    params, threshold = folded(state.params, scale, state.threshold(config.sparsity.threshold_decay))
-    tensors = {name: np.asarray(value, np.float32) for name, value in params.items()}
-    if _NAMES[config.sae.architecture] == "jumprelu":
-        tensors["threshold"] = np.full(config.sae.F, np.float32(threshold))
-    folder = run_folder / "sae"
+    kind = saelens_name(config.sae.architecture, config.sae.transcode, str(run_folder))
+    stores = run.store_record()
+    manifest = read_manifest(run_folder / stores["folder"])
+    target = read_manifest(run_folder / stores["target"]["folder"]) if config.sae.transcode else None
+    d_out = None if target is None else target.d_model
+    state, scale = load_checkpoint(run.checkpoints, config, manifest.d_model, d_out)
+    params, threshold = folded(state.weights(), scale, state.threshold(config.sparsity.threshold_decay))
+    tensors = {name: np.asarray(value, np.float32) for name, value in params.items() if name != "threshold"}
+    if kind.startswith("jumprelu"):
+        tensors["threshold"] = np.broadcast_to(np.float32(threshold), config.sae.F)
+    elif kind == "gated":
+        tensors["b_gate"] = tensors.pop("b_enc")
     metadata = {
         "variant": config.variant,
         "seed": config.seed,
@@ -54,13 +65,41 @@ def export_run(run_folder: Path) -> Path:
         "l0": result["final"]["l0"],
         "num_dead_features": round(result["final"]["dead_fraction"] * config.sae.F),
     }
+    if config.sae.architecture.startswith("matryoshka"):
+        ends = [config.sae.F] if config.sae.sampled_prefixes else sorted(set(fixed_ends(config.sae)))
+        metadata["prefixes"] = list(ends)
+    cfg = saelens_config(config.sae.architecture, manifest, config.sae.F, metadata)
+    if target is not None:
+        cfg |= {"architecture": kind, "apply_b_dec_to_input": False, "d_out": target.d_model}
+        cfg["metadata"]["hook_name_out"] = target.hook_point
+    if kind == "topk":
+        cfg |= {"k": config.sae.k, "rescale_acts_by_decoder_norm": False}
+    folder = run_folder / "sae"
+    write_saelens(folder, tensors, cfg)
+    return folder
+
+
+def saelens_name(architecture: str, transcode: bool, where: str) -> str:
+    """SAELens's name of an architecture of ours; `UserError`, naming `where`, where it has none."""
+    known = {name: _TRANSCODERS[kind] for name, kind in _NAMES.items() if kind in _TRANSCODERS} if transcode else _NAMES
+    if architecture not in known:
+        form = "transcoder of architecture" if transcode else "architecture"
+        raise UserError(f"{where}: no SAELens form for {form} {architecture!r}; expected one of {', '.join(known)}")
+    return known[architecture]
+
+
+def write_saelens(folder: Path, tensors: dict[str, np.ndarray], cfg: dict[str, Any]) -> None:
+    """Writes a SAELens folder, cfg.json last; equal tensors give equal bytes."""
     weights = safetensors.numpy.save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
     write_atomic(folder / "sae_weights.safetensors", lambda file: file.write(weights) and None)
-    cfg = saelens_config(config.sae.architecture, manifest, config.sae.F, metadata)
-    if cfg["architecture"] == "topk":
-        cfg |= {"k": config.sae.k, "rescale_acts_by_decoder_norm": False}
     write_json(folder / "cfg.json", cfg)
-    return folder
+
+
+def read_saelens(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """`hafs_jax.pretrained.read_saelens`, for the modules of this room that must not import JAX."""
+    from hafs_jax.pretrained import read_saelens
+
+    return read_saelens(folder)
 
 
 def saelens_config(architecture: str, manifest: Manifest, n_latents: int, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +114,7 @@ def saelens_config(architecture: str, manifest: Manifest, n_latents: int, metada
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
-            "sae_lens_version": _SAELENS_VERSION,
+            "sae_lens_version": SAELENS_VERSION,
             "sae_lens_training_version": None,
             "trained_with": "hafs-jax",
             "training_architecture": architecture,

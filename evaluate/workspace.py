@@ -78,10 +78,11 @@ class Workspace:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A training run that wrote its run.json."""
+    """A training run that wrote its run.json, or an imported SAE."""
 
     name: str
     folder: Path
+    is_exported: bool = False  # <folder>/sae is there already, and no checkpoint to write it from
 
 
 @dataclass(frozen=True)

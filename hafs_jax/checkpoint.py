@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from extract.format.errors import UserError
@@ -17,7 +18,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        handler = ocp.StandardCheckpointHandler()
+        self._manager = ocp.CheckpointManager(folder.absolute(), item_handlers=handler, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -30,8 +32,11 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, scale: InputScale) -> None:
-        """Writes the checkpoint of the state's step; a second call at the same step does nothing."""
-        step = int(state.step)
+        """Writes the checkpoint of the state's step; a second call at the same step does nothing.
+
+        Of a stack of states (many SAEs in one program) the steps are equal.
+        """
+        step = int(np.ravel(state.step)[0])
         if self._manager.latest_step() != step:
             self._manager.save(step, args=ocp.args.StandardSave(_plain(state, scale)))
             self._manager.wait_until_finished()
@@ -42,30 +47,53 @@ class Checkpoints:
         if step is None:
             raise UserError(f"expected a checkpoint in {self._manager.directory}, found none; train the run first")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like, scale))
+        unfit = f"checkpoint {step} in {self._manager.directory} does not fit this config or is damaged"
+        self._check_shapes(step, abstract, unfit)
         try:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(
-                f"checkpoint {step} in {self._manager.directory} does not fit this config or is damaged "
-                f"({str(error).splitlines()[0]}); train the run again with --force"
-            ) from error
+            raise UserError(f"{unfit} ({str(error).splitlines()[0]}); train the run again with --force") from error
         state = restored["state"]
         return state.replace(key=jax.random.wrap_key_data(state.key)), restored["scale"]
 
+    def _check_shapes(self, step: int, abstract: dict[str, Any], unfit: str) -> None:
+        """Compares shapes with the checkpoint's metadata first: a restore that fails leaves reads in flight."""
+        try:
+            saved = self._manager.item_metadata(step)
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise UserError(f"{unfit} ({str(error).splitlines()[0]}); train the run again with --force") from error
+        found = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(saved.tree)}
+        expected = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                raise UserError(
+                    f"{unfit} ({name}: expected shape {expected.get(name)}, found {found.get(name)}); "
+                    "train the run again with --force"
+                )
 
-def load_checkpoint(folder: Path, config: TrainConfig, d_model: int) -> tuple[TrainState, InputScale]:
-    """The latest checkpoint of a run with `config`, on the default device."""
-    state, scale = blank(config, d_model)
+
+def load_checkpoint(
+    folder: Path, config: TrainConfig, d_model: int, d_out: int | None = None
+) -> tuple[TrainState, InputScale]:
+    """The latest checkpoint of a run with `config`, on the default device. `d_out`: of a transcoder."""
+    state, scale = blank(config, d_model, d_out)
     with Checkpoints(folder) as checkpoints:
         return checkpoints.restore(state, scale)
 
 
-def blank(config: TrainConfig, d_model: int) -> tuple[TrainState, InputScale]:
+def blank(config: TrainConfig, d_model: int, d_out: int | None = None) -> tuple[TrainState, InputScale]:
     """A state and scale of the config's shapes, of arbitrary values."""
-    state = init_state(config, d_model, jax.random.key(0), hyperparameters(config))
+    state = init_state(config, d_model, jax.random.key(0), hyperparameters(config), d_out)
     zeros = jax.numpy.zeros
-    return state, InputScale(zeros(d_model), zeros(()), zeros(()))
+    target = InputScale(zeros(d_out or d_model), zeros(()), zeros(())) if config.sae.transcode else None
+    return state, InputScale(zeros(d_model), zeros(()), zeros(()), target)
 
 
 def _plain(state: TrainState, scale: InputScale) -> dict[str, Any]:
     return {"state": state.replace(key=jax.random.key_data(state.key)), "scale": scale}
+
+
+def _name(path: tuple) -> str:
+    """The path's keys joined by dots, whether they name attributes, dictionary entries or positions."""
+    parts = (getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path)
+    return ".".join(map(str, parts))

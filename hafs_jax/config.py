@@ -1,5 +1,7 @@
 """The training config: frozen dataclasses, each default in one place, checked at construction. No JAX here."""
 
+import math
+import re
 from dataclasses import dataclass
 
 from extract.format.config import check_choices, option
@@ -11,6 +13,19 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _require_knots(name: str, fractions: tuple[float, ...], values: tuple[float, ...], top: float = math.inf) -> None:
+    """A piecewise-linear schedule's knots: fractions that rise from 0 to 1, and as many values of 0 to `top`."""
+    _require(
+        len(fractions) == len(values) >= 2 and list(fractions) == sorted(set(fractions)),
+        f"{name}_fractions={fractions}: expected rising knots, one for each of {name}_values={values}",
+    )
+    _require(
+        fractions[0] == 0 and fractions[-1] == 1 and all(0 <= value <= top for value in values),
+        f"{name} knots {list(zip(fractions, values, strict=True))}: expected fractions from 0 to 1 and values of 0 "
+        f"{'or more' if top == math.inf else f'to {top:g}'}",
+    )
+
+
 @dataclass(frozen=True)
 class SAEConfig:
     """The autoencoder: its architecture, width and what its activation needs."""
@@ -18,15 +33,41 @@ class SAEConfig:
     architecture: str = option("batchtopk", "activation and sparsity: see `hafs_jax.architectures`")
     n_latents: int | None = option(None, "F, latents in the dictionary; none: expansion x D")
     expansion: int = option(4, "F as a multiple of D, where n_latents is none")
-    k: int = option(40, "active latents per row: the L0 of topk, the mean L0 of batchtopk, the target L0 of relu")
-    encoder_scale: float = option(1.0, "W_enc starts as this times the transposed W_dec")
+    k: int = option(40, "active latents per row: L0 of topk, mean L0 of batchtopk, target L0 of the others")
+    k_fractions: tuple[float, ...] = option((0.0, 1.0), "knots of k's schedule (topk, batchtopk), fraction of training")
+    k_values: tuple[float, ...] = option((1.0, 1.0), "k at its knots, multiples of k: 4 1 anneals from 4 k")
+    encoder: str = option(
+        "tied", "W_enc at the start: the transposed W_dec, or random unit columns", ("tied", "random")
+    )
+    encoder_scale: float = option(1.0, "multiple of that at which W_enc starts")
+    centre: str = option(
+        "mean",
+        "b_dec at the start: the store's mean, the geometric median of its first rows, or the origin",
+        ("mean", "geometric_median", "origin"),
+    )
     compute_dtype: str = option("float32", "dtype of the matrix products' inputs", ("float32", "bfloat16"))
+    prefixes: tuple[float, ...] = option(
+        (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0), "matryoshka: nested prefixes, as fractions of F"
+    )
+    sampled_prefixes: int = option(0, "matryoshka: prefixes of random lengths per step instead; 0: the fixed ones")
+    first_threshold: float = option(0.5, "jumprelu: the thresholds' first value (inputs have unit variance)")
+    bandwidth: float = option(0.5, "jumprelu: width of the straight-through kernel, in the threshold's units")
+    threshold_gradient_to_input: bool = option(False, "jumprelu: the kernel's gradient reaches the encoder too")
+    l0_loss: str = option(
+        "step", "jumprelu: the coefficient times L0, 2 (L0 - k)^2 / k, or sum tanh(4 f)", ("step", "quadratic", "tanh")
+    )
+    transcode: bool = option(False, "reconstruct the rows of a second store (a transcoder); set by --target")
 
     @property
     def F(self) -> int:
-        """The resolved number of latents; `hafs_jax.train.resolve` fills n_latents in from the store's D."""
+        """The resolved number of latents; `hafs_jax.training.resolve` fills n_latents in from the store's D."""
         assert self.n_latents is not None
         return self.n_latents
+
+    @property
+    def largest_k(self) -> int:
+        """The largest k that its schedule reaches, at most F."""
+        return min(round(self.k * max(self.k_values)), self.F)
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -34,14 +75,26 @@ class SAEConfig:
         _require(F is None or F >= 1, f"sae.n_latents={F}: expected at least 1, or none")
         _require(self.expansion >= 1, f"sae.expansion={self.expansion}: expected at least 1")
         _require(self.k >= 1 and (F is None or self.k <= F), f"sae.k={self.k}: expected 1 to n_latents={F}")
+        _require_knots("sae.k", self.k_fractions, self.k_values)
         _require(self.encoder_scale > 0, f"sae.encoder_scale={self.encoder_scale}: expected a positive number")
+        _require(
+            self.prefixes[-1:] == (1.0,) and list(self.prefixes) == sorted(set(self.prefixes)) and self.prefixes[0] > 0,
+            f"sae.prefixes={self.prefixes}: expected rising fractions of F, the last 1",
+        )
+        _require(self.sampled_prefixes >= 0, f"sae.sampled_prefixes={self.sampled_prefixes}: expected 0 or more")
+        _require(self.first_threshold >= 0, f"sae.first_threshold={self.first_threshold}: expected 0 or more")
+        _require(self.bandwidth > 0, f"sae.bandwidth={self.bandwidth}: expected a positive number")
 
 
 @dataclass(frozen=True)
 class PenaltyConfig:
     """The decoder's orthogonality penalty, its schedule alpha(t) and its error-adaptive weight lambda(e)."""
 
-    kind: str = option("none", "none: no penalty (lambda 0); hinge: one-sided squared hinge", ("none", "hinge"))
+    kind: str = option(
+        "none",
+        "none (lambda 0); hinge: one-sided squared hinge; ortsae: squared largest cosine; frob: all squared cosines",
+        ("none", "hinge", "ortsae", "frob"),
+    )
     lam_max: float = option(3.0, "largest weight of the penalty, FVU per unit of penalty")
     lam_min: float = option(0.0, "smallest weight of the penalty, FVU per unit of penalty")
     ramp: bool = option(False, "relax the penalty by 1 - alpha(t); off: alpha is 0 throughout")
@@ -55,20 +108,25 @@ class PenaltyConfig:
     mu0: float | None = option(None, "cosine margin; none: solved from the noise floor")
     noise_floor: float = option(0.25, "the penalty of random unit rows at the solved mu0")
     chunk_size: int = option(128, "m, latents per random chunk")
-    sharing: str = option("global", "which pairs may share direction under alpha", ("global", "contiguous"))
+    sharing: str = option(
+        "global",
+        "T, which pairs may share direction under alpha: all, neighbours in groups of M, a parent's children, "
+        "a Matryoshka level's latents, or pairs as far as they fire together",
+        ("global", "contiguous", "parent", "level", "cofiring"),
+    )
     group_size: int = option(16, "M, latents per group of contiguous sharing")
+    parents: int = option(64, "P, the first latents, which are the parents of `parent` sharing")
+    regroup_every_steps: int = option(500, "steps between assignments of children to parents")
+    yielding: str = option(
+        "both",
+        "which latent of a pair the penalty moves: both, the one that fires less, or the later one",
+        ("both", "rarer", "later"),
+    )
+    every_steps: int = option(1, "apply the penalty every so many steps, with that many times its weight")
 
     def __post_init__(self) -> None:
         check_choices(self)
-        fractions, values = self.alpha_fractions, self.alpha_values
-        _require(
-            len(fractions) == len(values) >= 2 and list(fractions) == sorted(set(fractions)),
-            f"penalty.alpha_fractions={fractions}: expected rising knots, one for each of alpha_values={values}",
-        )
-        _require(
-            fractions[0] == 0 and fractions[-1] == 1 and all(0 <= value <= 1 for value in values),
-            f"penalty alpha knots {list(zip(fractions, values, strict=False))}: expected 0 to 1 on both axes",
-        )
+        _require_knots("penalty.alpha", self.alpha_fractions, self.alpha_values, top=1.0)
         _require(0 <= self.lam_min <= self.lam_max, f"penalty.lam_min={self.lam_min}: expected 0 to {self.lam_max}")
         _require(self.tau is None or self.tau > 0, f"penalty.tau={self.tau}: expected a positive FVU or none")
         _require(self.tau_factor > 0, f"penalty.tau_factor={self.tau_factor}: expected a positive number")
@@ -78,32 +136,46 @@ class PenaltyConfig:
         _require(self.noise_floor > 0, f"penalty.noise_floor={self.noise_floor}: expected a positive number")
         _require(self.chunk_size >= 2, f"penalty.chunk_size={self.chunk_size}: expected at least 2")
         _require(self.group_size >= 1, f"penalty.group_size={self.group_size}: expected at least 1")
+        _require(self.parents >= 1, f"penalty.parents={self.parents}: expected at least 1")
+        _require(self.regroup_every_steps >= 1, "penalty.regroup_every_steps: expected at least 1")
+        _require(self.every_steps >= 1, f"penalty.every_steps={self.every_steps}: expected at least 1")
 
 
 @dataclass(frozen=True)
 class SparsityConfig:
     """What keeps latents sparse and alive, beside the activation itself."""
 
-    l1: float = option(2.0, "first (or fixed) coefficient of relu's L1 x decoder norm; the original fixed one is 0.04")
-    l1_warmup: float = option(0.05, "fraction of training over which the L1 coefficient rises from 0")
-    match_l0: bool = option(True, "let a controller move the L1 coefficient until L0 is sae.k; off: it stays")
+    coefficient: float = option(
+        2.0, "first (or fixed) weight of the sparsity cost: L1 x decoder norm (the original fixed one is 0.04), or L0"
+    )
+    coefficient_fractions: tuple[float, ...] = option(
+        (0.0, 0.05, 1.0), "knots of the coefficient's schedule, fraction of training"
+    )
+    coefficient_values: tuple[float, ...] = option((0.0, 1.0, 1.0), "the coefficient at its knots, multiples of itself")
+    match_l0: bool = option(True, "let a controller move the coefficient until L0 is sae.k; off: it stays")
     match_gain: float = option(
         0.02, "controller: doublings of the coefficient per step and doubling of L0 over its target"
     )
     freeze_fraction: float = option(0.15, "last fraction of training in which the controller's coefficient is frozen")
-    aux: float = option(0.03125, "weight of the dead latents' auxiliary reconstruction (topk, batchtopk)")
+    aux: float = option(0.03125, "weight of the dead latents' auxiliary reconstruction of the residual")
     aux_k: int = option(256, "dead latents that may reconstruct the residual, per row")
+    pre_activation: float = option(0.0, "weight of the dead latents' pre-activation loss relu(threshold - pre)")
+    resample_every_steps: int = option(0, "steps between resamplings of dead latents; 0: never")
+    resample_until: float = option(0.5, "fraction of training after which nothing is resampled")
     dead_after_tokens: int = option(100_000, "a latent that has not fired for so many rows is dead")
     threshold_decay: float = option(0.99, "decay of batchtopk's moving-average inference threshold, per step")
 
     def __post_init__(self) -> None:
-        _require(self.l1 >= 0, f"sparsity.l1={self.l1}: expected 0 or more")
-        _require(0 <= self.l1_warmup <= 1, f"sparsity.l1_warmup={self.l1_warmup}: expected a fraction")
+        _require(self.coefficient >= 0, f"sparsity.coefficient={self.coefficient}: expected 0 or more")
+        _require_knots("sparsity.coefficient", self.coefficient_fractions, self.coefficient_values)
         _require(self.match_gain > 0, f"sparsity.match_gain={self.match_gain}: expected a positive number")
         _require(
             0 <= self.freeze_fraction <= 1, f"sparsity.freeze_fraction={self.freeze_fraction}: expected a fraction"
         )
         _require(self.aux >= 0, f"sparsity.aux={self.aux}: expected 0 or more")
+        _require(self.pre_activation >= 0, f"sparsity.pre_activation={self.pre_activation}: expected 0 or more")
+        _require(self.resample_every_steps >= 0, "sparsity.resample_every_steps: expected 0 or more")
+        _require(0 <= self.resample_until <= 1, f"sparsity.resample_until={self.resample_until}: expected a fraction")
         _require(self.aux_k >= 1, f"sparsity.aux_k={self.aux_k}: expected at least 1")
         _require(
             self.dead_after_tokens >= 1, f"sparsity.dead_after_tokens={self.dead_after_tokens}: expected 1 or more"
@@ -113,19 +185,23 @@ class SparsityConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam and its learning-rate schedule: linear warm-up, constant, linear decay to zero."""
+    """The optimizer, its learning-rate schedule (linear warm-up, constant, decay to zero) and weight averaging."""
 
+    name: str = option("adam", "any optax optimizer that takes a learning rate: adam, adamw, lion, sgd, ...")
     learning_rate: float = option(
         3e-3, "peak learning rate (inputs are scaled to unit variance, decoder rows to norm 1)"
     )
     warmup: float = option(0.05, "fraction of training over which the rate rises from 0")
     decay: float = option(0.4, "last fraction of training over which the rate falls to 0")
-    beta1: float = option(0.9, "Adam's decay of the first moment")
-    beta2: float = option(0.999, "Adam's decay of the second moment")
-    epsilon: float = option(1e-8, "Adam's epsilon")
+    decay_shape: str = option("linear", "how it falls", ("linear", "cosine"))
+    beta1: float = option(0.9, "decay of the first moment, for optimizers that have one")
+    beta2: float = option(0.999, "decay of the second moment, for optimizers that have one")
+    epsilon: float = option(1e-8, "the denominator's epsilon, for optimizers that have one")
     clip_norm: float | None = option(1.0, "largest global gradient norm; none: no clipping")
+    average: float | None = option(None, "decay of a moving average of the weights, which the SAE then is; none: off")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: expected a positive number")
         _require(
             self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1,
@@ -134,6 +210,7 @@ class OptimizerConfig:
         _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optimizer.beta1 and beta2: expected 0 up to 1")
         _require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon}: expected a positive number")
         _require(self.clip_norm is None or self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm}: expected > 0")
+        _require(self.average is None or 0 < self.average < 1, f"optimizer.average={self.average}: expected 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -141,7 +218,13 @@ class TrainConfig:
     """One training run. A variant is a preset of `penalty` (see `hafs_jax.presets`)."""
 
     variant: str = option("baseline", "the preset that this run's penalty came from")
-    seed: int = option(0, "seed of the weights, the data order and the penalty's chunks")
+    seed: int = option(0, "seed of the weights, the penalty's chunks and, unless data_seed is given, the data order")
+    data_seed: int | None = option(None, "seed of the data order; none: the seed")
+    frozen: str = option(
+        "nothing",
+        "what never trains: nothing, W_dec, or everything (thresholds and the encoder's bias still follow L0)",
+        ("nothing", "decoder", "everything"),
+    )
     tokens: int | None = option(None, "activation rows to train on; none: passes x the store's rows")
     passes: float = option(1.4, "passes over the store, where tokens is none")
     batch_size: int = option(1024, "B, rows per step")
@@ -151,6 +234,11 @@ class TrainConfig:
     max_bad_fraction: float = option(0.01, "share of non-finite batches (skipped) above which the run stops")
     coherence_every_steps: int = option(80, "steps between measurements of the decoder's coherence")
     dictionary_shards: int = option(1, "devices along the latents; the others split the batch")
+    evaluate_every_steps: int = option(0, "steps between held-out FVU measurements, the best checkpoint kept; 0: never")
+    heldout_rows: int = option(16_384, "rows of the held-out store that they use")
+    patience: int | None = option(None, "stop after so many of them without a better FVU; none: never")
+    init_from: str | None = option(None, "start from the SAE in this SAELens folder; none: from random weights")
+    tag: str = option("", "appended to the run's name")
     tensorboard: bool = option(False, "also write TensorBoard events (needs the tensorboardX package)")
     sae: SAEConfig = option(SAEConfig(), "the autoencoder")
     penalty: PenaltyConfig = option(PenaltyConfig(), "the orthogonality penalty")
@@ -158,7 +246,19 @@ class TrainConfig:
     optimizer: OptimizerConfig = option(OptimizerConfig(), "the optimizer")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         _require(self.seed >= 0, f"seed={self.seed}: expected 0 or more")
+        _require(self.data_seed is None or self.data_seed >= 0, f"data_seed={self.data_seed}: expected 0 or more")
+        _require(self.evaluate_every_steps >= 0, "evaluate_every_steps: expected 0 or more")
+        _require(self.heldout_rows >= 1, f"heldout_rows={self.heldout_rows}: expected at least 1")
+        _require(
+            self.patience is None or (self.patience >= 1 and self.evaluate_every_steps > 0),
+            f"patience={self.patience}: expected at least 1, and evaluate_every_steps above 0",
+        )
+        _require(
+            re.fullmatch(r"[\w.,=+-]*", self.tag) is not None,
+            f"tag={self.tag!r}: expected letters, digits and any of _ . , = + -",
+        )
         _require(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
         _require(self.steps_per_dispatch >= 1, f"steps_per_dispatch={self.steps_per_dispatch}: expected at least 1")
         _require(self.checkpoint_every_steps >= 1, "checkpoint_every_steps: expected at least 1")
@@ -181,6 +281,6 @@ class TrainConfig:
 
     @property
     def run_name(self) -> str:
-        """`<variant>-s<seed>`, with the architecture between them where it is not the default."""
+        """`<variant>[-<architecture>]-s<seed>[-<tag>]`; the default architecture is not named."""
         architecture = "" if self.sae.architecture == SAEConfig().architecture else f"-{self.sae.architecture}"
-        return f"{self.variant}{architecture}-s{self.seed}"
+        return f"{self.variant}{architecture}-s{self.seed}" + (f"-{self.tag}" if self.tag else "")

@@ -1,4 +1,4 @@
-"""The two feedback loops of training: lambda follows the reconstruction error, the L1 coefficient follows L0.
+"""The two feedback loops of training: lambda follows the reconstruction error, the sparsity coefficient follows L0.
 
 Both are small pytrees with a pure update; what they return is a constant of the *next* step's loss, never
 differentiated. A leading axis, where there is one, is of many SAEs trained in one program.
@@ -73,22 +73,22 @@ def update_gate(
 
 
 class SparsityControl(struct.PyTreeNode):
-    """The L1 coefficient in force and the moving average of L0 that steers it."""
+    """The sparsity coefficient in force and the moving average of L0."""
 
     coefficient: Float[Array, "..."]
     l0_ema: Float[Array, "..."]
 
 
-def init_sparsity(l1: Float[Array, ""] | float, target_l0: float | int) -> SparsityControl:
-    """Starts at the coefficient `l1` with the average at its target, so that nothing moves before L0 is known."""
-    return SparsityControl(jnp.array(l1, jnp.float32), jnp.array(target_l0, jnp.float32))
+def init_sparsity(coefficient: Float[Array, ""] | float, target_l0: float | int) -> SparsityControl:
+    """Starts at `coefficient` with the average at its target, so that nothing moves before L0 is known."""
+    return SparsityControl(jnp.array(coefficient, jnp.float32), jnp.array(target_l0, jnp.float32))
 
 
 def update_sparsity(
     control: SparsityControl,
     l0: Float[Array, ""],
     config: SparsityConfig,
-    target_l0: float | int,
+    target_l0: Array | float | int,
     active: Array,
 ) -> SparsityControl:
     """Multiplies the coefficient by (L0 / target)^gain while `active`; the average of L0 always moves.

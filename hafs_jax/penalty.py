@@ -4,26 +4,83 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from hafs_jax.config import PenaltyConfig
+from hafs_jax.config import PenaltyConfig, SAEConfig
+from hafs_jax.nested import bands
 from hafs_jax.sae import unit_rows
 
 
-def sharing_weights(ids_M: Int[Array, "... M"], config: PenaltyConfig) -> Float[Array, "... M M"]:
-    """T_ij, 1 where latents i and j may share direction under alpha, else 0, for chunks of latent numbers.
+class Structure(struct.PyTreeNode):
+    """What the penalty knows of the latents beside their directions; constants of differentiation."""
 
-    `global`: every pair. `contiguous`: pairs of the same group of `group_size` neighbouring latents.
+    groups_F: Int[Array, " F"]  # latents of the same group may share direction under alpha
+    rate_F: Float[Array, " F"]  # share of recent rows in which each fires
+    active_BF: Bool[Array, "B F"]  # who fires in this batch
+
+
+def first_groups(config: PenaltyConfig, sae: SAEConfig) -> Int[Array, " F"]:
+    """The groups of T_ij = [group of i = group of j]: one for all; `group_size` neighbours; or Matryoshka's levels.
+
+    `parent` starts with all in one group, as `global`, until `assign_parents` is first called.
+    """
+    if config.sharing == "contiguous":
+        return jnp.arange(sae.F, dtype=jnp.int32) // config.group_size
+    if config.sharing == "level":
+        return bands(sae)
+    return jnp.zeros(sae.F, jnp.int32)
+
+
+def assign_parents(W_dec: Float[Array, "F D"], parents: int) -> Int[Array, " F"]:
+    """The number of each latent's parent: of the first `parents` latents (each its own), the one of largest cosine."""
+    units_FD = unit_rows(W_dec)
+    parents = min(parents, W_dec.shape[0])
+    nearest_F = jnp.argmax(units_FD @ units_FD[:parents].T, axis=1).astype(jnp.int32)
+    ids_F = jnp.arange(W_dec.shape[0], dtype=jnp.int32)
+    return jnp.where(ids_F < parents, ids_F, nearest_F)
+
+
+def sharing_weights(
+    ids_CM: Int[Array, "C M"], structure: Structure, config: PenaltyConfig
+) -> Float[Array, "C M M"] | float:
+    """T_ij, to what degree latents i and j may share direction under alpha, for chunks of latent numbers.
+
+    `global`: 1. `contiguous`, `parent`, `level`: 1 within a group, else 0. `cofiring`: the share of the batch's rows
+    where the rarer of the two fires in which the other fires too; 0 where the rarer does not fire at all.
     """
     if config.sharing == "global":
-        return jnp.ones((*ids_M.shape, ids_M.shape[-1]), jnp.float32)
-    groups_M = ids_M // config.group_size
-    return (groups_M[..., :, None] == groups_M[..., None, :]).astype(jnp.float32)
+        return 1.0
+    if config.sharing == "cofiring":
+        active_BCM = structure.active_BF.astype(jnp.float32)[:, ids_CM]
+        both_CMM = jnp.einsum("bci,bcj->cij", active_BCM, active_BCM)
+        counts_CM = jnp.sum(active_BCM, axis=0)
+        rarer_CMM = jnp.minimum(counts_CM[:, :, None], counts_CM[:, None, :])
+        return both_CMM / jnp.maximum(rarer_CMM, 1.0)
+    groups_CM = structure.groups_F[ids_CM]
+    return (groups_CM[:, :, None] == groups_CM[:, None, :]).astype(jnp.float32)
+
+
+def penalty(
+    W_dec: Float[Array, "F D"],
+    alpha: Float[Array, ""],
+    structure: Structure,
+    mu0: float,
+    config: PenaltyConfig,
+    key: Key[Array, ""],
+) -> Float[Array, ""]:
+    """The penalty of the config's kind, before lambda: `hinge_penalty`, `ortsae_penalty`, `frobenius_penalty`."""
+    if config.kind == "hinge":
+        return hinge_penalty(W_dec, alpha, structure, mu0, config, key)
+    if config.kind == "ortsae":
+        return (1.0 - alpha) * ortsae_penalty(W_dec, config, key)
+    return (1.0 - alpha) * frobenius_penalty(W_dec)
 
 
 def hinge_penalty(
     W_dec: Float[Array, "F D"],
     alpha: Float[Array, ""],
+    structure: Structure,
     mu0: float,
     config: PenaltyConfig,
     key: Key[Array, ""],
@@ -32,22 +89,59 @@ def hinge_penalty(
 
     O = w * mean_i sum_{j in chunk(i), j != i} (1 - alpha T_ij) relu(u_i . u_j - mu0)^2, u the unit rows of W_dec, with
     w the inverse probability that a pair shares a chunk: (F - 1)/(m - 1) where m divides F. Unbiased over partitions;
-    exact where one chunk holds all latents. Cost F m D, never F x F.
+    exact where one chunk holds all latents. Cost F m D, never F x F. `yielding` decides which row of a pair the
+    gradient moves; the value is the same, and so is the size of the gradient.
     """
     F = W_dec.shape[0]
-    m = min(config.chunk_size, F)
-    chunks = -(-F // m)
-    order = jax.random.permutation(key, F)
-    ids_CM = jnp.concatenate([order, jnp.full(chunks * m - F, F, order.dtype)]).reshape(chunks, m)
-    real_CM = ids_CM < F
-    rows_CMD = unit_rows(W_dec)[jnp.minimum(ids_CM, F - 1)]
-    cosines_CMM = jnp.einsum("cid,cjd->cij", rows_CMD, rows_CMD, preferred_element_type=jnp.float32)
-    pairs_CMM = real_CM[:, :, None] & real_CM[:, None, :] & ~jnp.eye(m, dtype=bool)[None]
-    weights_CMM = jnp.where(pairs_CMM, 1.0 - alpha * sharing_weights(ids_CM, config), 0.0)
+    ids_CM, real_CM, pairs_seen = _chunks(F, config.chunk_size, key)
+    rows_CMD = unit_rows(W_dec)[ids_CM]
+    if config.yielding == "both":
+        cosines_CMM = jnp.einsum("cid,cjd->cij", rows_CMD, rows_CMD, preferred_element_type=jnp.float32)
+    else:
+        order_CM = ids_CM if config.yielding == "later" else -structure.rate_F[ids_CM]
+        fixed_CMD = jax.lax.stop_gradient(rows_CMD)
+        yields_CMM = order_CM[:, :, None] > order_CM[:, None, :]  # i yields to j; where neither does, both are moved
+        equal_CMM = order_CM[:, :, None] == order_CM[:, None, :]
+        onto_fixed = jnp.einsum("cid,cjd->cij", rows_CMD, fixed_CMD, preferred_element_type=jnp.float32)
+        from_fixed = jnp.einsum("cid,cjd->cij", fixed_CMD, rows_CMD, preferred_element_type=jnp.float32)
+        symmetric = onto_fixed + from_fixed - jax.lax.stop_gradient(onto_fixed)  # the cosine, moving both
+        cosines_CMM = jnp.where(equal_CMM, symmetric, jnp.where(yields_CMM, onto_fixed, from_fixed))
+    pairs_CMM = real_CM[:, :, None] & real_CM[:, None, :] & ~jnp.eye(ids_CM.shape[1], dtype=bool)[None]
+    weights_CMM = jnp.where(pairs_CMM, 1.0 - alpha * sharing_weights(ids_CM, structure, config), 0.0)
     total = jnp.sum(weights_CMM * jax.nn.relu(cosines_CMM - mu0) ** 2)
-    last = F - (chunks - 1) * m
-    pairs_seen = (chunks - 1) * m * (m - 1) + last * (last - 1)
     return total / F * (F * (F - 1) / max(pairs_seen, 1))
+
+
+def ortsae_penalty(W_dec: Float[Array, "F D"], config: PenaltyConfig, key: Key[Array, ""]) -> Float[Array, ""]:
+    """Mean over latents of (max_{j != i in chunk(i)} u_i . u_j)^2, chunks of at most `chunk_size` (arXiv 2509.22033).
+
+    The published method takes chunks of 8,192 latents; smaller chunks lower the maximum, so the value depends on them.
+    """
+    F = W_dec.shape[0]
+    count = -(-F // config.chunk_size)
+    ids_CM, real_CM, _ = _chunks(F, -(-F // count), key)
+    rows_CMD = unit_rows(W_dec)[ids_CM]
+    cosines_CMM = jnp.einsum("cid,cjd->cij", rows_CMD, rows_CMD, preferred_element_type=jnp.float32)
+    others_CMM = real_CM[:, None, :] & ~jnp.eye(ids_CM.shape[1], dtype=bool)[None]
+    largest_CM = jnp.max(jnp.where(others_CMM, cosines_CMM, -1.0), axis=-1)
+    return jnp.sum(jnp.where(real_CM, largest_CM**2, 0.0)) / F
+
+
+def frobenius_penalty(W_dec: Float[Array, "F D"]) -> Float[Array, ""]:
+    """(|U^T U|_F^2 - F) / F = mean_i sum_{j != i} (u_i . u_j)^2: all pairs, exactly, at a cost of F D^2."""
+    units_FD = unit_rows(W_dec)
+    return jnp.sum((units_FD.T @ units_FD) ** 2) / len(units_FD) - 1.0
+
+
+def _chunks(F: int, size: int, key: Key[Array, ""]) -> tuple[Int[Array, "C M"], Bool[Array, "C M"], int]:
+    """A random partition of F latents into chunks of `size`: numbers, which of them are real (the last chunk is filled
+    up with the number F - 1), and how many ordered pairs of distinct latents share a chunk."""
+    m = min(size, F)
+    count = -(-F // m)
+    order = jax.random.permutation(key, F).astype(jnp.int32)
+    ids_CM = jnp.concatenate([order, jnp.full(count * m - F, F, jnp.int32)]).reshape(count, m)
+    last = F - (count - 1) * m
+    return jnp.minimum(ids_CM, F - 1), ids_CM < F, (count - 1) * m * (m - 1) + last * (last - 1)
 
 
 def noise_floor_margin(n_latents: int, d_model: int, floor: float) -> float:

@@ -1,4 +1,4 @@
-"""The named presets: a variant is a setting of the penalty, an architecture a setting of the autoencoder's fields.
+"""The named presets: a variant is an arm of the method, an architecture a form of autoencoder; every pair composes.
 
 A new arm or architecture joins by one line here.
 """
@@ -10,21 +10,33 @@ from extract.format.config import did_you_mean
 from extract.format.errors import UserError
 from hafs_jax.config import TrainConfig
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "baseline": {"kind": "none"},
-    "strict": {"kind": "hinge", "ramp": False, "gate": False},
-    "adaptive": {"kind": "hinge", "ramp": True, "gate": True},
-    "ramp_only": {"kind": "hinge", "ramp": True, "gate": False},
-    "gate_only": {"kind": "hinge", "ramp": False, "gate": True},
-}
-"""The arms as fields of PenaltyConfig: no penalty; constant pressure; alpha(t) and the gate; each of them alone."""
+Fields = dict[str, Any]
+"""Field of TrainConfig -> value, or part of TrainConfig -> fields of that part."""
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, Fields] = {
+    "baseline": {},
+    "strict": {"penalty": {"kind": "hinge"}},
+    "adaptive": {"penalty": {"kind": "hinge", "ramp": True, "gate": True}},
+    "ramp_only": {"penalty": {"kind": "hinge", "ramp": True}},
+    "gate_only": {"penalty": {"kind": "hinge", "gate": True}},
+    "ortsae": {"penalty": {"kind": "ortsae", "lam_max": 0.25, "chunk_size": 8192}},
+    "frob": {"penalty": {"kind": "frob", "lam_max": 0.1}},
+    "random_init": {"frozen": "everything"},
+    "frozen_decoder": {"frozen": "decoder"},
+}
+"""The arms: no penalty; constant pressure; alpha(t) and the gate; each of them alone; OrtSAE's penalty at its published
+weight; all squared cosines; and two references whose SAE or decoder never trains."""
+
+ARCHITECTURES: dict[str, Fields] = {
     "batchtopk": {},
     "topk": {},
     "relu": {"optimizer": {"learning_rate": 2e-3}},
+    "jumprelu": {},
+    "gated": {},
+    "matryoshka": {},
+    "matryoshka_relu": {},
 }
-"""Fields of TrainConfig that an architecture changes from the defaults."""
+"""What an architecture changes from the defaults."""
 
 
 def preset(variant: str = "baseline", architecture: str = "batchtopk") -> TrainConfig:
@@ -37,8 +49,14 @@ def preset(variant: str = "baseline", architecture: str = "batchtopk") -> TrainC
             f"{did_you_mean(architecture, ARCHITECTURES)}"
         )
     config = TrainConfig(variant=variant)
-    changes: dict[str, dict[str, Any]] = {"penalty": VARIANTS[variant], "sae": {"architecture": architecture}}
-    for part, values in ARCHITECTURES[architecture].items():
-        changes[part] = {**changes.get(part, {}), **values}
-    parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in changes.items()}
-    return dataclasses.replace(config, **parts)
+    config = with_fields(config, {"sae": {"architecture": architecture}})
+    return with_fields(with_fields(config, ARCHITECTURES[architecture]), VARIANTS[variant])
+
+
+def with_fields(config: TrainConfig, fields: Fields) -> TrainConfig:
+    """`config` with fields replaced, those of its parts included; validated anew."""
+    changes = {
+        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
+    return dataclasses.replace(config, **changes)

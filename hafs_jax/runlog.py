@@ -1,6 +1,7 @@
-"""What a run shows and writes while it trains: metrics.jsonl, TensorBoard, the progress bar; finished numbers only."""
+"""What a run writes and shows while it trains: metrics.jsonl, TensorBoard, the progress bar; finished numbers only."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -15,18 +16,13 @@ from extract.format.files import read_jsonl, write_text
 class RunLog:
     """Writes one line per logged step; on resume it drops the lines past the checkpoint and continues the clock."""
 
-    def __init__(
-        self, path: Path, config_tokens: int, batch_size: int, start: int, label: str, tensorboard: bool
-    ) -> None:
+    def __init__(self, path: Path, batch_size: int, start: int, tensorboard: bool) -> None:
         kept = [record for record in read_jsonl(path) if record["step"] <= start]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._batch_size = batch_size
         self._seconds = kept[-1]["seconds"] if kept else 0.0
-        self._clock, self._last_step = time.perf_counter(), start
-        self._bar = tqdm(
-            total=config_tokens, initial=start * batch_size, desc=label, unit="row", unit_scale=True, mininterval=0.5
-        )
+        self._clock = time.perf_counter()
         self._events = _event_writer(path.parent / "tensorboard") if tensorboard else None
         self.last: dict[str, Any] = kept[-1] if kept else {}
 
@@ -50,20 +46,38 @@ class RunLog:
                 self._events.add_scalar(name, value, step)
         self.last = record
 
+    def close(self) -> None:
+        self._file.close()
+        if self._events:
+            self._events.close()
+
+
+class Progress:
+    """The bar of a training: rows, rate, time left and the latest figures."""
+
+    def __init__(self, label: str, steps: int, batch_size: int, start: int) -> None:
+        self._batch_size, self._last_step = batch_size, start
+        interval = 0.5 if sys.stderr.isatty() else 15.0
+        self._bar = tqdm(
+            total=steps * batch_size,
+            initial=start * batch_size,
+            desc=label,
+            unit="row",
+            unit_scale=True,
+            mininterval=interval,
+        )
+
     def advance(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        """Moves the bar to `step` and shows the latest figures."""
-        shown = {"FVU": f"{metrics['fvu'][-1]:.3f}", "L0": f"{metrics['l0'][-1]:.1f}"}
-        if metrics["lambda"][-1] > 0:
-            shown["lambda"] = f"{metrics['lambda'][-1]:.2f}"
+        """Moves the bar to `step` and shows the last of `metrics`, the mean over SAEs where there are several."""
+        shown = {"FVU": f"{np.mean(metrics['fvu'][-1]):.3f}", "L0": f"{np.mean(metrics['l0'][-1]):.1f}"}
+        if np.max(metrics["lambda"][-1]) > 0:
+            shown["lambda"] = f"{np.mean(metrics['lambda'][-1]):.2f}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update((step - self._last_step) * self._batch_size)
         self._last_step = step
 
     def close(self) -> None:
-        self._file.close()
         self._bar.close()
-        if self._events:
-            self._events.close()
 
 
 def _number(value: np.generic) -> float | int | None:

@@ -3,6 +3,7 @@
 config.json      the resolved config, the store it trains on and its fingerprint; written first
 metrics.jsonl    one object per logged step
 checkpoints/     Orbax, the last two
+best/            the checkpoint of the best held-out FVU, where that is measured
 run.json         written last, when training has finished
 """
 
@@ -37,6 +38,10 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        return self.folder / "best"
+
+    @property
     def result_path(self) -> Path:
         return self.folder / "run.json"
 
@@ -56,7 +61,10 @@ class Run:
         return from_dict(TrainConfig, self._record()["config"], str(self.config_path))
 
     def store_record(self) -> dict[str, Any]:
-        """{"folder", "fingerprint"} of the store that the run trains on; the folder is relative to the run's."""
+        """{"folder", "fingerprint"} of the store that the run trains on, and of a transcoder's "target" likewise.
+
+        Folders are relative to the run's.
+        """
         return self._record()["store"]
 
     def write_config(self, config: TrainConfig, store: dict[str, Any]) -> None:
@@ -73,10 +81,13 @@ class Run:
                 f"{self.folder} holds a run with {path}={before}, this one has {after}; "
                 "pass --force to replace it, or choose another SEED or OUT"
             )
-        if self.store_record()["fingerprint"] != store["fingerprint"]:
+        found, expected = self.store_record(), store
+        if "target" in expected and found["fingerprint"] == expected["fingerprint"]:
+            found, expected = found.get("target", found), expected["target"]
+        if found["fingerprint"] != expected["fingerprint"]:
             raise UserError(
-                f"{self.folder} was trained on another store ({self.store_record()['fingerprint']}, now "
-                f"{store['fingerprint']}); pass --force to replace it, or choose another OUT"
+                f"{self.folder} was trained on another store ({found['fingerprint']}, now "
+                f"{expected['fingerprint']}); pass --force to replace it, or choose another OUT"
             )
 
     def _record(self) -> dict[str, Any]:
@@ -104,8 +115,11 @@ def baseline_tau(runs: Path, config: TrainConfig, fingerprint: str) -> tuple[flo
 
     Raises `UserError` where that run is missing, unfinished, of another SAE or on another store.
     """
-    name = replace(preset("baseline", config.sae.architecture), seed=0).run_name
+    name = replace(preset("baseline", config.sae.architecture), seed=0, tag=config.tag).run_name
     run = Run(runs / name)
+    if not run.finished() and config.tag:
+        name = name.removesuffix(f"-{config.tag}")
+        run = Run(runs / name)
     remedy = (
         f"{config.variant} needs tau, a predefined FVU threshold: train the baseline first "
         f"(make train VARIANT=baseline SEED=0) or give --penalty.tau"

@@ -10,11 +10,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Key
 
-from hafs_jax.architectures import ARCHITECTURES
+from hafs_jax.architectures import ARCHITECTURES, Encoding, OperatingPoint
 from hafs_jax.config import SAEConfig
-
-Params = dict[str, Array]
-"""W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D], float32."""
+from hafs_jax.products import Params, matmul
 
 
 class InputScale(struct.PyTreeNode):
@@ -23,65 +21,67 @@ class InputScale(struct.PyTreeNode):
     mean_D: Float[Array, " D"]
     scale: Float[Array, ""]
     variance: Float[Array, ""]  # mean of |(x - mean) * scale|^2, the denominator of FVU
+    target: "InputScale | None" = None  # of a transcoder's target rows
 
     def __call__(self, acts_BD: Array) -> Float[Array, "B D"]:
         """Raw activations of any float dtype, centred and scaled, in float32."""
         return (acts_BD.astype(jnp.float32) - self.mean_D[None]) * self.scale
 
 
-class Encoding(struct.PyTreeNode):
-    """What the encoder computed: pre-activations and the latents that the architecture kept."""
-
-    pre_BF: Float[Array, "B F"]
-    latents_BF: Float[Array, "B F"]
-
-
 class SAE(nn.Module):
     """latents = activate((x - b_dec) @ W_enc + b_enc); reconstruction = latents @ W_dec + b_dec.
 
-    Parameters are float32; the matrix products' inputs are cast to `config.compute_dtype` and accumulate in float32.
-    The product with W_enc is written x @ W_enc + (b_enc - b_dec @ W_enc): the same function, whose gradient costs no
-    product of B x D x F for an input gradient that nobody needs.
+    A transcoder (`config.transcode`) reconstructs rows of width `d_out` of another store, and its encoder subtracts no
+    b_dec. Parameters are float32; the matrix products' inputs are cast to `config.compute_dtype` and accumulate in
+    float32. The product with W_enc is written x @ W_enc + (b_enc - b_dec @ W_enc): the same function, whose gradient
+    costs no product of B x D x F for an input gradient that nobody needs.
     """
 
     config: SAEConfig
     d_model: int
+    d_out: int | None = None  # None: d_model
 
     def setup(self) -> None:
-        F, D, scale = self.config.F, self.d_model, self.config.encoder_scale
-        self.W_dec = self.param("W_dec", lambda key: unit_rows(jax.random.normal(key, (F, D), jnp.float32)))
-        self.W_enc = self.param("W_enc", lambda _: scale * self.W_dec.T)
-        self.b_enc = self.param("b_enc", nn.initializers.zeros, (F,), jnp.float32)
-        self.b_dec = self.param("b_dec", nn.initializers.zeros, (D,), jnp.float32)
+        config, D, F = self.config, self.d_model, self.config.F
+        D_out = D if self.d_out is None else self.d_out
+        params = {"W_dec": self.param("W_dec", lambda key: unit_rows(jax.random.normal(key, (F, D_out), jnp.float32)))}
+        if config.encoder == "tied" and not config.transcode:
+            params["W_enc"] = self.param("W_enc", lambda _: config.encoder_scale * params["W_dec"].T)
+        else:
+            params["W_enc"] = self.param(
+                "W_enc", lambda key: config.encoder_scale * unit_rows(jax.random.normal(key, (F, D), jnp.float32)).T
+            )
+        params["b_enc"] = self.param("b_enc", nn.initializers.zeros, (F,), jnp.float32)
+        params["b_dec"] = self.param("b_dec", nn.initializers.zeros, (D_out,), jnp.float32)
+        for name, first in ARCHITECTURES[config.architecture].params.items():
+            params[name] = self.param(name, nn.initializers.constant(first(config)), (F,), jnp.float32)
+        self.params = params
 
-    def encode(self, acts_BD: Float[Array, "B D"], threshold: Float[Array, ""] | None = None) -> Encoding:
-        """Pre-activations and latents of scaled activations; `threshold` None means training."""
-        bias_F = self.b_enc - self.b_dec @ self.W_enc
-        pre_BF = self._matmul(acts_BD, self.W_enc) + bias_F[None]
-        return Encoding(pre_BF, ARCHITECTURES[self.config.architecture].activate(pre_BF, self.config, threshold))
+    def encode(self, acts_BD: Float[Array, "B D"], at: OperatingPoint) -> Encoding:
+        """Pre-activations and latents of scaled activations."""
+        params, dtype = dict(self.params), self.config.compute_dtype
+        bias_F = params["b_enc"] if self.config.transcode else params["b_enc"] - params["b_dec"] @ params["W_enc"]
+        pre_BF = matmul(acts_BD, params["W_enc"], dtype) + bias_F[None]
+        activate = ARCHITECTURES[self.config.architecture].activate
+        return Encoding(pre_BF, activate(pre_BF, params, self.config, at))
 
-    def decode(self, latents_BF: Float[Array, "B F"]) -> Float[Array, "B D"]:
+    def decode(self, latents_BF: Float[Array, "B F"]) -> Float[Array, "B D_out"]:
         """The reconstruction, in scaled units."""
-        return self._matmul(latents_BF, self.W_dec) + self.b_dec[None]
+        return matmul(latents_BF, self.params["W_dec"], self.config.compute_dtype) + self.params["b_dec"][None]
 
-    def __call__(
-        self, acts_BD: Float[Array, "B D"], threshold: Float[Array, ""] | None = None
-    ) -> tuple[Encoding, Float[Array, "B D"]]:
+    def __call__(self, acts_BD: Float[Array, "B D"], at: OperatingPoint) -> tuple[Encoding, Float[Array, "B D_out"]]:
         """The encoding and the reconstruction."""
-        encoding = self.encode(acts_BD, threshold)
+        encoding = self.encode(acts_BD, at)
         return encoding, self.decode(encoding.latents_BF)
 
-    def _matmul(self, left: Array, right: Array) -> Array:
-        dtype = jnp.dtype(self.config.compute_dtype)
-        return jnp.matmul(left.astype(dtype), right.astype(dtype), preferred_element_type=jnp.float32)
 
-
-def init_params(config: SAEConfig, d_model: int, key: Key[Array, ""]) -> Params:
-    """Fresh parameters: unit-norm random W_dec, W_enc its transpose times `encoder_scale`, zero biases.
+def init_params(config: SAEConfig, d_model: int, key: Key[Array, ""], d_out: int | None = None) -> Params:
+    """Fresh parameters: unit-norm random W_dec, W_enc its transpose (or random) times `encoder_scale`, zero biases.
 
     Activations are centred by the data mean before they reach the SAE, so a zero b_dec starts at that mean.
     """
-    return SAE(config, d_model).init(key, jnp.zeros((1, d_model), jnp.float32))["params"]
+    rows_1D = jnp.zeros((1, d_model), jnp.float32)
+    return SAE(config, d_model, d_out).init(key, rows_1D, OperatingPoint(config.k))["params"]
 
 
 def unit_rows(matrix: Float[Array, "F D"]) -> Float[Array, "F D"]:
@@ -90,16 +90,26 @@ def unit_rows(matrix: Float[Array, "F D"]) -> Float[Array, "F D"]:
     return matrix / jnp.where(norms > 0, norms, 1.0)
 
 
-def folded(params: Params, scale: InputScale, threshold: Float[Array, ""]) -> tuple[Params, Float[Array, ""]]:
-    """Weights and threshold that take raw activations: the same function, in the model's units.
+def folded(params: Params, scale: InputScale, threshold: Float[Array, ""]) -> tuple[Params, Float[Array, "..."]]:
+    """Weights and inference threshold that take raw activations: the same function, in the model's units.
 
-    With x' = (x - m) s: b_dec = m + b_dec'/s, b_enc = b_enc'/s, threshold = threshold'/s and both matrices unchanged,
-    so that pre = pre'/s, latents = latents'/s and the decoder's rows keep their unit norm.
+    With x' = (x - m) s: b_dec = m + b_dec'/s; the encoder's biases and thresholds are divided by s and the matrices
+    and r_mag unchanged, so that latents = latents'/s and the decoder's rows keep their unit norm. A transcoder's
+    encoder takes (x - m) s without subtracting b_dec, so b_enc = b_enc'/s - m @ W_enc; its latents come out in units
+    of 1/s, its target's scale s_t in others, so W_dec = W_dec' s/s_t: its rows have the norm s/s_t. The threshold is
+    the learned one of [F] where the parameters hold one, else the scalar `threshold`.
     """
-    raw = {
-        "W_enc": params["W_enc"],
-        "b_enc": params["b_enc"] / scale.scale,
-        "W_dec": params["W_dec"],
-        "b_dec": scale.mean_D + params["b_dec"] / scale.scale,
-    }
-    return raw, threshold / scale.scale
+    s, target = scale.scale, scale.target
+    raw = {name: value / s if name in _IN_UNITS else value for name, value in params.items() if name != "threshold"}
+    if target is None:
+        raw["b_dec"] = scale.mean_D + params["b_dec"] / s
+    else:
+        raw["b_enc"] = raw["b_enc"] - scale.mean_D @ params["W_enc"]
+        raw["W_dec"] = params["W_dec"] * s / target.scale
+        raw["b_dec"] = target.mean_D + params["b_dec"] / target.scale
+        if "b_mag" in raw:
+            raw["b_mag"] = raw["b_mag"] - (scale.mean_D @ params["W_enc"]) * jnp.exp(params["r_mag"])
+    return raw, params.get("threshold", threshold) / s
+
+
+_IN_UNITS = ("b_enc", "b_mag")  # biases in the units of the scaled activations

@@ -1,13 +1,14 @@
-"""What varies with the training step alone, as optax schedules: alpha(t), the learning rate, the L1 warm-up."""
+"""What varies with the training step alone, as optax schedules: alpha(t), k, the sparsity coefficient, the rate."""
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from hafs_jax.config import OptimizerConfig, PenaltyConfig
+from hafs_jax.config import OptimizerConfig, PenaltyConfig, SAEConfig, SparsityConfig
 
-Schedule = Callable[[Array | int], Float[Array, ""]]
+Schedule = Callable[[Array | int], Float[Array, ""] | Int[Array, ""]]
 """step -> value, defined for traced steps."""
 
 
@@ -31,18 +32,33 @@ def alpha_schedule(config: PenaltyConfig, steps: int) -> Schedule:
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
-    """The learning rate relative to its peak: linear from 0 to 1, constant, linear to 0.
+    """The learning rate relative to its peak: linear from 0 to 1, constant, then linear or half a cosine to 0.
 
     The first step is already a share of the rise and the last still one of the fall: no step is an update of size 0.
     """
     rise, fall = round(config.warmup * steps), round(config.decay * steps)
     warmup = optax.linear_schedule(0.0, 1.0, max(rise, 1))
-    decay = optax.linear_schedule(1.0, 0.0, max(fall, 1), transition_begin=steps - fall)
+    if config.decay_shape == "cosine":
+        cosine = optax.cosine_decay_schedule(1.0, max(fall, 1))
+        decay: Schedule = lambda step: cosine(jnp.maximum(step - (steps - fall), 0))  # noqa: E731
+    else:
+        decay = optax.linear_schedule(1.0, 0.0, max(fall, 1), transition_begin=steps - fall)
     return lambda step: warmup(step + 1) * (decay(step) if fall else 1.0)
 
 
-def warmup_schedule(fraction: float, steps: int) -> Schedule:
-    """Linear from 0 to 1 over the first `fraction` of `steps`, then 1."""
-    if fraction == 0:
-        return optax.constant_schedule(1.0)
-    return piecewise_linear((0.0, fraction, 1.0), (0.0, 1.0, 1.0), steps)
+def coefficient_schedule(config: SparsityConfig, steps: int) -> Schedule:
+    """The sparsity coefficient relative to itself."""
+    return piecewise_linear(config.coefficient_fractions, config.coefficient_values, steps)
+
+
+def settled_step(config: SparsityConfig, steps: int) -> int:
+    """The first step from which the coefficient's schedule no longer changes: there the L0 controller starts."""
+    values, fractions = config.coefficient_values, config.coefficient_fractions
+    last = max((i for i in range(1, len(values)) if values[i] != values[i - 1]), default=0)
+    return round(fractions[last] * steps)
+
+
+def k_schedule(config: SAEConfig, steps: int) -> Schedule:
+    """k of each step, a whole number of at least 1: piecewise linear in the fraction of training."""
+    multiple = piecewise_linear(config.k_fractions, config.k_values, steps)
+    return lambda step: jnp.clip(jnp.round(config.k * multiple(step)), 1, config.largest_k).astype(jnp.int32)

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 _SAMPLE = 16_384  # entries sorted to bracket the threshold; 4 standard errors of its rank either side
 _TOP = np.float32(np.finfo(np.float32).max)
 
 
-def count_threshold(values: Float[Array, "..."], count: int) -> Float[Array, ""]:
+def count_threshold(values: Float[Array, "..."], count: Int[Array, ""] | int) -> Float[Array, ""]:
     """The largest t for which at least `count` entries are >= t; exactly `count` where the entries don't tie at t.
 
     `values` are finite and not negative, so their float32 bit patterns order as they do. A sorted sample brackets t;
@@ -19,8 +19,7 @@ def count_threshold(values: Float[Array, "..."], count: int) -> Float[Array, ""]
     """
     flat = values.astype(jnp.float32).reshape(-1)
     total = flat.size
-    if count >= total:
-        return jnp.zeros((), jnp.float32)
+    count = jnp.asarray(count, jnp.int32)
 
     def at_least(threshold: Float[Array, ""]) -> Array:
         return jnp.sum(flat >= threshold, dtype=jnp.int32)
@@ -53,19 +52,20 @@ def count_threshold(values: Float[Array, "..."], count: int) -> Float[Array, ""]
         )
 
     start: tuple[Array, ...] = (jnp.int32(0), low, high, count_low, count_high)
-    return jax.lax.while_loop(unfinished, narrow, start)[1]
+    return jnp.where(count >= total, 0.0, jax.lax.while_loop(unfinished, narrow, start)[1])
 
 
 def _bits(value: Float[Array, ""]) -> Array:
     return jax.lax.bitcast_convert_type(value, jnp.int32)
 
 
-def _bracket(flat: Float[Array, " n"], count: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def _bracket(flat: Float[Array, " n"], count: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Two thresholds that very likely have at least `count` and fewer than `count` entries above them."""
     sample = jnp.sort(flat[:: max(1, flat.size // _SAMPLE)])
-    rank = count / flat.size * sample.size
-    spread = 4 * np.sqrt(max(rank, 1.0)) + 2
-    below, above = int(sample.size - 1 - (rank + spread)), int(sample.size - 1 - (rank - spread))
-    low = sample[below] if below >= 0 else jnp.float32(0)
-    high = sample[above] if 0 <= above < sample.size else jnp.asarray(_TOP)
+    rank = count.astype(jnp.float32) / flat.size * sample.size
+    spread = 4 * jnp.sqrt(jnp.maximum(rank, 1.0)) + 2
+    below = (sample.size - 1 - (rank + spread)).astype(jnp.int32)
+    above = (sample.size - 1 - (rank - spread)).astype(jnp.int32)
+    low = jnp.where(below >= 0, sample[jnp.maximum(below, 0)], 0.0)
+    high = jnp.where(above < sample.size, sample[jnp.clip(above, 0, sample.size - 1)], _TOP)
     return low, high

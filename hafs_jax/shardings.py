@@ -11,9 +11,16 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from extract.format.errors import UserError
+from hafs_jax.architectures import ARCHITECTURES
 
 BATCHES = PartitionSpec(None, "data", None)  # [S, B, D]
-_LATENT_AXIS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "steps_since_fired_F": 0}  # wherever the name occurs in the state
+LATENT_AXIS = {
+    "W_enc": 1,
+    "W_dec": 0,
+    **dict.fromkeys(("b_enc", "steps_since_fired_F", "rate_F", "groups_F"), 0),
+    **{name: 0 for architecture in ARCHITECTURES.values() for name in architecture.params},
+}
+"""The axis of the latents in each array of the state that has one, wherever the name occurs."""
 
 
 def make_mesh(dictionary_shards: int) -> Mesh:
@@ -29,9 +36,14 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """A sharding for every leaf of the training state, by the leaf's name; Adam's moments follow their parameter."""
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
-        names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
-        axis = next((_LATENT_AXIS[name] for name in reversed(names) if name in _LATENT_AXIS), None)
+        axis = latent_axis(path)
         spec = PartitionSpec() if axis is None else PartitionSpec(*([None] * axis), "dictionary")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(of, state)
+
+
+def latent_axis(path: tuple) -> int | None:
+    """The axis of the latents in the leaf at `path` of a pytree of states, parameters or moments; None: it has none."""
+    names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+    return next((LATENT_AXIS[name] for name in reversed(names) if name in LATENT_AXIS), None)

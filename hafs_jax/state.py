@@ -3,22 +3,29 @@
 Scalars are written `...`: under `vmap` over many SAEs every leaf has one leading axis more.
 """
 
+import inspect
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
+from extract.format.config import did_you_mean
+from extract.format.errors import UserError
 from hafs_jax.config import TrainConfig
 from hafs_jax.controllers import ErrorGate, SparsityControl, init_gate, init_sparsity
-from hafs_jax.sae import Params, init_params
+from hafs_jax.penalty import first_groups
+from hafs_jax.products import Params
+from hafs_jax.sae import init_params, unit_rows
 
 
 class Hyperparameters(struct.PyTreeNode):
     """The numbers that may differ between SAEs trained in one program; all else is static config."""
 
     learning_rate: Float[Array, "..."]
-    l1: Float[Array, "..."]
+    coefficient: Float[Array, "..."]
     lam_max: Float[Array, "..."]
     tau: Float[Array, "..."]  # 1 where there is no gate
 
@@ -28,8 +35,11 @@ class TrainState(struct.PyTreeNode):
 
     step: Int[Array, "..."]
     params: Params
+    average: Params  # the weights' moving average; empty where the config asks for none
     opt_state: optax.OptState
     steps_since_fired_F: Int[Array, "... F"]  # steps, not rows, and saturating: never wraps
+    rate_F: Float[Array, "... F"]  # moving average of the share of rows in which each latent fires
+    groups_F: Int[Array, "... F"]  # who may share direction with whom: see `penalty.sharing_weights`
     threshold_ema: Float[Array, "..."]  # of the smallest active latent in a batch, uncorrected
     gate: ErrorGate
     sparsity: SparsityControl
@@ -40,33 +50,59 @@ class TrainState(struct.PyTreeNode):
         count = jnp.maximum(self.gate.count, 1).astype(jnp.float32)
         return self.threshold_ema / (1.0 - jnp.float32(decay) ** count)
 
+    def weights(self) -> Params:
+        """The SAE that this state stands for: the averaged weights, with unit decoder rows, or the parameters."""
+        if not self.average:
+            return self.params
+        return {**self.average, "W_dec": unit_rows(self.average["W_dec"])}
+
 
 def hyperparameters(config: TrainConfig) -> Hyperparameters:
     """The config's own numbers."""
     tau = 1.0 if config.penalty.tau is None else config.penalty.tau
-    return Hyperparameters(
-        *map(jnp.float32, (config.optimizer.learning_rate, config.sparsity.l1, config.penalty.lam_max, tau))
-    )
+    numbers = (config.optimizer.learning_rate, config.sparsity.coefficient, config.penalty.lam_max, tau)
+    return Hyperparameters(*map(jnp.float32, numbers))
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Gradient clipping and Adam's direction; the step multiplies by the learning rate."""
+    """Gradient clipping and the named optax optimizer at a learning rate of 1: the step multiplies by the rate.
+
+    Raises `UserError` where optax has no optimizer of that name.
+    """
     settings = config.optimizer
-    adam = optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon)
-    return adam if settings.clip_norm is None else optax.chain(optax.clip_by_global_norm(settings.clip_norm), adam)
+    make: Any = getattr(optax, settings.name, None)
+    takes = inspect.signature(make).parameters if callable(make) else {}
+    if "learning_rate" not in takes:
+        known = [name for name in dir(optax) if name.islower()]
+        raise UserError(
+            f"optimizer.name={settings.name}: expected an optimizer of optax that takes a learning rate"
+            f"{did_you_mean(settings.name, known)}"
+        )
+    given = {"b1": settings.beta1, "b2": settings.beta2, "eps": settings.epsilon}
+    update = make(1.0, **{name: value for name, value in given.items() if name in takes})
+    return update if settings.clip_norm is None else optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
 
 
-def init_state(config: TrainConfig, d_model: int, key: Key[Array, ""], hyper: Hyperparameters) -> TrainState:
-    """A fresh state; `key` seeds the weights and, split off, the penalty's chunks."""
+def init_state(
+    config: TrainConfig, d_model: int, key: Key[Array, ""], hyper: Hyperparameters, d_out: int | None = None
+) -> TrainState:
+    """A fresh state; `key` seeds the weights and, split off, the penalty's chunks. `d_out`: a transcoder's target."""
     init_key, chunk_key = jax.random.split(key)
-    params = init_params(config.sae, d_model, init_key)
+    return state_of(config, init_params(config.sae, d_model, init_key, d_out), chunk_key, hyper)
+
+
+def state_of(config: TrainConfig, params: Params, key: Key[Array, ""], hyper: Hyperparameters) -> TrainState:
+    """The state at the start of training from `params`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
+        average={} if config.optimizer.average is None else jax.tree.map(jnp.copy, params),
         opt_state=optimizer(config).init(params),
         steps_since_fired_F=jnp.zeros(config.sae.F, jnp.int32),
+        rate_F=jnp.zeros(config.sae.F),
+        groups_F=first_groups(config.penalty, config.sae),
         threshold_ema=jnp.zeros(()),
         gate=init_gate(config.penalty, hyper.lam_max),
-        sparsity=init_sparsity(hyper.l1, config.sae.k),
-        key=chunk_key,
+        sparsity=init_sparsity(hyper.coefficient, config.sae.k),
+        key=key,
     )

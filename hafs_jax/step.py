@@ -1,9 +1,10 @@
 """The loss and the training step: pure, jit-compiled once per config, the state donated.
 
-    L = FVU + sparsity + aux + lambda * O
+    L = reconstruction + sparsity + aux + lambda * O
 
 in units of FVU: the batch's residual over the store's variance. For relu that is the usual |x - x_hat|^2 + l1 |f|_1,
-divided by the constant variance.
+divided by the constant variance; a Matryoshka's reconstruction is the mean over its prefixes. O reads the decoder
+alone, so its gradient is taken apart and added.
 """
 
 from collections.abc import Callable
@@ -13,61 +14,79 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from hafs_jax.architectures import ARCHITECTURES
+from hafs_jax.architectures import ARCHITECTURES, Encoding, OperatingPoint
 from hafs_jax.config import TrainConfig
 from hafs_jax.controllers import update_gate, update_sparsity
-from hafs_jax.penalty import hinge_penalty, noise_floor_margin
-from hafs_jax.sae import SAE, Encoding, InputScale, Params, unit_rows
-from hafs_jax.schedules import alpha_schedule, learning_rate_schedule, warmup_schedule
+from hafs_jax.nested import prefix_errors
+from hafs_jax.penalty import Structure, assign_parents, noise_floor_margin, penalty
+from hafs_jax.products import Params, matmul
+from hafs_jax.resample import resample
+from hafs_jax.sae import SAE, InputScale, unit_rows
+from hafs_jax.schedules import alpha_schedule, coefficient_schedule, k_schedule, learning_rate_schedule, settled_step
 from hafs_jax.state import Hyperparameters, TrainState, optimizer
 
 Metrics = dict[str, Array]
+Batch = Array | tuple[Array, Array]
+"""Raw activations of any float dtype, [B, D]; for a transcoder those of its input and of its target, [B, D_out]."""
 
 _NEVER = 2**30  # where steps_since_fired saturates
+_RATE_DECAY = 0.99  # of the moving average of each latent's firing rate, per step
 
 
 class Weights(struct.PyTreeNode):
     """What the loss at one step is weighted with; constants of differentiation."""
 
-    alpha: Float[Array, ""]
-    lam: Float[Array, ""]
-    l1: Float[Array, ""]
+    k: Int[Array, ""]
+    coefficient: Float[Array, ""]
     is_dead_F: Bool[Array, " F"]
+
+
+class Forward(struct.PyTreeNode):
+    """What a forward pass leaves beside the loss."""
+
+    encoding: Encoding
+    residual_BD: Float[Array, "B D"]
+    parts: Metrics
 
 
 def loss_fn(
     params: Params,
     acts_BD: Float[Array, "B D"],
+    target_BD: Float[Array, "B D_out"],
     weights: Weights,
     variance: Float[Array, ""],
     key: Key[Array, ""],
     config: TrainConfig,
-) -> tuple[Float[Array, ""], tuple[Encoding, Metrics]]:
-    """The loss of scaled activations, with the encoding and the loss's parts."""
-    d_model = acts_BD.shape[1]
-    architecture = ARCHITECTURES[config.sae.architecture]
-    sae = SAE(config.sae, d_model)
-    encoding, recon_BD = cast(tuple[Encoding, Array], sae.apply({"params": params}, acts_BD))
-    residual_BD = acts_BD - recon_BD
-    fvu = jnp.mean(jnp.sum(residual_BD**2, axis=1)) / variance
-    parts = {"fvu": fvu, "loss_reconstruction": fvu}
-    parts["loss_sparsity"] = jnp.zeros(())
-    if architecture.uses_l1:
-        # The decoder's rows have unit norm, so L1 x decoder norm is L1.
-        parts["loss_sparsity"] = weights.l1 * jnp.mean(jnp.sum(encoding.latents_BF, axis=1)) / variance
-    parts["loss_aux"] = jnp.zeros(())
-    if architecture.uses_aux and config.sparsity.aux > 0:
-        aux = aux_loss(params, encoding.pre_BF, residual_BD, weights.is_dead_F, sae, config.sparsity.aux_k)
-        parts["loss_aux"] = config.sparsity.aux * aux
-    parts["penalty"] = parts["loss_orthogonality"] = jnp.zeros(())
-    if config.penalty.kind == "hinge":
-        parts["penalty"] = hinge_penalty(params["W_dec"], weights.alpha, margin(config, d_model), config.penalty, key)
-        parts["loss_orthogonality"] = weights.lam * parts["penalty"]
-    names = ("loss_reconstruction", "loss_sparsity", "loss_aux", "loss_orthogonality")
-    parts["loss"] = sum((parts[name] for name in names), jnp.zeros(()))
-    return parts["loss"], (encoding, parts)
+) -> tuple[Float[Array, ""], Forward]:
+    """The loss of scaled activations but for the penalty, with its parts. `key` samples a Matryoshka's prefixes."""
+    architecture, settings = ARCHITECTURES[config.sae.architecture], config.sparsity
+    sae = SAE(config.sae, acts_BD.shape[1], target_BD.shape[1])
+    encoding = cast(Encoding, sae.apply({"params": params}, acts_BD, OperatingPoint(weights.k), method="encode"))
+    parts: Metrics = {}
+    if architecture.nested:
+        errors_G, residual_BD = prefix_errors(encoding.latents_BF, target_BD, params, config.sae, key)
+        parts["fvu"], parts["loss_reconstruction"] = errors_G[-1] / variance, jnp.mean(errors_G) / variance
+    else:
+        residual_BD = target_BD - cast(Array, sae.apply({"params": params}, encoding.latents_BF, method="decode"))
+        parts["fvu"] = parts["loss_reconstruction"] = jnp.mean(jnp.sum(residual_BD**2, axis=1)) / variance
+    if architecture.extra is not None:
+        parts["loss_reconstruction"] += architecture.extra(encoding, params, config.sae, target_BD) / variance
+    parts["loss_sparsity"] = parts["loss_aux"] = jnp.zeros(())
+    if architecture.cost is not None:
+        cost = jnp.mean(architecture.cost(encoding, params, config.sae))
+        parts["loss_sparsity"] = weights.coefficient * cost / variance
+    if settings.aux > 0:
+        aux = aux_loss(
+            params, encoding.pre_BF, residual_BD, weights.is_dead_F, settings.aux_k, config.sae.compute_dtype
+        )
+        parts["loss_aux"] = settings.aux * aux
+    if settings.pre_activation > 0:
+        short = pre_activation_loss(params, encoding.pre_BF, weights.is_dead_F)
+        parts["loss_aux"] += settings.pre_activation * short / variance
+    loss = parts["loss_reconstruction"] + parts["loss_sparsity"] + parts["loss_aux"]
+    return loss, Forward(encoding, residual_BD, parts)
 
 
 def aux_loss(
@@ -75,8 +94,8 @@ def aux_loss(
     pre_BF: Float[Array, "B F"],
     residual_BD: Float[Array, "B D"],
     is_dead_F: Bool[Array, " F"],
-    sae: SAE,
     aux_k: int,
+    dtype: str = "float32",
 ) -> Float[Array, ""]:
     """|e - e_hat|^2 / |e|^2, e the residual (a constant), e_hat its reconstruction by the top `aux_k` dead latents.
 
@@ -89,98 +108,211 @@ def aux_loss(
         if aux_k < dead_BF.shape[1]:
             smallest_B1 = jax.lax.top_k(jax.lax.stop_gradient(dead_BF), aux_k)[0][:, -1:]
             dead_BF = jnp.where(dead_BF >= smallest_B1, dead_BF, 0.0)
-        recon_BD = cast(Array, sae.apply({"params": params}, dead_BF, method="decode")) - params["b_dec"][None]
+        recon_BD = matmul(dead_BF, params["W_dec"], dtype)
         return jnp.sum((target_BD - recon_BD) ** 2) / jnp.maximum(jnp.sum(target_BD**2), 1e-20)
 
     return jax.lax.cond(jnp.any(is_dead_F), revive, lambda *_: jnp.zeros(()), params, pre_BF)
 
 
-def margin(config: TrainConfig, d_model: int) -> float:
-    """mu0: the config's, or the one solved from the noise floor."""
+def pre_activation_loss(params: Params, pre_BF: Float[Array, "B F"], is_dead_F: Bool[Array, " F"]) -> Float[Array, ""]:
+    """Mean over rows of the sum over dead latents of relu(threshold - pre), the threshold 0 where none is learned.
+
+    Anthropic's "update on the SAE training" (January 2025), here for dead latents alone: what never reaches its
+    threshold has no other gradient. The threshold is a constant of it.
+    """
+    threshold_F = jax.lax.stop_gradient(params.get("threshold", jnp.zeros_like(params["b_enc"])))
+    short_BF = jnp.where(is_dead_F[None], jax.nn.relu(threshold_F[None] - pre_BF), 0.0)
+    return jnp.mean(jnp.sum(short_BF, axis=1))
+
+
+def margin(config: TrainConfig, d_out: int) -> float:
+    """mu0: the config's, or the one solved from the noise floor in the decoder's `d_out` dimensions."""
     if config.penalty.mu0 is not None:
         return config.penalty.mu0
-    return noise_floor_margin(config.sae.F, d_model, config.penalty.noise_floor)
+    return noise_floor_margin(config.sae.F, d_out, config.penalty.noise_floor)
 
 
 def train_step(
-    state: TrainState, acts_BD: Array, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
+    state: TrainState, batch: Batch, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer update on raw activations of any float dtype; and the step's metrics.
+    """One optimizer update on a batch of raw activations; and the step's metrics.
 
     A batch whose loss or gradient is not finite changes nothing but the counters and lambda (halved).
     """
     step, settings = state.step, config.sparsity
     architecture = ARCHITECTURES[config.sae.architecture]
+    acts_BD, target_BD = _scaled(batch, scale)
+    variance = scale.variance if scale.target is None else scale.target.variance
     dead_steps = -(-settings.dead_after_tokens // config.batch_size)
     weights = Weights(
-        alpha=jnp.float32(alpha_schedule(config.penalty, config.steps)(step)),
-        lam=state.gate.lam,
-        l1=state.sparsity.coefficient * warmup_schedule(settings.l1_warmup, config.steps)(step),
+        k=k_schedule(config.sae, config.steps)(step),
+        coefficient=state.sparsity.coefficient * coefficient_schedule(settings, config.steps)(step),
         is_dead_F=state.steps_since_fired_F >= dead_steps,
     )
     chunk_key = jax.random.fold_in(state.key, step)
-    (loss, (encoding, parts)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, scale(acts_BD), weights, scale.variance, chunk_key, config
+    prefix_key, row_key = jax.random.fold_in(chunk_key, 1), jax.random.fold_in(chunk_key, 2)
+    (loss, forward), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params, acts_BD, target_BD, weights, variance, prefix_key, config
     )
+    active_BF = forward.encoding.latents_BF > 0
+    rate_F = _RATE_DECAY * state.rate_F + (1 - _RATE_DECAY) * jnp.mean(active_BF, axis=0, dtype=jnp.float32)
+
     # A unit row can only turn: what points along it would be undone by `unit_rows` but stay in Adam's moments.
-    W_dec = state.params["W_dec"]
-    grads["W_dec"] -= jnp.sum(grads["W_dec"] * W_dec, axis=1, keepdims=True) * W_dec
+    grads["W_dec"] = _tangent(grads["W_dec"], state.params["W_dec"])
+    metrics = {"penalty": jnp.zeros(()), "loss_orthogonality": jnp.zeros(()), "penalty_gradient_share": jnp.zeros(())}
+    groups_F, alpha = state.groups_F, jnp.float32(alpha_schedule(config.penalty, config.steps)(step))
+    if config.penalty.kind != "none":
+        if config.penalty.sharing == "parent":
+            groups_F = _regrouped(state, config)
+        structure = Structure(groups_F, rate_F, active_BF)
+        pull_FD, metrics = _penalised(state, alpha, structure, margin(config, target_BD.shape[1]), config, chunk_key)
+        total = optax.global_norm(pull_FD) + optax.global_norm(grads["W_dec"])
+        metrics["penalty_gradient_share"] = optax.global_norm(pull_FD) / jnp.maximum(total, 1e-30)
+        grads["W_dec"] += pull_FD
+        loss += metrics["loss_orthogonality"]
     gradient_norm = optax.global_norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
-    direction, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    moves, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     learning_rate = hyper.learning_rate * learning_rate_schedule(config.optimizer, config.steps)(step)
-    params = jax.tree.map(lambda value, move: value - learning_rate * move, state.params, direction)
+    params = jax.tree.map(lambda value, move: value + learning_rate * move, state.params, moves)
     params["W_dec"] = unit_rows(params["W_dec"])
+    if "threshold" in params:  # below zero the gate would let negative pre-activations through
+        params["threshold"] = jnp.maximum(params["threshold"], 0.0)
+    if config.frozen == "decoder":
+        params["W_dec"] = state.params["W_dec"]
+    if config.frozen == "everything":
+        params = dict(state.params)
     params, opt_state = _where(ok, (params, opt_state), (state.params, state.opt_state))
 
-    active_BF = encoding.latents_BF > 0
     l0 = jnp.sum(active_BF, dtype=jnp.float32) / acts_BD.shape[0]
-    fired_F = jnp.any(active_BF, axis=0)
-    since_F = jnp.where(ok & fired_F, 0, jnp.minimum(state.steps_since_fired_F + 1, _NEVER))
+    since_F = jnp.where(ok & jnp.any(active_BF, axis=0), 0, jnp.minimum(state.steps_since_fired_F + 1, _NEVER))
     threshold_ema = state.threshold_ema
     if architecture.learns_threshold:
-        smallest = jnp.min(jnp.where(active_BF, encoding.latents_BF, jnp.inf))
+        smallest = jnp.min(jnp.where(active_BF, forward.encoding.latents_BF, jnp.inf))
         moved = settings.threshold_decay * threshold_ema + (1 - settings.threshold_decay) * smallest
         threshold_ema = jnp.where(ok & jnp.isfinite(smallest), moved, threshold_ema)
-    gate = update_gate(state.gate, jnp.where(ok, parts["fvu"], jnp.nan), config.penalty, hyper.tau, hyper.lam_max)
+    fvu = jnp.where(ok, forward.parts["fvu"], jnp.nan)
+    gate = update_gate(state.gate, fvu, config.penalty, hyper.tau, hyper.lam_max)
     sparsity = state.sparsity
-    if architecture.uses_l1:
+    if architecture.cost is not None:
         frozen_from = round((1 - settings.freeze_fraction) * config.steps)
-        moving = settings.match_l0 & (step >= round(settings.l1_warmup * config.steps)) & (step < frozen_from)
-        sparsity = update_sparsity(sparsity, jnp.where(ok, l0, jnp.nan), settings, config.sae.k, moving)
+        moving = settings.match_l0 & (step >= settled_step(settings, config.steps)) & (step < frozen_from)
+        sparsity = update_sparsity(sparsity, jnp.where(ok, l0, jnp.nan), settings, weights.k, moving)
+        if config.frozen == "everything":  # no coefficient could move it: the bias does, by the same law
+            shift = jnp.log2(sparsity.coefficient / state.sparsity.coefficient)
+            params["b_enc"] = params["b_enc"] - shift
+    if settings.resample_every_steps:
+        now = (step + 1) % settings.resample_every_steps == 0
+        now &= step < round(settings.resample_until * config.steps)
+        rows = (acts_BD, forward.residual_BD)
+        params, opt_state, since_F = resample(params, opt_state, since_F, dead_steps, rows, now & ok, row_key, config)
+    average = state.average
+    if config.optimizer.average is not None:
+        decay = jnp.minimum(config.optimizer.average, (1.0 + step) / (10.0 + step))
+        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, params)
 
     metrics = {
         "step": step + 1,
-        **parts,
+        "loss": loss,
+        **forward.parts,
+        **metrics,
         "fvu_ema": gate.error(config.penalty.ema_decay),
         "l0": l0,
+        "k": weights.k,
         "dead_fraction": jnp.mean(since_F >= dead_steps),
-        "alpha": weights.alpha,
-        "lambda": weights.lam,
+        "alpha": alpha,
+        "lambda": state.gate.lam,
+        "tau_reached": gate.reached,
         "learning_rate": learning_rate,
-        "sparsity_coefficient": weights.l1 if architecture.uses_l1 else jnp.zeros(()),
+        "sparsity_coefficient": weights.coefficient if architecture.cost is not None else jnp.zeros(()),
         "gradient_norm": gradient_norm,
         "bad_batches": gate.bad,
     }
-    new_state = TrainState(step + 1, params, opt_state, since_F, threshold_ema, gate, sparsity, state.key)
+    new_state = TrainState(
+        step=step + 1,
+        params=params,
+        average=average,
+        opt_state=opt_state,
+        steps_since_fired_F=since_F,
+        rate_F=jnp.where(ok, rate_F, state.rate_F),
+        groups_F=groups_F,
+        threshold_ema=threshold_ema,
+        gate=gate,
+        sparsity=sparsity,
+        key=state.key,
+    )
     return new_state, metrics
 
 
-def compile_steps(state_shardings: Any = None) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The compiled program: (state, acts_SBD, scale, hyper, config) -> (state, metrics of [S]), S steps in one call.
+def _scaled(batch: Batch, scale: InputScale) -> tuple[Array, Array]:
+    """The scaled input and target; the same array where the SAE reconstructs its input."""
+    if isinstance(batch, tuple):
+        assert scale.target is not None
+        return scale(batch[0]), scale.target(batch[1])
+    acts_BD = scale(batch)
+    return acts_BD, acts_BD
 
-    The state is donated. Its shardings are pinned to `state_shardings`, so that the state that comes out fits the
-    program that it goes back into, and nothing compiles twice.
+
+def _penalised(
+    state: TrainState,
+    alpha: Float[Array, ""],
+    structure: Structure,
+    mu0: float,
+    config: TrainConfig,
+    key: Key[Array, ""],
+) -> tuple[Float[Array, "F D"], Metrics]:
+    """lambda times the penalty's tangent gradient at W_dec, and its metrics; nothing between every `every_steps`."""
+    W_dec, every = state.params["W_dec"], config.penalty.every_steps
+
+    def apply(W_dec: Array) -> tuple[Array, Array]:
+        value, pull_FD = jax.value_and_grad(penalty)(W_dec, alpha, structure, mu0, config.penalty, key)
+        return value, every * state.gate.lam * _tangent(pull_FD, W_dec)
+
+    if every == 1:
+        value, pull_FD = apply(W_dec)
+    else:
+        nothing = lambda W_dec: (jnp.zeros(()), jnp.zeros_like(W_dec))  # noqa: E731
+        value, pull_FD = jax.lax.cond(state.step % every == 0, apply, nothing, W_dec)
+    return pull_FD, {"penalty": value, "loss_orthogonality": every * state.gate.lam * value}
+
+
+def _regrouped(state: TrainState, config: TrainConfig) -> Int[Array, " F"]:
+    """Children assigned to parents anew, every `regroup_every_steps` steps."""
+    settings = config.penalty
+    return jax.lax.cond(
+        state.step % settings.regroup_every_steps == 0,
+        lambda: assign_parents(state.params["W_dec"], settings.parents),
+        lambda: state.groups_F,
+    )
+
+
+def _tangent(gradient_FD: Float[Array, "F D"], unit_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
+    """The gradient without its component along the unit rows."""
+    return gradient_FD - jnp.sum(gradient_FD * unit_FD, axis=1, keepdims=True) * unit_FD
+
+
+def compile_steps(state_shardings: Any = None, members: str | None = None) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The compiled program: (state, batches, scale, hyper, config) -> (state, metrics of [S]), S steps in one call.
+
+    `batches` are a Batch with a leading axis of S. The state is donated. Its shardings are pinned to `state_shardings`,
+    so that the state that comes out fits the program that it goes back into, and nothing compiles twice.
+    `members`: state and hyper have a leading axis of SAEs trained on the same batches, metrics are [S, members];
+    "vmap" batches their products, "map" runs one after the other within each step.
     """
 
     def train_steps(
-        state: TrainState, acts_SBD: Array, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
+        state: TrainState, batches: Batch, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
     ) -> tuple[TrainState, Metrics]:
-        def body(state: TrainState, acts_BD: Array) -> tuple[TrainState, Metrics]:
-            return train_step(state, acts_BD, scale, hyper, config)
+        def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            if members is None:
+                return train_step(state, batch, scale, hyper, config)
+            one = lambda state, hyper: train_step(state, batch, scale, hyper, config)  # noqa: E731
+            if members == "vmap":
+                return jax.vmap(one)(state, hyper)
+            return jax.lax.map(lambda member: one(*member), (state, hyper))
 
-        return jax.lax.scan(body, state, acts_SBD)
+        return cast(tuple[TrainState, Metrics], jax.lax.scan(cast(Any, body), state, batches))
 
     out: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
     return jax.jit(train_steps, static_argnames="config", donate_argnames="state", **out)

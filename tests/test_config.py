@@ -38,9 +38,30 @@ CHANGES: dict[str, tuple[str, str, Any]] = {
     "penalty.ema_decay": ("gate_only", "batchtopk", 0.5),
     "penalty.mu0": ("strict", "batchtopk", 0.3),
     "penalty.chunk_size": ("strict", "batchtopk", 4),
-    "penalty.sharing": ("ramp_only", "batchtopk", "contiguous"),
-    "sparsity.l1": ("baseline", "relu", 0.4),
-    "sparsity.l1_warmup": ("baseline", "relu", 0.5),
+    "penalty.sharing": ("ramp_only", "batchtopk", "cofiring"),
+    "sparsity.coefficient": ("baseline", "relu", 0.4),
+    "sparsity.coefficient_fractions": ("baseline", "relu", (0.0, 0.5, 1.0)),
+    "sparsity.coefficient_values": ("baseline", "relu", (0.5, 1.0, 1.0)),
+    "sparsity.pre_activation": ("baseline", "relu", 0.5),
+    "sparsity.resample_every_steps": ("baseline", "batchtopk", 4),
+    "sparsity.resample_until": ("baseline", "batchtopk", 0.1),
+    "sae.k_fractions": ("baseline", "batchtopk", (0.0, 0.2, 1.0)),
+    "sae.k_values": ("baseline", "batchtopk", (2.0, 1.0)),
+    "sae.encoder": ("baseline", "batchtopk", "random"),
+    "sae.prefixes": ("baseline", "matryoshka", (0.5, 1.0)),
+    "sae.sampled_prefixes": ("baseline", "matryoshka", 3),
+    "sae.first_threshold": ("baseline", "jumprelu", 0.9),
+    "sae.bandwidth": ("baseline", "jumprelu", 1.1),
+    "sae.threshold_gradient_to_input": ("baseline", "jumprelu", True),
+    "sae.l0_loss": ("baseline", "jumprelu", "tanh"),
+    "frozen": ("baseline", "batchtopk", "decoder"),
+    "optimizer.name": ("baseline", "batchtopk", "lion"),
+    "optimizer.decay_shape": ("baseline", "batchtopk", "cosine"),
+    "optimizer.average": ("baseline", "batchtopk", 0.5),
+    "penalty.yielding": ("strict", "batchtopk", "later"),
+    "penalty.every_steps": ("strict", "batchtopk", 2),
+    "penalty.parents": ("ramp_only", "batchtopk", 2),
+    "penalty.regroup_every_steps": ("ramp_only", "batchtopk", 4),
     "sparsity.match_l0": ("baseline", "relu", False),
     "sparsity.match_gain": ("baseline", "relu", 0.1),
     "sparsity.freeze_fraction": ("baseline", "relu", 0.6),
@@ -68,6 +89,14 @@ ELSEWHERE = {
     "max_bad_fraction": "test_train: a run on bad data stops",
     "dictionary_shards": "test_step: a sharded step",
     "passes": "below",
+    "data_seed": "test_sweeps: members share the order of the batches",
+    "init_from": "test_train: a run starts from a SAELens folder",
+    "tag": "below",
+    "evaluate_every_steps": "test_train: held-out measurements",
+    "heldout_rows": "test_train: held-out measurements",
+    "patience": "test_train: held-out measurements",
+    "sae.centre": "test_train: where b_dec starts",
+    "sae.transcode": "test_train: a transcoder",
     "sae.expansion": "below",
     "penalty.tau_factor": "test_train: tau comes from the baseline",
     "penalty.noise_floor": "below",
@@ -89,12 +118,12 @@ def outcome(config: TrainConfig) -> list[np.ndarray]:
     acts = jnp.stack([batch(seed) for seed in range(STEPS)])
     state, _ = compile_steps()(state, acts, fresh(config)[1], hyper, config)
     return [
-        np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.threshold_ema, state.gate, state.sparsity))
+        np.asarray(leaf) for leaf in jax.tree.leaves((state.weights(), state.threshold_ema, state.gate, state.sparsity))
     ]
 
 
 def base(variant: str, architecture: str) -> TrainConfig:
-    config = small(variant, architecture, sparsity={"dead_after_tokens": B, "l1": 0.2}, sae={"k": 2})
+    config = small(variant, architecture, sparsity={"dead_after_tokens": B, "coefficient": 0.2}, sae={"k": 2})
     penalty = dataclasses.replace(config.penalty, lam_max=3.0, group_size=3)
     return dataclasses.replace(config, penalty=penalty, tokens=STEPS * B)
 
@@ -105,8 +134,15 @@ def test_field_changes_the_outcome(field: str) -> None:
     config = base(variant, architecture)
     if field == "sae.k":
         config = replaced(config, "sae.k", 3)
-    if field in ("penalty.gate",):
+    if field == "penalty.gate":
         config = replaced(config, "penalty.tau", 0.4)
+    if field in ("penalty.parents", "penalty.regroup_every_steps"):
+        config = replaced(replaced(config, "penalty.sharing", "parent"), "penalty.parents", 4)
+    if field == "sparsity.resample_until":
+        config = replaced(config, "sparsity.resample_every_steps", 4)
+    if field == "sae.k_fractions":
+        knots = {"k_fractions": (0.0, 0.7, 1.0), "k_values": (2.0, 1.0, 1.0)}
+        config = dataclasses.replace(config, sae=dataclasses.replace(config.sae, **knots))
     before, after = outcome(config), outcome(replaced(config, field, value))
     same = len(before) == len(after) and all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
     assert not same, f"{field}={value} changed nothing"
@@ -128,7 +164,7 @@ def test_fields_resolved_from_the_store(tmp_path: Any) -> None:
     from stores import planted, write_store
 
     from extract.format.store import Store
-    from hafs_jax.train import resolve
+    from hafs_jax.training import resolve
 
     store = Store(write_store(tmp_path / "store", planted(300, 24, 20, 3)[0]))
     config = preset("strict")
@@ -152,6 +188,7 @@ def test_round_trip_through_json_and_run_names() -> None:
     config = preset("adaptive", "relu")
     assert from_dict(TrainConfig, to_dict(config), "config.json") == config
     assert config.run_name == "adaptive-relu-s0" and preset("strict").run_name == "strict-s0"
+    assert dataclasses.replace(preset("strict"), seed=3, tag="k=16").run_name == "strict-s3-k=16"
     with pytest.raises(UserError, match=r"config.json: penalty: unknown key 'taau'; did you mean 'tau'\?"):
         from_dict(TrainConfig, {"penalty": {"taau": 1.0}}, "config.json")
 
@@ -168,7 +205,13 @@ def test_whole_dispatches_only() -> None:
         (lambda: SAEConfig(n_latents=5, k=6), r"sae\.k=6: expected 1 to n_latents=5"),
         (lambda: SAEConfig(compute_dtype="bfloat61"), "expected one of float32, bfloat16; did you mean 'bfloat16'"),
         (lambda: PenaltyConfig(alpha_fractions=(0.0, 0.5)), "expected rising knots"),
-        (lambda: PenaltyConfig(alpha_fractions=(0.0, 1.0), alpha_values=(2.0, 0.0)), "expected 0 to 1 on both axes"),
+        (lambda: PenaltyConfig(alpha_fractions=(0.0, 1.0), alpha_values=(2.0, 0.0)), "values of 0 to 1"),
+        (lambda: SAEConfig(prefixes=(0.5, 0.9)), "rising fractions of F, the last 1"),
+        (lambda: SAEConfig(k_values=(1.0, -1.0)), "values of 0 or more"),
+        (lambda: TrainConfig(patience=2), "evaluate_every_steps above 0"),
+        (lambda: TrainConfig(tag="a/b"), "expected letters, digits"),
+        (lambda: TrainConfig(frozen="encoder"), "expected one of nothing, decoder, everything"),
+        (lambda: OptimizerConfig(average=1.0), r"optimizer\.average=1\.0"),
         (lambda: PenaltyConfig(lam_min=4.0), r"penalty\.lam_min=4\.0: expected 0 to 3\.0"),
         (lambda: PenaltyConfig(tau=-1.0), r"penalty\.tau=-1\.0: expected a positive FVU or none"),
         (lambda: PenaltyConfig(mu0=1.0), r"penalty\.mu0=1\.0"),

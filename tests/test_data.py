@@ -9,7 +9,7 @@ from stores import write_store
 
 from extract.format.errors import UserError
 from extract.format.store import Store
-from hafs_jax.data import Batches, input_scale, prefetch
+from hafs_jax.data import Batches, first_rows, geometric_median, input_scale, prefetch
 
 N, D, B = 203, 5, 6
 
@@ -21,7 +21,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def first_column(batches: Batches, start: int, stop: int, size: int = 4) -> list[list[float]]:
-    return [list(map(float, batch[:, 0])) for block in batches.dispatches(start, stop, size) for batch in block]
+    return [list(map(float, batch[:, 0])) for (block,) in batches.dispatches(start, stop, size) for batch in block]
 
 
 def test_a_pass_has_every_row_once_but_for_the_unfilled_batch(store: Store) -> None:
@@ -41,16 +41,16 @@ def test_any_step_can_be_sought_and_the_seed_decides_the_order(store: Store) -> 
 
 
 def test_dispatches_are_full_but_for_the_last(store: Store) -> None:
-    assert [len(block) for block in Batches(store, B, 0).dispatches(0, 11, 4)] == [4, 4, 3]
+    assert [len(block) for (block,) in Batches(store, B, 0).dispatches(0, 11, 4)] == [4, 4, 3]
     one_batch = Batches(store, N, 0)
-    assert [block.shape for block in one_batch.dispatches(0, 3, 2)] == [(2, N, D), (1, N, D)]
+    assert [block.shape for (block,) in one_batch.dispatches(0, 3, 2)] == [(2, N, D), (1, N, D)]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_the_stored_dtype_reaches_the_device(tmp_path: Path, dtype: str) -> None:
     acts = np.random.default_rng(0).normal(size=(24, D)).astype(np.float32)
     store = Store(write_store(tmp_path / dtype, acts, dtype))
-    block = next(Batches(store, 24, 0).dispatches(0, 1, 1))
+    (block,) = next(Batches(store, 24, 0).dispatches(0, 1, 1))
     assert block.dtype.name == dtype
     np.testing.assert_allclose(np.sort(block[0].astype(np.float32), 0), np.sort(acts, 0), rtol=0.01, atol=0.01)
 
@@ -77,7 +77,7 @@ def test_a_store_smaller_than_a_batch_or_without_variance_is_refused(store: Stor
 
 def test_prefetch_keeps_the_order_and_hands_over_errors() -> None:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    blocks = [np.full((1, 2, 3), i, np.float32) for i in range(7)]
+    blocks = [(np.full((1, 2, 3), i, np.float32),) for i in range(7)]
     assert [int(block[0, 0, 0]) for block in prefetch(iter(blocks), here)] == list(range(7))
 
     def failing():
@@ -94,8 +94,34 @@ def test_an_abandoned_prefetch_stops_its_thread() -> None:
     import threading
 
     stream = prefetch(
-        (np.zeros((1, 1, 1), np.float32) for _ in range(1000)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        ((np.zeros((1, 1, 1), np.float32),) for _ in range(1000)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     )
     next(stream)
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_a_transcoders_rows_stay_together(store: Store, tmp_path: Path) -> None:
+    wide = np.concatenate([store.read(i) for i in range(len(store.shard_sizes))])
+    target = Store(write_store(tmp_path / "target", np.repeat(wide, 2, axis=1) * 3.0, shard_rows=40))
+    batches = Batches(store, B, seed=1, target=target)
+    for rows, targets in batches.dispatches(5, 40, 4):
+        assert targets.shape[-1] == 2 * D
+        np.testing.assert_allclose(targets[..., ::2], 3.0 * rows)
+    pair = next(prefetch(batches.dispatches(0, 4, 4), jax.sharding.SingleDeviceSharding(jax.devices()[0])))
+    assert isinstance(pair, tuple) and pair[1].shape == (4, B, 2 * D)
+    short = Store(write_store(tmp_path / "short", wide[:-1], shard_rows=40))
+    with pytest.raises(UserError, match="expected the same rows in the same order, found 203 rows and 202"):
+        Batches(store, B, 0, short)
+
+
+def test_first_rows_and_the_geometric_median(store: Store) -> None:
+    np.testing.assert_array_equal(first_rows(store, 55)[:, 0], np.arange(55))
+    assert len(first_rows(store, 10**6)) == N
+    points = np.random.default_rng(0).normal(size=(400, 3)) + np.array([1.0, -2.0, 0.5])
+    points[:40] += 1000.0  # the mean follows them, the median does not
+    median = geometric_median(points.astype(np.float32))
+    assert np.abs(median - [1.0, -2.0, 0.5]).max() < 0.3
+    steps = np.stack([median, median + np.array([0.02, 0, 0]), median - np.array([0, 0.02, 0])])
+    distances = np.linalg.norm(points[None] - steps[:, None], axis=2).sum(1)
+    assert distances.argmin() == 0

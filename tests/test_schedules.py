@@ -2,8 +2,14 @@
 
 import pytest
 
-from hafs_jax.config import OptimizerConfig, PenaltyConfig
-from hafs_jax.schedules import alpha_schedule, learning_rate_schedule, warmup_schedule
+from hafs_jax.config import OptimizerConfig, PenaltyConfig, SAEConfig, SparsityConfig
+from hafs_jax.schedules import (
+    alpha_schedule,
+    coefficient_schedule,
+    k_schedule,
+    learning_rate_schedule,
+    settled_step,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +37,23 @@ def test_learning_rate_rises_holds_and_falls_without_a_zero_step() -> None:
     assert {float(flat(step)) for step in range(10)} == {1.0}
 
 
-def test_warmup() -> None:
-    assert [float(warmup_schedule(0.5, 8)(step)) for step in (0, 1, 4, 7)] == [0.0, 0.25, 1.0, 1.0]
-    assert float(warmup_schedule(0.0, 8)(0)) == 1.0
+def test_cosine_decay_starts_and_ends_where_the_linear_does() -> None:
+    rate = learning_rate_schedule(OptimizerConfig(warmup=0.1, decay=0.2, decay_shape="cosine"), 100)
+    values = [float(rate(step)) for step in range(100)]
+    assert values[79] == values[80] == 1.0 and values[90] == pytest.approx(0.5)
+    assert 0 < values[99] < 0.01 and values[85] > 0.85
+
+
+def test_the_coefficient_rises_and_its_controller_starts_when_it_has() -> None:
+    config = SparsityConfig(coefficient_fractions=(0.0, 0.5, 1.0))
+    assert [float(coefficient_schedule(config, 8)(step)) for step in (0, 1, 4, 7)] == [0.0, 0.25, 1.0, 1.0]
+    assert settled_step(config, 8) == 4
+    flat = SparsityConfig(coefficient_fractions=(0.0, 1.0), coefficient_values=(1.0, 1.0))
+    assert float(coefficient_schedule(flat, 8)(0)) == 1.0 and settled_step(flat, 8) == 0
+
+
+def test_k_anneals_in_whole_numbers() -> None:
+    config = SAEConfig(n_latents=50, k=5, k_fractions=(0.0, 0.5, 1.0), k_values=(4.0, 1.0, 1.0))
+    k = k_schedule(config, 20)
+    assert [int(k(step)) for step in (0, 2, 5, 10, 19)] == [20, 17, 12, 5, 5] and config.largest_k == 20
+    assert int(k_schedule(SAEConfig(n_latents=50, k=5), 20)(3)) == 5

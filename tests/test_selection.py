@@ -38,3 +38,9 @@ def test_under_vmap_each_member_gets_its_own() -> None:
     together = jax.vmap(lambda v: count_threshold(v, 50))(values)
     apart = jnp.stack([count_threshold(v, 50) for v in values])
     np.testing.assert_array_equal(together, apart)
+
+
+def test_the_count_may_be_traced() -> None:
+    values = jnp.abs(jax.random.normal(jax.random.key(0), (40, 17)))
+    kept = jax.jit(lambda count: jnp.sum(values >= count_threshold(values, count)))
+    assert [int(kept(count)) for count in (1, 50, 679, 680, 900)] == [1, 50, 679, 680, 680]

@@ -12,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 
+from extract.format.errors import UserError
+from hafs_jax.architectures import OperatingPoint
 from hafs_jax.config import TrainConfig
-from hafs_jax.presets import preset
+from hafs_jax.presets import ARCHITECTURES, preset
 from hafs_jax.sae import InputScale
 from hafs_jax.state import TrainState, hyperparameters, init_state
 from hafs_jax.step import compile_steps, train_step
@@ -56,21 +59,45 @@ def torch_step(config: TrainConfig, state: TrainState, scale: InputScale, acts: 
     x = torch.tensor((np.asarray(acts, np.float32) - np.asarray(scale.mean_D)) * float(scale.scale))
     pre = (x - params["b_dec"]) @ params["W_enc"] + params["b_enc"]
     latents = torch.relu(pre)
-    if config.sae.architecture == "batchtopk":
+    if config.sae.architecture in ("batchtopk", "matryoshka"):
         kept = torch.zeros_like(latents).reshape(-1)
         kept[latents.reshape(-1).topk(B * K).indices] = 1
         latents = latents * kept.reshape(B, F)
     if config.sae.architecture == "topk":
         latents = latents * torch.zeros_like(latents).scatter(1, latents.topk(K, dim=1).indices, 1.0)
-    fvu = ((x - latents @ params["W_dec"] - params["b_dec"]) ** 2).sum(1).mean() / D
-    loss = fvu
-    if config.sae.architecture == "relu":
-        loss = loss + config.sparsity.l1 * (latents * params["W_dec"].norm(dim=1)).sum(1).mean() / D
+    if config.sae.architecture == "gated":
+        centred = x - params["b_dec"]
+        latents = (pre > 0) * torch.relu(centred @ (params["W_enc"] * params["r_mag"].exp()) + params["b_mag"])
+    if config.sae.architecture == "jumprelu":
+        latents = JumpReLU.apply(pre, params["threshold"], config.sae.bandwidth, False)
+
+    def error(latents: torch.Tensor) -> torch.Tensor:
+        return ((x - latents @ params["W_dec"] - params["b_dec"]) ** 2).sum(1).mean() / D
+
+    loss = error(latents)
+    if config.sae.architecture.startswith("matryoshka"):
+        prefixes = [max(1, round(fraction * F)) for fraction in config.sae.prefixes]
+        masks = [(torch.arange(F) < end).float() for end in prefixes]
+        loss = torch.stack([error(latents * mask) for mask in masks]).mean()
+    if config.sae.architecture in ("relu", "matryoshka_relu"):
+        loss = loss + config.sparsity.coefficient * (latents * params["W_dec"].norm(dim=1)).sum(1).mean() / D
+    if config.sae.architecture == "jumprelu":
+        active = Step.apply(pre, params["threshold"], config.sae.bandwidth, False)
+        loss = loss + config.sparsity.coefficient * active.sum(1).mean() / D
+    if config.sae.architecture == "gated":
+        gate = torch.relu(pre)
+        loss = loss + config.sparsity.coefficient * (gate * params["W_dec"].norm(dim=1)).sum(1).mean() / D
+        loss = loss + ((x - gate @ params["W_dec"].detach() - params["b_dec"].detach()) ** 2).sum(1).mean() / D
     if config.penalty.kind == "hinge":
         U = params["W_dec"] / params["W_dec"].norm(dim=1, keepdim=True)
         hinge = torch.relu(U @ U.T - config.penalty.mu0) ** 2 * (1 - torch.eye(F))
         alpha = 1.0 if config.penalty.ramp else 0.0  # at step 0
         loss = loss + float(state.gate.lam) * (1 - alpha) * hinge.sum() / F
+    if config.penalty.kind in ("ortsae", "frob"):
+        U = params["W_dec"] / params["W_dec"].norm(dim=1, keepdim=True)
+        cosines = U @ U.T - 2 * torch.eye(F)
+        squares = cosines.max(1).values ** 2 if config.penalty.kind == "ortsae" else (U @ U.T) ** 2
+        loss = loss + config.penalty.lam_max * (squares.sum() / F - float(config.penalty.kind == "frob"))
     loss.backward()
     W = params["W_dec"]
     W.grad -= (W.grad * W.detach()).sum(1, keepdim=True) * W.detach()
@@ -81,15 +108,16 @@ def torch_step(config: TrainConfig, state: TrainState, scale: InputScale, acts: 
     return {"loss": loss.detach().numpy(), **{name: value.detach().numpy() for name, value in params.items()}}
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk", "topk", "relu"])
-@pytest.mark.parametrize("variant", ["baseline", "strict", "adaptive", "gate_only"])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("variant", ["baseline", "strict", "adaptive", "gate_only", "ortsae", "frob"])
 def test_a_step_equals_torchs(variant: str, architecture: str) -> None:
-    config = small(variant, architecture, sparsity={"l1_warmup": 0.0}, optimizer={"clip_norm": None})
+    fixed = {"coefficient_values": (1.0, 1.0, 1.0)}
+    config = small(variant, architecture, sparsity=fixed, optimizer={"clip_norm": None})
     state, scale = fresh(config)
     after, metrics = one_step(config, state, scale, batch())
     theirs = torch_step(config, state, scale, np.asarray(batch()))
     np.testing.assert_allclose(metrics["loss"], theirs["loss"], rtol=1e-5)
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+    for name in state.params:
         # Adam's first step is the sign of the gradient: entries of zero gradient may differ by rounding alone.
         np.testing.assert_allclose(after.params[name], theirs[name], atol=2e-6, err_msg=name)
     assert int(after.step) == 1
@@ -103,7 +131,8 @@ def test_gradients_of_the_folded_bias_equal_autodiff_through_the_input() -> None
     params = {**fresh(small())[0].params, "b_dec": jnp.linspace(-1, 1, D)}
 
     def ours(params: dict) -> jax.Array:
-        return jnp.sum(jnp.sin(SAE(config, D).apply({"params": params}, batch(), method="encode").pre_BF))
+        encoding = SAE(config, D).apply({"params": params}, batch(), OperatingPoint(K), method="encode")
+        return jnp.sum(jnp.sin(encoding.pre_BF))
 
     def plain(params: dict) -> jax.Array:
         return jnp.sum(jnp.sin((batch() - params["b_dec"][None]) @ params["W_enc"] + params["b_enc"][None]))
@@ -125,7 +154,6 @@ def test_dead_latents_are_revived_by_their_own_gradient() -> None:
 
 
 def test_aux_loss_against_a_plain_one() -> None:
-    from hafs_jax.sae import SAE
     from hafs_jax.step import aux_loss
 
     config = small()
@@ -138,7 +166,7 @@ def test_aux_loss_against_a_plain_one() -> None:
         values = np.where(dead, np.maximum(pre[row], 0), 0)
         values[np.argsort(-values)[2:]] = 0
         expected += ((residual[row] - values @ np.asarray(params["W_dec"])) ** 2).sum()
-    ours = aux_loss(params, jnp.asarray(pre), jnp.asarray(residual), jnp.asarray(dead), SAE(config.sae, D), 2)
+    ours = aux_loss(params, jnp.asarray(pre), jnp.asarray(residual), jnp.asarray(dead), 2)
     np.testing.assert_allclose(ours, expected / (residual**2).sum(), rtol=1e-5)
 
 
@@ -168,21 +196,146 @@ def test_counters_saturate_instead_of_wrapping() -> None:
     assert int(state.steps_since_fired_F.max()) == 2**30 and float(metrics["dead_fraction"]) > 0
 
 
-def test_many_saes_in_one_program_equal_their_solo_runs() -> None:
-    """The seam for sweeps: vmap over states and hyperparameters, one batch for all."""
-    config = small("adaptive")
+@pytest.mark.parametrize("how", ["vmap", "map"])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_many_saes_in_one_program_equal_their_solo_runs(architecture: str, how: str) -> None:
+    """Two steps of three SAEs with other weights and hyperparameters on the same batches."""
+    config = small("adaptive", architecture, sparsity={"dead_after_tokens": 1, "pre_activation": 0.1})
     hyper = hyperparameters(config)
     hypers = jax.tree.map(lambda value: jnp.stack([value, value * 0.5, value * 2]), hyper)
     states = [init_state(config, D, jax.random.key(s), jax.tree.map(lambda v, s=s: v[s], hypers)) for s in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    scale = fresh(config)[1]
-    step = jax.jit(jax.vmap(lambda s, h: train_step(s, batch(), scale, h, config)))
-    together, _ = step(stacked, hypers)
+    scale, acts = fresh(config)[1], jnp.stack([batch(0), batch(1)])
+    together, metrics = compile_steps(members=how)(stacked, acts, scale, hypers, config)
+    assert metrics["loss"].shape == (2, 3)
+    solo = compile_steps()
     for index, state in enumerate(states):
         hyper_i = jax.tree.map(lambda v, i=index: v[i], hypers)
-        alone, _ = jax.jit(train_step, static_argnames="config")(state, batch(), scale, hyper_i, config)
+        alone, own = solo(state, acts, scale, hyper_i, config)
+        np.testing.assert_allclose(metrics["loss"][:, index], own["loss"], rtol=1e-4)
         for name, value in alone.params.items():
             np.testing.assert_allclose(together.params[name][index], value, atol=1e-5, err_msg=name)
+
+
+def test_the_pre_activation_loss_pulls_dead_latents_towards_their_threshold() -> None:
+    from hafs_jax.step import pre_activation_loss
+
+    pre = np.random.default_rng(0).normal(size=(B, F)).astype(np.float32)
+    dead, threshold = np.arange(F) % 3 == 0, np.linspace(0, 1, F, dtype=np.float32)
+    params = {"b_enc": jnp.zeros(F), "threshold": jnp.asarray(threshold)}
+    ours = pre_activation_loss(params, jnp.asarray(pre), jnp.asarray(dead))
+    np.testing.assert_allclose(ours, (np.maximum(threshold - pre, 0) * dead).sum(1).mean(), rtol=1e-5)
+    without = pre_activation_loss({"b_enc": jnp.zeros(F)}, jnp.asarray(pre), jnp.asarray(dead))
+    np.testing.assert_allclose(without, (np.maximum(-pre, 0) * dead).sum(1).mean(), rtol=1e-5)
+    gradient = jax.grad(lambda params: pre_activation_loss(params, jnp.asarray(pre), jnp.asarray(dead)))(params)
+    assert not gradient["threshold"].any()
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated"])
+def test_dead_latents_are_made_anew_from_what_is_reconstructed_worst(architecture: str) -> None:
+    """Only the dead change; their vectors are residuals of rows, their moments 0; nothing happens in other steps."""
+    settings = {"dead_after_tokens": B, "resample_every_steps": 2, "resample_until": 1.0}
+    config = small("baseline", architecture, sparsity=settings)
+    state, scale = fresh(config)
+    dead = np.isin(np.arange(F), [1, 4])
+    params = {**state.params, "b_enc": jnp.where(dead, -100.0, state.params["b_enc"])}
+    state = state.replace(params=params, steps_since_fired_F=jnp.where(dead, 5, 0).astype(jnp.int32))
+    first, _ = one_step(config, state, scale, batch(0))
+    assert (np.asarray(first.params["b_enc"])[dead] < -90).all()
+    quiet = small("baseline", architecture, sparsity={**settings, "resample_every_steps": 0})
+    second, _ = one_step(config, first, scale, batch(1))
+    plain, _ = one_step(quiet, first, scale, batch(1))
+    alive = ~(np.asarray(plain.steps_since_fired_F) >= 1)
+    for name, axis in (("W_enc", 1), ("W_dec", 0), ("b_enc", 0)):
+        ours, theirs = (np.moveaxis(np.asarray(s.params[name]), axis, 0) for s in (second, plain))
+        np.testing.assert_array_equal(ours[alive], theirs[alive])
+        assert not np.allclose(ours[dead], theirs[dead])
+    x = np.asarray(scale(batch(1)))
+    sae_input = first.params
+    from hafs_jax.sae import SAE
+
+    _, recon = SAE(config.sae, D).apply({"params": sae_input}, jnp.asarray(x), OperatingPoint(K))
+    residual = (x - np.asarray(recon)) / np.linalg.norm(x - np.asarray(recon), axis=1, keepdims=True)
+    best = (np.asarray(second.params["W_dec"])[dead] @ residual.T).max(1)
+    np.testing.assert_allclose(best, 1.0, rtol=1e-4)
+    moments = [leaf for leaf in jax.tree.leaves(second.opt_state) if leaf.shape == (F, D)]
+    assert len(moments) == 2 and all(not leaf[dead].any() and leaf[alive].any() for leaf in moments)
+    assert (np.asarray(second.steps_since_fired_F)[dead] == 0).all()
+
+
+def test_what_is_frozen_does_not_move() -> None:
+    for architecture in ARCHITECTURES:
+        state, scale = fresh(small("frozen_decoder", architecture))
+        after, _ = one_step(small("frozen_decoder", architecture), state, scale, batch())
+        np.testing.assert_array_equal(after.params["W_dec"], state.params["W_dec"])
+        assert float(jnp.abs(after.params["W_enc"] - state.params["W_enc"]).max()) > 0
+        config = small("random_init", architecture, sparsity={"coefficient_values": (1.0, 1.0, 1.0)})
+        state, scale = fresh(config)
+        after, metrics = one_step(config, state, scale, batch())
+        for name in set(state.params) - {"b_enc"}:
+            np.testing.assert_array_equal(after.params[name], state.params[name], err_msg=name)
+        moved = np.asarray(after.params["b_enc"] - state.params["b_enc"])
+        follows = architecture in ("relu", "jumprelu", "gated", "matryoshka_relu")
+        assert np.ptp(moved) < 1e-6 and (moved[0] < 0) == (follows and float(metrics["l0"]) > K)
+
+
+def test_the_average_of_the_weights_is_what_a_state_stands_for() -> None:
+    config = small(optimizer={"average": 0.9})
+    state, scale = fresh(config)
+    values = [state.params["b_enc"]]
+    for step in range(3):
+        state, _ = one_step(config, state, scale, batch(step))
+        decay = min(0.9, (1 + step) / (10 + step))
+        values.append(decay * values[-1] + (1 - decay) * state.params["b_enc"])
+    np.testing.assert_allclose(state.weights()["b_enc"], values[-1], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(jnp.linalg.norm(state.weights()["W_dec"], axis=1), 1.0, rtol=1e-5)
+    assert fresh(small())[0].weights() is not None and fresh(small())[0].average == {}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "rmsprop", "nadam", "adafactor"])
+def test_any_optax_optimizer_by_name_takes_our_learning_rate(name: str) -> None:
+    config = small(optimizer={"name": name, "clip_norm": None, "learning_rate": 0.01})
+    state, scale = fresh(config)
+    half = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.005))
+    full_step, half_step = (one_step(c, state, scale, batch())[0].params["b_enc"] for c in (config, half))
+    assert float(jnp.abs(full_step).max()) > 0
+    np.testing.assert_allclose(full_step, 2 * half_step, rtol=1e-4)
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    from hafs_jax.state import optimizer
+
+    for name in ("adamm", "apply_updates"):
+        with pytest.raises(UserError, match="expected an optimizer of optax that takes a learning rate"):
+            optimizer(small(optimizer={"name": name}))
+
+
+def test_the_penalty_every_few_steps_has_that_many_times_its_weight() -> None:
+    config = small("strict", penalty={"every_steps": 3})
+    state, scale = fresh(config)
+    plain = small("strict", penalty={"lam_max": 9.0})
+    _, every = one_step(config, state, scale, batch())
+    _, heavy = one_step(plain, fresh(plain)[0], scale, batch())
+    np.testing.assert_allclose(every["loss_orthogonality"], heavy["loss_orthogonality"], rtol=1e-5)
+    np.testing.assert_allclose(every["gradient_norm"], heavy["gradient_norm"], rtol=1e-5)
+    _, between = one_step(config, state.replace(step=jnp.int32(1)), scale, batch())
+    assert float(between["loss_orthogonality"]) == 0 == float(between["penalty_gradient_share"])
+    assert 0 < float(every["penalty_gradient_share"]) < 1
+
+
+def test_children_are_assigned_to_parents_every_few_steps() -> None:
+    from hafs_jax.penalty import assign_parents
+
+    config = small("ramp_only", penalty={"sharing": "parent", "parents": 3, "regroup_every_steps": 2})
+    state, scale = fresh(config)
+    assert not state.groups_F.any()
+    first, _ = one_step(config, state, scale, batch(0))
+    np.testing.assert_array_equal(first.groups_F, assign_parents(state.params["W_dec"], 3))
+    second, _ = one_step(config, first, scale, batch(1))
+    np.testing.assert_array_equal(second.groups_F, first.groups_F)
+    turned = second.replace(params={**second.params, "W_dec": jnp.roll(second.params["W_dec"], 1, axis=0)})
+    third, _ = one_step(config, turned, scale, batch(2))
+    np.testing.assert_array_equal(third.groups_F, assign_parents(turned.params["W_dec"], 3))
 
 
 def test_several_steps_per_dispatch_equal_single_steps_and_nothing_recompiles() -> None:

@@ -19,9 +19,10 @@ from stores import planted, write_store
 from extract.format.errors import UserError
 from hafs_jax.checkpoint import load_checkpoint
 from hafs_jax.config import TrainConfig
+from hafs_jax.loop import TrainingStopped
 from hafs_jax.presets import preset
 from hafs_jax.runs import Run
-from hafs_jax.train import TrainingStopped, train
+from hafs_jax.training import train
 
 ROOT = Path(__file__).parents[1]
 D, ROWS = 16, 4000

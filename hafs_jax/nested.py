@@ -1,0 +1,65 @@
+"""Matryoshka SAEs: nested prefixes of the dictionary, each of which reconstructs on its own. Pure functions.
+
+Bussmann et al. 2025 (arXiv 2503.17547).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from hafs_jax.config import SAEConfig
+from hafs_jax.products import Params, matmul
+
+_PARETO = 0.5  # shape of the distribution of sampled prefixes: short ones are the more frequent
+
+
+def prefix_ends(config: SAEConfig, key: Key[Array, ""]) -> Int[Array, " G"]:
+    """Rising lengths of the prefixes, the last F: the config's fractions of F, or a sample of this step's.
+
+    Sampled lengths follow a Pareto distribution of shape 0.5 truncated to 1..F.
+    """
+    F = config.F
+    if not config.sampled_prefixes:
+        return jnp.asarray(fixed_ends(config), jnp.int32)
+    uniform = jax.random.uniform(key, (config.sampled_prefixes - 1,))
+    lengths = (1.0 - uniform * (1.0 - F**-_PARETO)) ** (-1.0 / _PARETO)
+    inner = jnp.sort(jnp.clip(lengths.astype(jnp.int32), 1, F))
+    return jnp.concatenate([inner, jnp.full(1, F, jnp.int32)])
+
+
+def fixed_ends(config: SAEConfig) -> tuple[int, ...]:
+    """The lengths of the fixed prefixes: `prefixes` as fractions of F, rounded, at least 1."""
+    return tuple(max(1, round(fraction * config.F)) for fraction in config.prefixes)
+
+
+def bands(config: SAEConfig) -> Int[Array, " F"]:
+    """The number of the fixed prefix that first holds each latent: its level."""
+    ends = jnp.asarray(fixed_ends(config), jnp.int32)
+    return jnp.searchsorted(ends, jnp.arange(config.F), side="right").astype(jnp.int32)
+
+
+def prefix_errors(
+    latents_BF: Float[Array, "B F"],
+    target_BD: Float[Array, "B D"],
+    params: Params,
+    config: SAEConfig,
+    key: Key[Array, ""],
+) -> tuple[Float[Array, " G"], Float[Array, "B D"]]:
+    """Mean over rows of |target - reconstruction from the first n latents|^2 for each prefix, and the whole's residual.
+
+    Fixed prefixes are slices, so that all of them together cost one decoder product; sampled ones cost one each.
+    """
+    if config.sampled_prefixes:
+        ends_G = prefix_ends(config, key)
+        band_F = jnp.searchsorted(ends_G, jnp.arange(config.F), side="right")
+        parts = [jnp.where((band_F == g)[None], latents_BF, 0.0) for g in range(config.sampled_prefixes)]
+        changes = [matmul(part, params["W_dec"], config.compute_dtype) for part in parts]
+    else:
+        ends = fixed_ends(config)
+        slices = [slice(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+        changes = [matmul(latents_BF[:, s], params["W_dec"][s], config.compute_dtype) for s in slices]
+    residual_BD, errors = target_BD - params["b_dec"][None], []
+    for change_BD in changes:
+        residual_BD = residual_BD - change_BD
+        errors.append(jnp.mean(jnp.sum(residual_BD**2, axis=1)))
+    return jnp.stack(errors), residual_BD
