@@ -21,7 +21,7 @@ class World:
 
     seed: int = option(70_000, "seed of the model: directions, bias, magnitudes; samples have their own")
     d_model: int = option(64, "D, width of an activation")
-    roots: int = option(20, "trees")
+    roots: int = option(12, "trees")
     branching: int = option(3, "children of each feature above the last level")
     depth: int = option(2, "levels below the roots")
     n_features: int | None = option(None, "features; those beyond the trees fire on their own; none: the trees' alone")
@@ -65,11 +65,11 @@ WORLDS: dict[str, World] = {
     # for tuning; the other two are for the result alone
     "toy-0": World(),
     "toy-1": World(
-        seed=70_001, roots=12, branching=4, firing_min=0.25, exponent=0.5, child_max=0.4, child_min=0.36, mean_first=1.1
+        seed=70_001, roots=8, branching=4, firing_min=0.25, exponent=0.5, child_max=0.4, child_min=0.36, mean_first=1.1
     ),
     "toy-2": World(
         seed=70_002,
-        roots=17,
+        roots=10,
         branching=2,
         depth=3,
         exponent=0.75,

@@ -17,6 +17,7 @@ import pytest
 from stores import planted, write_store
 
 from extract.format.errors import UserError
+from hafs_jax.api import load
 from hafs_jax.checkpoint import load_checkpoint
 from hafs_jax.config import TrainConfig
 from hafs_jax.loop import TrainingStopped
@@ -275,7 +276,7 @@ def test_help_names_every_field_and_inspect_and_tau_read_a_run(
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = capsys.readouterr().out
-    for flag in ("--sae.k", "--penalty.tau", "--sparsity.l1", "--optimizer.learning-rate", "--tokens", "--variant"):
+    for flag in ("--sae.k", "--penalty.tau", "--sparsity.coefficient", "--optimizer.learning-rate", "--tokens", "--variant"):
         assert flag in shown
     run = train(small(), out / "tiny" / "store" / "train", tmp_path)
     capsys.readouterr()
@@ -283,3 +284,119 @@ def test_help_names_every_field_and_inspect_and_tau_read_a_run(
     assert "batchtopk F=24 k=3, finished" in capsys.readouterr().out
     main(["tau", "--baseline", str(run.folder), "--factor", "2"])
     assert float(capsys.readouterr().out) == pytest.approx(2 * run.result()["final"]["fvu_ema"])
+
+
+def with_heldout(tmp_path: Path) -> Path:
+    """A store with a held-out sibling."""
+    acts = planted(4000, D, 20, 3)[0]
+    write_store(tmp_path / "store" / "heldout", acts[3500:], "float16", shard_rows=200)
+    return write_store(tmp_path / "store" / "train", acts[:3500], "float16", shard_rows=700)
+
+
+def test_heldout_measurements_keep_the_best_checkpoint_and_stop_early(tmp_path: Path) -> None:
+    store = with_heldout(tmp_path)
+    config = small(evaluate_every_steps=16, heldout_rows=300, log_every_steps=10)
+    run = train(config, store, tmp_path / "runs")
+    held = {record["step"]: record["heldout_fvu"] for record in run.metrics() if "heldout_fvu" in record}
+    assert sorted(held) == [*range(16, 200, 16), 200]
+    sae = load(run.folder)
+    rows = np.load(store.parent / "heldout" / "shard-00000.npy").astype(np.float32)
+    rows = np.concatenate([rows, np.load(store.parent / "heldout" / "shard-00001.npy").astype(np.float32)])[:300]
+    variance = float(sae.scale.variance) / float(sae.scale.scale) ** 2
+    expected = ((np.asarray(sae(rows)) - rows) ** 2).sum(1).mean() / variance
+    assert held[200] == pytest.approx(expected, rel=1e-4)
+    best = min(held, key=lambda step: held[step])
+    assert run.result()["best"] == {"step": best, "heldout_fvu": held[best]}
+    assert int(load_checkpoint(run.best, run.config(), D)[0].step) == best and not run.result()["stopped_early"]
+    assert load(run.folder, "best").d_model == D
+    more = train(dataclasses.replace(config, heldout_rows=50), store, tmp_path / "fewer")
+    assert more.result()["best"]["heldout_fvu"] != held[best]
+
+    # With a rate that soon makes it worse, two measurements without a better one end the run.
+    wild = dataclasses.replace(config, patience=2, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5))
+    early = train(wild, store, tmp_path / "early")
+    assert early.result()["stopped_early"] and early.result()["steps"] < 200
+    steps = [record["step"] for record in early.metrics() if "heldout_fvu" in record]
+    assert early.result()["best"]["step"] == steps[-3] and early.result()["steps"] == steps[-1]
+    with pytest.raises(UserError, match="expected a held-out store beside"):
+        train(config, write_store(tmp_path / "alone" / "train", planted(400, D, 20, 3)[0]), tmp_path / "none")
+
+
+@pytest.mark.parametrize("centre", ["geometric_median", "origin"])
+def test_where_b_dec_starts(centre: str, out: Path) -> None:
+    from hafs_jax.data import first_rows, geometric_median, input_scale
+    from hafs_jax.loop import first_state
+    from hafs_jax.state import hyperparameters
+    from hafs_jax.training import open_stores
+
+    stores = open_stores(out / "tiny" / "store" / "train")
+    config = small()
+    config = dataclasses.replace(config, sae=dataclasses.replace(config.sae, centre=centre))
+    scale = input_scale(stores.train)
+    state = first_state(config, stores, scale, hyperparameters(config))
+    raw = np.asarray(state.params["b_dec"]) / float(scale.scale) + np.asarray(scale.mean_D)
+    expected = np.zeros(D) if centre == "origin" else geometric_median(first_rows(stores.train, 16_384))
+    np.testing.assert_allclose(raw, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "relu", "jumprelu", "gated"])
+def test_a_run_starts_from_a_saelens_folder(architecture: str, out: Path, tmp_path: Path) -> None:
+    """Exported and read back, the parameters are those of the run's last checkpoint; and training goes on from them."""
+    from evaluate.bridge import export_run
+    from hafs_jax.data import input_scale
+    from hafs_jax.loop import first_state
+    from hafs_jax.state import hyperparameters
+    from hafs_jax.training import open_stores, resolve
+
+    store = out / "tiny" / "store" / "train"
+    first = train(small("baseline", architecture), store, tmp_path)
+    start = small("baseline", architecture, init_from=str(export_run(first.folder)))
+    stores = open_stores(store)
+    resolved, _ = resolve(start, stores.train, tmp_path)
+    state = first_state(resolved, stores, input_scale(stores.train), hyperparameters(resolved))
+    for name, value in load_checkpoint(first.checkpoints, first.config(), D)[0].params.items():
+        np.testing.assert_allclose(state.params[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+    assert train(start, store, tmp_path / "again").config().init_from == start.init_from
+    wide = dataclasses.replace(start, sae=dataclasses.replace(start.sae, n_latents=30))
+    with pytest.raises(UserError, match=r"d_sae=24, this run needs 30; set --sae\.n-latents 24"):
+        train(wide, store, tmp_path / "wide")
+
+
+@pytest.mark.parametrize("architecture", ["topk", "gated", "matryoshka"])
+def test_a_transcoder_learns_another_stores_rows(architecture: str, out: Path, tmp_path: Path) -> None:
+    """The target is a linear map of what the rows' features are: predictable, of another width and scale."""
+    acts = planted(ROWS, D, 20, 3)[0]
+    mixing = np.random.default_rng(0).normal(size=(D, 7)).astype(np.float32)
+    target = write_store(tmp_path / "target", 5.0 * acts @ mixing - 2.0, shard_rows=700)
+    store = out / "tiny" / "store" / "train"
+    config = dataclasses.replace(small("baseline", architecture), tokens=48_000)
+    run = train(config, store, tmp_path / "runs", target_folder=target)
+    assert run.config().sae.transcode and run.result()["d_out"] == 7
+    assert run.result()["final"]["fvu_ema"] < 0.5
+    sae = load(run.folder)
+    expected = 5.0 * acts[:500] @ mixing - 2.0
+    residual = np.asarray(sae(acts[:500])) - expected
+    assert (residual**2).sum() / ((expected - expected.mean(0)) ** 2).sum() < 0.5
+    plain = write_store(tmp_path / "other", planted(ROWS, 7, 20, 3, seed=5)[0], shard_rows=700)
+    with pytest.raises(UserError, match="was trained on another store"):
+        train(config, store, tmp_path / "runs", target_folder=plain)
+
+
+def test_the_python_interface_gives_raw_latents_and_reconstructions(out: Path, tmp_path: Path) -> None:
+    import hafs_jax
+
+    run = hafs_jax.train(small("adaptive", penalty=with_tau(0.5)), out / "tiny" / "store" / "train", tmp_path)
+    sae = hafs_jax.load(run.folder)
+    acts = planted(ROWS, D, 20, 3)[0][:100]
+    latents = sae.encode(acts)
+    assert latents.shape == (100, 24) and sae.W_dec.shape == (24, D)
+    offset = np.asarray(sae.decode(np.zeros((1, 24), np.float32)))
+    np.testing.assert_allclose(sae.decode(latents), latents @ sae.W_dec + offset, rtol=1e-4, atol=1e-4)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = hafs_jax.trian
+    with pytest.raises(UserError, match="expected last or best"):
+        hafs_jax.load(run.folder, "first")
+
+
+def with_tau(tau: float) -> Any:
+    return dataclasses.replace(preset("adaptive").penalty, tau=tau)
