@@ -27,7 +27,8 @@ def weight_metrics(sae: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     JumpReLU threshold; and |b_dec|.
     """
     W_enc, W_dec = sae.W_enc.detach(), sae.W_dec.detach()
-    bias_F = getattr(sae, "b_enc", getattr(sae, "b_mag", None))  # gated SAEs call it b_mag
+    biases = (getattr(sae, name, None) for name in ("b_enc", "b_mag"))  # a gated SAE's b_enc is None
+    bias_F = next((bias for bias in biases if bias is not None), None)
     bias_F = torch.zeros(len(W_dec)) if bias_F is None else bias_F.detach()
     threshold_F = getattr(sae, "threshold", None)
     norm_F = W_dec.double().norm(dim=1)

@@ -126,11 +126,19 @@ def finished_runs(workspace: Workspace, names: Sequence[str] = ()) -> list[Finis
             raise UserError(f"no run {name!r} in {workspace.runs}{did_you_mean(name, folders)}")
         if not (folders[name] / RUN).exists():
             raise UserError(f"run {name}: expected {folders[name] / RUN}, found none; finish it with `make train`")
-    finished = {name: path for name, path in folders.items() if (path / RUN).exists()}
+        if _is_transcoder(folders[name]):
+            raise UserError(f"run {name}: expected an SAE, found a transcoder, which the evaluations do not cover")
+    finished = {name: path for name, path in folders.items() if (path / RUN).exists() and not _is_transcoder(path)}
     if not finished:
         unfinished = f" ({', '.join(folders)} not finished)" if folders else ""
         raise UserError(f"expected a finished run in {workspace.runs}, found none{unfinished}; run `make train`")
     return [FinishedRun(name, finished[name]) for name in (dict.fromkeys(names) or finished)]
+
+
+def _is_transcoder(run: Path) -> bool:
+    """Whether the run reconstructs another store's rows."""
+    config = run / "config.json"
+    return config.exists() and "target" in read_json(config, "a run's config.json").get("store", {})
 
 
 def hashed_export(name: str, folder: Path) -> Exported:

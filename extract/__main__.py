@@ -55,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
             return _verify(arguments[1:])
         if arguments[:1] == ["import"]:
             return _import(arguments[1:])
+        if arguments[:1] == ["synthetic"]:
+            from extract.synthetic import main as synthetic  # torch and sae_lens, when they are needed
+
+            return synthetic(arguments[1:])
         return _extract(arguments)
 
 

@@ -260,12 +260,17 @@ def _tau(parsed: argparse.Namespace) -> None:
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
+    from hafs_jax.health import health
     from hafs_jax.runs import Run
 
     run = Run(parsed.run)
     config, metrics = run.config(), run.metrics()
     state = "finished" if run.finished() else f"unfinished: run `train` again to go on ({run.checkpoints})"
-    print(f"{config.run_name}: {config.sae.architecture} F={config.sae.n_latents} k={config.sae.k}, {state}")
+    if run.finished() and run.result()["stopped_early"]:
+        state = "finished, stopped early"
+    kind = "transcoder, " if config.sae.transcode else ""
+    print(f"{config.run_name}: {kind}{config.sae.architecture} F={config.sae.n_latents} k={config.sae.k}, {state}")
+    print(f"trains on {run.store_record()['folder']} ({run.store_record()['fingerprint']}), relative to the run")
     if not metrics:
         print("no step logged yet")
         return
@@ -273,6 +278,8 @@ def _inspect(parsed: argparse.Namespace) -> None:
     print(f"step {last['step']} of {config.steps}, {last['seconds']:.0f} s, {last['tokens_per_second']:,.0f} rows/s")
     for name, value in last.items():
         print(f"  {name:22s} {value if value is None else format(value, '.6g')}")
+    for verdict, said in health(config, metrics):
+        print(f"  {'ok  ' if verdict else 'LOOK'} {said}")
 
 
 def _use_compilation_cache() -> None:

@@ -276,7 +276,14 @@ def test_help_names_every_field_and_inspect_and_tau_read_a_run(
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = capsys.readouterr().out
-    for flag in ("--sae.k", "--penalty.tau", "--sparsity.coefficient", "--optimizer.learning-rate", "--tokens", "--variant"):
+    for flag in (
+        "--sae.k",
+        "--penalty.tau",
+        "--sparsity.coefficient",
+        "--optimizer.learning-rate",
+        "--tokens",
+        "--variant",
+    ):
         assert flag in shown
     run = train(small(), out / "tiny" / "store" / "train", tmp_path)
     capsys.readouterr()
