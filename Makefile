@@ -7,6 +7,8 @@ VARIANT ?= baseline
 ARCH    ?= batchtopk
 SEED    ?= 0
 OUT     ?= artifacts
+GRID    ?= seed=0..3
+WORLD   ?= toy-0
 ARGS    ?=
 
 PY     := $(VENV)/bin/python
@@ -21,11 +23,13 @@ export PYTHONPATH := $(CURDIR)
 # On busy cores OpenMP threads that spin while they wait cost more than they save.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test lint extract train eval report clean
+.PHONY: help setup demo test lint extract train sweep synth eval report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
-	@echo "Variables: PROFILE=auto|offline|pythia70m VARIANT=baseline|strict|adaptive ARCH=batchtopk|topk|relu SEED=0 OUT=artifacts"
+	@echo "Variables: PROFILE=auto|offline|pythia70m SEED=0 OUT=artifacts GRID='seed=0..3 l1=1,2' WORLD=toy-0"
+	@echo "           VARIANT=baseline|strict|adaptive|ramp_only|gate_only|ortsae|frob|random_init|frozen_decoder"
+	@echo "           ARCH=batchtopk|topk|relu|jumprelu|gated|matryoshka|matryoshka_relu"
 	@echo "           ACCEL=cpu|cuda12|cuda13 ARGS='flags passed to the stage' (make train ARGS=--help lists them)"
 
 setup: $(STAMP)  ## create the environment in .venv (ACCEL=cuda12 or cuda13 for a GPU); does nothing when up to date
@@ -34,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps sae-bench sae-probes
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps sae-bench sae-probes dictionary-learning
 	@touch $@
 
 demo: setup  ## the whole pipeline, offline: a packaged model and text, four SAEs, evaluation, report
@@ -57,6 +61,12 @@ extract: setup  ## text -> activation store
 
 train: setup  ## activation store -> SAE (VARIANT, ARCH, SEED)
 	$(PY) -m hafs_jax train $(PLACE) --variant $(VARIANT) --arch $(ARCH) --seed $(SEED) $(ARGS)
+
+sweep: setup  ## activation store -> many SAEs over one pass of the data (GRID)
+	$(PY) -m hafs_jax sweep $(PLACE) --grid "$(GRID)" $(ARGS)
+
+synth: setup  ## ground truth: a synthetic world, SAEs on it, their scores (WORLD, GRID)
+	$(PY) -m hafs_jax synth --out $(OUT) --world $(WORLD) $(if $(filter file,$(origin GRID)),,--grid "$(GRID)") $(ARGS)
 
 eval: setup  ## SAEs -> SAELens folders and evaluations
 	$(PY) -m evaluate run $(PLACE) $(ARGS)

@@ -78,9 +78,12 @@ SHARING = {
     "relu": [Arm("yield", "variant=adaptive", YIELD, "yield")],
 }
 PARTS: dict[str, dict[str, list[Arm]]] = {
-    "main": {"batchtopk": MAIN, "relu": MAIN},
+    "main": {
+        "batchtopk": MAIN,
+        "relu": [arm for arm in MAIN if arm.name not in ("frob .1", "random_init", "frozen_decoder")],
+    },
     "sharing": {**SHARING, "matryoshka": [*FEW[:1], FEW[2], *SHARING["matryoshka"]]},
-    "architectures": dict.fromkeys(("topk", "jumprelu", "gated", "matryoshka", "matryoshka_relu"), FEW),
+    "architectures": dict.fromkeys(("topk", "jumprelu", "gated", "matryoshka_relu"), FEW[:3]),
 }
 METRICS = ("fvu", "l0", "mcc", "f1", "absorption", "roots", "dead_fraction")
 
@@ -110,7 +113,7 @@ def run(out: Path, world: str, arms: dict[str, list[Arm]]) -> None:
     place = ("--out", str(out), "--profile", profile)
     command("extract", "synthetic", "--out", str(out), "--world", world, "--samples", "1000000")
     truth = json.loads((out / profile / "truth.json").read_text())
-    size = ("--sae.n-latents", str(truth["n_features"]), "--sae.k", str(round(truth["true_l0"])))
+    size = ("--sae.n-latents", str(truth["features"]), "--sae.k", str(round(truth["true_l0"]["train"])))
     ends = np.cumsum(LEVELS[world]) / sum(LEVELS[world])
     for architecture, lines in arms.items():
         form = ["--optimizer.learning-rate", RATE.get(architecture, "0.006")]

@@ -219,9 +219,9 @@ def _synth(parsed: argparse.Namespace) -> None:
     place = ("--out", str(parsed.out))
     other_room("extract.synthetic", *place, "--world", parsed.world, "--samples", str(parsed.samples))
     truth = read_json(parsed.out / profile / "truth.json", "a synthetic world's truth")
-    F = min(int(truth["n_features"]), 4096)
+    F = min(int(truth["features"]), 4096)
     parsed.profile, parsed.store, parsed.target = profile, None, None
-    _sweep(parsed, ("--sae.n-latents", str(F), "--sae.k", str(max(1, round(truth["true_l0"])))))
+    _sweep(parsed, ("--sae.n-latents", str(F), "--sae.k", str(max(1, round(truth["true_l0"]["train"])))))
     other_room("evaluate synth", *place, "--profile", profile)
 
 

@@ -6,6 +6,7 @@ fields of that line. `sae` applies these functions, `step` trains with them; bot
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
@@ -119,8 +120,11 @@ def gate_l1(encoding: Encoding, params: Params, config: SAEConfig) -> Float[Arra
 
 
 def l0(encoding: Encoding, params: Params, config: SAEConfig) -> Float[Array, " B"]:
-    """Of a row's number of active latents n, by `l0_loss`: `step` n; `quadratic` 2 (n - k)^2 / k; or a smooth `tanh`.
+    """Of a row's number of active latents n, by `l0_loss`: `target`, `step` n, `quadratic` 2 (n - k)^2 / k, `tanh`.
 
+    target: k (mean of n over the batch / k - 1)^2, the same for all rows. Thresholds take many steps to follow a
+    coefficient, and reconstruction alone drives L0 below k early on, so that a controller of step's coefficient swings;
+    this pulls from both sides at once.
     step: Rajamanoharan et al. 2024 (2407.14435); quadratic pulls L0 to k from both sides; tanh is the sum of
     tanh(4 latent). n's gradient is the straight-through estimate of `jumprelu`, without its factor theta.
     """
@@ -129,7 +133,11 @@ def l0(encoding: Encoding, params: Params, config: SAEConfig) -> Float[Array, " 
     threshold_F = params["threshold"]
     active_BF = jnp.where(encoding.pre_BF > threshold_F[None], 1.0, 0.0)
     active_B = jnp.sum(active_BF + _edge(encoding.pre_BF, threshold_F, config), axis=1)
-    return active_B if config.l0_loss == "step" else 2.0 / config.k * (active_B - config.k) ** 2
+    if config.l0_loss == "quadratic":
+        return 2.0 / config.k * (active_B - config.k) ** 2
+    if config.l0_loss == "step":
+        return active_B
+    return jnp.broadcast_to(config.k * (jnp.mean(active_B) / config.k - 1.0) ** 2, active_B.shape)
 
 
 def gate_reconstruction(
@@ -153,11 +161,22 @@ def _zero(config: SAEConfig) -> float:
     return 0.0
 
 
+def _first_threshold(config: SAEConfig) -> float:
+    """The config's, or the quantile of a standard normal above which 2 k of F lie.
+
+    Inputs have mean square 1 in each direction, so that a random unit encoder's pre-activations are about that. From
+    a low threshold the L0 controller overshoots, and latents that were switched off do not come back.
+    """
+    if config.first_threshold is not None:
+        return config.first_threshold
+    return max(NormalDist().inv_cdf(1 - min(2 * config.k / config.F, 0.5)), 0.0) * config.encoder_scale
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "batchtopk": Architecture(batchtopk, learns_threshold=True),
     "topk": Architecture(topk),
     "relu": Architecture(relu, cost=l1),
-    "jumprelu": Architecture(jumprelu, cost=l0, params={"threshold": lambda config: config.first_threshold}),
+    "jumprelu": Architecture(jumprelu, cost=l0, params={"threshold": _first_threshold}),
     "gated": Architecture(gated, cost=gate_l1, extra=gate_reconstruction, params={"r_mag": _zero, "b_mag": _zero}),
     "matryoshka": Architecture(batchtopk, learns_threshold=True, nested=True),
     "matryoshka_relu": Architecture(relu, cost=l1, nested=True),

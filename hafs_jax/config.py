@@ -50,11 +50,15 @@ class SAEConfig:
         (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0), "matryoshka: nested prefixes, as fractions of F"
     )
     sampled_prefixes: int = option(0, "matryoshka: prefixes of random lengths per step instead; 0: the fixed ones")
-    first_threshold: float = option(0.5, "jumprelu: the thresholds' first value (inputs have unit variance)")
+    first_threshold: float | None = option(
+        None, "jumprelu: the thresholds' first value; none: where 2 k latents of a random encoder would be active"
+    )
     bandwidth: float = option(0.5, "jumprelu: width of the straight-through kernel, in the threshold's units")
     threshold_gradient_to_input: bool = option(False, "jumprelu: the kernel's gradient reaches the encoder too")
     l0_loss: str = option(
-        "step", "jumprelu: the coefficient times L0, 2 (L0 - k)^2 / k, or sum tanh(4 f)", ("step", "quadratic", "tanh")
+        "target",
+        "jumprelu: the coefficient times k (mean L0 / k - 1)^2, L0, 2 (L0 - k)^2 / k of each row, or sum tanh(4 f)",
+        ("target", "step", "quadratic", "tanh"),
     )
     transcode: bool = option(False, "reconstruct the rows of a second store (a transcoder); set by --target")
 
@@ -82,7 +86,10 @@ class SAEConfig:
             f"sae.prefixes={self.prefixes}: expected rising fractions of F, the last 1",
         )
         _require(self.sampled_prefixes >= 0, f"sae.sampled_prefixes={self.sampled_prefixes}: expected 0 or more")
-        _require(self.first_threshold >= 0, f"sae.first_threshold={self.first_threshold}: expected 0 or more")
+        _require(
+            self.first_threshold is None or self.first_threshold >= 0,
+            f"sae.first_threshold={self.first_threshold}: expected 0 or more, or none",
+        )
         _require(self.bandwidth > 0, f"sae.bandwidth={self.bandwidth}: expected a positive number")
 
 

@@ -38,7 +38,7 @@ def test_jumprelus_gradients_are_the_straight_through_estimates(to_input: bool) 
     """Against sae_lens's own functions, on the latents, on L0, for thresholds and pre-activations."""
     from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 
-    config, params, pre = arrays("jumprelu", bandwidth=0.7, threshold_gradient_to_input=to_input)
+    config, params, pre = arrays("jumprelu", bandwidth=0.7, threshold_gradient_to_input=to_input, l0_loss="step")
     weights = jax.random.normal(jax.random.key(3), (B, F))
     theirs_pre = torch.tensor(np.asarray(pre), requires_grad=True)
     theirs_threshold = torch.tensor(np.asarray(params["threshold"]), requires_grad=True)
@@ -65,7 +65,7 @@ def test_jumprelus_gradients_are_the_straight_through_estimates(to_input: bool) 
         assert float(jnp.abs(grads["threshold"]).max()) > 0
 
 
-@pytest.mark.parametrize(("l0_loss", "expected"), [("step", 4.0), ("quadratic", 2 / 3), ("tanh", None)])
+@pytest.mark.parametrize(("l0_loss", "expected"), [("step", 4.0), ("target", 3.0 * (4 / 3 - 1) ** 2), ("quadratic", 2 / 3), ("tanh", None)])
 def test_the_forms_of_the_l0_cost(l0_loss: str, expected: float | None) -> None:
     config, params, _ = arrays("jumprelu", l0_loss=l0_loss)
     params = {**params, "threshold": jnp.full(F, 0.5)}

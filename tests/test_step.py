@@ -82,8 +82,8 @@ def torch_step(config: TrainConfig, state: TrainState, scale: InputScale, acts: 
     if config.sae.architecture in ("relu", "matryoshka_relu"):
         loss = loss + config.sparsity.coefficient * (latents * params["W_dec"].norm(dim=1)).sum(1).mean() / D
     if config.sae.architecture == "jumprelu":
-        active = Step.apply(pre, params["threshold"], config.sae.bandwidth, False)
-        loss = loss + config.sparsity.coefficient * active.sum(1).mean() / D
+        active = Step.apply(pre, params["threshold"], config.sae.bandwidth, False).sum(1).mean()
+        loss = loss + config.sparsity.coefficient * K * (active / K - 1) ** 2 / D
     if config.sae.architecture == "gated":
         gate = torch.relu(pre)
         loss = loss + config.sparsity.coefficient * (gate * params["W_dec"].norm(dim=1)).sum(1).mean() / D
