@@ -38,7 +38,7 @@ class Arm:
         variant, *rest = self.grid.split()
         short = variant.removeprefix("variant=")
         middle = "" if architecture == "batchtopk" else f"-{architecture}"
-        tag = ",".join(word.rpartition(".")[2] for word in rest) or self.tag
+        tag = ",".join(rest) or self.tag
         return f"{short}{middle}-s{seed}" + (f"-{tag}" if tag else "")
 
 
@@ -154,6 +154,8 @@ def table(out: Path, worlds: Any) -> str:
                         found[architecture, arm.name, world].append({**values, "seed": seed})
     parts = [header(worlds)]
     for architecture, lines in everything.items():
+        if not any(found[architecture, arm.name, world] for arm in lines for world in worlds):
+            continue
         parts.append(f"\n## {architecture}\n\n| arm | " + " | ".join(f"{w}: {' / '.join(HEAD)}" for w in worlds) + " |")
         parts.append("|---|" + "---|" * len(worlds))
         for arm in lines:

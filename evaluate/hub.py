@@ -45,7 +45,7 @@ The whole resolved config is in `{run}/training_config.json`.
 """
 
 _TRAINING = ("tokens", "batch_size", "sae.architecture", "sae.k", "penalty.kind", "penalty.lam_max", "penalty.tau",
-             "sparsity.l1", "optimizer.learning_rate")  # fmt: skip
+             "sparsity.coefficient", "optimizer.learning_rate")  # fmt: skip
 
 
 def upload(

@@ -31,7 +31,7 @@ ARCHITECTURES: dict[str, Fields] = {
     "batchtopk": {},
     "topk": {},
     "relu": {"optimizer": {"learning_rate": 2e-3}},
-    "jumprelu": {"sparsity": {"coefficient": 50.0, "match_l0": False}},
+    "jumprelu": {"sparsity": {"coefficient": 1000.0, "match_l0": False}},
     "gated": {},
     "matryoshka": {},
     "matryoshka_relu": {},

@@ -65,7 +65,9 @@ def test_jumprelus_gradients_are_the_straight_through_estimates(to_input: bool) 
         assert float(jnp.abs(grads["threshold"]).max()) > 0
 
 
-@pytest.mark.parametrize(("l0_loss", "expected"), [("step", 4.0), ("target", 3.0 * (4 / 3 - 1) ** 2), ("quadratic", 2 / 3), ("tanh", None)])
+@pytest.mark.parametrize(
+    ("l0_loss", "expected"), [("step", 4.0), ("target", 3.0 * (4 / 3 - 1) ** 2), ("quadratic", 2 / 3), ("tanh", None)]
+)
 def test_the_forms_of_the_l0_cost(l0_loss: str, expected: float | None) -> None:
     config, params, _ = arrays("jumprelu", l0_loss=l0_loss)
     params = {**params, "threshold": jnp.full(F, 0.5)}

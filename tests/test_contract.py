@@ -143,8 +143,19 @@ def test_exporting_twice_gives_the_same_bytes_and_an_unfinished_run_is_refused(s
         export_run(run.folder)
 
 
-def test_bfloat16_compute_ends_near_float32(store: Store, tmp_path: Path) -> None:
-    config = config_of("adaptive", "batchtopk")
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_bfloat16_products_end_near_float32(architecture: str, store: Store, tmp_path: Path) -> None:
+    """A whole run: FVU and L0 within 5%, and what float32 learns slowly (thresholds, the averages) is learned too."""
+    config = config_of("adaptive", architecture)
     half = dataclasses.replace(config, sae=dataclasses.replace(config.sae, compute_dtype="bfloat16"))
-    finals = [train(c, store.folder, tmp_path / str(i)).result()["final"] for i, c in enumerate((config, half))]
+    runs = [train(c, store.folder, tmp_path / str(i)) for i, c in enumerate((config, half))]
+    finals = [run.result()["final"] for run in runs]
     assert finals[1]["fvu_ema"] == pytest.approx(finals[0]["fvu_ema"], rel=0.05)
+    l0s = [np.mean([record["l0"] for record in run.metrics()[-20:]]) for run in runs]
+    assert l0s[1] == pytest.approx(l0s[0], rel=0.05)
+    assert finals[1]["fvu_ema"] != finals[0]["fvu_ema"]
+    states = [load_checkpoint(run.checkpoints, run.config(), D)[0] for run in runs]
+    assert {leaf.dtype for leaf in jax.tree.leaves(states[1].params)} == {jnp.dtype("float32")}
+    if architecture == "jumprelu":
+        thresholds = [np.asarray(state.params["threshold"]) for state in states]
+        assert np.corrcoef(*thresholds)[0, 1] > 0.8 and thresholds[1].std() > 0.05

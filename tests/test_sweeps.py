@@ -161,3 +161,20 @@ def test_the_command_line_trains_a_grid_and_prints_one_table(
         main(["sweep", "--out", str(out), "--grid", "seed=0", "--sae.kk", "3"])
     assert stop.value.code == 2 and "--sae.kk" in capsys.readouterr().err
     assert jax.config.jax_compilation_cache_dir
+
+
+@pytest.mark.slow
+def test_synth_makes_a_world_trains_and_scores(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Three rooms by one command; k and F come from the world."""
+    from hafs_jax.__main__ import main
+
+    flags = ["--batch-size", "64", "--passes", "2"]
+    grid = "variant=baseline,random_init"
+    main(["synth", "--out", str(tmp_path), "--world", "tiny", "--samples", "20000", "--grid", grid, *flags])
+    shown = capfd.readouterr().out
+    with open(tmp_path / "synth-tiny" / "eval" / "synthetic.csv") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"baseline-s0", "random_init-s0"} and "mcc" in shown
+    assert float(rows["baseline-s0"]["mcc"]) > float(rows["random_init-s0"]["mcc"]) + 0.1
+    config = Run(tmp_path / "synth-tiny" / "runs" / "baseline-s0").config()
+    assert config.sae.n_latents == 28 and config.sae.k >= 1
