@@ -197,7 +197,8 @@ def train_step(
     sparsity = state.sparsity
     if architecture.cost is not None:
         frozen_from = round((1 - settings.freeze_fraction) * config.steps)
-        moving = settings.match_l0 & (step >= settled_step(settings, config.steps)) & (step < frozen_from)
+        matches = settings.match_l0 or config.frozen == "everything"
+        moving = matches & (step >= settled_step(settings, config.steps)) & (step < frozen_from)
         sparsity = update_sparsity(sparsity, jnp.where(ok, l0, jnp.nan), settings, weights.k, moving)
         if config.frozen == "everything":  # no coefficient could move it: the bias does, by the same law
             shift = jnp.log2(sparsity.coefficient / state.sparsity.coefficient)

@@ -158,4 +158,6 @@ def test_bfloat16_products_end_near_float32(architecture: str, store: Store, tmp
     assert {leaf.dtype for leaf in jax.tree.leaves(states[1].params)} == {jnp.dtype("float32")}
     if architecture == "jumprelu":
         thresholds = [np.asarray(state.params["threshold"]) for state in states]
-        assert np.corrcoef(*thresholds)[0, 1] > 0.8 and thresholds[1].std() > 0.05
+        first = init_params(config.sae, D, jax.random.key(0))["threshold"]
+        moved = [float(np.abs(threshold - first).mean()) for threshold in thresholds]
+        assert moved[0] > 0.1 and moved[1] == pytest.approx(moved[0], rel=0.2)

@@ -122,7 +122,7 @@ def test_a_world_without_child_max_fires_by_one_law_and_may_have_features_outsid
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"n_features": 259}, "n_features=259: expected at least the 260"), ({"compensate": True}, "child_max: expected")],
+    [({"n_features": 155}, "n_features=155: expected at least the 156"), ({"compensate": True}, "child_max: expected")],
 )
 def test_a_world_that_cannot_be_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
