@@ -204,7 +204,10 @@ class OptimizerConfig:
     beta1: float = option(0.9, "decay of the first moment, for optimizers that have one")
     beta2: float = option(0.999, "decay of the second moment, for optimizers that have one")
     epsilon: float = option(1e-8, "the denominator's epsilon, for optimizers that have one")
-    clip_norm: float | None = option(1.0, "largest global gradient norm; none: no clipping")
+    clip_norm: float | None = option(
+        1.0,
+        "largest norm of the gradient of a row's squared error (D x FVU), as other trainers clip; none: no clipping",
+    )
     average: float | None = option(None, "decay of a moving average of the weights, which the SAE then is; none: off")
 
     def __post_init__(self) -> None:

@@ -64,8 +64,10 @@ def hyperparameters(config: TrainConfig) -> Hyperparameters:
     return Hyperparameters(*map(jnp.float32, numbers))
 
 
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def optimizer(config: TrainConfig, d_out: int) -> optax.GradientTransformation:
     """Gradient clipping and the named optax optimizer at a learning rate of 1: the step multiplies by the rate.
+
+    The loss is in FVU, a squared error over `d_out`, and so is the norm at which its gradient is clipped.
 
     Raises `UserError` where optax has no optimizer of that name.
     """
@@ -80,7 +82,9 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
         )
     given = {"b1": settings.beta1, "b2": settings.beta2, "eps": settings.epsilon}
     update = make(1.0, **{name: value for name, value in given.items() if name in takes})
-    return update if settings.clip_norm is None else optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+    if settings.clip_norm is None:
+        return update
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm / d_out), update)
 
 
 def init_state(
@@ -97,7 +101,7 @@ def state_of(config: TrainConfig, params: Params, key: Key[Array, ""], hyper: Hy
         step=jnp.zeros((), jnp.int32),
         params=params,
         average={} if config.optimizer.average is None else jax.tree.map(jnp.copy, params),
-        opt_state=optimizer(config).init(params),
+        opt_state=optimizer(config, params["W_dec"].shape[-1]).init(params),
         steps_since_fired_F=jnp.zeros(config.sae.F, jnp.int32),
         rate_F=jnp.zeros(config.sae.F),
         groups_F=first_groups(config.penalty, config.sae),

@@ -173,7 +173,7 @@ def train_step(
     gradient_norm = optax.global_norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
-    moves, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    moves, opt_state = optimizer(config, state.params["W_dec"].shape[-1]).update(grads, state.opt_state, state.params)
     learning_rate = hyper.learning_rate * learning_rate_schedule(config.optimizer, config.steps)(step)
     params = jax.tree.map(lambda value, move: value + learning_rate * move, state.params, moves)
     params["W_dec"] = unit_rows(params["W_dec"])

@@ -386,7 +386,7 @@ def test_training_steps_equal_dictionary_learnings(architecture: str) -> None:
     }
     sparsity = {"coefficient": COEFFICIENT, "coefficient_values": (1.0, 1.0, 1.0), "match_l0": False}
     config = with_fields(
-        config, {"optimizer": {**settings, "clip_norm": 1 / V if clipped else None}, "sparsity": sparsity}
+        config, {"optimizer": {**settings, "clip_norm": D / V if clipped else None}, "sparsity": sparsity}
     )
     weights = weights_of(config)
     special: dict[str, Any] = {"k": K} if clipped else {"l1_penalty": COEFFICIENT, "sparsity_warmup_steps": None}

@@ -307,7 +307,7 @@ def test_an_unknown_optimizer_is_refused() -> None:
 
     for name in ("adamm", "apply_updates"):
         with pytest.raises(UserError, match="expected an optimizer of optax that takes a learning rate"):
-            optimizer(small(optimizer={"name": name}))
+            optimizer(small(optimizer={"name": name}), 8)
 
 
 def test_the_penalty_every_few_steps_has_that_many_times_its_weight() -> None:
