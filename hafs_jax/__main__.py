@@ -20,8 +20,9 @@ GRID = """\
 GRID is a list of axes, NAME=VALUE,VALUE or NAME=FIRST..LAST; every combination is one SAE. Names: variant, arch, seed,
 l1 (the sparsity coefficient), lr, lam (lam_max), tau, k, or any flag of `train` (sparsity.aux=0,0.03). Other flags of
 `train` hold for all. What differs in variant, seed, l1, lr, lam and tau alone, and computes the same, trains in one
-program on the same batches.
+program on the same batches. `;` joins grids.
   --grid "seed=0..3 l1=0.5,1,2"     --grid "arch=relu,batchtopk variant=baseline,strict,adaptive seed=0..4"
+  --grid "variant=baseline k=20,40; variant=strict k=20,40 lam=0.3,1,3"
 """
 
 

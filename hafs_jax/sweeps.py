@@ -36,8 +36,13 @@ COLUMNS = ("fvu_ema", "heldout_fvu", "l0", "dead_fraction", "coherence_mean", "c
 def parse_grid(text: str) -> list[dict[str, str]]:
     """The points of a grid such as "seed=0..3 l1=0.5,1,2": {axis: value as text}, the last axis fastest.
 
-    `a..b` are whole numbers from a to b, both included. Raises `UserError` where an axis is malformed or given twice.
+    `a..b` are whole numbers from a to b, both included; `;` joins several grids, one after the other.
+    Raises `UserError` where an axis is malformed or given twice.
     """
+    return [point for part in text.split(";") for point in _product(part)]
+
+
+def _product(text: str) -> list[dict[str, str]]:
     axes: dict[str, list[str]] = {}
     for word in text.split():
         name, equals, values = word.partition("=")

@@ -42,6 +42,7 @@ def test_a_grid_is_every_combination_the_last_axis_fastest() -> None:
     points = parse_grid("variant=strict,adaptive seed=0..2")
     assert len(points) == 6 and points[1] == {"variant": "strict", "seed": "1"}
     assert parse_grid("l1=0.5") == [{"l1": "0.5"}]
+    assert parse_grid("k=1,2; variant=strict k=3") == [{"k": "1"}, {"k": "2"}, {"variant": "strict", "k": "3"}]
     for text in ("seed", "seed=", "=3", "seed=1 seed=2"):
         with pytest.raises(UserError, match=r"expected NAME=VALUE,VALUE or NAME=FIRST\.\.LAST"):
             parse_grid(text)
