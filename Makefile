@@ -9,6 +9,7 @@ SEED    ?= 0
 OUT     ?= artifacts
 GRID    ?= seed=0..3
 WORLD   ?= toy-0
+EXPERIMENT ?= experiments/reduced.toml
 ARGS    ?=
 
 PY     := $(VENV)/bin/python
@@ -23,11 +24,11 @@ export PYTHONPATH := $(CURDIR)
 # On busy cores OpenMP threads that spin while they wait cost more than they save.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test lint extract train sweep synth eval report clean
+.PHONY: help setup demo test lint extract train sweep synth eval experiment report clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
-	@echo "Variables: PROFILE=auto|offline|pythia70m SEED=0 OUT=artifacts GRID='seed=0..3 l1=1,2' WORLD=toy-0"
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "Variables: PROFILE=auto|offline|pythia70m SEED=0 OUT=artifacts GRID='seed=0..3 l1=1,2' WORLD=toy-0 EXPERIMENT=FILE.toml"
 	@echo "           VARIANT=baseline|strict|adaptive|ramp_only|gate_only|ortsae|frob|random_init|frozen_decoder"
 	@echo "           ARCH=batchtopk|topk|relu|jumprelu|gated|matryoshka|matryoshka_relu"
 	@echo "           ACCEL=cpu|cuda12|cuda13 ARGS='flags passed to the stage' (make train ARGS=--help lists them)"
@@ -70,6 +71,9 @@ synth: setup  ## ground truth: a synthetic world, SAEs on it, their scores (WORL
 
 eval: setup  ## SAEs -> SAELens folders and evaluations
 	$(PY) -m evaluate run $(PLACE) $(ARGS)
+
+experiment: setup  ## arms x architectures x L0 x seeds, compared with uncertainty (EXPERIMENT=experiments/reduced.toml)
+	$(PY) -m evaluate experiment $(EXPERIMENT) --out $(OUT) $(ARGS)
 
 report: setup  ## evaluations -> report/index.html, report.md, results.json
 	$(PY) -m evaluate report $(PLACE) $(ARGS)

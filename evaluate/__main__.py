@@ -9,6 +9,7 @@ from evaluate.config import DATASETS, OFFLINE_TASKS, EvalConfig
 from evaluate.workspace import FinishedRun, Workspace, finished_runs, open_workspace
 from extract.format.config import Parser, add_flags, with_flags
 from extract.format.errors import UserError, one_line_errors
+from extract.format.files import read_json
 
 DESCRIPTION = """\
 Measure the SAEs of all finished runs. Results lie in OUT/<profile>/eval/<run>/. What an earlier call computed from
@@ -29,6 +30,7 @@ datasets of --suite standard, unless named:
   {chr(10).join("  " + dataset for dataset in DATASETS).strip()}
 """
 
+EXPERIMENT_STAGES = ("extract", "train", "evaluate", "table", "report")
 FORMATS = ("saelens", "dictionary_learning")
 RUN_DIR = "a run's folder: OUT/<profile>/runs/<run>"
 PLACE = "profile's folder in OUT; auto is the one extracted last [auto]"
@@ -76,6 +78,19 @@ def _parser() -> Parser:
     report = commands.add_parser("report", help="write the report", description="Write OUT/<profile>/report/.")
     _add_place(report)
     report.set_defaults(command=_report)
+    experiment = commands.add_parser(
+        "experiment",
+        help="train, measure and compare every SAE of an experiment",
+        description="Extract, train, evaluate and compare as the TOML file says (see experiments/ and"
+        " evaluate/experiment_config.py): OUT/<name>/<profile>/experiment/. The same command resumes.",
+    )
+    experiment.add_argument("config", type=Path, metavar="FILE", help="the experiment, e.g. experiments/reduced.toml")
+    experiment.add_argument("--out", type=Path, default=Path("artifacts"), help="folder of experiments [artifacts]")
+    experiment.add_argument("--workers", type=int, default=0, help="commands at a time [one a core, at most 2]")
+    experiment.add_argument(
+        "--stages", nargs="+", default=EXPERIMENT_STAGES, choices=EXPERIMENT_STAGES, help="only these [all]"
+    )
+    experiment.set_defaults(command=_experiment)
     export = commands.add_parser(
         "export",
         help="write one run for other libraries",
@@ -139,6 +154,23 @@ def _synth(options: argparse.Namespace) -> int:
 
     print(table(evaluate_synthetic(workspace, options.runs, options.device)))
     print(workspace.eval / TABLE)
+    return 0
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    from evaluate.experiment import SUMMARY, run_experiment
+    from evaluate.experiment_config import read_experiment
+
+    config = read_experiment(options.config)
+    workers = options.workers or min(2, os.cpu_count() or 1)
+    workspace = run_experiment(config, options.out, workers, options.stages)
+    if "table" in options.stages:
+        print("\n".join(read_json(workspace.folder / "experiment" / SUMMARY, "the experiment's summary")["verdict"]))
+    if "report" in options.stages:
+        from evaluate.report import write_report
+
+        write_report(workspace.folder)
+        print(workspace.report / "index.html")
     return 0
 
 

@@ -85,7 +85,7 @@ def training_lines(run_folder: Path) -> list[dict[str, Any]]:
 def _variant(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     evaluated = folder / "eval" / run["name"]
     core = _optional(evaluated / "core.json", "core metrics")
-    probing = _sae_probing(_optional(evaluated / "probing.json", "SAE-Bench's probing results"))
+    probing = sae_probing(_optional(evaluated / "probing.json", "SAE-Bench's probing results"))
     lines = training_lines(folder / "runs" / run["name"])
     reconstruction, sparsity = core.get("reconstruction", {}), core.get("sparsity", {})
     geometry, model = core.get("geometry", {}), core.get("model", {})
@@ -128,7 +128,7 @@ def _seconds(folder: Path, runs: list[dict[str, Any]]) -> dict[str, float | None
     return seconds
 
 
-def _sae_probing(output: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+def sae_probing(output: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """{task: {"top_<k>": {"test_accuracy", "test_auc"}}} of either of SAE-Bench's sparse-probing schemas."""
     return {
         detail["dataset_name"]: {f"top_{k}": metrics for k, metrics in sorted(_by_k(detail, "sae").items()) if metrics}

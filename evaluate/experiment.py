@@ -1,0 +1,196 @@
+"""`python -m evaluate experiment FILE`: trains, measures and compares every SAE of an experiment. No torch, no jax.
+
+Each stage is a command of its own, so that a killed experiment goes on where it stopped:
+
+    OUT/<name>/<profile>/store, runs, eval                  as `extract`, `train` and `evaluate run` leave them
+    OUT/<name>/<profile>/experiment/results.{parquet,csv}   one row per SAE, measure and dataset (`evaluate.tidy`)
+    OUT/<name>/<profile>/experiment/summary.json            arms, comparisons, falsifiers, verdict (`evaluate.claims`)
+    OUT/<name>/<profile>/experiment/logs/                   what the commands printed
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from evaluate import claims
+from evaluate.experiment_config import ExperimentConfig
+from evaluate.tidy import Cell, Values, rows_of
+from evaluate.workspace import RUN, Workspace, open_workspace
+from extract.format.config import to_dict
+from extract.format.errors import UserError
+from extract.format.files import read_json, write_atomic, write_json, write_text
+
+FOLDER, TABLE, SUMMARY = "experiment", "results", "summary.json"
+STAGES = ("extract", "train", "evaluate", "table")
+
+
+def run_experiment(config: ExperimentConfig, out: Path, workers: int, stages: Sequence[str] = STAGES) -> Workspace:
+    """Runs `stages` of the experiment, `workers` commands at a time; the workspace that holds all of it."""
+    root = out / config.name
+    if "extract" in stages:
+        _call([["extract", "--out", str(root), "--profile", config.profile, *config.extract]], root / "extract.log", 1)
+    workspace = open_workspace(root, config.profile)
+    if "train" in stages:
+        train(config, workspace, workers)
+    if "evaluate" in stages:
+        evaluate(config, workspace, workers)
+    if "table" in stages:
+        summarise(config, workspace)
+    return workspace
+
+
+def train(config: ExperimentConfig, workspace: Workspace, workers: int) -> None:
+    """Trains what has not finished. Seed 0 comes first: its baselines give the gates of all seeds their tau."""
+    missing = [cell for cell in config.cells() if not (workspace.runs / cell.run / RUN).exists()]
+    jobs = sorted({(cell.seed > 0, cell.architecture, cell.seed) for cell in missing})
+    total, n_arms = len(list(config.cells())), len(config.arms) * len(config.ks)
+    with tqdm(total=total, initial=total - len(missing), desc="training", unit="SAE") as bar:
+        for is_later in (False, True):
+            commands = {
+                f"train-{architecture}-s{seed}": [
+                    *["hafs_jax", "sweep", *_place(workspace), "--grid", config.grid(), "--arch", architecture],
+                    *["--seed", str(seed), *config.train],
+                ]
+                for later, architecture, seed in jobs
+                if later == is_later
+            }
+            _run_all(commands, workspace, workers, lambda: bar.update(n_arms))
+    for cell in config.cells():
+        _check(cell, workspace)
+
+
+def evaluate(config: ExperimentConfig, workspace: Workspace, workers: int) -> None:
+    """Measures every SAE: the first one alone, which fills the caches of the language model's activations."""
+    cells = list(config.cells())
+    names = [cell.run for cell in cells]
+    shown = {
+        cell.run for cell in cells if cell.seed < config.latents_seeds and cell.k in (config.latents_ks or config.ks)
+    }
+    base = ["evaluate", "run", *_place(workspace), *config.evaluate]
+    parts = [names[1:][start::workers] for start in range(workers)]
+    with tqdm(total=len(names) + len(shown), desc="evaluating", unit="SAE") as bar:
+        _run_all({"evaluate-first": [*base, "--skip", "latents", "--runs", names[0]]}, workspace, 1, bar.update)
+        commands = {
+            f"evaluate-{index}": [*base, "--skip", "latents", "--runs", *part]
+            for index, part in enumerate(parts)
+            if part
+        }
+        _run_all(commands, workspace, workers, lambda: bar.update((len(names) - 1) // max(1, len(commands))))
+        if shown:
+            _run_all(
+                {"evaluate-latents": [*base, "--runs", *sorted(shown)]}, workspace, 1, lambda: bar.update(len(shown))
+            )
+
+
+def summarise(config: ExperimentConfig, workspace: Workspace) -> dict[str, Any]:
+    """Writes the tidy table and summary.json, and returns the summary; `UserError` where nothing was measured."""
+    import pandas
+
+    cells = list(config.cells())
+    rows = [row for cell in cells for row in rows_of(cell, workspace.eval / cell.run)]
+    rows += _stability(cells, workspace)
+    if not rows:
+        raise UserError(f"{workspace.eval}: expected evaluated runs of {config.name}, found none; run its other stages")
+    table = pandas.DataFrame(rows)
+    folder = workspace.folder / FOLDER
+    write_atomic(folder / f"{TABLE}.parquet", lambda file: table.to_parquet(file, index=False))
+    write_text(folder / f"{TABLE}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    values = Values(rows)
+    comparisons = claims.comparisons_of(values, config)
+    falsifiers = claims.falsifiers_of(comparisons, config)
+    summary = {
+        "config": to_dict(config),
+        "saes": int(table.run.nunique()),
+        "arms": claims.arms_of(values, config),
+        "comparisons": [comparison.plain() for comparison in comparisons],
+        "falsifiers": falsifiers,
+        "verdict": claims.verdict_of(comparisons, falsifiers, config, int(table.run.nunique())),
+        "off_level": off_level(table, config.l0_margin),
+        "missing": [cell.run for cell in cells if cell.run not in set(table.run)],
+    }
+    write_json(folder / SUMMARY, _finite(summary))
+    return summary
+
+
+def off_level(table: Any, margin: float) -> dict[str, float]:
+    """{run: its held-out L0} of the runs whose L0 is off their level by more than the share `margin`."""
+    l0 = table[table.measure == "l0"]
+    off = l0[(l0.value / l0.k - 1).abs() > margin]
+    return dict(zip(off.run, off.value, strict=True))
+
+
+def _stability(cells: Sequence[Cell], workspace: Workspace) -> list[dict[str, Any]]:
+    """A row per run: the mean over its pairs with other seeds, from eval/stability.json."""
+    path = workspace.eval / "stability.json"
+    if not path.exists():
+        return []
+    by_run: dict[str, list[float]] = {}
+    for pair in read_json(path, "the runs' stability").get("pairs", []):
+        for run in (pair["a"], pair["b"]):
+            by_run.setdefault(run, []).append(pair["mean_max_cosine"])
+    return [
+        {**vars(cell), "measure": "stability", "dataset": "", "value": sum(found) / len(found)}
+        for cell in cells
+        if (found := by_run.get(cell.run))
+    ]
+
+
+def _check(cell: Cell, workspace: Workspace) -> None:
+    path = workspace.runs / cell.run / RUN
+    if not path.exists():
+        raise UserError(f"expected the sweep to leave {path}, found none; see {workspace.folder / FOLDER / 'logs'}")
+    result = read_json(path, "a finished run")
+    found = (result["architecture"], result["k_or_target_l0"], result["seed"])
+    if found != (cell.architecture, cell.k, cell.seed):
+        raise UserError(f"{path}: expected {cell.architecture}, k={cell.k}, seed {cell.seed}, found {found}")
+
+
+def _place(workspace: Workspace) -> list[str]:
+    return ["--out", str(workspace.folder.parent), "--profile", workspace.folder.name]
+
+
+def _run_all(commands: dict[str, list[str]], workspace: Workspace, workers: int, done: Any) -> None:
+    logs = workspace.folder / FOLDER / "logs"
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        started = [pool.submit(_command, command, logs / f"{name}.log", workers) for name, command in commands.items()]
+        for future in started:
+            future.result()
+            done()
+
+
+def _call(commands: Iterable[list[str]], log: Path, workers: int) -> None:
+    for command in commands:
+        _command(command, log, workers)
+
+
+def _command(command: list[str], log: Path, workers: int) -> None:
+    """Runs `python -m COMMAND`, its output into `log`; `UserError` with its last line where it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if workers > 1:  # one core each: threads of two programs that wait for each other cost more than they give
+        threads = str(max(1, (os.cpu_count() or 1) // workers))
+        environment |= {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+        if threads == "1":
+            environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
+    with open(log, "a", encoding="utf-8") as file:
+        code = subprocess.run([sys.executable, "-m", *command], stdout=file, stderr=file, env=environment).returncode
+    if code:
+        last = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()[-1:]
+        raise UserError(
+            f"`python -m {' '.join(command[:2])}` failed with exit code {code}: {''.join(last)} (see {log})"
+        )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a bound that one seed cannot give is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
