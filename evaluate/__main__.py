@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from evaluate.config import DATASETS, OFFLINE_TASKS, EvalConfig
+from evaluate.config import DATASETS, OFFLINE_TASKS, STAGES, EvalConfig
 from evaluate.workspace import FinishedRun, Workspace, finished_runs, open_workspace
 from extract.format.config import Parser, add_flags, with_flags
 from extract.format.errors import UserError, one_line_errors
@@ -21,7 +21,9 @@ stages, in this order:
   core     FVU, L0, coherence and the rest on the held-out store              eval/<run>/core.json, core_latents.npz
   splice   cross-entropy and KL of the language model with the SAE in place   eval/<run>/core.json
   probing  SAE-Bench's sparse probing, of each SAE and the language model     eval/<run>/probing.json, eval/llm/
-  latents  densities, top contexts, promoted tokens                           eval/<run>/latents.json
+  latents  densities, contexts, promoted tokens, what fires with it           eval/<run>/latents.json
+  domains  latents as detectors of one text source against the others         eval/<run>/domains.json
+  across   alike dictionaries over seeds; each latent's match in other runs   eval/stability.json, latents.json
 
 tasks of --suite sae_probes, unless named (any binary task of the sae-probes wheel):
   {chr(10).join("  " + task for task in OFFLINE_TASKS).strip()}
@@ -55,9 +57,7 @@ def _parser() -> Parser:
     )
     _add_place(run)
     run.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that have finished]")
-    run.add_argument(
-        "--skip", nargs="+", default=[], choices=("splice", "probing", "latents"), help="stages to leave out [none]"
-    )
+    run.add_argument("--skip", nargs="+", default=[], choices=STAGES, help="stages to leave out [none]")
     run.add_argument("--sae", type=Path, metavar="SOURCE", help="measure this SAE of another library's instead of runs")
     run.add_argument("--name", help="with --sae: its name in OUT/<profile>/eval [the SOURCE's]")
     add_flags(run, EvalConfig())

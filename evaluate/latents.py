@@ -16,7 +16,7 @@ from evaluate.neighbours import nearest_vectors, partners, rounded, sharing
 from evaluate.selectivity import selectivity
 from evaluate.token_text import TokenText
 from evaluate.top_rows import scan
-from evaluate.windows import Window, read_windows
+from evaluate.windows import Window, read_windows, rows_at
 from extract.format.config import option
 from extract.format.errors import UserError
 from extract.format.files import write_text
@@ -117,6 +117,7 @@ def write_latents(
         "density": [rounded(value) for value in found.density_F],
         "max_activation": [rounded(value) for value in found.max_activation_F],
         "nearest_cosine": [rounded(value) for value in cosine_F],
+        "token": _commonest(store, found.top_rows_FN, text),
         "latents": latents,
     }
     write_text(path, json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
@@ -154,6 +155,16 @@ def _logits(vectors_CD: torch.Tensor, model: Any) -> torch.Tensor:
 
 def _best(scores_V: torch.Tensor, n: int, text: TokenText) -> list[str]:
     return [text(int(index)) for index in torch.sort(scores_V, descending=True, stable=True).indices[:n]]
+
+
+def _commonest(store: Store, top_rows_FN: np.ndarray, text: TokenText) -> list[str | None]:
+    """Of every latent, the commonest token of its top rows (of several the better row's): names those not shown."""
+    rows = rows_at(store, top_rows_FN[top_rows_FN >= 0])
+    found: list[str | None] = []
+    for top_N in top_rows_FN:
+        shares = _token_shares([text(int(rows[number]["token"])) for number in top_N.tolist() if number >= 0])
+        found.append(shares[0][0] if shares else None)
+    return found
 
 
 def _token_shares(tokens: list[str]) -> list[list[Any]]:

@@ -36,7 +36,7 @@ def read_windows(
     that the norm filter dropped have no row: their value is 0.
     """
     contexts = store.contexts()
-    places = _rows_at(store, top_rows_CN[top_rows_CN >= 0])
+    places = rows_at(store, top_rows_CN[top_rows_CN >= 0])
     windows: list[list[Window]] = []
     token_parts, window_parts, offset_parts = [], [], []  # one entry a (window, token): where the token lies, and whose
     flat: list[tuple[int, Window]] = []
@@ -78,7 +78,7 @@ def read_windows(
     return windows
 
 
-def _rows_at(store: Store, numbers: np.ndarray) -> dict[int, np.void]:
+def rows_at(store: Store, numbers: np.ndarray) -> dict[int, np.void]:
     """The ROW of each global row number."""
     found, base = {}, 0
     for shard, size in enumerate(store.shard_sizes):
