@@ -13,6 +13,7 @@ from extract.format.errors import UserError, one_line_errors
 DESCRIPTION = """\
 Measure the SAEs of all finished runs. Results lie in OUT/<profile>/eval/<run>/. What an earlier call computed from
 the same SAE, store and settings is kept; an interrupted call goes on where it stopped.
+`python -m evaluate --sae DIR ...` is short for `python -m evaluate run --sae DIR ...`.
 """
 
 EPILOG = f"""\
@@ -40,8 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; its exit code."""
     # Read when torch is imported. On busy cores, OpenMP threads that spin while they wait cost four times the run.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["--sae"] or (arguments and arguments[0].startswith("--sae=")):
+        arguments = ["run", *arguments]  # the short form: `python -m evaluate --sae DIR`
     with one_line_errors():
-        options = _parser().parse_args(argv)
+        options = _parser().parse_args(arguments)
         return options.command(options)
 
 
@@ -58,8 +62,21 @@ def _parser() -> Parser:
     _add_place(run)
     run.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that have finished]")
     run.add_argument("--skip", nargs="+", default=[], choices=STAGES, help="stages to leave out [none]")
-    run.add_argument("--sae", type=Path, metavar="SOURCE", help="measure this SAE of another library's instead of runs")
+    run.add_argument(
+        "--sae",
+        type=Path,
+        metavar="SOURCE",
+        help="measure this SAE of another library's instead of runs; first of the flags, `run` may be left out",
+    )
     run.add_argument("--name", help="with --sae: its name in OUT/<profile>/eval [the SOURCE's]")
+    run.add_argument(
+        "--first-letter",
+        nargs="?",
+        const="on",
+        choices=("on", "force"),
+        help="also SAE-Bench's first-letter absorption, hours a run: eval/<run>/first_letter.json; refused where model "
+        "or dictionary are too small for it to be valid, unless `force`d [off]",
+    )
     add_flags(run, EvalConfig())
     run.set_defaults(command=_run)
     synth = commands.add_parser(
@@ -126,7 +143,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from evaluate.stages import Evaluation  # seconds
 
-    Evaluation(workspace, config, options.skip).run(runs)
+    Evaluation(workspace, config, options.skip, options.first_letter).run(runs)
     print(workspace.eval)
     return 0
 

@@ -28,17 +28,24 @@ NEED_TEXT = frozenset(STAGES) - {"across"}
 FORMAT = 1  # raise it when results of the same inputs would differ
 
 CORE, PROBING, LATENTS, DOMAINS, DONE = "core.json", "probing.json", "latents.json", "domains.json", "done.json"
+FIRST_LETTER = "first_letter.json"
 
 
 class Evaluation:
     """One pass over the runs of a workspace."""
 
-    def __init__(self, workspace: Workspace, config: EvalConfig, skip: Sequence[str] = ()) -> None:
-        """`skip`: names of STAGES to leave out. `UserError` where the workspace has no held-out store."""
+    def __init__(
+        self, workspace: Workspace, config: EvalConfig, skip: Sequence[str] = (), first_letter: str | None = None
+    ) -> None:
+        """`skip`: names of STAGES to leave out. `UserError` where the workspace has no held-out store.
+
+        `first_letter`: "on" for SAE-Bench's first-letter absorption of every run, "force" even where it is not valid.
+        """
         self.workspace = workspace
         self.manifest: Manifest = workspace.heldout.manifest
         self.config = resolved(config, self.manifest.profile["resolved"])
         self.skip = frozenset(skip)
+        self.first_letter = first_letter
         self._loaded: tuple[str, Any] | None = None
 
     def run(self, runs: Sequence[FinishedRun]) -> None:
@@ -60,6 +67,8 @@ class Evaluation:
         if "domains" not in self.skip:
             for run in exported:
                 self._domains(run)
+        if self.first_letter:
+            self._first_letter(exported, self.first_letter)
         if "across" not in self.skip:
             self._across()
 
@@ -192,6 +201,29 @@ class Evaluation:
             identity = {"run": run.name, "sae_sha256": run.weights_sha256, "config": to_dict(domains)}
             write_json(path, {**identity, "sources": values})
         self._done(run.name, {"domains": mark})
+
+    def _first_letter(self, runs: Sequence[Exported], mode: str) -> None:
+        from evaluate.first_letter import check_validity, first_letter, parameters
+
+        marks = {run: self._mark(run, to_dict(self.manifest.model), self.manifest.hook_point) for run in runs}
+        left = {
+            run: mark
+            for run, mark in marks.items()
+            if not self._is_done(run.name, "first_letter", mark, self.workspace.result(run.name, FIRST_LETTER))
+        }
+        if not left:
+            return
+        model = self._model("float32")
+        for run in left:  # all of them before the first hour is spent
+            check_validity(run.name, parameters(model), self._sae(run).W_dec.shape[0], mode)
+        for run, mark in left.items():
+            with self._timed(f"first_letter/{run.name}"):
+                root, sae = self.workspace.cache / "first_letter", self._sae(run, model.device)
+                values = first_letter(run.unique_name, sae, model, self.manifest, root)
+                identity = {"run": run.name, "sae_sha256": run.weights_sha256}
+                write_json(self.workspace.result(run.name, FIRST_LETTER), {**identity, **values})
+            self._done(run.name, {"first_letter": mark})
+            _say(f"{run.name}: first-letter absorption {'' if values['valid'] else 'not '}valid: {values['reason']}")
 
     def _across(self) -> None:
         from evaluate.across import evaluated_runs, write_matches, write_stability
