@@ -112,6 +112,17 @@ def _parser() -> Parser:
     imported.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="the SOURCE's format [auto]")
     imported.add_argument("--hook-point", help="where the SAE belongs, e.g. blocks.3.hook_resid_post [the SOURCE's]")
     imported.set_defaults(command=_import)
+    neuronpedia = commands.add_parser(
+        "neuronpedia",
+        help="write a run's latents for Neuronpedia and SAEDashboard",
+        description="From the run's latents.json write DIR/sae_dashboard/batch-0.json, SAEDashboard's output, and"
+        " DIR/<model>/<layer>-<set>/, Neuronpedia's export bundle; print the latter's path.",
+    )
+    neuronpedia.add_argument("run_folder", type=Path, metavar="RUN_DIR", help=RUN_DIR)
+    neuronpedia.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+    neuronpedia.add_argument("--set", dest="set_name", metavar="NAME", help="the source set's name [the run's]")
+    neuronpedia.add_argument("--creator", default="", metavar="NAME", help="who made the SAE [nobody]")
+    neuronpedia.set_defaults(command=_neuronpedia)
     upload = commands.add_parser(
         "upload",
         help="put one run on the model hub",
@@ -201,6 +212,15 @@ def _import(options: argparse.Namespace) -> int:
     from evaluate.interop import import_sae
 
     print(import_sae(options.source, options.target, options.format, options.hook_point))
+    return 0
+
+
+def _neuronpedia(options: argparse.Namespace) -> int:
+    _check_folder(options.run_folder)
+
+    from evaluate.neuronpedia import write_neuronpedia
+
+    print(write_neuronpedia(options.run_folder, options.out, set_name=options.set_name, creator=options.creator))
     return 0
 
 

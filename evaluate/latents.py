@@ -105,8 +105,7 @@ def write_latents(
                 "partners": partners_C[slot],
                 "shares_with": shares_C[slot],
                 "top_tokens": _token_shares([context["tokens"][context["peak"]] for context in contexts]),
-                "promoted": _best(through_CV[slot], config.promoted, text) if through_CV is not None else [],
-                "suppressed": _best(-through_CV[slot], config.promoted, text) if through_CV is not None else [],
+                **_attribution(None if through_CV is None else through_CV[slot], config.promoted, text),
                 "contexts": contexts,
                 "random_contexts": random_contexts,
             }
@@ -151,6 +150,17 @@ def _logits(vectors_CD: torch.Tensor, model: Any) -> torch.Tensor:
     if final_norm is not None:
         vectors = vectors * final_norm.weight.detach().float().cpu()
     return vectors @ model.hf.get_output_embeddings().weight.detach().float().cpu().T
+
+
+def _attribution(logits_V: torch.Tensor | None, n: int, text: TokenText) -> dict[str, list[Any]]:
+    """The `n` tokens of the highest and the lowest logits, and those logits; empty where there are none."""
+    found: dict[str, list[Any]] = {}
+    for name, sign in (("promoted", 1), ("suppressed", -1)):
+        scores_V = torch.empty(0) if logits_V is None else sign * logits_V
+        found[name] = _best(scores_V, n, text)
+        highest = scores_V.topk(min(n, len(scores_V))).values
+        found[f"{name}_logits"] = [rounded(sign * float(value), SHADE_DIGITS) for value in highest]
+    return found
 
 
 def _best(scores_V: torch.Tensor, n: int, text: TokenText) -> list[str]:

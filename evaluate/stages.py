@@ -205,12 +205,11 @@ class Evaluation:
     def _first_letter(self, runs: Sequence[Exported], mode: str) -> None:
         from evaluate.first_letter import check_validity, first_letter, parameters
 
-        marks = {run: self._mark(run, to_dict(self.manifest.model), self.manifest.hook_point) for run in runs}
-        left = {
-            run: mark
-            for run, mark in marks.items()
-            if not self._is_done(run.name, "first_letter", mark, self.workspace.result(run.name, FIRST_LETTER))
-        }
+        left = {}
+        for run in runs:
+            mark = self._mark(run, to_dict(self.manifest.model), self.manifest.hook_point)
+            if not self._is_done(run.name, "first_letter", mark, self.workspace.result(run.name, FIRST_LETTER)):
+                left[run] = mark
         if not left:
             return
         model = self._model("float32")
