@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from evaluate.config import DATASETS, OFFLINE_TASKS, EvalConfig
+from evaluate.config import DATASETS, OFFLINE_TASKS, STAGES, EvalConfig
 from evaluate.workspace import FinishedRun, Workspace, finished_runs, open_workspace
 from extract.format.config import Parser, add_flags, with_flags
 from extract.format.errors import UserError, one_line_errors
@@ -14,6 +14,7 @@ from extract.format.files import read_json
 DESCRIPTION = """\
 Measure the SAEs of all finished runs. Results lie in OUT/<profile>/eval/<run>/. What an earlier call computed from
 the same SAE, store and settings is kept; an interrupted call goes on where it stopped.
+`python -m evaluate --sae DIR ...` is short for `python -m evaluate run --sae DIR ...`.
 """
 
 EPILOG = f"""\
@@ -22,7 +23,9 @@ stages, in this order:
   core     FVU, L0, coherence and the rest on the held-out store              eval/<run>/core.json, core_latents.npz
   splice   cross-entropy and KL of the language model with the SAE in place   eval/<run>/core.json
   probing  SAE-Bench's sparse probing, of each SAE and the language model     eval/<run>/probing.json, eval/llm/
-  latents  densities, top contexts, promoted tokens                           eval/<run>/latents.json
+  latents  densities, contexts, promoted tokens, what fires with it           eval/<run>/latents.json
+  domains  latents as detectors of one text source against the others         eval/<run>/domains.json
+  across   alike dictionaries over seeds; each latent's match in other runs   eval/stability.json, latents.json
 
 tasks of --suite sae_probes, unless named (any binary task of the sae-probes wheel):
   {chr(10).join("  " + task for task in OFFLINE_TASKS).strip()}
@@ -40,8 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; its exit code."""
     # Read when torch is imported. On busy cores, OpenMP threads that spin while they wait cost four times the run.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["--sae"] or (arguments and arguments[0].startswith("--sae=")):
+        arguments = ["run", *arguments]  # the short form: `python -m evaluate --sae DIR`
     with one_line_errors():
-        options = _parser().parse_args(argv)
+        options = _parser().parse_args(arguments)
         return options.command(options)
 
 
@@ -57,11 +63,22 @@ def _parser() -> Parser:
     )
     _add_place(run)
     run.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that have finished]")
+    run.add_argument("--skip", nargs="+", default=[], choices=STAGES, help="stages to leave out [none]")
     run.add_argument(
-        "--skip", nargs="+", default=[], choices=("splice", "probing", "latents"), help="stages to leave out [none]"
+        "--sae",
+        type=Path,
+        metavar="SOURCE",
+        help="measure this SAE of another library's instead of runs; first of the flags, `run` may be left out",
     )
-    run.add_argument("--sae", type=Path, metavar="SOURCE", help="measure this SAE of another library's instead of runs")
     run.add_argument("--name", help="with --sae: its name in OUT/<profile>/eval [the SOURCE's]")
+    run.add_argument(
+        "--first-letter",
+        nargs="?",
+        const="on",
+        choices=("on", "force"),
+        help="also SAE-Bench's first-letter absorption, hours a run: eval/<run>/first_letter.json; refused where model "
+        "or dictionary are too small for it to be valid, unless `force`d [off]",
+    )
     add_flags(run, EvalConfig())
     run.set_defaults(command=_run)
     synth = commands.add_parser(
@@ -110,6 +127,17 @@ def _parser() -> Parser:
     imported.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="the SOURCE's format [auto]")
     imported.add_argument("--hook-point", help="where the SAE belongs, e.g. blocks.3.hook_resid_post [the SOURCE's]")
     imported.set_defaults(command=_import)
+    neuronpedia = commands.add_parser(
+        "neuronpedia",
+        help="write a run's latents for Neuronpedia and SAEDashboard",
+        description="From the run's latents.json write DIR/sae_dashboard/batch-0.json, SAEDashboard's output, and"
+        " DIR/<model>/<layer>-<set>/, Neuronpedia's export bundle; print the latter's path.",
+    )
+    neuronpedia.add_argument("run_folder", type=Path, metavar="RUN_DIR", help=RUN_DIR)
+    neuronpedia.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+    neuronpedia.add_argument("--set", dest="set_name", metavar="NAME", help="the source set's name [the run's]")
+    neuronpedia.add_argument("--creator", default="", metavar="NAME", help="who made the SAE [nobody]")
+    neuronpedia.set_defaults(command=_neuronpedia)
     upload = commands.add_parser(
         "upload",
         help="put one run on the model hub",
@@ -141,7 +169,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from evaluate.stages import Evaluation  # seconds
 
-    Evaluation(workspace, config, options.skip).run(runs)
+    Evaluation(workspace, config, options.skip, options.first_letter).run(runs)
     print(workspace.eval)
     return 0
 
@@ -216,6 +244,15 @@ def _import(options: argparse.Namespace) -> int:
     from evaluate.interop import import_sae
 
     print(import_sae(options.source, options.target, options.format, options.hook_point))
+    return 0
+
+
+def _neuronpedia(options: argparse.Namespace) -> int:
+    _check_folder(options.run_folder)
+
+    from evaluate.neuronpedia import write_neuronpedia
+
+    print(write_neuronpedia(options.run_folder, options.out, set_name=options.set_name, creator=options.creator))
     return 0
 
 

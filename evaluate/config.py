@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from extract.format.config import check_choices, option
 from extract.format.errors import UserError
 
+STAGES = ("splice", "probing", "latents", "domains", "across")  # core always runs: it takes seconds
+
 OFFLINE_TASKS = (
     "60_wikidata_occupation_isathlete",
     "62_wikidata_occupation_ispolitician",

@@ -1,27 +1,28 @@
-"""Single latents over a store: densities, top contexts, nearest vectors, promoted tokens. Torch; writes latents.json.
+"""Single latents over a store: what each fires on, with, and for. Torch; no jax; writes latents.json.
 
-Needs no language model: a store keeps every row's context and position, so that the activations of a top row's
-neighbours are found in the store itself. Must not import jax.
+Needs no language model but for the promoted tokens; the parts are in `windows`, `firing`, `neighbours`, `selectivity`.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 
-from evaluate import top_rows
+from evaluate.firing import observe
+from evaluate.neighbours import nearest_vectors, partners, rounded, sharing
+from evaluate.selectivity import selectivity
 from evaluate.token_text import TokenText
 from evaluate.top_rows import scan
+from evaluate.windows import Window, read_windows, rows_at
 from extract.format.config import option
 from extract.format.errors import UserError
 from extract.format.files import write_text
-from extract.format.store import Store, to_float32
+from extract.format.store import Store
 
+SHADE_DIGITS = 3  # of an activation in a context: the page shades by it
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # Llama and most others; GPT-2; GPT-NeoX; Phi
 
 
@@ -30,20 +31,31 @@ class LatentsConfig:
     """What latents.json holds."""
 
     max_rows: int = option(131_072, "rows scanned; a store is shuffled, so that its first rows are a sample of it")
-    latents: int = option(40, "latents shown, spread evenly over the live ones' density ranks [latents]")
-    most_active: int = option(8, "of those, how many are the ones with the highest activation [latents]")
-    examples: int = option(12, "top contexts a latent, each from another document [contexts]")
+    latents: int = option(200, "latents shown, spread evenly over the live ones' density ranks [latents]")
+    most_active: int = option(20, "of those, how many are the ones with the highest activation [latents]")
+    examples: int = option(20, "top contexts a latent, each from another document [contexts]")
+    random_examples: int = option(8, "contexts a latent drawn where it fires, each from another document [contexts]")
+    seed: int = option(0, "seed of that draw")
     tokens_before: int = option(24, "tokens shown before the peak [tokens]")
     tokens_after: int = option(12, "tokens shown after the peak [tokens]")
     promoted: int = option(10, "promoted and suppressed tokens a latent, each [tokens]")
+    partners: int = option(5, "latents that it fires with, a latent [latents]")
+    partner_rows: int = option(10, "rows on which a partner fires with it, at least [rows]")
+    shares: int = option(5, "latents whose dictionary vectors share its direction, a latent [latents]")
+    shared_cosine: float = option(0.2, "cosine from which two dictionary vectors share direction")
 
     def __post_init__(self) -> None:
-        for name, least in {"max_rows": 1, "examples": 1}.items():
+        for name, least in {"max_rows": 1, "examples": 1, "partner_rows": 1}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)}: expected at least {least}")
-        for name in ("latents", "most_active", "tokens_before", "tokens_after", "promoted"):
+        for name in ("latents", "most_active", "random_examples", "seed", "tokens_before", "tokens_after", "promoted"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: expected 0 or more")
+        for name in ("partners", "shares"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: expected 0 or more")
+        if not 0 < self.shared_cosine <= 1:
+            raise UserError(f"shared_cosine={self.shared_cosine}: expected more than 0 and at most 1")
 
 
 def write_latents(
@@ -55,38 +67,56 @@ def write_latents(
     the model, `promoted` and `suppressed` stay empty. A latent's promoted tokens are the highest entries of its
     dictionary vector through the final norm's gain and the unembedding, and its suppressed the lowest: direct logit
     attribution, with the later layers and the final norm's data-dependent scale left out.
+
+    Of each latent shown: `contexts` are those of its highest activations and `random_contexts` of rows drawn from all
+    on which it fires, one of each equal share by activation, highest first; `selectivity`, `partners` and `shares_with`
+    are what the functions of those names say. `matches` is added by `evaluate.across`, which needs the other runs.
     """
     config = config or LatentsConfig()
     _check_width(sae, store)
     text = TokenText(getattr(model, "tokenizer", model))
     found = scan(sae, store, config.max_rows, config.examples)
     chosen = choose_latents(found.density_F, found.max_activation_F, config.latents, config.most_active)
-    windows = read_windows(sae, store, chosen, found.top_rows_FN[chosen], config.tokens_before, config.tokens_after)
+    fired = observe(sae, store, chosen, config.max_rows, config.random_examples, config.seed)
+    shown_rows_CN = np.concatenate([found.top_rows_FN[chosen], fired.random_rows_CR], axis=1)
+    windows = read_windows(sae, store, chosen, shown_rows_CN, config.tokens_before, config.tokens_after)
+    top_C = (found.top_rows_FN[chosen] >= 0).sum(1).tolist()
     nearest_F, cosine_F = nearest_vectors(sae.W_dec.detach())
     through_CV = _logits(sae.W_dec.detach()[chosen], model) if hasattr(model, "hf") else None
-    titles = [(entry.get("labels") or {}).get("title") for entry in store.documents()]
+    documents = store.documents()
+    together, count_F = fired.together_CF, fired.count_F
+    partners_C = partners(chosen, together, count_F, fired.rows, config.partner_rows, config.partners)
+    shares_C = sharing(sae.W_dec.detach(), chosen, together, count_F, config.shared_cosine, config.shares)
+    looked_at = [documents[number] for number in fired.documents_N.tolist()]
+    selective_C = selectivity(fired.maximum_CN, fired.mass_CN, fired.rows_N, looked_at)
+    titles = [(entry.get("labels") or {}).get("title") for entry in documents]
     sources = [source.name for source in store.manifest.sources]
     latents = []
     for slot, index in enumerate(chosen.tolist()):
         contexts = [_shown(window, titles, sources, text) for window in windows[slot]]
+        contexts, random_contexts = contexts[: top_C[slot]], contexts[top_C[slot] :]
         latents.append(
             {
                 "index": index,
-                "density": _rounded(found.density_F[index]),
-                "max_activation": _rounded(found.max_activation_F[index]),
-                "nearest": {"index": int(nearest_F[index]), "cosine": _rounded(cosine_F[index])},
+                "density": rounded(found.density_F[index]),
+                "max_activation": rounded(found.max_activation_F[index]),
+                "nearest": {"index": int(nearest_F[index]), "cosine": rounded(cosine_F[index])},
+                "selectivity": selective_C[slot],
+                "partners": partners_C[slot],
+                "shares_with": shares_C[slot],
                 "top_tokens": _token_shares([context["tokens"][context["peak"]] for context in contexts]),
-                "promoted": _best(through_CV[slot], config.promoted, text) if through_CV is not None else [],
-                "suppressed": _best(-through_CV[slot], config.promoted, text) if through_CV is not None else [],
+                **_attribution(None if through_CV is None else through_CV[slot], config.promoted, text),
                 "contexts": contexts,
+                "random_contexts": random_contexts,
             }
         )
     values = {
         "run": run,
         "rows_scanned": found.rows,
-        "density": [_rounded(value) for value in found.density_F],
-        "max_activation": [_rounded(value) for value in found.max_activation_F],
-        "nearest_cosine": [_rounded(value) for value in cosine_F],
+        "density": [rounded(value) for value in found.density_F],
+        "max_activation": [rounded(value) for value in found.max_activation_F],
+        "nearest_cosine": [rounded(value) for value in cosine_F],
+        "token": _commonest(store, found.top_rows_FN, text),
         "latents": latents,
     }
     write_text(path, json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
@@ -102,111 +132,6 @@ def choose_latents(density_F: np.ndarray, max_activation_F: np.ndarray, latents:
     wanted = min(latents - len(active), len(rest))
     middles = ((np.arange(wanted) + 0.5) * len(rest) / max(wanted, 1)).astype(np.int64)
     return np.sort(np.concatenate([active, rest[middles]]))
-
-
-@dataclass(frozen=True)
-class Window:
-    """The tokens around one top row and the latent's activation on each; 0 where the store has no such row."""
-
-    context: int
-    document: int
-    source: int
-    peak: int  # index into the window
-    token_ids: np.ndarray  # [W] int32
-    values: np.ndarray  # [W] float32
-
-
-@torch.no_grad()
-def read_windows(
-    sae: Any, store: Store, latents_C: np.ndarray, top_rows_CN: np.ndarray, before: int, after: int
-) -> list[list[Window]]:
-    """For each latent, the window around each of its top rows (-1: none), by a second pass over the store's rows.
-
-    All shards are looked through, since the neighbours of a row lie anywhere in a shuffled store. BOS and the tokens
-    that the norm filter dropped have no row: their value is 0.
-    """
-    contexts = store.contexts()
-    places = _rows_at(store, top_rows_CN[top_rows_CN >= 0])
-    windows: list[list[Window]] = []
-    token_parts, window_parts, offset_parts = [], [], []  # one entry a (window, token): where the token lies, and whose
-    flat: list[tuple[int, Window]] = []
-    for latent, rows in zip(latents_C.tolist(), top_rows_CN.tolist(), strict=True):
-        windows.append([])
-        for row in rows:
-            if row < 0:
-                continue
-            place = places[row]
-            entry = contexts.table[place["context"]]
-            start = max(0, int(place["position"]) - before)
-            stop = min(int(entry["length"]), int(place["position"]) + after + 1)
-            at = np.arange(start, stop) + int(entry["start"])
-            window = Window(
-                int(place["context"]),
-                int(place["document"]),
-                int(place["source"]),
-                int(place["position"]) - start,
-                np.array(contexts.tokens[at]),
-                np.zeros(len(at), np.float32),
-            )
-            token_parts.append(at)
-            window_parts.append(np.full(len(at), len(flat)))
-            offset_parts.append(np.arange(len(at)))
-            flat.append((latent, window))
-            windows[-1].append(window)
-    if not flat:
-        return windows
-    token_P, window_P, offset_P = map(np.concatenate, (token_parts, window_parts, offset_parts))
-    order = np.argsort(token_P, kind="stable")
-    token_P, window_P, offset_P = token_P[order], window_P[order], offset_P[order]
-    latent_P = np.array([latent for latent, _ in flat])[window_P]
-    for acts_BD, token_B in _rows_of_tokens(store, np.unique(token_P), sae.W_dec.shape[0]):
-        latents_BF = sae.encode(torch.from_numpy(acts_BD).to(sae.device, sae.dtype)).float().cpu().numpy()
-        first, last = np.searchsorted(token_P, token_B, "left"), np.searchsorted(token_P, token_B, "right")
-        for row, (low, high) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
-            for pair in range(low, high):
-                flat[window_P[pair]][1].values[offset_P[pair]] = latents_BF[row, latent_P[pair]]
-    return windows
-
-
-@torch.no_grad()
-def nearest_vectors(W_dec: Float[torch.Tensor, "F D"]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each dictionary vector, the index of the other one with the highest cosine, and that cosine: ([F], [F])."""
-    unit_FD = torch.nn.functional.normalize(W_dec.float(), dim=1)
-    index_parts, cosine_parts = [], []
-    chunk = max(1, top_rows.BATCH_FLOATS // len(unit_FD))
-    for start in range(0, len(unit_FD), chunk):
-        cosine_CF = unit_FD[start : start + chunk] @ unit_FD.T
-        cosine_CF.diagonal(start).fill_(-2.0)  # never its own neighbour
-        best = cosine_CF.max(1)
-        index_parts.append(best.indices.cpu())
-        cosine_parts.append(best.values.clamp(-1, 1).cpu())
-    return torch.cat(index_parts).numpy(), torch.cat(cosine_parts).numpy()
-
-
-def _rows_at(store: Store, numbers: np.ndarray) -> dict[int, np.void]:
-    """The ROW of each global row number."""
-    found, base = {}, 0
-    for shard, size in enumerate(store.shard_sizes):
-        table = store.rows(shard)
-        for number in np.unique(numbers[(numbers >= base) & (numbers < base + size)]).tolist():
-            found[number] = table[number - base]
-        base += size
-    return found
-
-
-def _rows_of_tokens(store: Store, wanted: np.ndarray, n_latents: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Activations [B, D] and places in tokens.npy [B] of the store's rows whose token is in the sorted `wanted`."""
-    starts = np.array(store.contexts().table["start"])
-    batch_rows = top_rows.batch_rows(store, n_latents)
-    for shard in range(len(store.shard_sizes)):
-        table = store.rows(shard)
-        token = starts[table["context"]] + table["position"]
-        nearest = np.minimum(np.searchsorted(wanted, token), len(wanted) - 1)
-        hits = np.flatnonzero(wanted[nearest] == token)
-        raw = store.raw(shard)
-        for start in range(0, len(hits), batch_rows):
-            batch = hits[start : start + batch_rows]
-            yield to_float32(raw[batch], store.manifest.dtype), token[batch]
 
 
 def _check_width(sae: Any, store: Store) -> None:
@@ -227,8 +152,29 @@ def _logits(vectors_CD: torch.Tensor, model: Any) -> torch.Tensor:
     return vectors @ model.hf.get_output_embeddings().weight.detach().float().cpu().T
 
 
+def _attribution(logits_V: torch.Tensor | None, n: int, text: TokenText) -> dict[str, list[Any]]:
+    """The `n` tokens of the highest and the lowest logits, and those logits; empty where there are none."""
+    found: dict[str, list[Any]] = {}
+    for name, sign in (("promoted", 1), ("suppressed", -1)):
+        scores_V = torch.empty(0) if logits_V is None else sign * logits_V
+        found[name] = _best(scores_V, n, text)
+        highest = scores_V.topk(min(n, len(scores_V))).values
+        found[f"{name}_logits"] = [rounded(sign * float(value), SHADE_DIGITS) for value in highest]
+    return found
+
+
 def _best(scores_V: torch.Tensor, n: int, text: TokenText) -> list[str]:
     return [text(int(index)) for index in torch.sort(scores_V, descending=True, stable=True).indices[:n]]
+
+
+def _commonest(store: Store, top_rows_FN: np.ndarray, text: TokenText) -> list[str | None]:
+    """Of every latent, the commonest token of its top rows (of several the better row's): names those not shown."""
+    rows = rows_at(store, top_rows_FN[top_rows_FN >= 0])
+    found: list[str | None] = []
+    for top_N in top_rows_FN:
+        shares = _token_shares([text(int(rows[number]["token"])) for number in top_N.tolist() if number >= 0])
+        found.append(shares[0][0] if shares else None)
+    return found
 
 
 def _token_shares(tokens: list[str]) -> list[list[Any]]:
@@ -236,7 +182,7 @@ def _token_shares(tokens: list[str]) -> list[list[Any]]:
     counts: dict[str, int] = {}
     for token in tokens:
         counts[token] = counts.get(token, 0) + 1
-    return [[token, _rounded(n / len(tokens))] for token, n in sorted(counts.items(), key=lambda item: -item[1])[:5]]
+    return [[token, rounded(n / len(tokens))] for token, n in sorted(counts.items(), key=lambda item: -item[1])[:5]]
 
 
 def _shown(window: Window, titles: list[str | None], sources: list[str], text: TokenText) -> dict[str, Any]:
@@ -246,10 +192,5 @@ def _shown(window: Window, titles: list[str | None], sources: list[str], text: T
         "title": titles[window.document],
         "peak": window.peak,
         "tokens": [text(int(token)) for token in window.token_ids],
-        "values": [_rounded(value) for value in window.values],
+        "values": [rounded(value, SHADE_DIGITS) for value in window.values],
     }
-
-
-def _rounded(value: float) -> float:
-    """Five significant digits: what a page shows, in a fraction of the bytes."""
-    return float(f"{float(value):.5g}")

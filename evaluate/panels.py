@@ -140,7 +140,7 @@ def _probing_panel(key: str, title: str, values: dict[str | None, dict[str, floa
     for name, by_column in values.items():
         if not by_column:
             continue
-        points = [(top_k(column), value) for column, value in by_column.items() if column != "full"]
+        points = [(top_k(column), value) for column, value in by_column.items() if column.startswith("top_")]
         ks |= {k for k, _ in points}
         label, style = (name, name) if name else ("language model, top-k activations", "llm-top-k")
         if points:

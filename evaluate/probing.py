@@ -79,7 +79,8 @@ def probe_language_model(
     """The language model's own probes: {"model", "hook_point", "tasks": {task: {"full": ..., "top_1": ..., ...}}}.
 
     `full` is sae-probes' logistic regression on all D activations. `top_k` is the sparse probe of `probe_sae` on the
-    identity in the place of an SAE: the k residual-stream dimensions that tell the classes apart best.
+    identity in the place of an SAE: the k residual-stream dimensions that tell the classes apart best. `pca_k` is that
+    of `pca_probes`.
     """
     layer = check_hook_point(manifest.hook_point)
     with logged(root / "saebench.log"):
@@ -94,11 +95,43 @@ def probe_language_model(
             hook_name=manifest.hook_point,
         )
     values = probe_sae("identity", identity, manifest.hook_point, cache, settings, root)
-    return {
-        "model": manifest.model.name,
-        "hook_point": manifest.hook_point,
-        "tasks": {task: {"full": full_probe(values, task), **top_probes(values, task)} for task in settings.tasks},
-    }
+    tasks = {}
+    for task in settings.tasks:
+        components = pca_probes(task, manifest.hook_point, cache, settings, root)
+        tasks[task] = {"full": full_probe(values, task), **top_probes(values, task), **components}
+    return {"model": manifest.model.name, "hook_point": manifest.hook_point, "tasks": tasks}
+
+
+def pca_probes(
+    task: str, hook_point: str, cache: ActivationCache, settings: ProbeSettings, root: Path
+) -> dict[str, dict[str, float]]:
+    """{"pca_<k>": {metric: value}}: probes on the first k principal components of the task's training activations.
+
+    The k come from the variance alone, not from the classes: what any k directions of the activations are worth. Split,
+    logistic regression, choice of C and metrics are sae-probes' own (`get_xy_traintest`, `find_best_reg`), as is the
+    standardisation of each dimension before the components are taken (`find_best_pcareg`). Of a k beyond the number of
+    components, all of them are taken.
+    """
+    with logged(root / "saebench.log"), threadpool_limits(1, user_api="blas"):
+        from sae_probes.run_baselines import DATASET_SIZES
+        from sae_probes.utils_data import get_xy_traintest
+        from sae_probes.utils_training import find_best_reg
+        from sklearn.decomposition import PCA
+        from sklearn.preprocessing import StandardScaler
+
+        n_train = min(DATASET_SIZES[task] - 100, 1024)  # as sae-probes has it for both its baselines and its SAEs
+        place = {"model_name": cache.model_name, "model_cache_path": str(cache.folder), "seed": settings.seed}
+        train_ND, train_y, test_ND, test_y = get_xy_traintest(n_train, task, hook_point, **place)
+        scaler = StandardScaler().fit(train_ND)
+        pca = PCA(min(*train_ND.shape, max(settings.ks)), random_state=settings.seed).fit(scaler.transform(train_ND))
+        train_NK, test_NK = (pca.transform(scaler.transform(acts_ND)) for acts_ND in (train_ND, test_ND))
+        found = {}
+        for k in settings.ks:
+            of_k = train_NK[:, :k], train_y, test_NK[:, :k], test_y
+            metrics = find_best_reg(*of_k, penalty=settings.penalty, seed=settings.seed).metrics
+            values = (metrics.test_acc, metrics.test_auc, metrics.test_f1)
+            found[f"pca_{k}"] = dict(zip(METRICS, map(float, values), strict=True))
+    return found
 
 
 def read_output(folder: Path, unique_name: str) -> dict[str, Any]:

@@ -205,8 +205,9 @@ def _by_number(task: str) -> tuple[int, str]:
 
 
 def top_k(name: str) -> int:
-    """The k of "top_<k>"; 0 for "full"."""
-    return 0 if name == "full" else int(name.removeprefix("top_"))
+    """The k of "top_<k>" or of any other "<name>_<k>"; 0 for "full" and whatever else has none."""
+    number = name.rpartition("_")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def _optional(path: Path, what: str) -> dict[str, Any]:

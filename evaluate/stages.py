@@ -1,4 +1,4 @@
-"""The stages of an evaluation over all finished runs, each resumable: export, core, splice, probing, latents. Torch.
+"""The stages of an evaluation over all finished runs, each resumable; `config.STAGES` names them. Torch.
 
 `eval/<run>/done.json` holds, for each stage, a fingerprint of what its result was computed from; a stage whose
 fingerprint still matches is left as it is. It is written after the result.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.config import EvalConfig, resolved
+from evaluate.config import STAGES, EvalConfig, resolved
 from evaluate.workspace import Exported, FinishedRun, Workspace, fingerprint, hashed_export, read_result
 from extract.format.config import to_dict
 from extract.format.errors import UserError
@@ -24,28 +24,35 @@ from extract.format.files import write_atomic, write_json
 from extract.format.store import Manifest
 from extract.hub import go_offline, hub_problem
 
-STAGES = ("splice", "probing", "latents")  # core always runs: it takes seconds
+NEED_TEXT = frozenset(STAGES) - {"across"}
 FORMAT = 1  # raise it when results of the same inputs would differ
 
-CORE, PROBING, LATENTS, DONE = "core.json", "probing.json", "latents.json", "done.json"
+CORE, PROBING, LATENTS, DOMAINS, DONE = "core.json", "probing.json", "latents.json", "domains.json", "done.json"
+FIRST_LETTER = "first_letter.json"
 
 
 class Evaluation:
     """One pass over the runs of a workspace."""
 
-    def __init__(self, workspace: Workspace, config: EvalConfig, skip: Sequence[str] = ()) -> None:
-        """`skip`: names of STAGES to leave out. `UserError` where the workspace has no held-out store."""
+    def __init__(
+        self, workspace: Workspace, config: EvalConfig, skip: Sequence[str] = (), first_letter: str | None = None
+    ) -> None:
+        """`skip`: names of STAGES to leave out. `UserError` where the workspace has no held-out store.
+
+        `first_letter`: "on" for SAE-Bench's first-letter absorption of every run, "force" even where it is not valid.
+        """
         self.workspace = workspace
         self.manifest: Manifest = workspace.heldout.manifest
         self.config = resolved(config, self.manifest.profile["resolved"])
         self.skip = frozenset(skip)
+        self.first_letter = first_letter
         self._loaded: tuple[str, Any] | None = None
 
     def run(self, runs: Sequence[FinishedRun]) -> None:
         """Evaluates `runs`, one stage after the other, and writes their results under O/eval."""
-        if not self.manifest.has_tokens and len(self.skip) < len(STAGES):
+        if not self.manifest.has_tokens and not self.skip >= NEED_TEXT:
             _say("the store holds no tokens (an imported array or a synthetic world): only core is measured")
-            self.skip = frozenset(STAGES)
+            self.skip |= NEED_TEXT
         self._reach_hub()
         exported = [self._export(run) for run in runs]
         for run in exported:
@@ -57,6 +64,13 @@ class Evaluation:
         if "latents" not in self.skip:
             for run in exported:
                 self._latents(run)
+        if "domains" not in self.skip:
+            for run in exported:
+                self._domains(run)
+        if self.first_letter:
+            self._first_letter(exported, self.first_letter)
+        if "across" not in self.skip:
+            self._across()
 
     def _reach_hub(self) -> None:
         """Turns the hub libraries offline where the hub is not needed or does not answer: retries take minutes."""
@@ -122,7 +136,7 @@ class Evaluation:
             for run, mark in marks.items()
             if not self._is_done(run.name, "probing", mark, self.workspace.result(run.name, PROBING))
         }
-        llm_mark = fingerprint([FORMAT, settings])
+        llm_mark = fingerprint([FORMAT, "pca", settings])
         if marks or not self._is_done("llm", "probing", llm_mark, path):
             probe, language_model = self._suite()
             values: dict[str, Any] = {}
@@ -171,8 +185,53 @@ class Evaluation:
                 model = self._loaded[1] if self._loaded else self._model(None)
                 sae = self._sae(run, model.device)
                 write_latents(sae, self.workspace.train, model, path, run=run.name, config=latents)
-            self._done(run.name, {"latents": mark})
+            self._done(run.name, {"latents": mark, "matches": None})
             _say(f"{run.name}: latents shown")
+
+    def _domains(self, run: Exported) -> None:
+        from evaluate.domains import DomainsConfig, detections, domain_metrics
+
+        store, domains, path = self.workspace.heldout, DomainsConfig(), self.workspace.result(run.name, DOMAINS)
+        mark = self._mark(run, store.manifest.fingerprint, to_dict(domains))
+        sources = [source.name for source in store.manifest.sources]
+        if len(sources) < 2 or self._is_done(run.name, "domains", mark, path):
+            return
+        with self._timed(f"domains/{run.name}"):
+            values = domain_metrics(detections(self._sae(run), store, domains), sources, domains)
+            identity = {"run": run.name, "sae_sha256": run.weights_sha256, "config": to_dict(domains)}
+            write_json(path, {**identity, "sources": values})
+        self._done(run.name, {"domains": mark})
+
+    def _first_letter(self, runs: Sequence[Exported], mode: str) -> None:
+        from evaluate.first_letter import check_validity, first_letter, parameters
+
+        left = {}
+        for run in runs:
+            mark = self._mark(run, to_dict(self.manifest.model), self.manifest.hook_point)
+            if not self._is_done(run.name, "first_letter", mark, self.workspace.result(run.name, FIRST_LETTER)):
+                left[run] = mark
+        if not left:
+            return
+        model = self._model("float32")
+        for run in left:  # all of them before the first hour is spent
+            check_validity(run.name, parameters(model), self._sae(run).W_dec.shape[0], mode)
+        for run, mark in left.items():
+            with self._timed(f"first_letter/{run.name}"):
+                root, sae = self.workspace.cache / "first_letter", self._sae(run, model.device)
+                values = first_letter(run.unique_name, sae, model, self.manifest, root)
+                identity = {"run": run.name, "sae_sha256": run.weights_sha256}
+                write_json(self.workspace.result(run.name, FIRST_LETTER), {**identity, **values})
+            self._done(run.name, {"first_letter": mark})
+            _say(f"{run.name}: first-letter absorption {'' if values['valid'] else 'not '}valid: {values['reason']}")
+
+    def _across(self) -> None:
+        from evaluate.across import evaluated_runs, write_matches, write_stability
+
+        with self._timed("across"):
+            runs = evaluated_runs(self.workspace)
+            for arm in write_stability(self.workspace, runs)["arms"]:
+                _say(f"stability of {', '.join(arm['runs'])}: mean max cosine {_shown(arm['mean_max_cosine'])}")
+            write_matches(self.workspace, runs)
 
     @cached_property
     def _moments(self) -> Any:

@@ -32,9 +32,9 @@ def scan(sae: Any, store: Store, max_rows: int, examples: int) -> Scan:
     n_latents = sae.W_dec.shape[0]
     count_F = torch.zeros(n_latents, dtype=torch.int64)
     max_F = torch.zeros(n_latents)
-    top = _Top(n_latents, examples)
+    top = TopRows(n_latents, examples)
     seen = 0
-    for first, acts_BD, rows_B in _batches(store, max_rows, batch_rows(store, n_latents)):
+    for first, acts_BD, rows_B in batches(store, max_rows, batch_rows(store, n_latents)):
         latents_BF = sae.encode(torch.from_numpy(acts_BD).to(sae.device, sae.dtype)).float().cpu()
         count_F += (latents_BF > 0).sum(0, dtype=torch.int32)
         max_F = torch.maximum(max_F, latents_BF.amax(0))
@@ -50,13 +50,14 @@ def batch_rows(store: Store, n_latents: int) -> int:
     return max(1, min(8192, BATCH_FLOATS // (store.manifest.d_model + 2 * n_latents)))
 
 
-class _Top:
-    """The running best `n` rows of every latent, of distinct documents."""
+class TopRows:
+    """The running best `n` rows of every latent, of distinct documents; beside each a payload of the caller's."""
 
     def __init__(self, n_latents: int, n: int) -> None:
         self.n = n
         self.values_FN = np.zeros((n_latents, n), np.float32)
         self.rows_FN = np.full((n_latents, n), -1, np.int64)
+        self.payload_FN = np.zeros((n_latents, n), np.float32)
         self._documents_FN = np.full((n_latents, n), -1, np.int64)
 
     @property
@@ -64,30 +65,37 @@ class _Top:
         """What a value must exceed to enter. An equal one never does: it is of a later row."""
         return self.values_FN[:, -1]
 
-    def add(self, latent: np.ndarray, value: np.ndarray, document: np.ndarray, row: np.ndarray) -> None:
+    def add(
+        self,
+        latent: np.ndarray,
+        value: np.ndarray,
+        document: np.ndarray,
+        row: np.ndarray,
+        payload: np.ndarray | None = None,
+    ) -> None:
         touched = np.unique(latent)
         slot, place = np.nonzero(self.rows_FN[touched] >= 0)
         kept = touched[slot]
         latent = np.concatenate([kept, latent])
+        payload = np.concatenate([self.payload_FN[kept, place], value if payload is None else payload])
         value = np.concatenate([self.values_FN[kept, place], value])
         document = np.concatenate([self._documents_FN[kept, place], document])
         row = np.concatenate([self.rows_FN[kept, place], row])
 
         order = np.lexsort((row, -value, document, latent))  # each document's best row
-        latent, value, document, row = latent[order], value[order], document[order], row[order]
-        is_best = np.ones(len(latent), bool)
-        is_best[1:] = (latent[1:] != latent[:-1]) | (document[1:] != document[:-1])
-        latent, value, document, row = latent[is_best], value[is_best], document[is_best], row[is_best]
-
-        order = np.lexsort((row, -value, latent))
-        latent, value, document, row = latent[order], value[order], document[order], row[order]
+        is_best = np.ones(len(order), bool)
+        is_best[1:] = (np.diff(latent[order]) != 0) | (np.diff(document[order]) != 0)
+        order = order[is_best]
+        order = order[np.lexsort((row[order], -value[order], latent[order]))]
+        latent = latent[order]
         rank = np.arange(len(latent)) - np.searchsorted(latent, latent)
         fits = rank < self.n
-        at = latent[fits], rank[fits]
-        self.values_FN[at], self._documents_FN[at], self.rows_FN[at] = value[fits], document[fits], row[fits]
+        at, order = (latent[fits], rank[fits]), order[fits]
+        self.values_FN[at], self.payload_FN[at] = value[order], payload[order]
+        self._documents_FN[at], self.rows_FN[at] = document[order], row[order]
 
 
-def _batches(store: Store, max_rows: int, rows_at_once: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def batches(store: Store, max_rows: int, rows_at_once: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(number of the first row, activations [B, D] float32, rows [B] of ROW) over the store's first `max_rows`."""
     base = 0
     for shard, size in enumerate(store.shard_sizes):

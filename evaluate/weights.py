@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from evaluate.latents import nearest_vectors
+from evaluate.neighbours import nearest_vectors
 
 
 def frobenius_excess(W_dec: Float[Tensor, "F D"]) -> float:

@@ -13,15 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from evaluate import latents, top_rows
-from evaluate.latents import (
-    LatentsConfig,
-    choose_latents,
-    nearest_vectors,
-    read_windows,
-    write_latents,
-)
+from evaluate.latents import LatentsConfig, choose_latents, write_latents
+from evaluate.neighbours import nearest_vectors
 from evaluate.token_text import TokenText, visible
 from evaluate.top_rows import scan
+from evaluate.windows import read_windows
 from extract.format.errors import UserError
 from extract.format.files import sha256_of, write_npy
 from extract.format.store import (
@@ -275,7 +271,7 @@ def test_write_latents_writes_what_the_parts_say(store, sae, tmp_path):
             assert context["tokens"][context["peak"]] == tokenizer.convert_ids_to_tokens(int(row["token"]))
             assert len(context["tokens"]) == len(context["values"])
             value = found.top_values_FN[index][found.top_rows_FN[index].tolist().index(number)]
-            assert context["values"][context["peak"]] == pytest.approx(value, rel=1e-4)
+            assert context["values"][context["peak"]] == pytest.approx(value, rel=5e-3)  # written to three digits
         assert sum(share for _, share in latent["top_tokens"]) <= 1 + 1e-3
     before = path.read_bytes()
     write_latents(sae, store, tokenizer, path, run="run", config=LatentsConfig(latents=6, examples=3))

@@ -15,7 +15,7 @@ from stores import write_store
 
 from evaluate import probing_cache
 from evaluate.config import OFFLINE_TASKS, EvalConfig, resolved
-from evaluate.probing import ProbeSettings, check_hook_point, probe_language_model, probe_sae
+from evaluate.probing import ProbeSettings, check_hook_point, full_probe, pca_probes, probe_language_model, probe_sae
 from evaluate.probing_cache import ActivationCache, fill_cache, last_activations, read_task, task_key
 from evaluate.workspace import fingerprint
 from extract.format.errors import UserError
@@ -257,10 +257,35 @@ def test_the_language_models_own_probes(planted, manifest, tmp_path):
     assert values["hook_point"] == HOOK
     assert values["model"] == "org/tiny"
     probes = values["tasks"][TASK]
-    assert probes.keys() == {"full", "top_1", "top_2", "top_5"}
+    assert probes.keys() == {"full", "top_1", "top_2", "top_5", "pca_1", "pca_2", "pca_5"}
     assert all(probe.keys() == {"test_accuracy", "test_auc", "test_f1"} for probe in probes.values())
     assert probes["full"]["test_accuracy"] > 0.99
     assert probes["top_5"]["test_accuracy"] > 0.99
+
+
+def test_principal_components_see_the_same_split_and_go_by_variance(tmp_path):
+    """The label is the second component: the first alone is chance, the two tell it wholly."""
+    from sae_probes.utils_data import get_yvals
+
+    label, random = get_yvals(TASK), np.random.default_rng(0)
+    acts = random.normal(size=(len(label), 6)) * 0.3
+    acts[:, :4] += random.normal(size=(len(label), 1))  # four dimensions of one cause, two of the label
+    acts[:, 4:] += 2 * label[:, None] - 1
+    folder = tmp_path / "cache" / "model_activations_tiny"
+    folder.mkdir(parents=True)
+    torch.save(torch.from_numpy(acts.astype(np.float32)), folder / f"{TASK}_{HOOK}.pt")
+    cache = ActivationCache(tmp_path / "cache", "tiny", "key", 0)
+    found = pca_probes(TASK, HOOK, cache, dataclasses.replace(SETTINGS, ks=(1, 2, 6, 50)), tmp_path)
+    assert found.keys() == {"pca_1", "pca_2", "pca_6", "pca_50"}
+    assert found["pca_1"]["test_accuracy"] < 0.75
+    assert found["pca_2"]["test_accuracy"] > 0.95
+    assert found["pca_50"] == found["pca_6"]  # there are only six
+
+    sae = random_sae(6, 6, hook=HOOK)  # relu(x + 100): the activations themselves, to the language model's probe
+    eye = torch.eye(6)
+    sae.load_state_dict({"W_enc": eye, "W_dec": eye, "b_enc": torch.full((6,), 100.0), "b_dec": torch.zeros(6)})
+    full = full_probe(probe_sae("run", sae, HOOK, cache, SETTINGS_12, tmp_path), TASK)
+    assert found["pca_6"]["test_auc"] == pytest.approx(full["test_auc"], abs=0.01)
 
 
 def test_saebench_leaving_something_out_is_an_error(planted, tmp_path, monkeypatch):

@@ -95,6 +95,7 @@ WORK = (
     "evaluate.splice.splice_metrics",
     "evaluate.probing.probe_sae",
     "evaluate.latents.write_latents",
+    "evaluate.domains.detections",
     "extract.models.load_for_manifest",
 )
 
@@ -111,12 +112,15 @@ def test_all_stages_write_what_the_report_reads_and_are_not_done_twice(workspace
         probing = json.loads(workspace.result(name, "probing.json").read_text())
         assert [detail["dataset_name"] for detail in probing["eval_result_details"]] == [TASK]
         assert probing["eval_result_unstructured"]["sae_sha256"] == values["sae_sha256"]
-        assert json.loads(workspace.result(name, "latents.json").read_text())["run"] == name
+        latents = json.loads(workspace.result(name, "latents.json").read_text())
+        assert latents["run"] == name
+        others = {"baseline-s0", "strict-s0"} - {name}
+        assert all(set(latent["matches"]) == others for latent in latents["latents"])
         with np.load(workspace.result(name, "core_latents.npz")) as latents:
             assert latents["density"].shape == (F,)
     assert core(workspace, "baseline-s0")["sae_sha256"] != core(workspace, "strict-s0")["sae_sha256"]
     llm = json.loads(workspace.llm_probing.read_text())
-    assert llm["tasks"][TASK].keys() == {"full", "top_1", "top_2"}
+    assert llm["tasks"][TASK].keys() == {"full", "top_1", "top_2", "pca_1", "pca_2"}
     seconds = json.loads(workspace.seconds.read_text())
     assert {"splice", "core/strict-s0", "probing/activations", "probing/llm", "latents/baseline-s0"} <= seconds.keys()
 

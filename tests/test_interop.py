@@ -524,6 +524,10 @@ def test_a_public_sae_is_measured_like_a_run(tmp_path: Path, capsys: pytest.Capt
     assert values["sparsity"]["l0"] == pytest.approx((latents > 0).sum(1).mean())
     written = result.stat().st_mtime_ns
     assert main([*command, *skip]) == 0 and result.stat().st_mtime_ns == written  # not done twice
+    short = [*command[-2:], *command[1:-2], "--name", "short"]
+    assert short[0] == "--sae" and main([*short, *skip]) == 0  # the short form, without `run`
+    again = json.loads((tmp_path / "out" / "p" / "eval" / "short" / "core.json").read_text())
+    assert again["reconstruction"] == values["reconstruction"]
     for wrong in (["--runs", "taken"], ["--name", "x"]):
         with pytest.raises(SystemExit, match="2"):
             main([*(command if wrong[0] == "--runs" else command[:-2]), *wrong, *skip])
