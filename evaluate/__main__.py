@@ -21,6 +21,7 @@ stages, in this order:
   core     FVU, L0, coherence and the rest on the held-out store              eval/<run>/core.json, core_latents.npz
   splice   cross-entropy and KL of the language model with the SAE in place   eval/<run>/core.json
   probing  SAE-Bench's sparse probing, of each SAE and the language model     eval/<run>/probing.json, eval/llm/
+  hierarchy  label trees: probes of parents and children, absorption, holes   eval/<run>/hierarchy.json, eval/llm/
   latents  densities, top contexts, promoted tokens                           eval/<run>/latents.json
 
 tasks of --suite sae_probes, unless named (any binary task of the sae-probes wheel):
@@ -56,7 +57,11 @@ def _parser() -> Parser:
     _add_place(run)
     run.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that have finished]")
     run.add_argument(
-        "--skip", nargs="+", default=[], choices=("splice", "probing", "latents"), help="stages to leave out [none]"
+        "--skip",
+        nargs="+",
+        default=[],
+        choices=("splice", "probing", "hierarchy", "latents"),
+        help="stages to leave out [none]",
     )
     run.add_argument("--sae", type=Path, metavar="SOURCE", help="measure this SAE of another library's instead of runs")
     run.add_argument("--name", help="with --sae: its name in OUT/<profile>/eval [the SOURCE's]")
