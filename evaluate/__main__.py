@@ -78,6 +78,15 @@ def _parser() -> Parser:
     synth.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that have finished]")
     synth.add_argument("--device", default="auto", help="torch device; auto takes CUDA where there is one [auto]")
     synth.set_defaults(command=_synth)
+    agreement = commands.add_parser(
+        "agreement",
+        help="compare hole, absorption and probing with a synthetic world's truth",
+        description="Rank the runs of a synthetic world that `synth` has scored by measures that need no truth, and"
+        " correlate the ranks with those of the true absorption: OUT/<profile>/eval/agreement.json.",
+    )
+    _add_place(agreement)
+    agreement.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that are scored]")
+    agreement.set_defaults(command=_agreement)
     report = commands.add_parser("report", help="write the report", description="Write OUT/<profile>/report/.")
     _add_place(report)
     report.set_defaults(command=_report)
@@ -144,6 +153,16 @@ def _synth(options: argparse.Namespace) -> int:
 
     print(table(evaluate_synthetic(workspace, options.runs, options.device)))
     print(workspace.eval / TABLE)
+    return 0
+
+
+def _agreement(options: argparse.Namespace) -> int:
+    workspace = open_workspace(options.out, options.profile)
+
+    from evaluate.agreement import evaluate_agreement, result_path, table
+
+    print(table(evaluate_agreement(workspace, options.runs)))
+    print(result_path(workspace))
     return 0
 
 

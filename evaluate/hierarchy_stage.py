@@ -22,6 +22,7 @@ from torch import Tensor
 from evaluate import absorption
 from evaluate.config import EvalConfig
 from evaluate.hierarchy import (
+    FULL_GRID,
     GRID,
     FoldScores,
     Scores,
@@ -60,7 +61,7 @@ class HierarchyStage:
         trees = [[tree.name, *tree_sha256(tree)] for tree in find_trees(config.trees)]
         options = [list(config.hierarchy_ks), config.hierarchy_folds, config.hierarchy_seed]
         key = cache_key(manifest, config.hierarchy_tokens)
-        return [FORMAT, trees, options, key, manifest.files_sha256["documents.jsonl"], absorption.SETTINGS, list(GRID)]
+        return [FORMAT, trees, options, key, manifest.files_sha256["documents.jsonl"], absorption.SETTINGS, list(GRID + FULL_GRID)]
 
     @cached_property
     def texts(self) -> list[LabelledTexts]:
