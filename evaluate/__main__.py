@@ -85,7 +85,9 @@ def _parser() -> Parser:
         " correlate the ranks with those of the true absorption: OUT/<profile>/eval/agreement.json.",
     )
     _add_place(agreement)
-    agreement.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that are scored]")
+    agreement.add_argument(
+        "--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that are scored]"
+    )
     agreement.set_defaults(command=_agreement)
     report = commands.add_parser("report", help="write the report", description="Write OUT/<profile>/report/.")
     _add_place(report)

@@ -29,9 +29,9 @@ from extract.format.errors import UserError
 from extract.format.files import write_json
 
 RESULT = "agreement.json"
-ROWS, PROBE_ROWS = 20_000, 5_000  # held-out rows of the absorption and of the probes
+ROWS, PROBE_ROWS = 8_000, 4_000  # held-out rows of the absorption and of the probes
 FOLDS = 5
-MEASURES = ("hole", "full", "fraction", "top_1", "top_5")
+MEASURES = ("hole", "full", "fraction", "hole_grown", "full_grown", "fraction_grown", "top_1", "top_5")
 REFERENCES = ("random_init", "frozen_decoder")  # never learnt a parent to absorb: correlated with and without them
 
 
@@ -68,21 +68,32 @@ def root_labels(truth: Truth, rows: int = ROWS) -> Labels:
 
 @torch.no_grad()
 def proxies(sae: Any, labels: Labels) -> dict[str, float | None]:
-    """MEASURES of one SAE, each the mean over the roots that have it; top_k is a balanced accuracy."""
+    """MEASURES of one SAE, each the mean over the roots that have it; `_grown` of the grown set of main latents."""
     latents_NF = sae.encode(torch.from_numpy(labels.acts_ND).to(sae.device, sae.dtype)).float().cpu().numpy()
     W_dec_FD, b_dec_D = (value.detach().float().cpu().numpy() for value in (sae.W_dec, sae.b_dec))
-    found = [
-        absorption.measure(
-            latents_NF, labels.acts_ND, W_dec_FD, b_dec_D, fires_N, found_N, list(children_CN), labels.half_N
-        )
-        for fires_N, found_N, children_CN in zip(labels.fires_RN, labels.found_RN, labels.children, strict=True)
-    ]
+    values: dict[str, float | None] = {}
+    for suffix in ("", "_grown"):
+        found = [
+            absorption.measure(
+                latents_NF,
+                labels.acts_ND,
+                W_dec_FD,
+                b_dec_D,
+                fires_N,
+                found_N,
+                list(children_CN),
+                labels.half_N,
+                grown=bool(suffix),
+            )
+            for fires_N, found_N, children_CN in zip(labels.fires_RN, labels.found_RN, labels.children, strict=True)
+        ]
+        values |= {f"{name}{suffix}": _mean([each[name] for each in found]) for name in ("hole", "full", "fraction")}
+    values["mains"] = _mean([each["mains"] for each in found])
     rows = min(PROBE_ROWS, len(latents_NF))
     data = TreeData("world", ("",) * rows, np.arange(rows) % FOLDS, labels.half_N[:rows])
     every_N = np.ones(rows, bool)
     contrasts = [Contrast(str(root), "rest", every_N, fires_N[:rows]) for root, fires_N in enumerate(labels.fires_RN)]
     scores = sparse_scores(latents_NF[:rows], data, (1, 5), contrasts=contrasts)
-    values = {name: _mean([each[name] for each in found]) for name in ("hole", "full", "fraction", "mains")}
     probed = {
         name: _mean([by_name[name].as_json()["balanced_accuracy"] for by_name in scores.values()])
         for name in ("top_1", "top_5")
@@ -94,9 +105,7 @@ def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Spearman's rank correlation of each of MEASURES with `true_absorption` over the SAEs that have both."""
     found = {}
     for name in MEASURES:
-        pairs = [
-            (row[name], row["true_absorption"]) for row in rows if None not in (row[name], row["true_absorption"])
-        ]
+        pairs = [(row[name], row["true_absorption"]) for row in rows if None not in (row[name], row["true_absorption"])]
         left, right = (set(values) for values in zip(*pairs, strict=True)) if pairs else (set(), set())
         rho = float(spearmanr(*zip(*pairs, strict=True)).statistic) if min(len(left), len(right)) > 1 else None
         found[name] = {"rho": rho, "saes": len(pairs)}

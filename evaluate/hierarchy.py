@@ -102,24 +102,25 @@ def parent_of(node: str) -> str | None:
 def tree_data(texts: LabelledTexts, folds: int, seed: int) -> TreeData:
     """`texts` with folds and halves, each with every leaf in its share and no document in two.
 
-    `UserError` where a leaf's texts come from too few documents to be in two folds and in both halves.
+    `UserError` where a leaf's texts come from fewer documents than folds.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
     paths = [item.path for item in texts.items]
     groups = [item.group for item in texts.items]
+    for leaf in texts.leaves:
+        documents = len({item.group for item in texts.items if item.path == leaf})
+        if documents < folds:
+            raise UserError(
+                f"tree {texts.tree}: leaf {leaf!r}: expected texts of at least {folds} documents, found {documents};"
+                " add documents or take it out"
+            )
     split = {}
     for parts in (folds, 2):
         split[parts] = np.zeros(len(paths), np.int64)
         splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
         for part, (_, held) in enumerate(splitter.split(paths, paths, groups)):
             split[parts][held] = part
-        for leaf in texts.leaves:
-            if len({part for part, path in zip(split[parts].tolist(), paths, strict=True) if path == leaf}) < 2:
-                raise UserError(
-                    f"tree {texts.tree}: leaf {leaf!r}: expected texts of at least {folds} documents, found"
-                    f" {len({item.group for item in texts.items if item.path == leaf})}; add documents or take it out"
-                )
     return TreeData(texts.tree, tuple(paths), split[folds], split[2])
 
 
@@ -216,8 +217,8 @@ def fit_logistic(
 ) -> Float[np.ndarray, "M k+1"]:
     """(coefficients, intercept) of M logistic regressions on the same rows: the minimum of
 
-    |w|^2 / 2 + C sum_n weight_n log(1 + exp(-y_n (w . x_n + b))), y = 1 or -1, scikit-learn's objective. Newton's method;
-    a step that does not lower the objective is halved.
+    |w|^2 / 2 + C sum_n weight_n log(1 + exp(-y_n (w . x_n + b))), y = 1 or -1, scikit-learn's objective. Newton's
+    method; a step that does not lower the objective is halved.
     """
     n_rows, k = inputs_Nk.shape
     x_NK = np.concatenate([inputs_Nk, np.ones((n_rows, 1))], axis=1)
@@ -339,7 +340,7 @@ def full_scores(
 
 
 def principal_components(
-    acts_ND: Float[np.ndarray, "N D"], is_train_N: Bool[np.ndarray, "N"], count: int
+    acts_ND: Float[np.ndarray, "N D"], count: int, is_train_N: Bool[np.ndarray, "N"]
 ) -> Float[np.ndarray, "N count"]:
     """All texts' coordinates along the first `count` principal components of the training texts."""
     centred_ND = (acts_ND - acts_ND[is_train_N].mean(0)).astype(np.float64)
@@ -351,9 +352,9 @@ def principal_components(
 def macro(nodes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Means over the nodes of a tree's result, each node alike; none where no node has the figure.
 
-    level_1, level_2, ...: of each probe against the rest, over the nodes of the level; siblings_2, ...: given the parent.
-    parents_top_1: balanced accuracy of top_1 against the rest, over nodes that have children. hole, absorption_fraction,
-    absorption_full: over the nodes that have them.
+    level_1, level_2, ...: of each probe against the rest, over the nodes of the level; siblings_2, ...: against the
+    siblings given the parent. parents_top_1: balanced accuracy of top_1 against the rest, over nodes that have
+    children. hole, absorption_fraction, absorption_full: over the nodes that have them.
     """
     values: dict[str, Any] = {}
     for kind, prefix in (("rest", "level"), ("siblings", "siblings")):

@@ -1,6 +1,6 @@
 """The hierarchy stage: label trees probed on SAEs and on the language model's activations, and absorption. Torch.
 
-eval/llm/hierarchy.json         probes on the activations: all D (`full`), k of them (top_k), k principal components (pca_k)
+eval/llm/hierarchy.json         probes on the activations: all D (full), k of them (top_k), k components (pca_k)
 eval/llm/hierarchy_answers.npz  what the full probe says of each text, out of fold, of nodes with children
 eval/<run>/hierarchy.json       probes on k latents (top_k), absorption and holes
 
@@ -8,9 +8,9 @@ A text is represented by the mean over its tokens of its latents, or of its acti
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,20 @@ class HierarchyStage:
         trees = [[tree.name, *tree_sha256(tree)] for tree in find_trees(config.trees)]
         options = [list(config.hierarchy_ks), config.hierarchy_folds, config.hierarchy_seed]
         key = cache_key(manifest, config.hierarchy_tokens)
-        return [FORMAT, trees, options, key, manifest.files_sha256["documents.jsonl"], absorption.SETTINGS, list(GRID + FULL_GRID)]
+        return [
+            FORMAT,
+            trees,
+            options,
+            key,
+            manifest.files_sha256["documents.jsonl"],
+            absorption.SETTINGS,
+            list(GRID + FULL_GRID),
+        ]
 
     @cached_property
     def texts(self) -> list[LabelledTexts]:
         """The trees' texts without the training documents; a tree left with under two leaves is skipped."""
-        trained_on = {record["sha256"] for record in read_jsonl(self.train.folder / "documents.jsonl")}
+        trained_on = {record.get("sha256", "") for record in read_jsonl(self.train.folder / "documents.jsonl")}
         kept = []
         for tree in find_trees(self.config.trees):
             texts = labelled_texts(tree, trained_on)
@@ -118,15 +126,14 @@ class HierarchyStage:
 
     def language_model(self, path: Path, answers_path: Path) -> None:
         """Probes the activations themselves; writes both files."""
-        config, trees, answers = self.config, {}, {}
+        ks, trees = self.config.hierarchy_ks, {}
+        answers: dict[str, np.ndarray] = {}
         with threadpool_limits(1, user_api="blas"):  # small products: threads cost more than they give
             for texts, data, rows in zip(self.texts, self.data, self.rows, strict=True):
-                acts_ND, ks = self.pooled_acts[rows], config.hierarchy_ks
+                acts_ND = self.pooled_acts[rows]
                 full, found = full_scores(acts_ND, data)
                 top = sparse_scores(acts_ND, data, ks)
-                pca = sparse_scores(
-                    lambda is_train, x=acts_ND: principal_components(x, is_train, max(ks)), data, ks, False
-                )
+                pca = sparse_scores(partial(principal_components, acts_ND, max(ks)), data, ks, ranked=False)
                 scores = {
                     key: {
                         "full": full[key],

@@ -6,8 +6,8 @@ A tree is a JSON file, bundled in evaluate/trees/ or a user's own:
      "sources": {NAME: {"kind": "packaged", "name": "packaged/wikipedia-summaries", "text": FIELD, "group": FIELD}
                      | {"kind": "sae_probes"}
                      | {"kind": "jsonl", "path": FILE}},
-     "leaves": [{"path": "people/arts/actor", "source": NAME, "where": {FIELD: REGEX, ...}, "cap": N}      (packaged)
-                {"path": "films/positive", "source": NAME, "task": TASK, "label": 0 or 1}                  (sae_probes)]}
+     "leaves": [{"path": "people/arts/actor", "source": NAME, "where": {FIELD: REGEX, ...}, "cap": N},
+                {"path": "films/positive", "source": NAME, "task": TASK, "label": 0 or 1}]}
 
 A path names a text's labels from the root down. Its parts are the tree's nodes. The empty path is the background: text
 of no node, which the nodes are told from. Of a packaged source's leaves, the first whose regular expressions all

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluate_helpers import saved_sae, tiny_model
+from evaluate_helpers import saved_sae, tiny_model, write_tree
 from stores import write_store
 
 import evaluate.stages
@@ -58,6 +58,7 @@ def workspace(tmp_path, model_folder, monkeypatch):
         saved_sae(folder / "sae", D, F, seed=seed, hook=HOOK)
         (folder / "run.json").write_text("{}")
     (tmp_path / "offline" / "runs" / "adaptive-s0").mkdir()
+    monkeypatch.setattr("evaluate.label_trees.FOLDER", write_tree(tmp_path / "trees"))
     monkeypatch.setattr("evaluate.bridge.export_run", lambda folder: folder / "sae")
     return open_workspace(tmp_path, "offline")
 
