@@ -54,7 +54,7 @@ def tiny_model(folder: Path) -> LanguageModel:
 
 
 def write_tree(folder: Path, texts: int = 20) -> Path:
-    """A folder of one label tree, `words`: 20 texts a leaf, whose first word says the leaf and the second the parent."""
+    """A folder of one label tree, `words`: its texts' first word says the leaf and the second the parent."""
     folder.mkdir(parents=True, exist_ok=True)
     leaves = ["wet/river", "wet/sea", "dry/salt", "dry/iron"]
     records = [
