@@ -17,12 +17,12 @@ the same SAE, store and settings is kept; an interrupted call goes on where it s
 
 EPILOG = f"""\
 stages, in this order:
-  export   the run's last checkpoint as a SAELens folder, runs/<run>/sae
-  core     FVU, L0, coherence and the rest on the held-out store              eval/<run>/core.json, core_latents.npz
-  splice   cross-entropy and KL of the language model with the SAE in place   eval/<run>/core.json
-  probing  SAE-Bench's sparse probing, of each SAE and the language model     eval/<run>/probing.json, eval/llm/
-  hierarchy  label trees: probes of parents and children, absorption, holes   eval/<run>/hierarchy.json, eval/llm/
-  latents  densities, top contexts, promoted tokens                           eval/<run>/latents.json
+  export     the run's last checkpoint as a SAELens folder, runs/<run>/sae
+  core       FVU, L0, coherence and the rest on the held-out store              eval/<run>/core.json, core_latents.npz
+  splice     cross-entropy and KL of the language model with the SAE in place   eval/<run>/core.json
+  probing    SAE-Bench's sparse probing, of each SAE and the language model     eval/<run>/probing.json, eval/llm/
+  hierarchy  label trees: probes of parents and children, absorption, holes     eval/<run>/hierarchy.json, eval/llm/
+  latents    densities, top contexts, promoted tokens                           eval/<run>/latents.json
 
 tasks of --suite sae_probes, unless named (any binary task of the sae-probes wheel):
   {chr(10).join("  " + task for task in OFFLINE_TASKS).strip()}
