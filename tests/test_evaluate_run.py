@@ -23,7 +23,7 @@ from extract.format.store import TokenizerInfo, read_manifest, write_manifest
 
 D, F, HOOK = 20, 33, "blocks.2.hook_resid_post"
 TASK = "117_us_state_FL"
-CONFIG = EvalConfig(contexts=4, tasks=(TASK,), ks=(1, 2), device="cpu")
+CONFIG = EvalConfig(contexts=4, tasks=(TASK,), ks=(1, 2), hierarchy_ks=(1, 2), hierarchy_folds=3, device="cpu")
 ROOT = Path(__file__).parents[1]
 
 
