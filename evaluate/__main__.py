@@ -19,13 +19,14 @@ the same SAE, store and settings is kept; an interrupted call goes on where it s
 
 EPILOG = f"""\
 stages, in this order:
-  export   the run's last checkpoint as a SAELens folder, runs/<run>/sae
-  core     FVU, L0, coherence and the rest on the held-out store              eval/<run>/core.json, core_latents.npz
-  splice   cross-entropy and KL of the language model with the SAE in place   eval/<run>/core.json
-  probing  SAE-Bench's sparse probing, of each SAE and the language model     eval/<run>/probing.json, eval/llm/
-  latents  densities, contexts, promoted tokens, what fires with it           eval/<run>/latents.json
-  domains  latents as detectors of one text source against the others         eval/<run>/domains.json
-  across   alike dictionaries over seeds; each latent's match in other runs   eval/stability.json, latents.json
+  export     the run's last checkpoint as a SAELens folder, runs/<run>/sae
+  core       FVU, L0, coherence and the rest on the held-out store              eval/<run>/core.json, core_latents.npz
+  splice     cross-entropy and KL of the language model with the SAE in place   eval/<run>/core.json
+  probing    SAE-Bench's sparse probing, of each SAE and the language model     eval/<run>/probing.json, eval/llm/
+  hierarchy  label trees: probes of parents and children, absorption, holes     eval/<run>/hierarchy.json, eval/llm/
+  latents    densities, contexts, promoted tokens, what fires with it           eval/<run>/latents.json
+  domains    latents as detectors of one text source against the others         eval/<run>/domains.json
+  across     alike dictionaries over seeds; each latent's match in other runs   eval/stability.json, latents.json
 
 tasks of --suite sae_probes, unless named (any binary task of the sae-probes wheel):
   {chr(10).join("  " + task for task in OFFLINE_TASKS).strip()}
@@ -92,6 +93,17 @@ def _parser() -> Parser:
     synth.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that have finished]")
     synth.add_argument("--device", default="auto", help="torch device; auto takes CUDA where there is one [auto]")
     synth.set_defaults(command=_synth)
+    agreement = commands.add_parser(
+        "agreement",
+        help="compare hole, absorption and probing with a synthetic world's truth",
+        description="Rank the runs of a synthetic world that `synth` has scored by measures that need no truth, and"
+        " correlate the ranks with those of the true absorption: OUT/<profile>/eval/agreement.json.",
+    )
+    _add_place(agreement)
+    agreement.add_argument(
+        "--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that are scored]"
+    )
+    agreement.set_defaults(command=_agreement)
     report = commands.add_parser("report", help="write the report", description="Write OUT/<profile>/report/.")
     _add_place(report)
     report.set_defaults(command=_report)
@@ -199,6 +211,16 @@ def _experiment(options: argparse.Namespace) -> int:
 
         write_report(workspace.folder)
         print(workspace.report / "index.html")
+    return 0
+
+
+def _agreement(options: argparse.Namespace) -> int:
+    workspace = open_workspace(options.out, options.profile)
+
+    from evaluate.agreement import evaluate_agreement, result_path, table
+
+    print(table(evaluate_agreement(workspace, options.runs)))
+    print(result_path(workspace))
     return 0
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from extract.format.config import check_choices, option
 from extract.format.errors import UserError
 
-STAGES = ("splice", "probing", "latents", "domains", "across")  # core always runs: it takes seconds
+STAGES = ("splice", "probing", "hierarchy", "latents", "domains", "across")  # core always runs: it takes seconds
 
 OFFLINE_TASKS = (
     "60_wikidata_occupation_isathlete",
@@ -52,6 +52,11 @@ class EvalConfig:
     # SAE-Bench's own default is l1: four times the seconds (saga), accuracies .005 apart on average
     penalty: str = option("l2", "regularisation of sae_probes' sparse probes", choices=("l1", "l2"))
     probe_seed: int = option(42, "seed of the probes' train and test splits")
+    trees: tuple[str, ...] = option((), "label trees, by name or path of a .json file; none named: all bundled ones")
+    hierarchy_ks: tuple[int, ...] = option((1, 2, 5, 10, 20, 50), "latents a probe of a tree's node may use")
+    hierarchy_folds: int = option(5, "folds of the trees' cross-validation, documents kept whole")
+    hierarchy_tokens: int = option(64, "tokens of a labelled text that are read, BOS included")
+    hierarchy_seed: int = option(0, "seed of the trees' folds")
     device: str = option("auto", "torch device; auto takes CUDA where there is one")
 
     def __post_init__(self) -> None:
@@ -60,11 +65,17 @@ class EvalConfig:
             raise UserError(f"heldout_rows={self.heldout_rows}: expected at least 2")
         if self.contexts < 1:
             raise UserError(f"contexts={self.contexts}: expected at least 1")
-        for name in ("seed", "probe_seed"):
+        if self.hierarchy_folds < 3:
+            raise UserError(f"hierarchy_folds={self.hierarchy_folds}: expected at least 3, for C is chosen inside")
+        if self.hierarchy_tokens < 2:
+            raise UserError(f"hierarchy_tokens={self.hierarchy_tokens}: expected at least 2, BOS and one more")
+        for name in ("seed", "probe_seed", "hierarchy_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise UserError(f"{name}={getattr(self, name)}: expected 0 to 2^32 - 1")
-        if not self.ks or min(self.ks) < 1 or len(set(self.ks)) < len(self.ks):
-            raise UserError(f"ks={self.ks}: expected different numbers of at least 1")
+        for name in ("ks", "hierarchy_ks"):
+            ks = getattr(self, name)
+            if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
+                raise UserError(f"{name}={ks}: expected different numbers of at least 1")
         if len(set(self.tasks)) < len(self.tasks):
             raise UserError(f"tasks={self.tasks}: expected different names")
 

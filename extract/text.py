@@ -122,7 +122,7 @@ def _records(source: SourceConfig) -> Iterator[Record]:
 def _local_records(source: SourceConfig) -> Iterator[Record]:
     for path in local_files(source):
         if path.suffix == ".jsonl":
-            yield from _jsonl_records(path)
+            yield from jsonl_records(path)
         elif path.suffix == ".parquet":
             yield from _parquet_records(path)
         else:
@@ -167,7 +167,7 @@ def _txt_records(path: Path) -> Iterator[Record]:
     yield {"text": part.strip()}
 
 
-def _jsonl_records(path: Path) -> Iterator[Record]:
+def jsonl_records(path: Path) -> Iterator[Record]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

@@ -1,10 +1,11 @@
 """Random SAEs, in memory and on disk, and a tiny language model, for the tests of the evaluate room."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from extract_tiny import save_model
+from extract_tiny import WORDS, save_model
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
@@ -50,3 +51,18 @@ def identity_sae(d_model: int, bound: float = 1e3, hook: str = HOOK) -> Any:
 def tiny_model(folder: Path) -> LanguageModel:
     """A random-weight GPT-NeoX (D = 20, 5 layers) in float32, whose predictions differ widely."""
     return load_model(str(save_model(folder, {"initializer_range": 0.3})), "float32", device="cpu")
+
+
+def write_tree(folder: Path, texts: int = 20) -> Path:
+    """A folder of one label tree, `words`: its texts' first word says the leaf and the second the parent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    leaves = ["wet/river", "wet/sea", "dry/salt", "dry/iron"]
+    records = [
+        {"text": f"{leaf.split('/')[1]} {leaf.split('/')[0]} {WORDS[n % 19]} {WORDS[n % 7]} {n}", "label": leaf}
+        for leaf in leaves
+        for n in range(texts)
+    ]
+    (folder / "words.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    tree = {"cap": 20, "sources": {"own": {"kind": "jsonl", "path": "words.jsonl"}}}
+    (folder / "words.json").write_text(json.dumps(tree))
+    return folder

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluate_helpers import saved_sae, tiny_model
+from evaluate_helpers import saved_sae, tiny_model, write_tree
 from stores import write_store
 
 import evaluate.stages
@@ -23,7 +23,7 @@ from extract.format.store import TokenizerInfo, read_manifest, write_manifest
 
 D, F, HOOK = 20, 33, "blocks.2.hook_resid_post"
 TASK = "117_us_state_FL"
-CONFIG = EvalConfig(contexts=4, tasks=(TASK,), ks=(1, 2), device="cpu")
+CONFIG = EvalConfig(contexts=4, tasks=(TASK,), ks=(1, 2), hierarchy_ks=(1, 2), hierarchy_folds=3, device="cpu")
 ROOT = Path(__file__).parents[1]
 
 
@@ -58,6 +58,7 @@ def workspace(tmp_path, model_folder, monkeypatch):
         saved_sae(folder / "sae", D, F, seed=seed, hook=HOOK)
         (folder / "run.json").write_text("{}")
     (tmp_path / "offline" / "runs" / "adaptive-s0").mkdir()
+    monkeypatch.setattr("evaluate.label_trees.FOLDER", write_tree(tmp_path / "trees"))
     monkeypatch.setattr("evaluate.bridge.export_run", lambda folder: folder / "sae")
     return open_workspace(tmp_path, "offline")
 

@@ -514,7 +514,7 @@ def test_a_public_sae_is_measured_like_a_run(tmp_path: Path, capsys: pytest.Capt
         "--sae",
         str(source / "ae.pt"),
     ]
-    skip = ["--skip", "splice", "probing", "latents"]
+    skip = ["--skip", "splice", "probing", "hierarchy", "latents"]
     assert main([*command, *skip]) == 0
     result = tmp_path / "out" / "p" / "eval" / "their-sae" / "core.json"
     values = json.loads(result.read_text())
