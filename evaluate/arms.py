@@ -14,6 +14,7 @@ from scipy import stats
 from evaluate.probed import mean_probing
 
 VARIANT_ORDER = ("baseline", "strict", "adaptive")
+ABLATIONS = ("ramp_only", "gate_only", "ortsae", "frob")
 DEFAULT_ARCHITECTURE = "batchtopk"
 DEFAULT_K = 40  # the training's own default: not part of a name
 LEAST_SEEDS = 3  # with fewer, a t interval says nothing that the points do not
@@ -69,19 +70,19 @@ def build_arms(results: dict[str, Any], summary: dict[str, Any]) -> dict[str, di
     for identity in sorted(members, key=_order):
         architecture, variant, k, tag = identity
         names = members[identity]
-        runs = [results["variants"][name] for name in names]
-        per_run = [measures(values, means.get(name, {})) for name, values in zip(names, runs, strict=True)]
-        found = {
-            measure: vars(estimate([values[measure] for values in per_run if values.get(measure) is not None]))
-            for measure in dict.fromkeys(measure for values in per_run for measure in values)
-            if any(values.get(measure) is not None for values in per_run)
-        }
+        per_run = [measures(results["variants"][name], means.get(name, {})) for name in names]
+        known: dict[str, list[float]] = {}
+        for run in per_run:
+            for measure, value in run.items():
+                if value is not None:
+                    known.setdefault(measure, []).append(value)
+        found = {measure: vars(estimate(values)) for measure, values in known.items()}
         arms[_name(identity, list(members))] = {
             "architecture": architecture,
             "variant": variant,
             "k": k,
             "tag": tag,
-            "seeds": [run["seed"] for run in runs],
+            "seeds": [results["variants"][name]["seed"] for name in names],
             "runs": names,
             "measures": {**_known_elsewhere(summary, identity, list(members)), **found},
         }
@@ -137,8 +138,8 @@ def _identity(values: dict[str, Any]) -> tuple[Any, ...]:
 
 def _order(identity: tuple[Any, ...]) -> tuple[Any, ...]:
     architecture, variant, k, tag = identity
-    known = variant in VARIANT_ORDER
-    place = VARIANT_ORDER.index(variant) if known else len(VARIANT_ORDER) + (variant in REFERENCES)
+    known = (*VARIANT_ORDER, *ABLATIONS)
+    place = known.index(variant) if variant in known else len(known) + (variant in REFERENCES)
     return architecture != DEFAULT_ARCHITECTURE, architecture, k is not None, k or 0, place, variant, tag
 
 

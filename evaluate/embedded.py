@@ -61,7 +61,7 @@ def embed(latents: dict[str, dict[str, Any]], run_names: dict[str, str]) -> tupl
 
 def _record(name: str, latents: list[dict[str, Any]], number: dict[str, int], arm_of: dict[str, str]) -> dict[str, Any]:
     parts = [_packed(latent, number) for latent in latents]
-    pairs = {
+    pairs: dict[str, list[Any]] = {
         "partners": [
             [[other["index"], _partner_value(other)] for other in latent.get("partners") or []] for latent in latents
         ],
@@ -118,7 +118,7 @@ def _partner_value(other: dict[str, Any]) -> float | None:
 
 
 def _partners_by(latents: list[dict[str, Any]]) -> str:
-    first = next((other for latent in latents for other in latent.get("partners") or []), {})
+    first: dict[str, Any] = next((other for latent in latents for other in latent.get("partners") or []), {})
     return "pmi" if "pmi" in first else "share"
 
 

@@ -71,7 +71,7 @@ def svg(panel: Panel, styles: dict[str, Style]) -> tuple[str, dict[str, Any]]:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
         box = axes.get_position()
-        hover = {
+        hover: dict[str, Any] = {
             "box": [72 * WIDTH * box.x0, 72 * HEIGHT * (1 - box.y1), 72 * WIDTH * box.x1, 72 * HEIGHT * (1 - box.y0)],
             "x": [*axes.get_xlim(), panel.x_log],
             "y": [*axes.get_ylim(), panel.y_log],
@@ -92,7 +92,7 @@ def write_png(path: Path, panels: list[Panel], styles: dict[str, Style], columns
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(_rc(path.name)):
         spaced = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)  # inches
-        figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.35), layout=spaced)
+        figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.6), layout=spaced)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         labels: dict[str, Any] = {}
         for axes, panel in zip(grid, panels, strict=False):

@@ -37,7 +37,7 @@ def _arrays(latents: dict[str, list[dict[str, Any]]], key: str) -> Values:
 
 def _outline(name: str, edges: np.ndarray, seeds: list[np.ndarray]) -> Series:
     """The outline of the mean histogram over seeds, as shares, with each bin's 95% interval where it has one."""
-    bins = [estimate(column) for column in zip(*[_shares(values, edges) for values in seeds], strict=True)]
+    bins = [estimate(list(column)) for column in zip(*[_shares(values, edges) for values in seeds], strict=True)]
     interval = ([one.low for one in bins], [one.high for one in bins])
     return Series(name, name, edges.tolist(), [one.mean for one in bins], steps=True, y_interval=interval)
 

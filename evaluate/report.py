@@ -103,7 +103,11 @@ def _comparisons(results: dict[str, Any], grouped: list[dict[str, Any]]) -> list
 
 def _labels(some: list[figures.Panel]) -> dict[str, str]:
     """{a curve's label: the key of its style}."""
-    return {series.label: series.key for panel in reversed(some) for series in reversed(panel.series)}
+    labels: dict[str, str] = {}
+    for panel in some:
+        for series in panel.series:
+            labels.setdefault(series.label, series.key)
+    return labels
 
 
 def _latents(

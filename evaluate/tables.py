@@ -178,7 +178,8 @@ def _baseline(arms: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | No
         and (arm["architecture"], arm["variant"], arm["k"]) == (own["architecture"], "baseline", own["k"])
     ]
     same = [arm for arm in near if arm["tag"] == own["tag"]]
-    return (same or (near if len(near) == 1 else []) or [None])[0] if own["variant"] != "baseline" else None
+    found = same or (near if len(near) == 1 else [])
+    return found[0] if found and own["variant"] != "baseline" else None
 
 
 def _cell(arm: dict[str, Any], baseline: dict[str, Any] | None, column: Column) -> dict[str, Any]:

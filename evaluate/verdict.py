@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from evaluate.arms import VARIANT_ORDER, compared
+from evaluate.arms import GROUP_ARMS, VARIANT_ORDER, compared
 from evaluate.probed import mean_probing
 
 MATCHED_L0 = 0.05  # variants whose L0 differs by more than this share are not compared on FVU without a warning
@@ -54,8 +54,21 @@ def what_ran(results: dict[str, Any], sources: list[dict[str, Any]]) -> str:
     seeds = sorted({run["seed"] for run in runs})
     return paragraph + (
         f" {_count(len(runs), 'SAE')} of {_range(sizes)} latents, trained on {_range(tokens)} tokens, "
-        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}: {', '.join(results['variants'])}."
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}: {_arm_list(results['arms'])}."
     )
+
+
+def _arm_list(arms: dict[str, Any]) -> str:
+    """The arms by name, or, of many, what they combine."""
+    if len(arms) <= GROUP_ARMS:
+        return ", ".join(arms)
+
+    def every(key: str) -> str:
+        return ", ".join(
+            dict.fromkeys(f"{arm[key]:g}" if key == "k" else arm[key] for arm in arms.values() if arm[key])
+        )
+
+    return f"{len(arms)} arms of {every('variant')}, on {every('architecture')}, k {every('k')}"
 
 
 def verdict(results: dict[str, Any]) -> list[str]:

@@ -245,7 +245,7 @@ def write_summary(folder: Path) -> None:
         {
             "config": {}, "arms": [arm], "comparisons": comparisons,
             "falsifiers": [
-                {"name": "error-adaptive", "claim": "the gate adds to the ramp", "outcome": "triggered", "why": "CI holds 0"},
+                {"name": "error-adaptive", "claim": "gate adds to ramp", "outcome": "triggered", "why": "CI holds 0"},
                 {"name": "frozen", "claim": "gains are not the encoder's alone", "outcome": "pass", "why": ""},
                 {"name": "hierarchy", "claim": "parent beats global", "outcome": "not decided", "why": "not run"},
             ],

@@ -22,6 +22,10 @@ function make(tag, options = {}, ...children) {
   return element;
 }
 
+function scrollTo(element) {
+  element.scrollIntoView({ behavior: "instant" });
+}
+
 function number(value) {
   if (value === null || value === undefined) return "–";
   if (value === 0) return "0";

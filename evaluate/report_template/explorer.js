@@ -1,7 +1,7 @@
 /* Latents: pick a variant, search, sort, open. What is shown is in the address's hash; the list draws what is in view. */
 const explorer = document.getElementById("explorer");
 const ROW = 30;  // pixels, as in the style
-const NAMES = { index: "#", density: "density", max_activation: "max", cosine: "nearest cos" };
+const NAMES = { index: "#", density: "density", max_activation: "max", cosine: "nearest" };
 const narrow = matchMedia("(max-width: 760px)");
 const view = { variant: "", latent: null, q: "", sort: "density", reversed: false };
 const ui = explorer && Object.fromEntries(["list", "columns", "rows", "detail", "search", "sort", "direction", "count"].map((id) => [id, document.getElementById(id)]));
@@ -220,7 +220,10 @@ function start() {
   started = true;
   const values = readHash() || {};
   fromHash(values);
-  if (values.latent || values.variant) explorer.scrollIntoView();
+  if (values.latent || values.variant) {
+    startTree();  // it lies above, and would push down what is scrolled to
+    scrollTo(explorer);
+  }
 }
 
 if (explorer) {

@@ -9,7 +9,7 @@ if (explorer) {
     reveal(cursor);
     drawRows();
     const box = ui.list.getBoundingClientRect();
-    if (box.bottom < 80 || box.top > innerHeight - 80) explorer.scrollIntoView();
+    if (box.bottom < 80 || box.top > innerHeight - 80) scrollTo(explorer);
   }
 
   addEventListener("keydown", (event) => {
@@ -30,7 +30,7 @@ if (explorer) {
     }
     if (typing || event.target.closest("figure")) return;
     const inList = ui.list.contains(event.target);
-    const keys = { j: () => move(1), k: () => move(-1), "/": () => { explorer.scrollIntoView(); start(); ui.search.focus(); }, "?": () => help.showModal(), c: () => {
+    const keys = { j: () => move(1), k: () => move(-1), "/": () => { start(); scrollTo(explorer); ui.search.focus({ preventScroll: true }); }, "?": () => help.showModal(), c: () => {
       const compare = document.getElementById("compare");
       if (compare) compare.open = !compare.open;
     } };

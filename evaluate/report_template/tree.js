@@ -1,4 +1,5 @@
 /* The label tree: a row a class, a column an arm, each cell coloured by its score. */
+let startTree = () => {};
 if (document.getElementById("tree")) {
   const place = document.getElementById("tree");
   const controls = document.getElementById("tree-controls");
@@ -89,7 +90,7 @@ if (document.getElementById("tree")) {
     draw();
   }
 
-  function start() {
+  startTree = () => {
     if (data) return;
     data = embedded("tree");
     tree = Object.keys(data.trees)[0];
@@ -99,11 +100,11 @@ if (document.getElementById("tree")) {
     data.has = Object.keys(data.node_measures).filter((name) => Object.values(data.values).some((by) => Object.values(by).some((one) => one[name])));
     const pressed = groupButtons.find((button) => button.getAttribute("aria-pressed") === "true");
     show(pressed ? pressed.dataset.chooseGroup : Object.keys(data.groups)[0]);
-  }
+  };
   groupFollowers.push((group) => { if (data) show(group); });
   new IntersectionObserver((entries, observer) => {
     if (!entries.some((entry) => entry.isIntersecting)) return;
     observer.disconnect();
-    start();
+    startTree();
   }, { rootMargin: "600px" }).observe(controls);
 }
