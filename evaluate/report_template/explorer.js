@@ -182,6 +182,16 @@ function sortBy(name) {
   drawList(true);
 }
 
+let waiting = 0;  // for the end of the typing
+function searchNow() {
+  clearTimeout(waiting);
+  if (view.q === ui.search.value) return;
+  view.q = ui.search.value;
+  write(false);
+  ui.list.scrollTop = 0;
+  drawList(true);
+}
+
 function open(index, isNewPlace = true) {
   view.latent = index;
   if (isNewPlace) write(true);
@@ -234,15 +244,9 @@ if (explorer) {
     if (row) open(Number(row.dataset.index));
   });
   for (const button of document.querySelectorAll("[data-variant]")) button.addEventListener("click", () => choose(button.dataset.variant));
-  let waiting = 0;
   ui.search.addEventListener("input", () => {
     clearTimeout(waiting);
-    waiting = setTimeout(() => {
-      view.q = ui.search.value;
-      write(false);
-      ui.list.scrollTop = 0;
-      drawList(true);
-    }, 80);
+    waiting = setTimeout(searchNow, 80);
   });
   ui.sort.addEventListener("change", () => sortBy(ui.sort.value));
   ui.direction.addEventListener("click", () => sortBy(view.sort));

@@ -22,8 +22,8 @@ if (explorer) {
     }
     if (event.target === ui.search && event.key === "Enter") {
       event.preventDefault();
-      ui.search.blur();
-      ui.list.focus();
+      searchNow();
+      ui.list.focus({ preventScroll: true });
       cursor = Math.max(cursor, 0);
       drawRows();
       return;

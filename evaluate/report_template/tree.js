@@ -29,7 +29,7 @@ if (document.getElementById("tree")) {
     const [bad, good] = limits();
     const rgb = colour((value - bad) / (good - bad));
     const ink = luminance(rgb) > 0.18 ? "#000" : "#fff";
-    return make("td", { style: `background: rgb(${rgb}); color: ${ink}` }, value.toFixed(3), spread === null ? "" : make("small", {}, `± ${spread.toFixed(3)}`));
+    return make("td", { style: `background: rgb(${rgb}); color: ${ink}` }, value.toFixed(3), spread === null ? "" : " ", spread === null ? "" : make("small", {}, `± ${spread.toFixed(3)}`));
   }
 
   function draw() {
