@@ -17,6 +17,7 @@ MAX_VARIANTS = 8
 MAX_BYTES = 15_000_000  # of all records and strings: the page stays under 20 MB
 TOP_CONTEXTS, RANDOM_CONTEXTS = 20, 10  # embedded a latent
 LEVELS = 1000
+PARTNERS_BY = ("phi", "pmi", "share")  # how strongly two latents fire together: the first that is given is shown
 PLAIN = {"index", "density", "max_activation"}  # numbers with columns of their own
 
 
@@ -61,14 +62,16 @@ def embed(latents: dict[str, dict[str, Any]], run_names: dict[str, str]) -> tupl
 
 def _record(name: str, latents: list[dict[str, Any]], number: dict[str, int], arm_of: dict[str, str]) -> dict[str, Any]:
     parts = [_packed(latent, number) for latent in latents]
+    partners_by = _partners_by(latents)
     pairs: dict[str, list[Any]] = {
         "partners": [
-            [[other["index"], _partner_value(other)] for other in latent.get("partners") or []] for latent in latents
+            [[other["index"], other.get(partners_by)] for other in latent.get("partners") or []] for latent in latents
         ],
         "shares_with": [
             [[other["index"], other.get("cosine"), other.get("kind", "")] for other in latent.get("shares_with") or []]
             for latent in latents
         ],
+        "selective_for": [_selective_for(latent) for latent in latents],
         "matches": [
             {
                 arm_of[run]: [match["index"], match.get("cosine")]
@@ -85,7 +88,7 @@ def _record(name: str, latents: list[dict[str, Any]], number: dict[str, int], ar
         "top": [[[number[token], share] for token, share in latent["top_tokens"]] for latent in latents],
         "promoted": [[number[token] for token in latent["promoted"]] for latent in latents],
         "suppressed": [[number[token] for token in latent["suppressed"]] for latent in latents],
-        "partners_by": _partners_by(latents),
+        "partners_by": partners_by,
         **{key: values for key, values in pairs.items() if any(values)},
         "scale": [_scale(latent) for latent in latents],
         "lengths": [len(part) for part in parts],
@@ -106,20 +109,34 @@ def _columns(latents: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     )
     for key in others:
         columns[key] = [latent[key] if _is_number(latent.get(key)) else None for latent in latents]
+    selective = [_selectivity(latent) for latent in latents]
+    if any(value is not None for value in selective):
+        columns["selectivity"] = selective
     return columns
+
+
+def _selectivity(latent: dict[str, Any]) -> float | None:
+    """How well the latent tells a label's value from the rest: a number, or the AUROC of what it is selective for."""
+    found = latent.get("selectivity")
+    value = found.get("auroc") if isinstance(found, dict) else found
+    return value if _is_number(value) else None
+
+
+def _selective_for(latent: dict[str, Any]) -> list[Any] | None:
+    """[label, value, share of the active rows that have it, share of all rows], where the entry says so."""
+    found = latent.get("selectivity")
+    if not isinstance(found, dict):
+        return None
+    return [str(found.get("label", "")), str(found.get("value", "")), found.get("share"), found.get("base")]
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _partner_value(other: dict[str, Any]) -> float | None:
-    return other.get("pmi", other.get("share"))
-
-
 def _partners_by(latents: list[dict[str, Any]]) -> str:
     first: dict[str, Any] = next((other for latent in latents for other in latent.get("partners") or []), {})
-    return "pmi" if "pmi" in first else "share"
+    return next((key for key in PARTNERS_BY if key in first), "")
 
 
 def _contexts(latent: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

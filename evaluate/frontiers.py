@@ -17,22 +17,24 @@ FRONTIERS = (
 def frontier_panels(results: dict[str, Any]) -> list[Panel]:
     """A panel a frontier and an architecture: a point an arm with its 95% intervals, lines joining an arm's L0 levels.
 
-    A frontier that fewer than two arms have figures for is left out, and an architecture that has none of them.
+    Few arms share one panel. A frontier that fewer than two arms have figures for is left out, and so is an
+    architecture that has none of them.
     """
     arms = results["arms"]
-    architectures = list(dict.fromkeys(arm["architecture"] for arm in arms.values()))
+    few = len(arms) <= GROUP_ARMS
+    architectures = [""] if few else list(dict.fromkeys(arm["architecture"] for arm in arms.values()))
     panels = []
     for key, title, x, x_label, y, y_label, x_log in FRONTIERS:
         known = {name: arm for name, arm in arms.items() if x in arm["measures"] and y in arm["measures"]}
         if len(known) < 2:
             continue
         for architecture in architectures:
-            own = {name: arm for name, arm in known.items() if arm["architecture"] == architecture}
+            own = {name: arm for name, arm in known.items() if few or arm["architecture"] == architecture}
             if not own:
                 continue
-            by_line: dict[tuple[str, str], list[str]] = {}
+            by_line: dict[tuple[str, ...], list[str]] = {}
             for name, arm in own.items():
-                by_line.setdefault((arm["variant"], arm["tag"]), []).append(name)
+                by_line.setdefault((arm["architecture"], arm["variant"], arm["tag"]), []).append(name)
             series = [_series(arms, names, x, y) for names in by_line.values()]
             shown = f"{title}: {architecture}" if len(architectures) > 1 else title
             levels = sorted({arm["k"] for arm in own.values() if arm["k"] is not None})
@@ -40,7 +42,7 @@ def frontier_panels(results: dict[str, Any]) -> list[Panel]:
                 arm["measures"][x]["mean"] for arm in own.values()
             )
             ticks = [(float(level), f"{level:g}") for level in levels] if wide else None
-            name = f"{key}-{re.sub(r'[^a-z0-9]+', '-', architecture.lower())}"
+            name = f"{key}-{re.sub(r'[^a-z0-9]+', '-', architecture.lower())}".rstrip("-")
             panels.append(Panel(name, shown, x_label, y_label, series, x_log=wide, x_ticks=ticks, scatter=True))
     return panels
 

@@ -13,7 +13,7 @@ from evaluate.embedded import chosen_runs, embed
 from evaluate.markdown import markdown
 from evaluate.page import page
 from evaluate.provenance import configs, sources, store_note, versions
-from evaluate.results import build_results, training_lines
+from evaluate.results import build_results, published, training_lines
 from evaluate.styles import styles_of
 from evaluate.tree_view import tree_data, tree_tables
 from evaluate.verdict import DEFINITIONS, verdict, what_ran
@@ -29,7 +29,7 @@ def write_report(workspace_folder: Path) -> None:
     report = folder / "report"
     results = build_results(folder)
     view = _view(folder, results, read_manifest(folder / "store" / "train"))
-    write_json(report / "results.json", results)
+    write_json(report / "results.json", published(results))
     drawn = {}
     for name, (shown, columns) in _pngs(view).items():
         figures.write_png(report / "figures" / f"{name}.png", shown, view["styles"], columns)

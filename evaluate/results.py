@@ -59,6 +59,23 @@ def build_results(workspace_folder: Path) -> dict[str, Any]:
     return {**results, "arms": _plain(build_arms(results, results["experiment"]))}
 
 
+def published(results: dict[str, Any]) -> dict[str, Any]:
+    """The results as results.json has them: of the label trees the means alone, not each class (see hierarchy.json)."""
+
+    def means(hierarchy: dict[str, Any]) -> dict[str, Any]:
+        trees = {
+            tree: {key: value for key, value in values.items() if key != "nodes"}
+            for tree, values in (hierarchy.get("trees") or {}).items()
+        }
+        return {**hierarchy, "trees": trees} if hierarchy else {}
+
+    variants = {
+        name: {**values, "hierarchy": means(values["hierarchy"])} for name, values in results["variants"].items()
+    }
+    llm = {**results["llm"], "hierarchy": means(results["llm"]["hierarchy"])}
+    return {**results, "variants": variants, "llm": llm}
+
+
 def run_order(run: dict[str, Any]) -> tuple[Any, ...]:
     """The order of variants everywhere: the default architecture first; baseline, strict, adaptive, others by name."""
     known = run["variant"] in VARIANT_ORDER

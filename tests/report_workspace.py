@@ -289,6 +289,7 @@ def write_many_latents(folder: Path, run: str, latents: int, contexts: int, seed
     random = np.random.default_rng(seed)
     words = [f" w{n:x}" if n > 200 else f" {chr(97 + n % 26)}{n}" for n in range(8000)]
     draws = np.minimum(random.zipf(1.3, size=(latents * contexts, 37)) - 1, 7999)
+    shares = {"share": 0.5, "base": 0.1}
     found = []
     for index in range(latents):
         shown = []
@@ -311,7 +312,8 @@ def write_many_latents(folder: Path, run: str, latents: int, contexts: int, seed
                 "nearest": {"index": 2 * other, "cosine": round(random.random(), 4)},
                 "top_tokens": [[shown[0]["tokens"][24], 1.0]], "promoted": words[index % 50 : index % 50 + 10],
                 "suppressed": words[100:110], "contexts": shown, "random_contexts": shown[:5],
-                "selectivity": round(random.random(), 4), "partners": [{"index": 2 * other, "pmi": 2.5}],
+                "selectivity": {"label": "topic", "value": "Arts", "auroc": round(random.random(), 4), **shares},
+                "partners": [{"index": 2 * other, "pmi": 2.5, "rows": 7}], "purity": round(random.random(), 4),
                 "shares_with": [
                     {"index": 2 * other, "cosine": 0.4, "kind": "child"}, {"index": 1, "cosine": 0.3, "kind": "peer"},
                 ],

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from report_workspace import (
     ARM_VARIANTS,
+    ORDER,
     Page,
     make_experiment,
     make_workspace,
@@ -231,7 +232,8 @@ def test_the_experiments_verdict_and_tests_lead_the_page_and_the_markdown(experi
             "○ not decided",
         ):
             assert mark in place.replace("**", ""), mark
-        assert place.index(said[0]) < place.index("Arms" if place == text else "## Arms", 60)
+    assert text.index(said[0]) < text.index("Means over seeds; small figures")
+    assert written.index(said[0]) < written.index("## Arms")
     assert "± 0.0" in written
     assert "figures/frontiers.png" in written
     assert "frozen_decoder-relu-k64" in written
@@ -270,7 +272,8 @@ def test_contexts_survive_the_packing(tmp_path):
                 for context, other in zip(latent.get(kind, []), back[kind], strict=True):
                     for key in ("source", "document", "title", "peak", "tokens"):
                         assert context[key] == other[key]
-                    assert other["values"] == pytest.approx(context["values"], abs=0.5e-3 * 6)
+                    # Thousandths of the largest activation, and never 0 where the latent fires.
+                    assert other["values"] == pytest.approx(context["values"], abs=1e-3 * 6)
                     assert [value > 0 for value in other["values"]] == [value > 0 for value in context["values"]]
 
 
@@ -279,7 +282,9 @@ def test_what_else_an_entry_holds_is_a_column_or_a_relation(tmp_path):
     write_many_latents(folder, "baseline-s0", latents=5, contexts=2)
     page = page_of_written(folder)
     record = page.json("data-latents-0")
-    assert list(record["columns"]) == ["index", "density", "max_activation", "cosine", "selectivity"]
+    assert list(record["columns"]) == ["index", "density", "max_activation", "cosine", "purity", "selectivity"]
+    assert all(0 <= value <= 1 for value in record["columns"]["selectivity"])
+    assert record["selective_for"][0] == ["topic", "Arts", 0.5, 0.1]
     assert record["partners"][0] == [[2, 2.5]]
     assert record["partners_by"] == "pmi"
     assert record["shares_with"][0] == [[2, 0.4, "child"], [1, 0.3, "peer"]]
@@ -303,18 +308,11 @@ def test_one_seed_an_arm_is_embedded_those_compared_first(results, experiment):
 
 def test_what_does_not_fit_the_page_is_left_out_and_said(tmp_path, monkeypatch):
     folder = make_workspace(tmp_path, ("baseline-s0", "strict-s0", "adaptive-s0"))
-    monkeypatch.setattr(embedded, "MAX_BYTES", 1500)
+    monkeypatch.setattr(embedded, "MAX_BYTES", 900)
     page = page_of_written(folder)
     assert "data-latents-1" in page.scripts
     assert "data-latents-2" not in page.scripts
     assert "Left out, to keep the page small: adaptive." in "".join(page.texts)
-
-
-def test_an_experiment_is_equal_bytes_too(experiment, tmp_path):
-    again = make_experiment(tmp_path / "offline")
-    write_report(again)
-    for name in ("index.html", "report.md", "results.json"):
-        assert (experiment / "report" / name).read_bytes() == (again / "report" / name).read_bytes(), name
 
 
 def test_a_summary_without_runs_of_its_own_still_makes_a_report(tmp_path):
@@ -330,3 +328,22 @@ def test_a_summary_without_runs_of_its_own_still_makes_a_report(tmp_path):
     assert build_arms(build_results(folder), {})["baseline"]["measures"]["fvu"]["mean"] == 0.21
     strings, records = embed({}, {})
     assert (strings, records) == ([], [])
+
+
+def test_results_json_has_the_trees_means_and_not_each_class(experiment, results):
+    kept = json.loads((experiment / "report" / "results.json").read_text())
+    name = "strict-s0-k=16"
+    assert kept["arms"] == results["arms"]
+    assert kept["experiment"]["falsifiers"]
+    own = results["variants"][name]["hierarchy"]
+    assert kept["variants"][name]["hierarchy"]["macro"] == own["macro"]
+    assert own["trees"]["professions"]["nodes"]
+    assert "nodes" not in kept["variants"][name]["hierarchy"]["trees"]["professions"]
+    assert kept["llm"]["hierarchy"]["trees"]["professions"]["levels"] == 3
+
+
+def test_few_arms_share_one_frontier(tmp_path):
+    panels = frontier_panels(build_results(make_workspace(tmp_path)))
+    assert [panel.key for panel in panels] == ["fvu-l0"]
+    assert [series.label for series in panels[0].series] == ORDER
+    assert panels[0].series[0].x_interval == ([None], [None])

@@ -138,7 +138,7 @@ def test_the_list_sorts_by_every_column_both_ways(visit, demo):
     explore(page)
     heads = page.locator("#columns [data-sort]")
     names = [heads.nth(i).get_attribute("data-sort") for i in range(heads.count())]
-    assert names == ["index", "density", "max_activation", "cosine", "selectivity"]
+    assert names == ["index", "density", "max_activation", "cosine", "purity", "selectivity"]
     assert numbers(column(page, 1)) == sorted(numbers(column(page, 1)), reverse=True)
     for place, name in enumerate(names):
         head = page.locator(f"#columns [data-sort={name}]")
@@ -183,7 +183,16 @@ def test_a_latent_opens_with_everything_known_of_it(visit, demo):
     detail = page.locator("#detail")
     detail.locator("h3").wait_for()
     text = detail.inner_text()
-    for said in ("adaptive #20", "selectivity", "fires with", "PMI 2.5", "child #22", "peer #1", "Top contexts (4)"):
+    for said in (
+        "adaptive #20",
+        "selectivity",
+        "topic: Arts, 50% of where it fires against 10%",
+        "fires with",
+        "PMI 2.5",
+        "child #22",
+        "peer #1",
+        "Top contexts (4)",
+    ):
         assert said in text, said
     assert "Random contexts (4)" in text
     assert detail.locator(".context").count() == 8
@@ -202,7 +211,7 @@ def test_a_latent_is_compared_across_variants(visit, demo):
     cards = page.locator("#compare .card")
     assert cards.count() == 3
     strict = cards.filter(has=page.locator("h5", has_text="strict"))
-    assert "decoder cosine 0.91" in strict.inner_text()
+    assert "nearest by decoder cosine, 0.91" in strict.inner_text()
     strict.locator("a").click()
     assert page.locator("#detail h3").inner_text() == "strict #22"
     assert page.locator("[data-variant=strict]").get_attribute("aria-pressed") == "true"

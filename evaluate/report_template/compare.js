@@ -73,20 +73,18 @@ function overlap(record, place, other) {
 function drawOther(name, record, place) {
   const other = recordOf(name);
   const match = record.matches && record.matches[place][name];
-  const near = match ? null : overlap(record, place, other);
+  const isShown = match && other.placeOf.has(match[0]);
+  const near = isShown ? null : overlap(record, place, other);
   const card = make("div", { class: "card" }, make("h5", {}, name));
   if (!match && !near) {
     card.append(make("p", { class: "missing" }, "no latent of its sample shares a top context"));
     return card;
   }
-  const index = match ? match[0] : other.columns.index[near[0]];
-  const how = match ? `decoder cosine ${number(Number(match[1].toPrecision(3)))}` : `shares ${near[1]} of ${near[2]} top contexts`;
-  card.append(make("p", {}, link(name, index), ` · ${how}`));
-  const at = other.placeOf.get(index);
-  if (at === undefined) {
-    card.append(make("p", { class: "missing" }, "its contexts are not in this page's sample"));
-    return card;
-  }
+  if (match) card.append(make("p", {}, link(name, match[0]), ` · nearest by decoder cosine${match[1] === null ? "" : `, ${number(Number(match[1].toPrecision(3)))}`}`));
+  if (match && !isShown) card.append(make("p", { class: "missing" }, near ? "not in this page's sample; of those that are:" : "not in this page's sample"));
+  if (near) card.append(make("p", {}, link(name, other.columns.index[near[0]]), ` · shares ${near[1]} of ${near[2]} top contexts`));
+  if (!isShown && !near) return card;
+  const at = isShown ? other.placeOf.get(match[0]) : near[0];
   card.append(make("p", {}, `density ${percent(other.columns.density[at])} `, ...other.top[at].slice(0, 4).map(([token]) => make("span", { class: "chip" }, words(token)))));
   card.append(...contextsOf(other, at).filter((context) => !context.isRandom).slice(0, 3).map((context) => drawContext(context, other.scale[at])));
   return card;
@@ -108,9 +106,14 @@ function drawCompare(record, place) {
 
 function relations(record, place) {
   const rows = [];
+  const selective = record.selective_for && record.selective_for[place];
+  if (selective) {
+    const [label, value, share, base] = selective;
+    rows.push(["most selective for", [`${label}: ${value}`, share === null || base === null ? "" : `, ${percent(share)} of where it fires against ${percent(base)} of all`]]);
+  }
   const partners = record.partners ? record.partners[place] : [];
   if (partners.length) {
-    const unit = record.partners_by === "pmi" ? "PMI" : "share";
+    const unit = { pmi: "PMI", phi: "φ" }[record.partners_by] || record.partners_by;
     rows.push(["fires with", partners.map(([index, value]) => make("span", { class: "relation", title: unit }, link(view.variant, index), value === null ? "" : ` ${unit} ${number(Number(value.toPrecision(3)))}`))]);
   }
   const shares = record.shares_with ? record.shares_with[place] : [];

@@ -106,6 +106,7 @@ const shownIn = (name, value) => (name === "index" ? `#${value}` : name === "den
 function drawHead(record) {
   const columns = columnsShown(record);
   ui.list.style.setProperty("--columns", `3.6rem ${"4.3rem ".repeat(columns.length - 1)}minmax(5rem, 1fr)`);
+  ui.list.style.setProperty("--least", `${3.6 + 4.3 * (columns.length - 1) + 6}rem`);
   ui.columns.replaceChildren(
     ...columns.map((name) =>
       make("button", { type: "button", role: "columnheader", title: `sort by ${titleOf(name)}`, "data-sort": name,
