@@ -8,6 +8,7 @@ from evaluate.arms import GROUP_ARMS, VARIANT_ORDER, compared
 from evaluate.probed import mean_probing
 
 MATCHED_L0 = 0.05  # variants whose L0 differs by more than this share are not compared on FVU without a warning
+MANY_SEEDS = 3  # gates of an arm that each would need a sentence
 INACTIVE_LAMBDA = 0.05  # a gate that ends below this, in FVU per unit of penalty, has done nothing
 
 DEFINITIONS = {
@@ -184,9 +185,19 @@ def _top_1(task: str) -> Callable[[str, dict[str, Any]], float | None]:
 
 
 def _inactive(arms: dict[str, Any]) -> list[str]:
-    return [
-        _unreached(name, values) for seeds in arms.values() for name, values in seeds if values["tau_reached"] is False
-    ]
+    """A sentence a gate that never reached its tau; of many seeds, one an arm."""
+    sentences = []
+    for variant, seeds in arms.items():
+        unreached = [(name, values) for name, values in seeds if values["tau_reached"] is False]
+        if len(unreached) < MANY_SEEDS:
+            sentences += [_unreached(name, values) for name, values in unreached]
+        else:
+            lams = [values["training"]["final"].get("lambda") or 0.0 for _, values in unreached]
+            sentences.append(
+                f"{variant}: the error of {len(unreached)} of {len(seeds)} seeds never fell to tau; the soft gate left "
+                f"lambda at {min(lams):.2f} to {max(lams):.2f}."
+            )
+    return sentences
 
 
 def _cautions(arms: dict[str, Any]) -> list[str]:

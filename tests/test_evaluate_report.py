@@ -190,6 +190,14 @@ def test_the_verdict_warns_of_an_inactive_gate_and_of_unequal_sparsity(tmp_path)
     assert "0.250 never reached" in "".join(page_of(folder).texts)
 
 
+def test_many_inactive_gates_are_one_sentence(tmp_path):
+    folder = make_workspace(tmp_path, ("baseline-s0",))
+    for seed in range(4):
+        write_run(folder, f"adaptive-s{seed}", seed, tau_reached=seed == 0, final={"lambda": 0.1 * seed})
+    said = [sentence for sentence in verdict(build_results(folder)) if sentence.startswith("adaptive:")]
+    assert said == ["adaptive: the error of 3 of 4 seeds never fell to tau; the soft gate left lambda at 0.10 to 0.30."]
+
+
 def test_the_report_shows_every_variant_and_every_part(made):
     page = page_of(made)
     text = "".join(page.texts)
