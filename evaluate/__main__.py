@@ -29,6 +29,11 @@ datasets of --suite standard, unless named:
   {chr(10).join("  " + dataset for dataset in DATASETS).strip()}
 """
 
+REPORT = """\
+Write OUT/<profile>/report/: index.html, one page that opens from disk, report.md with PNG figures, and results.json.
+Runs that differ in their seed alone are an arm: means with 95% intervals. What was not evaluated is said to be so.
+"""
+
 FORMATS = ("saelens", "dictionary_learning")
 RUN_DIR = "a run's folder: OUT/<profile>/runs/<run>"
 PLACE = "profile's folder in OUT; auto is the one extracted last [auto]"
@@ -73,7 +78,7 @@ def _parser() -> Parser:
     synth.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that have finished]")
     synth.add_argument("--device", default="auto", help="torch device; auto takes CUDA where there is one [auto]")
     synth.set_defaults(command=_synth)
-    report = commands.add_parser("report", help="write the report", description="Write OUT/<profile>/report/.")
+    report = commands.add_parser("report", help="write the report", description=REPORT)
     _add_place(report)
     report.set_defaults(command=_report)
     export = commands.add_parser(

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from evaluate import figures
-from evaluate.styles import LLM_LABELS, css_name, style_variables
+from evaluate.styles import LLM_LABELS, SYMBOLS, css_name, style_variables
 from evaluate.tree_view import CONTRASTS, METRICS, NODE_MEASURES
 
 TEMPLATES = Path(__file__).parent / "report_template"
@@ -48,6 +48,7 @@ def page(view: dict[str, Any]) -> str:
             **values,
             css_name=css_name,
             llm_labels=LLM_LABELS,
+            symbols=SYMBOLS,
             style_variables=Markup(style_variables(styles)),
             style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
             script=Markup("\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)),

@@ -48,6 +48,10 @@ LLM_FULL = Style(INK, "#e8eaee", (), "", 1.2)
 LLM_TOP_K = Style(MUTED, "#a3abb8", (2, 1.6), "x", 1.2)
 LLM_PCA = Style("#7d6b52", "#c2ae92", (4, 1.2, 1, 1.2), "+", 1.2)
 LLM = {"llm-full": LLM_FULL, "llm-top-k": LLM_TOP_K, "llm-pca": LLM_PCA}
+SYMBOLS = {  # of the markers, for the page's legends
+    "o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "<": "◀", ">": "▶", "P": "✚", "X": "✖", "*": "★", "h": "⬢",
+    "p": "⬟", "d": "♦", "H": "⬣", "x": "×", "+": "+", "": "",
+}  # fmt: skip
 LLM_LABELS = {
     "llm-full": "language model, full probe",
     "llm-top-k": "language model, top-k activations",

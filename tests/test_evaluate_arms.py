@@ -30,7 +30,7 @@ from evaluate.histograms import latent_panels
 from evaluate.panels import probing_panels, training_panels
 from evaluate.report import write_report
 from evaluate.results import build_results, training_lines
-from evaluate.styles import STYLES, styles_of
+from evaluate.styles import STYLES, SYMBOLS, styles_of
 from evaluate.tables import comparison_groups
 from evaluate.tree_view import tree_data
 from evaluate.verdict import verdict
@@ -131,6 +131,7 @@ def test_arms_on_shared_axes_never_look_alike(results, tmp_path):
     styles = styles_of(results["arms"])
     assert styles["adaptive-k16"] == styles["adaptive-relu-k64"] == STYLES["adaptive"]
     assert set(ARM_VARIANTS) == set(STYLES)
+    assert {style.marker for style in styles.values()} <= set(SYMBOLS)
 
 
 def test_frontiers_have_a_point_an_arm_with_bars_both_ways(results):
