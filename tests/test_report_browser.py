@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from report_workspace import make_experiment, make_workspace, write_hierarchy, write_many_latents
@@ -160,6 +161,7 @@ def test_a_search_finds_tokens_titles_promoted_tokens_and_indices(visit, demo):
     explore(page)
     for query, enough in (("title 17", 1), ("z51", 1), ("#42", 1)):
         page.locator("#search").fill(query)
+        api.expect(page).to_have_url(re.compile(re.escape(urlencode({"q": query}))))  # drawn when the address says so
         api.expect(page.locator("#count")).to_contain_text(f" of {LATENTS}")
         assert page.locator("#rows .row").count() >= enough
     assert column(page, 0)[0] == "#42"
