@@ -211,13 +211,13 @@ def test_a_latent_is_compared_across_variants(visit, demo):
     page = visit(demo + "#variant=adaptive&latent=20")
     page.locator("#compare summary").click()
     cards = page.locator("#compare .card")
-    assert cards.count() == 3
+    api.expect(cards).to_have_count(3)
     strict = cards.filter(has=page.locator("h5", has_text="strict"))
     assert "nearest by decoder cosine, 0.91" in strict.inner_text()
     strict.locator("a").click()
     assert page.locator("#detail h3").inner_text() == "strict #22"
     assert page.locator("[data-variant=strict]").get_attribute("aria-pressed") == "true"
-    assert page.locator("#compare .card").count() == 3  # it stays open from latent to latent
+    api.expect(page.locator("#compare .card")).to_have_count(3)  # it stays open from latent to latent
 
 
 def test_the_hash_holds_what_is_shown_and_back_goes_back(visit, demo):
@@ -262,7 +262,7 @@ def test_the_keyboard_alone_is_enough(visit, demo):
     assert page.locator("#detail h3").inner_text() == f"baseline #{index}"
     assert f"latent={index}" in hash_of(page)
     page.keyboard.press("c")
-    assert page.locator("#compare .card").count() == 3
+    api.expect(page.locator("#compare .card")).to_have_count(3)
     page.keyboard.press("?")
     assert page.locator("#help").is_visible()
     page.keyboard.press("Escape")
@@ -282,6 +282,7 @@ def test_nothing_is_wider_than_a_phone(visit, demo, experiment):
             assert page.evaluate(OVERFLOW) <= 0, section
     page = visit(demo + "#variant=adaptive&latent=20", viewport=PHONE)
     page.locator("#compare summary").click()
+    page.locator("#compare .card").first.wait_for()
     assert page.evaluate(OVERFLOW) <= 0
     assert page.locator("#columns [data-sort]").count() == 2  # the index and what the list is sorted by
     shown = page.locator("#detail p, #rows span")
