@@ -35,6 +35,11 @@ datasets of --suite standard, unless named:
 """
 
 EXPERIMENT_STAGES = ("extract", "train", "evaluate", "table", "report")
+REPORT = """\
+Write OUT/<profile>/report/: index.html, one page that opens from disk, report.md with PNG figures, and results.json.
+Runs that differ in their seed alone are an arm: means with 95% intervals. What was not evaluated is said to be so.
+"""
+
 FORMATS = ("saelens", "dictionary_learning")
 RUN_DIR = "a run's folder: OUT/<profile>/runs/<run>"
 PLACE = "profile's folder in OUT; auto is the one extracted last [auto]"
@@ -104,7 +109,7 @@ def _parser() -> Parser:
         "--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that are scored]"
     )
     agreement.set_defaults(command=_agreement)
-    report = commands.add_parser("report", help="write the report", description="Write OUT/<profile>/report/.")
+    report = commands.add_parser("report", help="write the report", description=REPORT)
     _add_place(report)
     report.set_defaults(command=_report)
     experiment = commands.add_parser(

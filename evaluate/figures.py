@@ -12,48 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from evaluate.styles import GRID, INK, LLM, MUTED, Style, css_name
 from extract.format.files import write_atomic
 
+BAND = 0.16  # opacity of an interval's band
 WIDTH, HEIGHT = 4.1, 2.75  # inches: 295 x 198 points, so that 9 point text is readable on a 390 px wide phone
-INK, MUTED, GRID = "#1f2430", "#5c6470", "#e2e5ea"
-
-
-@dataclass(frozen=True)
-class Style:
-    """How one variant is drawn everywhere: colours on light and dark pages, dashes and marker for the colour-blind."""
-
-    colour: str
-    dark: str
-    dashes: tuple[float, ...] = ()  # lengths in line widths, on and off; empty: solid
-    marker: str = "o"
-    width: float = 1.5
-
-
-# After Okabe and Ito, darkened on light and lightened on dark pages to a contrast of at least 3:1.
-STYLES = {
-    "baseline": Style("#0072b2", "#5ab0ea", (), "o"),
-    "strict": Style("#c85400", "#ff9350", (4, 1.6), "s"),
-    "adaptive": Style("#008a64", "#33cfa0", (), "D", 2.3),
-    "baseline-relu": Style("#a8488a", "#e595c8", (1.2, 1.2), "v"),
-}
-SPARE_STYLES = (
-    Style("#8f6a00", "#e3bd3f", (5, 1.5, 1.2, 1.5), "^"),
-    Style("#5a55b0", "#a9a4f5", (2.5, 1.2), "P"),
-    Style("#7a3b2e", "#d99a8b", (6, 2), "X"),
-    Style("#3c7a89", "#84c5d4", (3, 1, 1, 1, 1, 1), "*"),
-)
-LLM_FULL = Style(INK, "#e8eaee", (), "", 1.2)
-LLM_TOP_K = Style(MUTED, "#a3abb8", (2, 1.6), "x", 1.2)
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `key` chooses its style: a variant's name, "llm-full" or "llm-top-k"."""
+    """One curve. `key` chooses its style: an arm's name, or one of the language model's probes.
+
+    `y_interval` and `x_interval` are the lower and the upper ends of 95% intervals, None where there is none. They are
+    drawn as a band round a curve, and as bars at the points of a scatter panel.
+    """
 
     key: str
     label: str
@@ -61,6 +39,9 @@ class Series:
     y: list[float]
     markers: bool = False
     steps: bool = False  # a histogram's outline: x holds one edge more than y
+    y_interval: tuple[list[float | None], list[float | None]] | None = None
+    x_interval: tuple[list[float | None], list[float | None]] | None = None
+    notes: list[str] = field(default_factory=list)  # a word a point, for the hover
 
 
 @dataclass(frozen=True)
@@ -77,26 +58,8 @@ class Panel:
     y_log: bool = False
     y_limits: tuple[float | None, float | None] = (None, None)
     x_ticks: list[tuple[float, str]] | None = None
+    scatter: bool = False  # points with bars, the line only joins them
     note: str = ""  # shown under the figure
-
-
-def styles_of(names: list[str]) -> dict[str, Style]:
-    """The style of each variant: its own where it has one, else a spare one by its place; seeds share a style."""
-    styles = {"llm-full": LLM_FULL, "llm-top-k": LLM_TOP_K}
-    spare = 0
-    by_arm: dict[str, Style] = {}
-    for name in names:
-        arm = re.sub(r"-s\d+$", "", name)
-        if arm not in by_arm:
-            by_arm[arm] = STYLES.get(arm) or SPARE_STYLES[spare % len(SPARE_STYLES)]
-            spare += arm not in STYLES
-        styles[name] = by_arm[arm]
-    return styles
-
-
-def css_name(key: str) -> str:
-    """The CSS variable of a style key."""
-    return "--s-" + re.sub(r"[^a-z0-9]+", "-", key.lower())
 
 
 def svg(panel: Panel, styles: dict[str, Style]) -> tuple[str, dict[str, Any]]:
@@ -108,20 +71,14 @@ def svg(panel: Panel, styles: dict[str, Style]) -> tuple[str, dict[str, Any]]:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
         box = axes.get_position()
-        hover = {
+        hover: dict[str, Any] = {
             "box": [72 * WIDTH * box.x0, 72 * HEIGHT * (1 - box.y1), 72 * WIDTH * box.x1, 72 * HEIGHT * (1 - box.y0)],
             "x": [*axes.get_xlim(), panel.x_log],
             "y": [*axes.get_ylim(), panel.y_log],
             "label": panel.x_label,
-            "series": [
-                {
-                    "label": series.label,
-                    "colour": css_name(series.key),
-                    "x": [_short(value) for value in _middles(series, panel.x_log)],
-                    "y": [_short(value) for value in series.y],
-                }
-                for series in panel.series
-            ],
+            "y_label": panel.y_label,
+            "scatter": panel.scatter,
+            "series": [_hover(series, panel) for series in panel.series],
             "levels": [
                 {"label": label, "colour": css_name(key), "y": _short(value)} for key, label, value in panel.levels
             ],
@@ -135,7 +92,7 @@ def write_png(path: Path, panels: list[Panel], styles: dict[str, Style], columns
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(_rc(path.name)):
         spaced = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)  # inches
-        figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.35), layout=spaced)
+        figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.6), layout=spaced)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         labels: dict[str, Any] = {}
         for axes, panel in zip(grid, panels, strict=False):
@@ -145,7 +102,8 @@ def write_png(path: Path, panels: list[Panel], styles: dict[str, Style], columns
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         if labels:
-            figure.legend(labels.values(), labels, loc="outside lower center", ncols=6, frameon=False)
+            across = max(1, min(len(labels), 2 * columns))
+            figure.legend(labels.values(), labels, loc="outside lower center", ncols=across, frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=140, facecolor="white", metadata={"Software": None})
     write_atomic(path, lambda file: file.write(buffer.getvalue()) and None)
@@ -196,14 +154,15 @@ def _draw(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None:
             "linestyle": (0, style.dashes) if style.dashes else "solid",
             "label": series.label,
         }
+        _draw_intervals(axes, series, panel.scatter, style)
         if series.steps:
             axes.stairs(series.y, series.x, **look)
         else:
-            marker = style.marker if series.markers or len(series.x) == 1 else ""
-            axes.plot(series.x, series.y, marker=marker, markersize=4, **look)
+            marker = style.marker if series.markers or panel.scatter or len(series.x) == 1 else ""
+            axes.plot(series.x, series.y, marker=marker, markersize=5 if panel.scatter else 4, **look)
     for key, label, level in panel.levels:
         style = styles[key]
-        if key == "llm-full":  # named in the legend
+        if key in LLM:  # named in the legend
             axes.axhline(level, color=style.colour, linewidth=style.width, label=label)
             continue
         axes.axhline(level, color=style.colour, linewidth=1.1, linestyle=(0, (1, 1.5)))
@@ -232,6 +191,44 @@ def _draw(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _draw_intervals(axes: Axes, series: Series, as_bars: bool, style: Style) -> None:
+    """The series' 95% intervals, under its line."""
+    if as_bars:
+        for axis, interval, place in (("y", series.y_interval, series.y), ("x", series.x_interval, series.x)):
+            if interval is None or not any(low is not None for low in interval[0]):
+                continue
+            low, high = (_array(part) for part in interval)
+            lengths = np.clip([np.array(place) - low, high - np.array(place)], 0, None)
+            bars: dict[str, Any] = {f"{axis}err": lengths}
+            axes.errorbar(series.x, series.y, fmt="none", ecolor=style.colour, elinewidth=1, capsize=2.5, **bars)
+    elif series.y_interval is not None and any(low is not None for low in series.y_interval[0]):
+        low, high = (_array(part) for part in series.y_interval)
+        band: dict[str, Any] = {"color": style.colour, "alpha": BAND, "linewidth": 0}
+        if series.steps:
+            axes.stairs(high, series.x, baseline=low, fill=True, **band)
+        else:
+            axes.fill_between(series.x, low, high, **band)
+
+
+def _array(values: list[float | None]) -> np.ndarray:
+    return np.array([math.nan if value is None else value for value in values])
+
+
+def _hover(series: Series, panel: Panel) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "label": series.label,
+        "colour": css_name(series.key),
+        "x": [_short(value) for value in _middles(series, panel.x_log)],
+        "y": [_short(value) for value in series.y],
+    }
+    for key, interval in {"y_interval": series.y_interval, "x_interval": series.x_interval}.items():
+        if interval is not None and any(low is not None for low in interval[0]):
+            found[key] = [[None if value is None else _short(value) for value in part] for part in interval]
+    if series.notes:
+        found["notes"] = series.notes
+    return found
 
 
 def _middles(series: Series, x_log: bool) -> list[float]:

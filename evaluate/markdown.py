@@ -15,25 +15,23 @@ def markdown(view: dict[str, Any], drawn: dict[str, str]) -> str:
     parts += [escape(sentence) for sentence in view["verdict"]]
     if view["unfinished"]:
         parts.append(f"Not in this report, since training has not finished: {escape(', '.join(view['unfinished']))}.")
-    parts.append("## Variants")
-    if view["rows"]:
-        header = ["variant"] + [_with_arrow(column) for column in view["columns"]]
-        rows = [[row["name"]] + [_cell(cell) for cell in row["cells"]] for row in view["rows"]]
-        parts += [
-            table(header, rows),
-            "In brackets: the difference from the baseline of the same architecture and seed.",
-        ]
-    else:
-        parts.append("No run has finished training.")
+    parts += _arms(view)
     parts += _figure(drawn, "overview", "FVU and coherence over training, probing accuracy over k")
+    parts += _comparisons(view)
+    if "frontiers" in drawn:
+        parts.append("## Frontiers")
+        parts += _figure(drawn, "frontiers", "FVU against absorption and against L0, a point an arm")
+    if len(view["groups"]) > 1:
+        parts.append(f"The figures and tables below are of {escape(view['main']['title'])}; index.html has all.")
     parts.append("## Training")
     parts += _figure(drawn, "training", "metrics over training tokens") or ["No metrics were logged."]
     parts.append("## Sparse probing")
     parts += _figure(drawn, "probing", "probing accuracy over k") or ["Sparse probing was not evaluated."]
-    tasks = view["task_table"]
+    tasks = view["main"]["task_table"] if view["main"] else {"rows": []}
     if tasks["rows"]:
         parts.append("Top-1 test accuracy:")
         parts.append(table(["task", *tasks["names"]], [[row["task"], *row["cells"]] for row in tasks["rows"]]))
+    parts += _trees(view)
     parts.append("## Dictionary")
     parts += _figure(drawn, "dictionary", "histograms of latent density and nearest cosine") or [
         "Densities and nearest vectors were not evaluated."
@@ -51,11 +49,60 @@ def markdown(view: dict[str, Any], drawn: dict[str, str]) -> str:
     parts += [table(header, rows), escape(view["store_note"])]
     if view["by_source"]:
         rows = [[row["name"], *row["cells"]] for row in view["by_source"]["rows"]]
-        parts += ["FVU by source:", table(["variant", *view["by_source"]["sources"]], rows)]
+        parts += ["FVU by source:", table(["arm", *view["by_source"]["sources"]], rows)]
     parts.append(table(["stage", "seconds"], [list(row) for row in view["seconds"]]))
     parts.append("\n".join(f"- {escape(name)}: {escape(meaning)}" for name, meaning in view["definitions"].items()))
     parts.append(escape(view["versions"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _arms(view: dict[str, Any]) -> list[str]:
+    if not view["rows"]:
+        return ["## Arms", "No run has finished training."]
+    seeds = ["seeds"] if view["many_seeds"] else []
+    header = ["arm", *seeds] + [_with_arrow(column) for column in view["columns"]]
+    rows = []
+    for row in view["rows"]:
+        own = ["" if row["seeds"] is None else str(row["seeds"])] if seeds else []
+        rows.append([row["name"], *own] + [_cell(cell) for cell in row["cells"]])
+    note = "the difference from the baseline of the same architecture and k."
+    if view["has_intervals"]:
+        note = f"±: half of the 95% confidence interval of the mean over seeds; without ±: {note}"
+    return ["## Arms", table(header, rows), f"In brackets: {note}"]
+
+
+def _comparisons(view: dict[str, Any]) -> list[str]:
+    """The falsifiers, and the experiment's differences, a table an architecture and k."""
+    if not view["comparisons"] and not view["falsifiers"]:
+        return []
+    parts = ["## Comparisons"]
+    if view["falsifiers"]:
+        lines = [
+            f"- **{one['mark']} {escape(one['outcome'])}** {escape(one['name'])}: {escape(one['claim'])} "
+            f"{escape(one['why'])}".rstrip()
+            for one in view["falsifiers"]
+        ]
+        parts.append("\n".join(lines))
+    for block in view["comparisons"]:
+        rows = [
+            [measure["name"], row["pair"], row["text"], row["interval"], row["p"], f"{row['mark']} {row['verdict']}"]
+            for measure in block["measures"]
+            for row in measure["rows"]
+        ]
+        header = ["measure", "arms", "difference", "95% CI", "p (Holm)", "verdict"]
+        parts += [f"### {escape(block['title'])}", table(header, rows)]
+    return parts
+
+
+def _trees(view: dict[str, Any]) -> list[str]:
+    parts = ["## Hierarchy"]
+    if not view["tree_tables"]:
+        return [*parts, "Hierarchical probing was not evaluated."]
+    for one in view["tree_tables"]:
+        latents = "1 latent" if one["k"] == 1 else f"{one['k']} latents"
+        parts.append(f"{escape(one['tree'])}: balanced accuracy of {latents}, each class against all other texts.")
+        parts.append(table(one["header"], one["rows"]))
+    return parts
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

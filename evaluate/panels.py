@@ -1,14 +1,17 @@
-"""Which curves the report shows, made from results, metrics and latents. Pure: no drawing, no files."""
+"""The curves of training and of sparse probing, seeds taken together. Pure: no drawing, no files."""
 
 import math
 from typing import Any
 
 import numpy as np
 
+from evaluate.arms import estimate
 from evaluate.figures import Panel, Series
-from evaluate.results import mean_probing, top_k
+from evaluate.probed import mean_probing, top_k
+from evaluate.styles import LLM_LABELS
 
 POINTS = 240  # a curve's points; more can't be told apart at the page's width
+BAND_POINTS = 80  # of a mean over seeds, whose interval is drawn too
 MILLION = 1e6
 
 TRAINING: tuple[tuple[str, str, str, bool, tuple[float | None, float | None]], ...] = (
@@ -26,11 +29,19 @@ TRAINING: tuple[tuple[str, str, str, bool, tuple[float | None, float | None]], .
 LEAST_TOP = {"l0": 1.0, "dead_fraction": 0.02, "lambda": 1.0}  # so that a constant 0 lies at the foot
 
 
-def training_panels(lines: dict[str, list[dict[str, Any]]], results: dict[str, Any]) -> list[Panel]:
-    """A panel a metric over training tokens; FVU with each gate's tau. Metrics that no run logged are left out."""
+Lines = dict[str, list[dict[str, Any]]]  # {variant: its logged lines}
+
+
+def training_panels(lines: Lines, results: dict[str, Any], names: list[str], prefix: str = "") -> list[Panel]:
+    """A panel a metric over training tokens, a curve an arm of `names`; FVU with each gate's tau.
+
+    Metrics that no run logged are left out. An arm of several seeds is their mean, with its 95% interval.
+    """
     panels = []
     for key, title, unit, wants_log, limits in TRAINING:
-        series = [_curve(name, run, key, wants_log) for name, run in lines.items()]
+        series = [
+            _arm_curve(name, [lines[run] for run in results["arms"][name]["runs"]], key, wants_log) for name in names
+        ]
         series = [curve for curve in series if curve.x]
         values = [value for curve in series for value in curve.y]
         if not values:
@@ -40,73 +51,56 @@ def training_panels(lines: dict[str, list[dict[str, Any]]], results: dict[str, A
         low, high = (None, None) if is_log else limits
         if key in LEAST_TOP and not is_log:
             high = max(1.05 * max(values), LEAST_TOP[key])
-        levels = _taus(results) if key == "fvu_ema" else []
+        levels = _taus(results, names) if key == "fvu_ema" else []
         x_label = "training tokens (millions)"
-        panels.append(Panel(key, title, x_label, unit, series, levels, y_log=is_log, y_limits=(low, high)))
+        panels.append(Panel(prefix + key, title, x_label, unit, series, levels, y_log=is_log, y_limits=(low, high)))
     return panels
 
 
-def probing_panels(results: dict[str, Any]) -> tuple[list[Panel], list[Panel]]:
-    """([mean over tasks], [a panel a task]): test accuracy over k, the language model's own probes beside it."""
+def probing_panels(results: dict[str, Any], names: list[str], prefix: str = "") -> tuple[list[Panel], list[Panel]]:
+    """([mean over tasks], [a panel a task]): test accuracy over k of the arms `names`.
+
+    The language model's own probes are beside them. An arm of several seeds is their mean, with its 95% interval.
+    """
     shared, means = mean_probing(results)
-    if not any(name for name in means):
+    if not any(run in means for name in names for run in results["arms"][name]["runs"]):
         return [], []
     over = f"{len(shared)} task{'s' if len(shared) != 1 else ''}"
-    mean = _probing_panel("probing-mean", f"Probing, mean over {over}", means, _floor([means]))
+    mean = _probing_panel(
+        f"{prefix}probing-mean", f"Probing, mean over {over}", _by_arm(results, names, means), means.get(None, {})
+    )
     by_task = {}
     for task in shared:
-        by_task[task] = {name: values["probing"].get(task, {}) for name, values in results["variants"].items()}
-        by_task[task][None] = results["llm"]["probing"].get(task, {})
-    floor = _floor(list(by_task.values()))  # one for all tasks, so that their panels compare
-    per_task = [_probing_panel(f"probing-{task}", task, values, floor) for task, values in by_task.items()]
+        of_runs = {name: values["probing"].get(task, {}) for name, values in results["variants"].items()}
+        by_task[task] = _by_arm(results, names, of_runs), results["llm"]["probing"].get(task, {})
+    # One floor for all tasks, so that their panels compare.
+    floor = _floor(
+        [part for arms, llm in by_task.values() for part in [llm, *(by_k for of in arms.values() for by_k in of)]]
+    )
+    per_task = [
+        _probing_panel(f"{prefix}probing-{task}", task, arms, llm, floor) for task, (arms, llm) in by_task.items()
+    ]
     return [mean], per_task
 
 
-def latent_panels(latents: dict[str, dict[str, Any]]) -> list[Panel]:
-    """Histograms over all latents: density on a log10 axis (those that never fired apart), and the nearest cosine."""
-    panels = []
-    densities = {name: np.array(values["density"]) for name, values in latents.items() if values.get("density")}
-    if densities:
-        rows = max(values["rows_scanned"] for values in latents.values())
-        panels.append(_density_panel(densities, rows))
-    cosines = {name: np.array(v["nearest_cosine"]) for name, v in latents.items() if v.get("nearest_cosine")}
-    if cosines:
-        low = min(0.0, *(float(values.min()) for values in cosines.values()))
-        edges = np.linspace(low, 1, 41)
-        series = [
-            Series(name, name, edges.tolist(), (np.histogram(values, edges)[0] / len(values)).tolist(), steps=True)
-            for name, values in cosines.items()
-        ]
-        title, unit = "Coherence", "cosine of a dictionary vector with its nearest"
-        panels.append(Panel("coherence", title, unit, "share of latents", series, y_limits=(0, None)))
-    return panels
+def _by_arm(results: dict[str, Any], names: list[str], of_runs: dict[Any, dict[str, float]]) -> dict[str, list[Any]]:
+    """{arm: what `of_runs` has of each of its seeds}, arms with nothing left out."""
+    found = {name: [of_runs[run] for run in results["arms"][name]["runs"] if of_runs.get(run)] for name in names}
+    return {name: seeds for name, seeds in found.items() if seeds}
 
 
-def _density_panel(densities: dict[str, np.ndarray], rows: int) -> Panel:
-    low = math.floor(math.log10(1 / rows))
-    edges = np.concatenate([[10 ** (low - 0.5)], np.logspace(low, 0, 5 * -low + 1)])
-    never = math.sqrt(edges[0] * edges[1])
-    series = []
-    for name, values in densities.items():
-        shown = np.clip(np.where(values > 0, values, never), never, 1)
-        series.append(
-            Series(name, name, edges.tolist(), (np.histogram(shown, edges)[0] / len(shown)).tolist(), steps=True)
-        )
-    ticks = [(never, "never")] + [(10.0**power, _percent(power)) for power in range(low, 1) if power > low or low == 0]
-    return Panel(
-        "density",
-        "Latent density",
-        "share of tokens on which it fires (log10)",
-        "share of latents",
-        series,
-        x_log=True,
-        x_ticks=ticks,
-        y_limits=(0, None),
-    )
-
-
-def _percent(power: int) -> str:
-    return f"{100 * 10.0**power:.{max(0, -2 - power)}f}%"
+def _arm_curve(name: str, runs: list[list[dict[str, Any]]], key: str, positive: bool) -> Series:
+    """One run's curve, or the mean of several over the tokens that all of them have seen."""
+    curves = [curve for curve in (_curve(name, lines, key, positive) for lines in runs) if curve.x]
+    if len(curves) < 2:
+        return curves[0] if curves else Series(name, name, [], [])
+    tokens = np.linspace(max(curve.x[0] for curve in curves), min(curve.x[-1] for curve in curves), BAND_POINTS)
+    values = [np.interp(tokens, curve.x, curve.y).tolist() for curve in curves]
+    points = [estimate(list(column)) for column in zip(*values, strict=True)]
+    # On a logarithmic axis an interval that reaches 0 would have no lower end.
+    low = [max(one.low, 0.2 * one.mean) if positive and one.low is not None else one.low for one in points]
+    interval = (low, [one.high for one in points])
+    return Series(name, name, tokens.tolist(), [one.mean for one in points], y_interval=interval)
 
 
 def _curve(name: str, lines: list[dict[str, Any]], key: str, positive: bool) -> Series:
@@ -120,33 +114,42 @@ def _curve(name: str, lines: list[dict[str, Any]], key: str, positive: bool) -> 
     return Series(name, name, [x for x, _ in points], [y for _, y in points])
 
 
-def _taus(results: dict[str, Any]) -> list[tuple[str, str, float]]:
-    return [
-        (name, f"tau of {name}", values["tau"])
-        for name, values in results["variants"].items()
-        if values["tau"] and values["tau_reached"] is not None
-    ]
+def _taus(results: dict[str, Any], names: list[str]) -> list[tuple[str, str, float]]:
+    """A line for each gate's tau; one for arms that have the same."""
+    found: dict[float, str] = {}
+    for name in names:
+        for run in results["arms"][name]["runs"]:
+            values = results["variants"][run]
+            if values["tau"] and values["tau_reached"] is not None:
+                found.setdefault(values["tau"], name)
+    return [(name, f"tau of {name}", tau) for tau, name in found.items()]
 
 
-def _floor(panels: list[dict[str | None, dict[str, float]]]) -> float:
+def _floor(values: list[dict[str, float]]) -> float:
     """The lowest accuracy of the panels, rounded down to a twentieth."""
-    values = [value for values in panels for by_k in values.values() for value in by_k.values()]
-    return math.floor(20 * min(values, default=0.5)) / 20
+    return math.floor(20 * min((value for by_k in values for value in by_k.values()), default=0.5)) / 20
 
 
-def _probing_panel(key: str, title: str, values: dict[str | None, dict[str, float]], floor: float) -> Panel:
+def _probing_panel(
+    key: str, title: str, arms: dict[str, list[dict[str, float]]], llm: dict[str, float], floor: float | None = None
+) -> Panel:
     series, levels = [], []
-    ks: set[int] = set()
-    for name, by_column in values.items():
-        if not by_column:
-            continue
-        points = [(top_k(column), value) for column, value in by_column.items() if column.startswith("top_")]
-        ks |= {k for k, _ in points}
-        label, style = (name, name) if name else ("language model, top-k activations", "llm-top-k")
+    for name, seeds in arms.items():
+        columns = [column for column in seeds[0] if column.startswith("top_") and all(column in one for one in seeds)]
+        points = [estimate([one[column] for one in seeds]) for column in columns]
         if points:
-            series.append(Series(style, label, [k for k, _ in points], [value for _, value in points], markers=True))
-        if name is None and "full" in by_column:
-            levels.append(("llm-full", "language model, full probe", by_column["full"]))
+            interval = ([one.low for one in points], [one.high for one in points])
+            means = [one.mean for one in points]
+            series.append(Series(name, name, [*map(top_k, columns)], means, markers=True, y_interval=interval))
+    for style, start in (("llm-top-k", "top_"), ("llm-pca", "pca_")):
+        columns = [column for column in llm if column.startswith(start)]
+        if columns:
+            means = [llm[column] for column in columns]
+            series.append(Series(style, LLM_LABELS[style], [*map(top_k, columns)], means, markers=True))
+    if "full" in llm:
+        levels.append(("llm-full", LLM_LABELS["llm-full"], llm["full"]))
+    ks = {int(k) for one in series for k in one.x}
+    floor = _floor([llm, *(one for seeds in arms.values() for one in seeds)]) if floor is None else floor
     return Panel(
         key,
         title,

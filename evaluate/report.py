@@ -4,49 +4,23 @@ Everything comes from the files that the stages left in the workspace; what is m
 Equal workspaces give equal bytes, under equal versions of the libraries.
 """
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from evaluate import figures, panels
+from evaluate import figures, frontiers, histograms, panels, tables
+from evaluate.arms import compared, groups
+from evaluate.embedded import chosen_runs, embed
 from evaluate.markdown import markdown
+from evaluate.page import page
 from evaluate.provenance import configs, sources, store_note, versions
-from evaluate.results import build_results, mean_probing, training_lines
+from evaluate.results import build_results, published, training_lines
+from evaluate.styles import styles_of
+from evaluate.tree_view import tree_data, tree_tables
 from evaluate.verdict import DEFINITIONS, verdict, what_ran
 from extract.format.files import read_json, write_json, write_text
 from extract.format.store import Manifest, read_manifest
 
-TEMPLATES = Path(__file__).parent / "report_template"
-NOT_EVALUATED = "not evaluated"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the variants' table."""
-
-    name: str
-    key: str  # of the variant's values, or "top_<k>" of the probing means
-    digits: int
-    meaning: str
-    better: str = ""  # "lower", "higher", or neither
-
-
-COLUMNS = (
-    Column("FVU", "fvu", 3, DEFINITIONS["FVU"], "lower"),
-    Column("L0", "l0", 1, DEFINITIONS["L0"]),
-    Column("dead", "dead_fraction", 3, DEFINITIONS["dead"], "lower"),
-    Column("CE score", "ce_score", 3, DEFINITIONS["CE score"], "higher"),
-    Column("KL score", "kl_score", 3, DEFINITIONS["KL score"], "higher"),
-    Column("mean coherence", "mean_coherence", 3, DEFINITIONS["mean coherence"], "lower"),
-    Column("max coherence", "max_coherence", 3, DEFINITIONS["max coherence"], "lower"),
-    Column("top-1 probing", "top_1", 3, DEFINITIONS["top-k probing"], "higher"),
-    Column("top-5 probing", "top_5", 3, DEFINITIONS["top-k probing"], "higher"),
-)
-TAU = {"name": "tau", "meaning": DEFINITIONS["tau"], "better": ""}
+FEW_RUNS = 12  # more runs than this have no config of their own on the page: an arm's first seed's stands for all
 
 
 def write_report(workspace_folder: Path) -> None:
@@ -54,188 +28,178 @@ def write_report(workspace_folder: Path) -> None:
     folder = Path(workspace_folder)
     report = folder / "report"
     results = build_results(folder)
-    manifest = read_manifest(folder / "store" / "train")
-    view = _view(folder, results, manifest)
-    write_json(report / "results.json", results)
-    styles = view["styles"]
+    view = _view(folder, results, read_manifest(folder / "store" / "train"))
+    write_json(report / "results.json", published(results))
     drawn = {}
     for name, (shown, columns) in _pngs(view).items():
-        figures.write_png(report / "figures" / f"{name}.png", shown, styles, columns)
+        figures.write_png(report / "figures" / f"{name}.png", shown, view["styles"], columns)
         drawn[name] = f"figures/{name}.png"
     write_text(report / "report.md", markdown(view, drawn))
-    write_text(report / "index.html", _html(view))
+    write_text(report / "index.html", page(view))
 
 
 def _view(folder: Path, results: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     """Everything that the page and the Markdown show, as plain values and panels."""
-    names = list(results["variants"])
-    runs = {name: values["run"] for name, values in results["variants"].items()}
-    lines = {name: training_lines(folder / "runs" / run) for name, run in runs.items()}
-    latents = {}
-    for name, run in runs.items():
-        path = folder / "eval" / run / "latents.json"
-        if path.exists():
-            latents[name] = read_json(path, "an SAE's latents")
-    mean_panel, task_panels = panels.probing_panels(results)
-    tasks, means = mean_probing(results)
+    arms = results["arms"]
+    have = [
+        name
+        for name, values in results["variants"].items()
+        if (folder / "eval" / values["run"] / "latents.json").exists()
+    ]
+    shown = chosen_runs(arms, have)
+    histogrammed, embedded = _latents(folder, results, have, shown)
+    run_names = {name: results["variants"][run]["run"] for name, run in shown.items()}
+    strings, records = embed(embedded, run_names)
+    kept = [record["name"] for record in records]
+    grouped = _groups(folder, results, histogrammed)
+    frontier = frontiers.frontier_panels(results)
+    main = next((group for group in grouped if group["is_main"]), None)
     return {
         "title": f"{_short_name(results['model'])}, {results['hook']}",
         "what_ran": what_ran(results, [vars(source) for source in manifest.sources]),
         "verdict": verdict(results),
         "unfinished": results["unfinished_runs"],
-        "names": names,
-        "styles": figures.styles_of(names),
-        "columns": [*(vars(column) for column in COLUMNS[:-2]), TAU, *(vars(column) for column in COLUMNS[-2:])],
-        "rows": _variant_rows(results, means),
-        "n_tasks": len(tasks),
-        "training": panels.training_panels(lines, results),
-        "probing_mean": mean_panel,
-        "probing_tasks": task_panels,
-        "probing_names": [name for name in names if name in means],
-        "task_table": _task_table(results, tasks),
-        "latents": latents,
-        "latent_names": list(latents),
-        "dictionary": panels.latent_panels(latents),
+        "names": list(arms),
+        "styles": styles_of(arms),
+        "columns": [vars(column) for column in tables.shown_columns(results)],
+        "rows": tables.arm_rows(results),
+        "n_tasks": len(tables.task_table(results, list(arms))["rows"]),
+        "many_seeds": any(len(arm["seeds"]) > 1 for arm in arms.values()),
+        "has_intervals": any(
+            "fvu" in arm["measures"] and arm["measures"]["fvu"]["low"] is not None for arm in arms.values()
+        ),
+        "comparisons": _comparisons(results, grouped),
+        "falsifiers": tables.falsifiers(results),
+        "frontiers": frontier,
+        "frontier_legend": {key: label for label, key in _labels(frontier).items()},
+        "groups": grouped,
+        "main": main,
+        "tree": tree_data(results),
+        "tree_tables": tree_tables(results, main["names"] if main else []),
+        "strings": strings,
+        "records": records,
+        "seeds_shown": {name: run_names[name] for name in kept},
+        "left_out": [name for name in shown if name not in kept],
+        "latents": {name: embedded[name] for name in kept},
         "definitions": DEFINITIONS,
         "sources": sources(manifest),
         "store_note": store_note(manifest),
-        "by_source": _by_source(results),
-        "seconds": [(stage, f"{taken:,.1f}") for stage, taken in results["seconds"].items() if taken is not None],
+        "by_source": tables.by_source(results),
+        "seconds": _seconds(results["seconds"], len(results["variants"])),
         "versions": versions(),
-        "configs": configs(folder, runs, manifest),
+        "configs": configs(folder, _configured(results), manifest),
     }
 
 
-def _variant_rows(results: dict[str, Any], means: dict[str | None, dict[str, float]]) -> list[dict[str, Any]]:
-    figures_of = {
-        name: {column.key: values.get(column.key, means.get(name, {}).get(column.key)) for column in COLUMNS}
-        for name, values in results["variants"].items()
+def _comparisons(results: dict[str, Any], grouped: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The experiment's comparisons, each with the key of the group that it is shown with, None for always."""
+    by_title = {group["title"]: group for group in grouped}
+    found = []
+    for block in tables.comparison_groups(results):
+        group = by_title.get(block["title"], {})
+        found.append({**block, "key": group.get("key"), "is_main": group.get("is_main", True)})
+    return found
+
+
+def _labels(some: list[figures.Panel]) -> dict[str, str]:
+    """{a curve's label: the key of its style}."""
+    labels: dict[str, str] = {}
+    for panel in some:
+        for series in panel.series:
+            labels.setdefault(series.label, series.key)
+    return labels
+
+
+def _latents(
+    folder: Path, results: dict[str, Any], have: list[str], shown: dict[str, str]
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:
+    """({arm: each seed's arrays over latents}, {arm: all of latents.json of its chosen run}), in the page's order."""
+    arrays: dict[str, list[dict[str, Any]]] = {}
+    whole: dict[str, dict[str, Any]] = {}
+    for name, arm in results["arms"].items():
+        for run in arm["runs"]:
+            if run not in have:
+                continue
+            values = read_json(folder / "eval" / results["variants"][run]["run"] / "latents.json", "an SAE's latents")
+            arrays.setdefault(name, []).append({key: value for key, value in values.items() if key != "latents"})
+            if shown.get(name) == run:
+                whole[name] = values
+    return arrays, {name: whole[name] for name in shown}
+
+
+def _groups(folder: Path, results: dict[str, Any], latents: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What is drawn of each group of arms that share axes; `is_main` is the one that the page opens with."""
+    arms = results["arms"]
+    lines = {name: training_lines(folder / "runs" / values["run"]) for name, values in results["variants"].items()}
+    found = []
+    grouped = groups(arms)
+    for number, (title, names) in enumerate(grouped.items()):
+        prefix = f"g{number}-" if len(grouped) > 1 else ""
+        mean, per_task = panels.probing_panels(results, names, prefix)
+        own = {name: latents[name] for name in names if name in latents}
+        first = arms[names[0]]
+        found.append(
+            {
+                "key": str(number),
+                "title": title,
+                "names": names,
+                "is_main": len(grouped) == 1 or (first["architecture"], first["k"]) == compared(arms),
+                "training": panels.training_panels(lines, results, names, prefix),
+                "probing_mean": mean,
+                "probing_tasks": per_task,
+                "probing_names": [one.key for one in mean[0].series if one.key in arms] if mean else [],
+                "probing_llm": ([one.key for one in mean[0].series if one.key not in arms] if mean else [])
+                + ([key for key, _, _ in mean[0].levels] if mean else []),
+                "task_table": tables.task_table(results, names),
+                "dictionary": histograms.latent_panels(own, prefix),
+                "latent_names": list(own),
+            }
+        )
+    return found
+
+
+def _configured(results: dict[str, Any]) -> dict[str, str]:
+    """{title: run} of the configs that the page shows."""
+    if len(results["variants"]) <= FEW_RUNS:
+        return {name: values["run"] for name, values in results["variants"].items()}
+    return {
+        f"{name} ({results['variants'][arm['runs'][0]]['run']})": results["variants"][arm["runs"][0]]["run"]
+        for name, arm in results["arms"].items()
     }
-    baselines = {
-        (values["architecture"], values["seed"]): name
-        for name, values in results["variants"].items()
-        if values["variant"] == "baseline"
-    }
-    rows = []
-    for name, values in results["variants"].items():
-        baseline = baselines.get((values["architecture"], values["seed"]))
-        cells = []
-        for column in COLUMNS:
-            own = figures_of[name][column.key]
-            other = figures_of[baseline][column.key] if baseline not in (None, name) else None
-            change = "" if own is None or other is None else _signed(own - other, column.digits)
-            text = NOT_EVALUATED if own is None else f"{own:.{column.digits}f}"
-            cells.append({"text": text, "change": change, "missing": own is None})
-        cells.insert(-2, {"text": _tau(values), "change": "", "missing": values["tau_reached"] is None})
-        rows.append({"name": name, "key": name, "cells": cells})
-    llm = means.get(None, {})
-    empty = [{"text": "", "change": "", "missing": False}] * (len(COLUMNS) - 1)
-    if "top_1" in llm:
-        shown = [f"{llm[key]:.3f}" if key in llm else "" for key in ("top_1", "top_5")]
-        cells = empty + [{"text": text, "change": "", "missing": False} for text in shown]
-        rows.append({"name": "LM, top-k activations", "key": "llm-top-k", "cells": cells})
-    if "full" in llm:
-        cells = empty + [{"text": f"{llm['full']:.3f}", "change": "", "missing": False}] * 2
-        rows.append({"name": "LM, full probe", "key": "llm-full", "cells": cells})
-    return rows
 
 
-def _signed(change: float, digits: int) -> str:
-    text = f"{change:+.{digits}f}"
-    return text.replace("-", "−") if float(text) else f"±{0:.{digits}f}"
-
-
-def _tau(values: dict[str, Any]) -> str:
-    if values["tau_reached"] is None or values["tau"] is None:
-        return "no gate"
-    return f"{values['tau']:.3f} {'reached' if values['tau_reached'] else 'never reached'}"
-
-
-def _task_table(results: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
-    llm = results["llm"]["probing"]
-    probed = {name: values["probing"] for name, values in results["variants"].items() if values["probing"]}
-    columns = [(name, by_task, "top_1") for name, by_task in probed.items()]
-    if llm:
-        columns += [("LM top-1", llm, "top_1"), ("LM full", llm, "full")]
-    rows = []
-    for task in tasks:
-        values = [by_task.get(task, {}).get(column) for _, by_task, column in columns]
-        rows.append({"task": task, "cells": [NOT_EVALUATED if value is None else f"{value:.3f}" for value in values]})
-    return {"names": [name for name, _, _ in columns], "rows": rows}
-
-
-def _by_source(results: dict[str, Any]) -> dict[str, Any] | None:
-    found = {name: values["core"].get("by_source") or {} for name, values in results["variants"].items()}
-    sources = sorted({source for by_source in found.values() for source in by_source})
-    if not sources:
-        return None
-    rows = []
-    for name, by_source in found.items():
-        values = [by_source.get(source, {}).get("fvu") for source in sources]
-        rows.append({"name": name, "cells": [NOT_EVALUATED if value is None else f"{value:.3f}" for value in values]})
-    return {"sources": sources, "rows": rows}
+def _seconds(seconds: dict[str, float | None], n_runs: int) -> list[tuple[str, str]]:
+    """Each stage and its time; of many runs, the sum of a stage over them."""
+    if n_runs <= FEW_RUNS:
+        return [(stage, f"{taken:,.1f}") for stage, taken in seconds.items() if taken is not None]
+    sums: dict[str, float] = {}
+    for stage, taken in seconds.items():
+        parts = stage.split("/")
+        name = "/".join(parts[:-1]) + f", {n_runs} runs" if len(parts) > 1 and parts[0] == "train" else stage
+        name = "/".join(parts[:2]) + ", all runs" if len(parts) > 2 else name
+        sums[name] = sums.get(name, 0.0) + (taken or 0.0)
+    return [(stage, f"{taken:,.1f}") for stage, taken in sums.items()]
 
 
 def _pngs(view: dict[str, Any]) -> dict[str, tuple[list[figures.Panel], int]]:
-    """The figures beside report.md: {name: (panels, columns)}."""
-    by_key = {panel.key: panel for panel in view["training"]}
-    overview = [by_key[key] for key in ("fvu_ema", "coherence_mean") if key in by_key] + view["probing_mean"]
-    shown = {
-        "overview": (overview, 3),
-        "training": (view["training"], 3),
-        "probing": (view["probing_mean"] + view["probing_tasks"], 3),
-        "dictionary": (view["dictionary"], 2),
-    }
+    """The figures beside report.md: {name: (panels, columns)}; of several groups, the one that the page opens with."""
+    main = view["main"]
+    shown: dict[str, tuple[list[figures.Panel], int]] = {}
+    if main:
+        by_key = {panel.key.split("-")[-1]: panel for panel in main["training"]}
+        overview = [by_key[key] for key in ("fvu_ema", "coherence_mean") if key in by_key] + main["probing_mean"]
+        shown = {
+            "overview": (overview, 3),
+            "training": (main["training"], 3),
+            "probing": (main["probing_mean"] + main["probing_tasks"], 3),
+            "dictionary": (main["dictionary"], 2),
+        }
+    per_frontier: dict[str, int] = {}
+    for panel in view["frontiers"]:
+        label = panel.x_label + panel.y_label
+        per_frontier[label] = per_frontier.get(label, 0) + 1
+    shown["frontiers"] = (view["frontiers"], max(2, *per_frontier.values()) if per_frontier else 1)
     return {name: (some, min(columns, len(some))) for name, (some, columns) in shown.items() if some}
-
-
-def _html(view: dict[str, Any]) -> str:
-    styles = view["styles"]
-    hovers: dict[str, Any] = {}
-
-    def drawn(some: list[figures.Panel]) -> list[dict[str, Any]]:
-        shown = []
-        for panel in some:
-            text, hovers[panel.key] = figures.svg(panel, styles)
-            shown.append({**vars(panel), "svg": Markup(text)})
-        return shown
-
-    values = dict(view)
-    for key in ("training", "probing_mean", "probing_tasks", "dictionary"):
-        values[key] = drawn(view[key])
-    data = {"figures": hovers, "latents": {name: found["latents"] for name, found in view["latents"].items()}}
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        auto_reload=False,
-    )
-    return environment.get_template("page.html").render(
-        **values,
-        css_name=figures.css_name,
-        style_variables=Markup(_style_variables(styles)),
-        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
-        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
-        data=Markup(script_json(data)),
-    )
-
-
-def _style_variables(styles: dict[str, figures.Style]) -> str:
-    def block(light: bool) -> str:
-        return "".join(
-            f"{figures.css_name(key)}:{style.colour if light else style.dark};" for key, style in styles.items()
-        )
-
-    return f":root{{{block(True)}}}\n@media (prefers-color-scheme:dark){{:root{{{block(False)}}}}}"
-
-
-def script_json(value: Any) -> str:
-    """`value` as JSON that is safe inside a script element, whatever its strings hold."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 def _short_name(model: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from evaluate.results import sae_probing
+from evaluate.probed import sae_probing
 from extract.format.files import read_json
 
 CORE = {

@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from evaluate.results import DEFAULT_ARCHITECTURE, VARIANT_ORDER, mean_probing
+from evaluate.arms import GROUP_ARMS, VARIANT_ORDER, compared
+from evaluate.probed import mean_probing
 
 MATCHED_L0 = 0.05  # variants whose L0 differs by more than this share are not compared on FVU without a warning
+MANY_SEEDS = 3  # gates of an arm that each would need a sentence
 INACTIVE_LAMBDA = 0.05  # a gate that ends below this, in FVU per unit of penalty, has done nothing
 
 DEFINITIONS = {
@@ -25,6 +27,13 @@ DEFINITIONS = {
     "tau": "the FVU under which the adaptive weight switches on; fixed before training.",
     "top-k probing": "test accuracy of a logistic probe on the k latents that tell a task's classes apart best; mean "
     "over tasks. The language model's own top-k probe uses k dimensions of its activations, its full probe all.",
+    "parent probing": "balanced accuracy of a probe on one latent that tells a label tree's parent class from all "
+    "other texts; 5-fold cross-validation, mean over parents and trees.",
+    "hole": "recall of a parent's main latents on its texts of no child, less the lowest recall on any child's; 0 is "
+    "no hole, mean over parents and trees.",
+    "absorption": "share of a concept's projection that latents other than its main ones carry, where they carry at "
+    "least .4 of it; 'full': share of texts on which the main latents are silent besides.",
+    "95% CI": "Student's t interval of the mean over seeds, where there are at least three; none otherwise.",
     "density": "share of the scanned rows on which a latent is active.",
 }
 
@@ -46,31 +55,47 @@ def what_ran(results: dict[str, Any], sources: list[dict[str, Any]]) -> str:
     seeds = sorted({run["seed"] for run in runs})
     return paragraph + (
         f" {_count(len(runs), 'SAE')} of {_range(sizes)} latents, trained on {_range(tokens)} tokens, "
-        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}: {', '.join(results['variants'])}."
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}: {_arm_list(results['arms'])}."
     )
+
+
+def _arm_list(arms: dict[str, Any]) -> str:
+    """The arms by name, or, of many, what they combine."""
+    if len(arms) <= GROUP_ARMS:
+        return ", ".join(arms)
+
+    def every(key: str) -> str:
+        return ", ".join(
+            dict.fromkeys(f"{arm[key]:g}" if key == "k" else arm[key] for arm in arms.values() if arm[key])
+        )
+
+    return f"{len(arms)} arms of {every('variant')}, on {every('architecture')}, k {every('k')}"
 
 
 def verdict(results: dict[str, Any]) -> list[str]:
     """The sentences of the verdict: reconstruction, coherence, probing, and how far to trust them.
 
-    They compare the arms of one architecture (the default one where it was trained), seeds averaged. A sentence
-    whose figures are missing says so.
+    The experiment's own sentences come first where it has decided. Else they compare the arms of one architecture
+    and k (the default ones where they were trained), seeds averaged. A sentence whose figures are missing says so.
     """
     arms = _arms(results)
     if not arms:
         return ["No run has finished training, so there is nothing to compare."]
+    decided = (results.get("experiment") or {}).get("verdict")
+    if decided:
+        return [str(sentence) for sentence in decided] + _inactive(arms)
     sentences = [_reconstruction(arms), _coherence(arms), _probing(arms, results)]
     return sentences + _cautions(arms)
 
 
 def _arms(results: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """{variant: its seeds' (name, values)} of the architecture to be compared, in the order of variants."""
-    architectures = [values["architecture"] for values in results["variants"].values()]
-    chosen = DEFAULT_ARCHITECTURE if DEFAULT_ARCHITECTURE in architectures else next(iter(architectures), None)
+    """{variant: its seeds' (name, values)} of the architecture and k to be compared, in the order of variants."""
+    chosen = compared(results["arms"])
     arms: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for name, values in results["variants"].items():
-        if values["architecture"] == chosen:
-            arms.setdefault(values["variant"], []).append((name, values))
+    for name, arm in results["arms"].items():
+        if (arm["architecture"], arm["k"]) == chosen:
+            label = f"{arm['variant']} ({arm['tag']})" if arm["variant"] in arms else arm["variant"]
+            arms[label if label not in arms else name] = [(run, results["variants"][run]) for run in arm["runs"]]
     return arms
 
 
@@ -159,12 +184,24 @@ def _top_1(task: str) -> Callable[[str, dict[str, Any]], float | None]:
     return lambda _, values: values["probing"].get(task, {}).get("top_1")
 
 
+def _inactive(arms: dict[str, Any]) -> list[str]:
+    """A sentence a gate that never reached its tau; of many seeds, one an arm."""
+    sentences = []
+    for variant, seeds in arms.items():
+        unreached = [(name, values) for name, values in seeds if values["tau_reached"] is False]
+        if len(unreached) < MANY_SEEDS:
+            sentences += [_unreached(name, values) for name, values in unreached]
+        else:
+            lams = [values["training"]["final"].get("lambda") or 0.0 for _, values in unreached]
+            sentences.append(
+                f"{variant}: the error of {len(unreached)} of {len(seeds)} seeds never fell to tau; the soft gate left "
+                f"lambda at {min(lams):.2f} to {max(lams):.2f}."
+            )
+    return sentences
+
+
 def _cautions(arms: dict[str, Any]) -> list[str]:
-    cautions = []
-    for seeds in arms.values():
-        for name, values in seeds:
-            if values["tau_reached"] is False:
-                cautions.append(_unreached(name, values))
+    cautions = _inactive(arms)
     l0 = _means(arms, lambda _, values: values["l0"])
     if l0 and max(l0.values()) > (1 + MATCHED_L0) * min(l0.values()):
         cautions.append("L0 differs by more than 5% between variants: their FVU is not compared at equal sparsity.")

@@ -3,116 +3,36 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from stores import write_store
+from report_workspace import (
+    NASTY,
+    ORDER,
+    TASKS,
+    Page,
+    make_workspace,
+    page_of,
+    page_of_written,
+    unpacked,
+    write_core,
+    write_latents,
+    write_llm_probing,
+    write_probing,
+    write_run,
+)
 
-from evaluate.figures import Panel, Series, styles_of, svg
+from evaluate.figures import Panel, Series, svg
 from evaluate.markdown import context_line, escape
-from evaluate.report import script_json, write_report
-from evaluate.results import build_results, mean_probing, training_lines
+from evaluate.page import script_json
+from evaluate.probed import mean_probing
+from evaluate.report import write_report
+from evaluate.results import build_results, training_lines
+from evaluate.styles import styles_of
 from evaluate.verdict import verdict
 from extract.format.errors import UserError
 from extract.format.files import write_json
-
-RUNS = ("baseline-relu-s0", "adaptive-s0", "strict-s0", "gate_only-s0", "baseline-s0")
-ORDER = ["baseline", "strict", "adaptive", "gate_only", "baseline-relu"]
-FVU = {"baseline": 0.20, "strict": 0.30, "adaptive": 0.23, "gate_only": 0.24, "baseline-relu": 0.26}
-TASKS = ("task_a", "task_b")
-NASTY = ["</script><b>", "<!--", "\"'&", "\u202e\u2028", "|`*_$x$"]
-
-
-def write_run(folder: Path, run: str, seed: int = 0, **changes: Any) -> None:
-    variant = run.split("-")[0]
-    lines = [
-        {
-            "step": step, "tokens": 64 * (step + 1), "loss": 1.2 / (step + 1), "fvu": 0.9, "fvu_ema": 1 / (step + 1),
-            "l0": 4.0, "dead_fraction": 0.0, "alpha": 0.5, "lambda": 0.1 * step, "penalty": 0.2,
-            "coherence_mean": 0.3, "coherence_max": 0.8,
-        }
-        for step in range(5)
-    ]  # fmt: skip
-    run_folder = folder / "runs" / run
-    write_json(
-        run_folder / "run.json",
-        {
-            "name": run, "variant": variant, "architecture": "relu" if "relu" in run else "batchtopk", "seed": seed,
-            "steps": 5, "tokens": 320, "seconds": 1.5, "d_model": 6, "n_latents": 13, "k_or_target_l0": 4,
-            "tau": 0.25 if variant == "adaptive" else None, "tau_reached": True if variant == "adaptive" else None,
-            "final": lines[-1], "store_fingerprint": "0", **changes,
-        },
-    )  # fmt: skip
-    write_json(run_folder / "config.json", {"variant": variant, "learning_rate": 1e-3})
-    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_core(folder: Path, run: str, fvu: float, l0: float = 4.0, **model: float | None) -> None:
-    values = {
-        "run": run, "sae_sha256": "0", "rows": 40,
-        "reconstruction": {"fvu": fvu, "explained_variance": 1 - fvu},
-        "sparsity": {"l0": l0, "dead_fraction": 0.0, "n_latents": 13},
-        "geometry": {"max_coherence": 0.9, "mean_coherence": fvu / 2, "frobenius_excess": 0.1},
-        "by_source": {"text": {"fvu": fvu, "l0": l0, "rows": 40}},
-        "model": {"ce_score": 0.9, "kl_score": 0.95, **model},
-    }  # fmt: skip
-    path = folder / "eval" / run / "core.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values))  # as a careless writer might: NaN included
-
-
-def accuracies(start: float) -> dict[str, dict[str, float]]:
-    return {
-        str(k): {"test_accuracy": start + 0.01 * k, "test_auc": start + 0.02 * k, "test_f1": 0.5} for k in (1, 2, 5, 10)
-    }
-
-
-def write_probing(folder: Path, run: str, start: float, tasks: tuple[str, ...] = TASKS) -> None:
-    details = [{"dataset_name": task, "sae_metrics_by_k": accuracies(start + 0.1 * n)} for n, task in enumerate(tasks)]
-    write_json(folder / "eval" / run / "probing.json", {"eval_result_details": details[::-1]})
-
-
-def write_llm_probing(folder: Path, tasks: tuple[str, ...] = TASKS) -> None:
-    probes = {f"top_{k}": values for k, values in accuracies(0.5).items()}
-    full = {"test_accuracy": 0.9, "test_auc": 0.97, "test_f1": 0.9}
-    values = {"model": "m", "hook_point": "h", "tasks": {task: {**probes, "full": full} for task in tasks}}
-    write_json(folder / "eval" / "llm" / "probing.json", values)
-
-
-def write_latents(folder: Path, run: str, tokens: list[str] | None = None) -> None:
-    tokens = tokens or [" the", " quick", " fox", "↵"]
-    context = {
-        "source": "text", "document": 1, "title": "A title", "peak": 1, "tokens": tokens,
-        "values": [0.0, 2.5] + [0.5] * (len(tokens) - 2),
-    }  # fmt: skip
-    latent = {
-        "density": 0.01, "max_activation": 2.5, "nearest": {"index": 5, "cosine": 0.3},
-        "top_tokens": [[tokens[1], 1.0]], "promoted": tokens[:2], "suppressed": [], "contexts": [context],
-    }  # fmt: skip
-    density = (np.arange(13) / 100).tolist()
-    values = {
-        "run": run, "rows_scanned": 40, "density": density, "max_activation": density, "nearest_cosine": density,
-        "latents": [{"index": index, **latent} for index in (3, 8)],
-    }  # fmt: skip
-    write_json(folder / "eval" / run / "latents.json", values)
-
-
-def make_workspace(folder: Path, runs: tuple[str, ...] = RUNS) -> Path:
-    acts = np.random.default_rng(0).normal(size=(70, 6)).astype(np.float32)
-    write_store(folder / "store" / "train", acts)
-    write_store(folder / "store" / "heldout", acts[:40], split="heldout")
-    write_json(folder / "store" / "train" / "timing.json", {"seconds": 12.5})
-    for number, run in enumerate(runs):
-        write_run(folder, run)
-        write_core(folder, run, FVU[run.removesuffix("-s0")])
-        write_probing(folder, run, 0.6 + 0.01 * number)
-        write_latents(folder, run)
-    write_llm_probing(folder)
-    write_json(folder / "eval" / "seconds.json", {"probing": 3.0, "core/adaptive-s0": 2.0})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -121,38 +41,6 @@ def made(tmp_path_factory) -> Path:
     folder = make_workspace(tmp_path_factory.mktemp("made") / "offline")
     write_report(folder)
     return folder
-
-
-class Page(HTMLParser):
-    """What a page holds: its text, its elements' attributes, the JSON in it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.tags: list[str] = []
-        self.texts: list[str] = []
-        self.data = ""
-        self._in_data = False
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        self._in_data = ("id", "data") in attrs
-
-    def handle_endtag(self, tag):
-        self._in_data = False
-
-    def handle_data(self, data):
-        if self._in_data:
-            self.data += data
-        else:
-            self.texts.append(data)
-
-
-def page_of(folder: Path) -> Page:
-    return Page((folder / "report" / "index.html").read_text())
 
 
 def test_results_hold_every_promised_figure(made):
@@ -207,8 +95,7 @@ def test_several_seeds_keep_their_seed_in_the_name_and_one_does_not(tmp_path):
     results = build_results(folder)
     assert "baseline 0.220" in verdict(results)[0]
     assert "FVU varies between seeds by up to 0.028 (SD)" in verdict(results)[-1]
-    styles = styles_of(list(results["variants"]))
-    assert styles["baseline-s0"] == styles["baseline-s2"] != styles["adaptive-s2"]
+    assert results["arms"]["baseline"]["runs"] == ["baseline-s0", "baseline-s2"]
 
 
 def test_an_unfinished_run_is_named_and_is_no_variant(tmp_path):
@@ -303,11 +190,19 @@ def test_the_verdict_warns_of_an_inactive_gate_and_of_unequal_sparsity(tmp_path)
     assert "0.250 never reached" in "".join(page_of(folder).texts)
 
 
+def test_many_inactive_gates_are_one_sentence(tmp_path):
+    folder = make_workspace(tmp_path, ("baseline-s0",))
+    for seed in range(4):
+        write_run(folder, f"adaptive-s{seed}", seed, tau_reached=seed == 0, final={"lambda": 0.1 * seed})
+    said = [sentence for sentence in verdict(build_results(folder)) if sentence.startswith("adaptive:")]
+    assert said == ["adaptive: the error of 3 of 4 seeds never fell to tau; the soft gate left lambda at 0.10 to 0.30."]
+
+
 def test_the_report_shows_every_variant_and_every_part(made):
     page = page_of(made)
     text = "".join(page.texts)
-    data = json.loads(page.data)
-    assert list(data["latents"]) == ORDER
+    figures = page.json("data-figures")
+    assert [page.json(f"data-latents-{number}")["name"] for number in range(len(ORDER))] == ORDER
     assert {
         "loss",
         "fvu_ema",
@@ -318,10 +213,10 @@ def test_the_report_shows_every_variant_and_every_part(made):
         "probing-mean",
         "density",
         "coherence",
-    } <= set(data["figures"])
+    } <= set(figures)
     drawn = [value for tag, name, value in page.attributes if (tag, name) == ("figure", "data-figure")]
-    assert sorted(drawn) == sorted(data["figures"])
-    for curves in data["figures"].values():
+    assert sorted(drawn) == sorted(figures)
+    for curves in figures.values():
         assert curves["series"]
     for name in ORDER:
         assert text.count(name) >= 3
@@ -352,18 +247,13 @@ def test_nasty_tokens_are_shown_and_never_run(tmp_path):
     write_probing(folder, "baseline-s0", 0.6, tasks=("</script><b>$x$", "task_b"))
     write_llm_probing(folder, ("</script><b>$x$", "task_b"))
     after = page_of_written(folder)
-    assert before.tags.count("script") == after.tags.count("script") == 2
+    assert before.tags.count("script") == after.tags.count("script") == 5
     assert "b" not in after.tags
-    assert json.loads(after.data)["latents"]["baseline"][0]["contexts"][0]["tokens"] == NASTY
+    assert unpacked(after)[0]["contexts"][0]["tokens"] == NASTY
     assert "</script><b>$x$" in "".join(after.texts)
     written = (folder / "report" / "report.md").read_text()
     assert "<b>" not in written
     assert "\u202e" not in written
-
-
-def page_of_written(folder: Path) -> Page:
-    write_report(folder)
-    return page_of(folder)
 
 
 def test_script_json_keeps_its_strings_and_ends_no_script():
@@ -421,7 +311,7 @@ def test_equal_workspaces_give_equal_bytes(made, tmp_path):
 def test_the_markdown_figures_exist(made):
     text = (made / "report" / "report.md").read_text()
     linked = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
-    assert len(linked) == 4
+    assert len(linked) == 5
     for path in linked:
         assert (made / "report" / path).read_bytes().startswith(b"\x89PNG")
 
@@ -429,7 +319,7 @@ def test_the_markdown_figures_exist(made):
 def test_a_panels_numbers_lie_where_they_are_drawn():
     series = [Series("baseline", "baseline", [1.0, 10.0, 100.0], [0.2, 0.4, 0.8])]
     panel = Panel("p", "P <&>", "x", "y", series, [("adaptive", "tau", 0.5)], x_log=True, y_limits=(0.0, 1.0))
-    text, hover = svg(panel, styles_of(["baseline", "adaptive"]))
+    text, hover = svg(panel, styles_of({name: {"variant": name} for name in ("baseline", "adaptive")}))
     assert text.startswith("<svg role=")
     assert "P &lt;&amp;&gt;" in text
     assert "var(--s-baseline)" in text
