@@ -73,19 +73,16 @@ def evaluate(config: ExperimentConfig, workspace: Workspace, workers: int) -> No
         cell.run for cell in cells if cell.seed < config.latents_seeds and cell.k in (config.latents_ks or config.ks)
     }
     base = ["evaluate", "run", *_place(workspace), *config.evaluate]
-    parts = [names[1:][start::workers] for start in range(workers)]
+    parts = [part for start in range(workers) if (part := names[1:][start::workers])]
     with tqdm(total=len(names) + len(shown), desc="evaluating", unit="SAE") as bar:
-        _run_all({"evaluate-first": [*base, "--skip", "latents", "--runs", names[0]]}, workspace, 1, bar.update)
-        commands = {
-            f"evaluate-{index}": [*base, "--skip", "latents", "--runs", *part]
-            for index, part in enumerate(parts)
-            if part
-        }
-        _run_all(commands, workspace, workers, lambda: bar.update((len(names) - 1) // max(1, len(commands))))
-        if shown:
-            _run_all(
-                {"evaluate-latents": [*base, "--runs", *sorted(shown)]}, workspace, 1, lambda: bar.update(len(shown))
-            )
+
+        def run_all(commands: dict[str, list[str]], saes: int) -> None:
+            _run_all(commands, workspace, workers, lambda: bar.update(saes))
+
+        for_all = [*base, "--skip", "latents", "domains", "across", "--runs"]
+        run_all({"evaluate-first": [*for_all, names[0]]}, 1)
+        run_all({f"evaluate-{index}": [*for_all, *part] for index, part in enumerate(parts)}, len(names) // workers)
+        run_all({"evaluate-latents": [*base, "--runs", *(shown or names[:1])]}, len(shown))
 
 
 def summarise(config: ExperimentConfig, workspace: Workspace) -> dict[str, Any]:
@@ -130,14 +127,11 @@ def _stability(cells: Sequence[Cell], workspace: Workspace) -> list[dict[str, An
     path = workspace.eval / "stability.json"
     if not path.exists():
         return []
-    by_run: dict[str, list[float]] = {}
-    for pair in read_json(path, "the runs' stability").get("pairs", []):
-        for run in (pair["a"], pair["b"]):
-            by_run.setdefault(run, []).append(pair["mean_max_cosine"])
+    found = read_json(path, "the runs' stability")["runs"]
     return [
-        {**vars(cell), "measure": "stability", "dataset": "", "value": sum(found) / len(found)}
+        {**vars(cell), "measure": "stability", "dataset": "", "value": found[cell.run]["mean_max_cosine"]}
         for cell in cells
-        if (found := by_run.get(cell.run))
+        if cell.run in found and found[cell.run]["mean_max_cosine"] is not None
     ]
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from hafs_jax.architectures import ARCHITECTURES, Encoding, OperatingPoint
 from hafs_jax.config import TrainConfig
-from hafs_jax.controllers import update_gate, update_sparsity
+from hafs_jax.controllers import SparsityControl, update_gate, update_sparsity
 from hafs_jax.nested import prefix_errors
 from hafs_jax.penalty import Structure, assign_parents, noise_floor_margin, penalty
 from hafs_jax.products import Params, matmul
@@ -173,36 +173,22 @@ def train_step(
     gradient_norm = optax.global_norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
-    moves, opt_state = optimizer(config, state.params["W_dec"].shape[-1]).update(grads, state.opt_state, state.params)
     learning_rate = hyper.learning_rate * learning_rate_schedule(config.optimizer, config.steps)(step)
-    params = jax.tree.map(lambda value, move: value + learning_rate * move, state.params, moves)
-    params["W_dec"] = unit_rows(params["W_dec"])
-    if "threshold" in params:  # below zero the gate would let negative pre-activations through
-        params["threshold"] = jnp.maximum(params["threshold"], 0.0)
-    if config.frozen == "decoder":
-        params["W_dec"] = state.params["W_dec"]
-    if config.frozen == "everything":
-        params = dict(state.params)
+    params, opt_state = _moved(state, grads, learning_rate, config)
     params, opt_state = _where(ok, (params, opt_state), (state.params, state.opt_state))
 
     l0 = jnp.sum(active_BF, dtype=jnp.float32) / acts_BD.shape[0]
     since_F = jnp.where(ok & jnp.any(active_BF, axis=0), 0, jnp.minimum(state.steps_since_fired_F + 1, _NEVER))
     threshold_ema = state.threshold_ema
     if architecture.learns_threshold:
-        smallest = jnp.min(jnp.where(active_BF, forward.encoding.latents_BF, jnp.inf))
-        moved = settings.threshold_decay * threshold_ema + (1 - settings.threshold_decay) * smallest
-        threshold_ema = jnp.where(ok & jnp.isfinite(smallest), moved, threshold_ema)
+        threshold_ema = _smallest_active(threshold_ema, forward.encoding.latents_BF, ok, settings.threshold_decay)
     fvu = jnp.where(ok, forward.parts["fvu"], jnp.nan)
     gate = update_gate(state.gate, fvu, config.penalty, hyper.tau, hyper.lam_max)
     sparsity = state.sparsity
     if architecture.cost is not None:
-        frozen_from = round((1 - settings.freeze_fraction) * config.steps)
-        matches = settings.match_l0 or config.frozen == "everything"
-        moving = matches & (step >= settled_step(settings, config.steps)) & (step < frozen_from)
-        sparsity = update_sparsity(sparsity, jnp.where(ok, l0, jnp.nan), settings, weights.k, moving)
+        sparsity = _matched(state, jnp.where(ok, l0, jnp.nan), weights.k, config)
         if config.frozen == "everything":  # no coefficient could move it: the bias does, by the same law
-            shift = jnp.log2(sparsity.coefficient / state.sparsity.coefficient)
-            params["b_enc"] = params["b_enc"] - shift
+            params["b_enc"] -= jnp.log2(sparsity.coefficient / state.sparsity.coefficient)
     if settings.resample_every_steps:
         now = (step + 1) % settings.resample_every_steps == 0
         now &= step < round(settings.resample_until * config.steps)
@@ -244,6 +230,35 @@ def train_step(
         key=state.key,
     )
     return new_state, metrics
+
+
+def _moved(
+    state: TrainState, grads: Params, learning_rate: Array, config: TrainConfig
+) -> tuple[Params, optax.OptState]:
+    """The parameters after one move of the optimizer, within their bounds, and its state."""
+    moves, opt_state = optimizer(config, state.params["W_dec"].shape[-1]).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda value, move: value + learning_rate * move, state.params, moves)
+    params["W_dec"] = unit_rows(params["W_dec"])
+    if "threshold" in params:  # below zero the gate would let negative pre-activations through
+        params["threshold"] = jnp.maximum(params["threshold"], 0.0)
+    if config.frozen == "decoder":
+        params["W_dec"] = state.params["W_dec"]
+    return (dict(state.params) if config.frozen == "everything" else params), opt_state
+
+
+def _smallest_active(ema: Array, latents_BF: Float[Array, "B F"], ok: Array, decay: float) -> Float[Array, ""]:
+    """The moving average of the batch's smallest active latent; as it was where nothing is active."""
+    smallest = jnp.min(jnp.where(latents_BF > 0, latents_BF, jnp.inf))
+    return jnp.where(ok & jnp.isfinite(smallest), decay * ema + (1 - decay) * smallest, ema)
+
+
+def _matched(state: TrainState, l0: Float[Array, ""], k: Array, config: TrainConfig) -> SparsityControl:
+    """The L0 controller after a step: it moves between warm-up and the last `freeze_fraction` of training."""
+    settings = config.sparsity
+    frozen_from = round((1 - settings.freeze_fraction) * config.steps)
+    matches = settings.match_l0 or config.frozen == "everything"
+    moving = matches & (state.step >= settled_step(settings, config.steps)) & (state.step < frozen_from)
+    return update_sparsity(state.sparsity, l0, settings, k, moving)
 
 
 def _scaled(batch: Batch, scale: InputScale) -> tuple[Array, Array]:

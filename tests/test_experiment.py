@@ -174,6 +174,17 @@ def test_values_are_aligned_by_seed_and_dataset_and_incomplete_datasets_are_left
     assert values.tolist() == [[1.0, 3.0], [2.0, 4.0]] and names == ["2/x", "4/x"]
 
 
+def test_stability_is_a_measure_of_each_run(tmp_path: Path) -> None:
+    workspace = made_up(tmp_path, steady, CONFIG)
+    run = next(CONFIG.cells()).run
+    write_json(workspace.eval / "stability.json", {"runs": {run: {"mean_max_cosine": 0.7}, "other": {}}})
+    arm = summarise(CONFIG, workspace)["arms"][0]
+    assert "stability" not in arm["measures"]  # of one of three seeds alone
+    names = [cell.run for cell in CONFIG.cells()]
+    write_json(workspace.eval / "stability.json", {"runs": {name: {"mean_max_cosine": 0.7} for name in names}})
+    assert summarise(CONFIG, workspace)["arms"][0]["measures"]["stability"]["mean"] == pytest.approx(0.7)
+
+
 def test_a_planted_win_passes_every_falsifier_and_is_said_with_numbers(tmp_path: Path) -> None:
     summary = summarise(CONFIG, made_up(tmp_path, steady, CONFIG))
     assert outcomes(summary) == {
