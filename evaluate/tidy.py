@@ -111,7 +111,7 @@ def _hierarchy(folder: Path) -> Iterator[tuple[str, str, float | None]]:
         for path, node in values["nodes"].items():
             dataset = f"{tree}:{path}"
             measure = "hierarchy_parent" if path in parents else "hierarchy_child"
-            for name, scores in node["contrasts"]["rest"].items():
+            for name, scores in (node["contrasts"].get("rest") or {}).items():
                 yield f"{measure}_{name}", dataset, scores["balanced_accuracy"]
             for name, scores in (node["contrasts"].get("siblings") or {}).items():
                 yield f"hierarchy_sibling_{name}", dataset, scores["balanced_accuracy"]

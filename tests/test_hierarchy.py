@@ -10,20 +10,16 @@ from test_evaluate_run import CONFIG, F, model_folder, run, workspace  # noqa: F
 
 from evaluate import hierarchy
 from evaluate.hierarchy import (
-    auroc,
-    balanced_accuracy,
-    balanced_weights,
-    fit_logistic,
     macro,
     mean_over_trees,
     principal_components,
     rankings,
     sparse_scores,
-    standardised,
     tree_data,
 )
 from evaluate.label_trees import Labelled, LabelledTexts
 from evaluate.labelled_acts import fill
+from evaluate.logistic import auroc, balanced_accuracy, balanced_weights, fit_logistic, standardised
 from extract.format.errors import UserError
 
 LEAVES = ("a/x", "a/y", "b/z", "b/w", "")
