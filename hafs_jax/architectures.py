@@ -53,6 +53,7 @@ class Architecture:
     extra: Extra | None = None  # a further loss term
     params: Mapping[str, Callable[[SAEConfig], float]] = field(default_factory=dict)  # name -> first value of each of F
     learns_threshold: bool = False  # inference compares with a moving average of training's smallest active latent
+    starts_dense: bool = False  # zero biases leave about half of the latents active
     nested: bool = False  # the loss is the mean over nested prefixes of the dictionary
 
 
@@ -169,15 +170,21 @@ def _first_threshold(config: SAEConfig) -> float:
     """
     if config.first_threshold is not None:
         return config.first_threshold
-    return max(NormalDist().inv_cdf(1 - min(2 * config.k / config.F, 0.5)), 0.0) * config.encoder_scale
+    return max(NormalDist().inv_cdf(1 - min(2 * config.k / config.F, 0.5)), 0.0) * (config.encoder_scale or 1.0)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "batchtopk": Architecture(batchtopk, learns_threshold=True),
     "topk": Architecture(topk),
-    "relu": Architecture(relu, cost=l1),
+    "relu": Architecture(relu, cost=l1, starts_dense=True),
     "jumprelu": Architecture(jumprelu, cost=l0, params={"threshold": _first_threshold}),
-    "gated": Architecture(gated, cost=gate_l1, extra=gate_reconstruction, params={"r_mag": _zero, "b_mag": _zero}),
+    "gated": Architecture(
+        gated,
+        cost=gate_l1,
+        extra=gate_reconstruction,
+        params={"r_mag": _zero, "b_mag": _zero},
+        starts_dense=True,
+    ),
     "matryoshka": Architecture(batchtopk, learns_threshold=True, nested=True),
-    "matryoshka_relu": Architecture(relu, cost=l1, nested=True),
+    "matryoshka_relu": Architecture(relu, cost=l1, starts_dense=True, nested=True),
 }

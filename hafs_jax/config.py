@@ -39,7 +39,9 @@ class SAEConfig:
     encoder: str = option(
         "tied", "W_enc at the start: the transposed W_dec, or random unit columns", ("tied", "random")
     )
-    encoder_scale: float = option(1.0, "multiple of that at which W_enc starts")
+    encoder_scale: float | None = option(
+        None, "multiple of that at which W_enc starts; none: 1, or 2 D/F where half of all latents start active"
+    )
     centre: str = option(
         "mean",
         "b_dec at the start: the store's mean, the geometric median of its first rows, or the origin",
@@ -80,7 +82,10 @@ class SAEConfig:
         _require(self.expansion >= 1, f"sae.expansion={self.expansion}: expected at least 1")
         _require(self.k >= 1 and (F is None or self.k <= F), f"sae.k={self.k}: expected 1 to n_latents={F}")
         _require_knots("sae.k", self.k_fractions, self.k_values)
-        _require(self.encoder_scale > 0, f"sae.encoder_scale={self.encoder_scale}: expected a positive number")
+        _require(
+            self.encoder_scale is None or self.encoder_scale > 0,
+            f"sae.encoder_scale={self.encoder_scale}: expected a positive number, or none",
+        )
         _require(
             self.prefixes[-1:] == (1.0,) and list(self.prefixes) == sorted(set(self.prefixes)) and self.prefixes[0] > 0,
             f"sae.prefixes={self.prefixes}: expected rising fractions of F, the last 1",

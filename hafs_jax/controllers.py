@@ -94,9 +94,10 @@ def update_sparsity(
     """Multiplies the coefficient by (L0 / target)^gain while `active`; the average of L0 always moves.
 
     Integral control in the logarithm, with the present L0 and not its average in the loop: the average's lag makes the
-    loop ring. One step moves the coefficient by at most a factor 2^(3 gain) either way.
+    loop ring. One step moves the coefficient by at most a factor 2^gain up and 2^(3 gain) down: an L0 far over its
+    target is still falling, and a coefficient that overshoots kills latents.
     """
-    ratio = jnp.clip(jnp.log2(jnp.maximum(l0, 1e-3) / target_l0), -3.0, 3.0)
+    ratio = jnp.clip(jnp.log2(jnp.maximum(l0, 1e-3) / target_l0), -3.0, 1.0)
     moved = control.coefficient * jnp.exp2(config.match_gain * ratio)
     ok = jnp.isfinite(l0)
     return SparsityControl(

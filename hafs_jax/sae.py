@@ -45,11 +45,12 @@ class SAE(nn.Module):
         config, D, F = self.config, self.d_model, self.config.F
         D_out = D if self.d_out is None else self.d_out
         params = {"W_dec": self.param("W_dec", lambda key: unit_rows(jax.random.normal(key, (F, D_out), jnp.float32)))}
+        scale = encoder_scale(config, D)
         if config.encoder == "tied" and not config.transcode:
-            params["W_enc"] = self.param("W_enc", lambda _: config.encoder_scale * params["W_dec"].T)
+            params["W_enc"] = self.param("W_enc", lambda _: scale * params["W_dec"].T)
         else:
             params["W_enc"] = self.param(
-                "W_enc", lambda key: config.encoder_scale * unit_rows(jax.random.normal(key, (F, D), jnp.float32)).T
+                "W_enc", lambda key: scale * unit_rows(jax.random.normal(key, (F, D), jnp.float32)).T
             )
         params["b_enc"] = self.param("b_enc", nn.initializers.zeros, (F,), jnp.float32)
         params["b_dec"] = self.param("b_dec", nn.initializers.zeros, (D_out,), jnp.float32)
@@ -75,8 +76,19 @@ class SAE(nn.Module):
         return encoding, self.decode(encoding.latents_BF)
 
 
+def encoder_scale(config: SAEConfig, d_model: int) -> float:
+    """The config's, or min(1, 2 D / F) for an SAE that starts dense, else 1.
+
+    Where half of F random unit latents are active, relu(W_dec x) W_dec is about F / (2 D) x: a tied encoder at 1 starts
+    with an FVU far over 1, whose gradients stay in Adam's second moments and slow the whole run.
+    """
+    if config.encoder_scale is not None:
+        return config.encoder_scale
+    return min(1.0, 2 * d_model / config.F) if ARCHITECTURES[config.architecture].starts_dense else 1.0
+
+
 def init_params(config: SAEConfig, d_model: int, key: Key[Array, ""], d_out: int | None = None) -> Params:
-    """Fresh parameters: unit-norm random W_dec, W_enc its transpose (or random) times `encoder_scale`, zero biases.
+    """Fresh parameters: unit-norm random W_dec, W_enc its transpose (or random) times `encoder_scale()`, zero biases.
 
     Activations are centred by the data mean before they reach the SAE, so a zero b_dec starts at that mean.
     """

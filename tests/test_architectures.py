@@ -140,9 +140,23 @@ def test_encoder_starts(architecture: str) -> None:
     np.testing.assert_allclose(tied["W_enc"], 0.5 * tied["W_dec"].T, rtol=1e-6)
     free = init_params(config_of(architecture, encoder="random"), D, jax.random.key(0))
     assert float(jnp.abs(free["W_enc"] - free["W_dec"].T).max()) > 0.1
-    np.testing.assert_allclose(jnp.linalg.norm(free["W_enc"], axis=0), 1.0, rtol=1e-5)
+    dense = architecture in ("relu", "gated", "matryoshka_relu")
+    np.testing.assert_allclose(jnp.linalg.norm(free["W_enc"], axis=0), 2 * D / F if dense else 1.0, rtol=1e-5)
     across = init_params(config_of(architecture, transcode=True), D, jax.random.key(0), 7)
     assert across["W_enc"].shape == (D, F) and across["W_dec"].shape == (F, 7) and across["b_dec"].shape == (7,)
+
+
+@pytest.mark.parametrize("expansion", [1, 2, 8])
+@pytest.mark.parametrize("architecture", ["relu", "gated"])
+def test_a_dense_start_does_not_reconstruct_too_much(architecture: str, expansion: int) -> None:
+    """Half of the latents fire at first, whatever F: the first reconstruction is about x, not F / (2 D) x."""
+    width = 32
+    config = SAEConfig(architecture=architecture, n_latents=expansion * width, k=4)
+    params = init_params(config, width, jax.random.key(0))
+    acts = jax.random.normal(jax.random.key(1), (256, width))
+    _, recon = SAE(config, width).apply({"params": params}, acts, OperatingPoint(4))
+    along = float(jnp.sum(recon * acts) / jnp.sum(acts**2))
+    assert along == pytest.approx(min(1.0, expansion / 2), rel=0.1)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])

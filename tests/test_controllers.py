@@ -98,3 +98,12 @@ def test_sparsity_control_moves_towards_the_target_and_freezes() -> None:
         update_sparsity(control, jnp.float32(jnp.nan), config, 40, jnp.array(True)),
     ):
         assert float(frozen.coefficient) == pytest.approx(0.04)
+
+
+def test_the_coefficient_rises_slowly_from_any_l0() -> None:
+    """While L0 is still falling from its start, a coefficient that followed it would overshoot and kill latents."""
+    config, gain = SparsityConfig(), SparsityConfig().match_gain
+    control = init_sparsity(1.0, 40)
+    for l0, factor in ((40_000.0, 2**gain), (60.0, 1.5**gain), (20.0, 0.5**gain), (0.0, 2 ** (-3 * gain))):
+        moved = update_sparsity(control, jnp.float32(l0), config, 40, jnp.array(True))
+        assert float(moved.coefficient) == pytest.approx(factor, rel=1e-5)
