@@ -32,6 +32,15 @@ def fixed_ends(config: SAEConfig) -> tuple[int, ...]:
     return tuple(max(1, round(fraction * config.F)) for fraction in config.prefixes)
 
 
+def prefix_shares(config: SAEConfig, key: Key[Array, ""]) -> Float[Array, " F"]:
+    """The share of the prefixes that hold each latent: 1 for the first band, 1 / G for the last.
+
+    What a latent pays in a loss that is the mean over G nested SAEs, each with its own sparsity cost. Paid in full, L1
+    would outweigh the one prefix in which a latent of the last band helps, and kill the band.
+    """
+    return jnp.mean(jnp.arange(config.F)[None] < prefix_ends(config, key)[:, None], axis=0, dtype=jnp.float32)
+
+
 def bands(config: SAEConfig) -> Int[Array, " F"]:
     """The number of the fixed prefix that first holds each latent: its level."""
     ends = jnp.asarray(fixed_ends(config), jnp.int32)

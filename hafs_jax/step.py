@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from hafs_jax.architectures import ARCHITECTURES, Encoding, OperatingPoint
 from hafs_jax.config import TrainConfig
 from hafs_jax.controllers import SparsityControl, update_gate, update_sparsity
-from hafs_jax.nested import prefix_errors
+from hafs_jax.nested import prefix_errors, prefix_shares
 from hafs_jax.penalty import Structure, assign_parents, noise_floor_margin, penalty
 from hafs_jax.products import Params, matmul
 from hafs_jax.resample import resample
@@ -75,7 +75,11 @@ def loss_fn(
         parts["loss_reconstruction"] += architecture.extra(encoding, params, config.sae, target_BD) / variance
     parts["loss_sparsity"] = parts["loss_aux"] = jnp.zeros(())
     if architecture.cost is not None:
-        cost = jnp.mean(architecture.cost(encoding, params, config.sae))
+        paying = encoding
+        if architecture.nested:
+            shares_F = prefix_shares(config.sae, key)
+            paying = encoding.replace(latents_BF=encoding.latents_BF * shares_F[None])
+        cost = jnp.mean(architecture.cost(paying, params, config.sae))
         parts["loss_sparsity"] = weights.coefficient * cost / variance
     if settings.aux > 0:
         aux = aux_loss(

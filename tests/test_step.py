@@ -74,13 +74,18 @@ def torch_step(config: TrainConfig, state: TrainState, scale: InputScale, acts: 
     def error(latents: torch.Tensor) -> torch.Tensor:
         return ((x - latents @ params["W_dec"] - params["b_dec"]) ** 2).sum(1).mean() / D
 
+    def l1(latents: torch.Tensor) -> torch.Tensor:
+        return config.sparsity.coefficient * (latents * params["W_dec"].norm(dim=1)).sum(1).mean() / D
+
     loss = error(latents)
     if config.sae.architecture.startswith("matryoshka"):
         prefixes = [max(1, round(fraction * F)) for fraction in config.sae.prefixes]
         masks = [(torch.arange(F) < end).float() for end in prefixes]
         loss = torch.stack([error(latents * mask) for mask in masks]).mean()
-    if config.sae.architecture in ("relu", "matryoshka_relu"):
-        loss = loss + config.sparsity.coefficient * (latents * params["W_dec"].norm(dim=1)).sum(1).mean() / D
+    if config.sae.architecture == "matryoshka_relu":  # the mean of nested SAEs, each with its own L1
+        loss = loss + torch.stack([l1(latents * mask) for mask in masks]).mean()
+    if config.sae.architecture == "relu":
+        loss = loss + l1(latents)
     if config.sae.architecture == "jumprelu":
         active = Step.apply(pre, params["threshold"], config.sae.bandwidth, False).sum(1).mean()
         loss = loss + config.sparsity.coefficient * K * (active / K - 1) ** 2 / D
