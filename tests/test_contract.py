@@ -106,7 +106,8 @@ def test_trains_saves_loads_and_exports(
     records = run.metrics()
     first, final = records[0], run.result()["final"]
     if variant != "random_init":
-        assert final["loss_reconstruction"] < 0.85 * first["loss_reconstruction"]
+        falls_to = 0.95 if FORMS[architecture].starts_dense else 0.85  # a dense start reconstructs well, at several k
+        assert final["loss_reconstruction"] < falls_to * first["loss_reconstruction"]
     penalised = config.penalty.kind != "none"
     assert final["lambda"] <= config.penalty.lam_max + 1e-6 and (final["lambda"] > 0) == penalised
     assert (0 < final["penalty_gradient_share"] < 1) == penalised and final["tau_reached"] in (True, False)
