@@ -28,7 +28,7 @@ from typing import Any
 from extract import packaged
 from extract.format.config import did_you_mean
 from extract.format.errors import UserError
-from extract.format.files import read_json, sha256_of
+from extract.format.files import jsonl_records, read_json, sha256_of
 
 FOLDER = Path(__file__).parent / "trees"
 MIN_TEXTS = 20  # fewer texts make no leaf: four a fold, of which one more or less right is a quarter
@@ -205,8 +205,6 @@ def _task_items(leaf: dict[str, Any]) -> Iterator[Labelled]:
 
 
 def _jsonl_items(path: Path) -> Iterator[Labelled]:
-    from extract.text import jsonl_records
-
     if not path.exists():
         raise UserError(f"expected labelled texts at {path}, found no such file")
     for number, record in enumerate(jsonl_records(path), start=1):

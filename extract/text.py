@@ -3,7 +3,6 @@
 Must not import torch; the hub's `datasets` library only where a source comes from the hub.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from extract import packaged
 from extract.config import SourceConfig
 from extract.format.config import did_you_mean
 from extract.format.errors import UserError
+from extract.format.files import jsonl_records
 
 Record = dict[str, Any]
 
@@ -165,20 +165,6 @@ def _txt_records(path: Path) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text ({error})") from None
     yield {"text": part.strip()}
-
-
-def jsonl_records(path: Path) -> Iterator[Record]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}, line {number}: expected one JSON object a line ({error})") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
-            yield record
 
 
 def _parquet_records(path: Path) -> Iterator[Record]:

@@ -190,7 +190,7 @@ def test_a_stage_that_failed_is_done_the_next_time(workspace, monkeypatch):
 
 
 def test_skipped_stages_leave_no_file(workspace):
-    run(workspace, skip=("splice", "probing", "latents"), names=["strict-s0"])
+    run(workspace, skip=("splice", "probing", "hierarchy", "latents"), names=["strict-s0"])
     assert {path.name for path in workspace.eval.rglob("*.*")} == {
         "core.json",
         "core_latents.npz",
@@ -203,7 +203,7 @@ def test_skipped_stages_leave_no_file(workspace):
 def test_a_run_of_another_hook_point_is_refused(workspace):
     saved_sae(workspace.runs / "strict-s0" / "sae", D, F, hook="blocks.0.hook_resid_post")
     with pytest.raises(UserError, match=r"run strict-s0 was trained at blocks.0.hook_resid_post, the held-out store"):
-        run(workspace, skip=("splice", "probing", "latents"))
+        run(workspace, skip=("splice", "probing", "hierarchy", "latents"))
 
 
 def test_the_hub_is_left_alone_where_nothing_needs_it(workspace, monkeypatch):
@@ -213,11 +213,11 @@ def test_the_hub_is_left_alone_where_nothing_needs_it(workspace, monkeypatch):
     offline = []
     monkeypatch.setattr(evaluate.stages, "hub_problem", asked)
     monkeypatch.setattr(evaluate.stages, "go_offline", lambda: offline.append(True))
-    run(workspace, skip=("splice", "probing", "latents"))
+    run(workspace, skip=("splice", "probing", "hierarchy", "latents"))
     assert offline
     monkeypatch.setattr(evaluate.stages, "hub_problem", lambda: None)
     offline.clear()
-    run(workspace, dataclasses.replace(CONFIG, suite="standard"), skip=("splice", "probing", "latents"))
+    run(workspace, dataclasses.replace(CONFIG, suite="standard"), skip=("splice", "probing", "hierarchy", "latents"))
     assert offline  # standard needs it, but probing is skipped
     monkeypatch.setattr(evaluate.stages, "hub_problem", lambda: "no route")
     with pytest.raises(UserError, match="SAE-Bench has none of that name"):

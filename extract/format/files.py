@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,6 +63,21 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def jsonl_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a user's JSON-lines file, blank lines left out; `UserError` names the line that is none."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise UserError(f"{path}, line {number}: expected one JSON object a line ({error})") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
+            yield record
 
 
 def sha256_of(path: Path) -> str:
