@@ -95,17 +95,14 @@ def hinge_penalty(
     F = W_dec.shape[0]
     ids_CM, real_CM, pairs_seen = _chunks(F, config.chunk_size, key)
     rows_CMD = unit_rows(W_dec)[ids_CM]
-    if config.yielding == "both":
-        cosines_CMM = jnp.einsum("cid,cjd->cij", rows_CMD, rows_CMD, preferred_element_type=jnp.float32)
-    else:
+    fixed_CMD = jax.lax.stop_gradient(rows_CMD)
+    onto_fixed = jnp.einsum("cid,cjd->cij", rows_CMD, fixed_CMD, preferred_element_type=jnp.float32)
+    moves_CMM: Array | float = 1.0  # whether the pair (i, j) moves i; weights and cosines are symmetric, (j, i) moves j
+    if config.yielding != "both":
         order_CM = ids_CM if config.yielding == "later" else -structure.rate_F[ids_CM]
-        fixed_CMD = jax.lax.stop_gradient(rows_CMD)
-        yields_CMM = order_CM[:, :, None] > order_CM[:, None, :]  # i yields to j; where neither does, both are moved
-        equal_CMM = order_CM[:, :, None] == order_CM[:, None, :]
-        onto_fixed = jnp.einsum("cid,cjd->cij", rows_CMD, fixed_CMD, preferred_element_type=jnp.float32)
-        from_fixed = jnp.einsum("cid,cjd->cij", fixed_CMD, rows_CMD, preferred_element_type=jnp.float32)
-        symmetric = onto_fixed + from_fixed - jax.lax.stop_gradient(onto_fixed)  # the cosine, moving both
-        cosines_CMM = jnp.where(equal_CMM, symmetric, jnp.where(yields_CMM, onto_fixed, from_fixed))
+        moves_CMM = (order_CM[:, :, None] >= order_CM[:, None, :]).astype(jnp.float32)
+    value = jax.lax.stop_gradient(onto_fixed)
+    cosines_CMM = value + 2 * moves_CMM * (onto_fixed - value)  # one product backward where autodiff would take two
     pairs_CMM = real_CM[:, :, None] & real_CM[:, None, :] & ~jnp.eye(ids_CM.shape[1], dtype=bool)[None]
     weights_CMM = jnp.where(pairs_CMM, 1.0 - alpha * sharing_weights(ids_CM, structure, config), 0.0)
     total = jnp.sum(weights_CMM * jax.nn.relu(cosines_CMM - mu0) ** 2)
