@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from hafs_jax.config import SAEConfig
 from hafs_jax.products import Params, matmul
-from hafs_jax.selection import count_threshold
+from hafs_jax.selection import Entries, batch_threshold, largest_of_all, largest_of_rows
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -37,6 +37,9 @@ class Encoding(struct.PyTreeNode):
 Activate = Callable[[Float[Array, "B F"], Params, SAEConfig, OperatingPoint], Float[Array, "B F"]]
 """(pre_BF, params, config, at) -> latents_BF, not negative."""
 
+Keep = Callable[[Float[Array, "B F"], SAEConfig, Int[Array, ""] | int], Entries]
+"""(relu(pre_BF), config, k) -> the entries that `activate` leaves, where it leaves a fixed number of them."""
+
 Cost = Callable[[Encoding, Params, SAEConfig], Float[Array, " B"]]
 """(encoding, params, config) -> what each row pays, times the sparsity coefficient."""
 
@@ -49,6 +52,7 @@ class Architecture:
     """What training and export need to know of an architecture."""
 
     activate: Activate
+    keep: Keep | None = None  # what lets `sparse` skip the zeros; None: all products are dense
     cost: Cost | None = None  # None: the activation itself fixes L0; otherwise a coefficient times this does
     extra: Extra | None = None  # a further loss term
     params: Mapping[str, Callable[[SAEConfig], float]] = field(default_factory=dict)  # name -> first value of each of F
@@ -84,8 +88,18 @@ def batchtopk(
     positive_BF = jax.nn.relu(pre_BF)
     if at.threshold is not None:
         return jnp.where(pre_BF > at.threshold, positive_BF, 0.0)
-    smallest = count_threshold(jax.lax.stop_gradient(positive_BF), pre_BF.shape[0] * at.k)
+    B = len(pre_BF)
+    smallest = batch_threshold(jax.lax.stop_gradient(positive_BF), B * config.largest_k, B * at.k)
     return jnp.where(positive_BF >= jnp.maximum(smallest, _TINY), positive_BF, 0.0)
+
+
+def _keep_of_rows(positive_BF: Float[Array, "B F"], config: SAEConfig, k: Int[Array, ""] | int) -> Entries:
+    return largest_of_rows(positive_BF, config.largest_k, k)
+
+
+def _keep_of_batch(positive_BF: Float[Array, "B F"], config: SAEConfig, k: Int[Array, ""] | int) -> Entries:
+    B = len(positive_BF)
+    return largest_of_all(positive_BF, B * config.largest_k, B * k)
 
 
 def jumprelu(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: OperatingPoint) -> Float[Array, "B F"]:
@@ -174,8 +188,8 @@ def _first_threshold(config: SAEConfig) -> float:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "batchtopk": Architecture(batchtopk, learns_threshold=True),
-    "topk": Architecture(topk),
+    "batchtopk": Architecture(batchtopk, _keep_of_batch, learns_threshold=True),
+    "topk": Architecture(topk, _keep_of_rows),
     "relu": Architecture(relu, cost=l1, starts_dense=True),
     "jumprelu": Architecture(jumprelu, cost=l0, params={"threshold": _first_threshold}),
     "gated": Architecture(
@@ -185,6 +199,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         params={"r_mag": _zero, "b_mag": _zero},
         starts_dense=True,
     ),
-    "matryoshka": Architecture(batchtopk, learns_threshold=True, nested=True),
+    "matryoshka": Architecture(batchtopk, _keep_of_batch, learns_threshold=True, nested=True),
     "matryoshka_relu": Architecture(relu, cost=l1, starts_dense=True, nested=True),
 }

@@ -248,6 +248,11 @@ class TrainConfig:
     log_every_steps: int = option(8, "steps between lines of metrics.jsonl")
     max_bad_fraction: float = option(0.01, "share of non-finite batches (skipped) above which the run stops")
     coherence_every_steps: int = option(80, "steps between measurements of the decoder's coherence")
+    products: str = option(
+        "auto",
+        "topk, batchtopk, matryoshka: multiply by all latents or by the kept ones alone; auto: the faster, as measured",
+        ("auto", "dense", "sparse"),
+    )
     dictionary_shards: int = option(1, "devices along the latents; the others split the batch")
     evaluate_every_steps: int = option(0, "steps between held-out FVU measurements, the best checkpoint kept; 0: never")
     heldout_rows: int = option(16_384, "rows of the held-out store that they use")

@@ -3,6 +3,8 @@
 Bussmann et al. 2025 (arXiv 2503.17547).
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -47,14 +49,10 @@ def bands(config: SAEConfig) -> Int[Array, " F"]:
     return jnp.searchsorted(ends, jnp.arange(config.F), side="right").astype(jnp.int32)
 
 
-def prefix_errors(
-    latents_BF: Float[Array, "B F"],
-    target_BD: Float[Array, "B D"],
-    params: Params,
-    config: SAEConfig,
-    key: Key[Array, ""],
-) -> tuple[Float[Array, " G"], Float[Array, "B D"]]:
-    """Mean over rows of |target - reconstruction from the first n latents|^2 for each prefix, and the whole's residual.
+def prefix_changes(
+    latents_BF: Float[Array, "B F"], params: Params, config: SAEConfig, key: Key[Array, ""]
+) -> list[Float[Array, "B D"]]:
+    """What each band of latents, the part of a prefix that is not in the one before, adds to the reconstruction.
 
     Fixed prefixes are slices, so that all of them together cost one decoder product; sampled ones cost one each.
     """
@@ -62,12 +60,17 @@ def prefix_errors(
         ends_G = prefix_ends(config, key)
         band_F = jnp.searchsorted(ends_G, jnp.arange(config.F), side="right")
         parts = [jnp.where((band_F == g)[None], latents_BF, 0.0) for g in range(config.sampled_prefixes)]
-        changes = [matmul(part, params["W_dec"], config.compute_dtype) for part in parts]
-    else:
-        ends = fixed_ends(config)
-        slices = [slice(start, end) for start, end in zip((0, *ends), ends, strict=False)]
-        changes = [matmul(latents_BF[:, s], params["W_dec"][s], config.compute_dtype) for s in slices]
-    residual_BD, errors = target_BD - params["b_dec"][None], []
+        return [matmul(part, params["W_dec"], config.compute_dtype) for part in parts]
+    ends = fixed_ends(config)
+    slices = [slice(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+    return [matmul(latents_BF[:, s], params["W_dec"][s], config.compute_dtype) for s in slices]
+
+
+def prefix_errors(
+    changes: Sequence[Float[Array, "B D"]], target_BD: Float[Array, "B D"], b_dec: Float[Array, " D"]
+) -> tuple[Float[Array, " G"], Float[Array, "B D"]]:
+    """Mean over rows of |target - reconstruction from the first bands|^2 for each prefix, and the whole's residual."""
+    residual_BD, errors = target_BD - b_dec[None], []
     for change_BD in changes:
         residual_BD = residual_BD - change_BD
         errors.append(jnp.mean(jnp.sum(residual_BD**2, axis=1)))

@@ -17,7 +17,7 @@ class Structure(struct.PyTreeNode):
 
     groups_F: Int[Array, " F"]  # latents of the same group may share direction under alpha
     rate_F: Float[Array, " F"]  # share of recent rows in which each fires
-    active_BF: Bool[Array, "B F"]  # who fires in this batch
+    active_BF: Bool[Array, "B F"] | None = None  # who fires in this batch; only `cofiring` asks
 
 
 def first_groups(config: PenaltyConfig, sae: SAEConfig) -> Int[Array, " F"]:
@@ -52,6 +52,7 @@ def sharing_weights(
     if config.sharing == "global":
         return 1.0
     if config.sharing == "cofiring":
+        assert structure.active_BF is not None
         active_BCM = structure.active_BF.astype(jnp.float32)[:, ids_CM]
         both_CMM = jnp.einsum("bci,bcj->cij", active_BCM, active_BCM)
         counts_CM = jnp.sum(active_BCM, axis=0)

@@ -18,8 +18,7 @@ def matmul(left: Float[Array, "M K"], right: Float[Array, "K N"], dtype: str) ->
     The gradient's two products are of the same kind: the cotangent is cast too, as mixed precision is done in torch.
     JAX's own gradient keeps it in float32, and so multiplies in float32, which costs most of what bfloat16 saves.
     """
-    kind = jnp.dtype(dtype)
-    return jnp.matmul(left.astype(kind), right.astype(kind), preferred_element_type=jnp.float32)
+    return _product(_by_rows(left, dtype), _by_rows(right, dtype), over=0)
 
 
 def _forward(left: Array, right: Array, dtype: str) -> tuple[Array, tuple[Array, Array]]:
@@ -29,22 +28,31 @@ def _forward(left: Array, right: Array, dtype: str) -> tuple[Array, tuple[Array,
 
 def _backward(dtype: str, inputs: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     left, right = inputs
-    cotangent = cotangent.astype(dtype)
-    onto_left = jax.lax.dot_general(
-        cotangent, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )  # cotangent @ right.T, without writing right.T
-    return onto_left, jnp.matmul(_row_major(left.T), cotangent, preferred_element_type=jnp.float32)
+    cotangent = _by_rows(cotangent, dtype)
+    onto_left = _product(cotangent, _by_rows(right, dtype), over=1)
+    onto_right = _product(_by_rows(left.T, dtype), cotangent, over=0)
+    return onto_left, onto_right
 
 
 matmul.defvjp(_forward, _backward)
 
 
-def _row_major(matrix: Array) -> Array:
-    """The same values; on a CPU, bfloat16 is laid out by rows.
+def _product(left: Float[Array, "M K"], right: Array, over: int) -> Float[Array, "M N"]:
+    """left @ right, or left @ right.T where the sum goes over right's axis 1, in float32."""
+    product = jax.lax.dot_general(left, right, (((1,), (over,)), ((), ())), preferred_element_type=jnp.float32)
+    return product if left.dtype == jnp.float32 else _laid_out(product)
 
-    XLA's CPU kernels for bfloat16 (AMX) take no operand that is contracted over its rows: such a product it converts to
-    float32, six times slower.
+
+def _by_rows(matrix: Array, dtype: str) -> Array:
+    """The matrix in `dtype`; on a CPU, bfloat16 is laid out by rows.
+
+    XLA's CPU kernels for bfloat16 (AMX) take operands by rows whose sum goes over the left one's columns. Other
+    products it converts to float32, six times slower; and one whose result it transposes it cannot run at all, so the
+    result is held by rows too.
     """
-    if matrix.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
-        return matrix
-    return with_layout_constraint(matrix, Layout((0, 1)))
+    matrix = matrix.astype(dtype)
+    return matrix if dtype == "float32" else _laid_out(matrix)
+
+
+def _laid_out(matrix: Array) -> Array:
+    return with_layout_constraint(matrix, Layout((0, 1))) if jax.default_backend() == "cpu" else matrix

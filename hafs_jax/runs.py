@@ -7,6 +7,7 @@ best/            the checkpoint of the best held-out FVU, where that is measured
 run.json         written last, when training has finished
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,13 +114,14 @@ def profile_folder(out: Path, profile: str) -> Path:
 def baseline_tau(runs: Path, config: TrainConfig, fingerprint: str) -> tuple[float, str]:
     """tau = tau_factor x the final FVU of the seed-0 baseline of the same SAE on the same store, and that run's name.
 
-    Raises `UserError` where that run is missing, unfinished, of another SAE or on another store.
+    The baseline has the same tag, or what is left of it without axes that a baseline does not have. Raises `UserError`
+    where that run is missing, unfinished, of another SAE or on another store.
     """
-    name = replace(preset("baseline", config.sae.architecture), seed=0, tag=config.tag).run_name
-    run = Run(runs / name)
-    if not run.finished() and config.tag:
-        name = name.removesuffix(f"-{config.tag}")
-        run = Run(runs / name)
+    baseline = replace(preset("baseline", config.sae.architecture), seed=0)
+    axes = config.tag.split(",") if config.tag else []
+    tags = [",".join(some) for n in range(len(axes), -1, -1) for some in itertools.combinations(axes, n)]
+    found = [Run(runs / replace(baseline, tag=tag).run_name) for tag in tags]
+    run = next((run for run in found if run.finished()), found[-1])
     remedy = (
         f"{config.variant} needs tau, a predefined FVU threshold: train the baseline first "
         f"(make train VARIANT=baseline SEED=0) or give --penalty.tau"
@@ -130,7 +132,7 @@ def baseline_tau(runs: Path, config: TrainConfig, fingerprint: str) -> tuple[flo
         raise UserError(f"{remedy}; {run.folder} has {difference[0]}={difference[1]}, this run {difference[2]}")
     if run.store_record()["fingerprint"] != fingerprint:
         raise UserError(f"{remedy}; {run.folder} was trained on another store")
-    return config.penalty.tau_factor * run.result()["final"]["fvu_ema"], name
+    return config.penalty.tau_factor * run.result()["final"]["fvu_ema"], run.folder.name
 
 
 def _first_difference(old: Any, new: Any, prefix: str = "") -> tuple[str, Any, Any] | None:

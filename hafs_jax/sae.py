@@ -61,8 +61,7 @@ class SAE(nn.Module):
     def encode(self, acts_BD: Float[Array, "B D"], at: OperatingPoint) -> Encoding:
         """Pre-activations and latents of scaled activations."""
         params, dtype = dict(self.params), self.config.compute_dtype
-        bias_F = params["b_enc"] if self.config.transcode else params["b_enc"] - params["b_dec"] @ params["W_enc"]
-        pre_BF = matmul(acts_BD, params["W_enc"], dtype) + bias_F[None]
+        pre_BF = matmul(acts_BD, params["W_enc"], dtype) + pre_bias(params, self.config)[None]
         activate = ARCHITECTURES[self.config.architecture].activate
         return Encoding(pre_BF, activate(pre_BF, params, self.config, at))
 
@@ -74,6 +73,11 @@ class SAE(nn.Module):
         """The encoding and the reconstruction."""
         encoding = self.encode(acts_BD, at)
         return encoding, self.decode(encoding.latents_BF)
+
+
+def pre_bias(params: Params, config: SAEConfig) -> Float[Array, " F"]:
+    """What the encoder adds to acts @ W_enc: b_enc - b_dec @ W_enc; a transcoder's b_enc alone."""
+    return params["b_enc"] if config.transcode else params["b_enc"] - params["b_dec"] @ params["W_enc"]
 
 
 def encoder_scale(config: SAEConfig, d_model: int) -> float:

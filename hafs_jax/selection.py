@@ -3,10 +3,78 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
 _SAMPLE = 4_096  # entries sorted to bracket the threshold; 4 standard errors of its rank either side
+_GROUP = 16  # neighbours whose maximum stands for them
+_TINY = np.float32(np.finfo(np.float32).tiny)
 _TOP = np.float32(np.finfo(np.float32).max)
+
+
+class Entries(struct.PyTreeNode):
+    """Some entries of an array [B, F], row by row; a slot that is not real is to be ignored."""
+
+    rows_N: Int[Array, " N"]
+    columns_N: Int[Array, " N"]
+    real_N: Bool[Array, " N"]
+
+
+def largest_of_rows(values_BF: Float[Array, "B F"], most: int, count: Int[Array, ""] | int) -> Entries:
+    """The `count` largest positive entries of each row, `count` <= `most`; N = B * most. Of ties the first."""
+    values_BK, columns_BK = jax.lax.top_k(values_BF, most)
+    return Entries(
+        rows_N=jnp.repeat(jnp.arange(len(values_BF), dtype=jnp.int32), most),
+        columns_N=columns_BK.astype(jnp.int32).reshape(-1),
+        real_N=((values_BK > 0) & (jnp.arange(most) < count)[None]).reshape(-1),
+    )
+
+
+def largest_of_all(values_BF: Float[Array, "B F"], most: int, count: Int[Array, ""] | int) -> Entries:
+    """The `count` largest positive entries of the array, `count` <= `most` = N. Of ties the first, N in all.
+
+    They lie in the groups of neighbours with the largest maxima: one pass over all values finds those, and the rest is
+    done on N groups.
+    """
+    groups_NG, numbers_N = largest_groups(values_BF, most)
+    kept_NG = groups_NG >= jnp.maximum(count_threshold(groups_NG, count), _TINY)
+    at_N = _where_true(kept_NG.reshape(-1), most)
+    number_N, per_row = numbers_N[at_N // _GROUP], _groups(values_BF.shape[1])
+    return Entries(
+        rows_N=number_N // per_row,
+        columns_N=number_N % per_row * _GROUP + at_N % _GROUP,
+        real_N=jnp.arange(most) < jnp.sum(kept_NG),
+    )
+
+
+def batch_threshold(values_BF: Float[Array, "B F"], most: int, count: Int[Array, ""] | int) -> Float[Array, ""]:
+    """`count_threshold` of a large array of which few entries are wanted: `count` <= `most`."""
+    if values_BF.size < 2 * _GROUP * most:
+        return count_threshold(values_BF, count)
+    groups_NG, _ = largest_groups(values_BF, most)
+    kept_NG = groups_NG >= count_threshold(groups_NG, count)
+    return jnp.min(jnp.where(kept_NG, groups_NG, jnp.inf))  # the value itself: the next may lie in another group
+
+
+def largest_groups(values_BF: Float[Array, "B F"], most: int) -> tuple[Float[Array, "N G"], Int[Array, " N"]]:
+    """The `most` groups of neighbours in a row with the largest positive maxima, and their numbers; 0 where fewer."""
+    F = values_BF.shape[1]
+    missing = _groups(F) * _GROUP - F
+    padded_BF = jnp.pad(values_BF, ((0, 0), (0, missing))) if missing else values_BF
+    groups_TG = padded_BF.reshape(-1, _GROUP)
+    most = min(most, len(groups_TG))
+    largest_T = jnp.max(groups_TG, axis=1)
+    numbers_N = _where_true(largest_T >= jnp.maximum(count_threshold(largest_T, most), _TINY), most)
+    found_N1 = (jnp.arange(most) < jnp.sum(largest_T > 0))[:, None]
+    return jnp.where(found_N1, groups_TG[numbers_N], 0.0), numbers_N
+
+
+def _groups(F: int) -> int:
+    return -(-F // _GROUP)
+
+
+def _where_true(mask_T: Bool[Array, " T"], size: int) -> Int[Array, " N"]:
+    return jnp.nonzero(mask_T, size=size, fill_value=0)[0].astype(jnp.int32)
 
 
 def count_threshold(values: Float[Array, "..."], count: Int[Array, ""] | int) -> Float[Array, ""]:

@@ -16,14 +16,15 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from hafs_jax import sparse
 from hafs_jax.architectures import ARCHITECTURES, Encoding, OperatingPoint
 from hafs_jax.config import TrainConfig
 from hafs_jax.controllers import SparsityControl, update_gate, update_sparsity
-from hafs_jax.nested import prefix_errors, prefix_shares
+from hafs_jax.nested import prefix_changes, prefix_ends, prefix_errors, prefix_shares
 from hafs_jax.penalty import Structure, assign_parents, noise_floor_margin, penalty
 from hafs_jax.products import Params, matmul
 from hafs_jax.resample import resample
-from hafs_jax.sae import SAE, InputScale, unit_rows
+from hafs_jax.sae import SAE, InputScale, pre_bias, unit_rows
 from hafs_jax.schedules import alpha_schedule, coefficient_schedule, k_schedule, learning_rate_schedule, settled_step
 from hafs_jax.state import Hyperparameters, TrainState, optimizer
 
@@ -46,9 +47,11 @@ class Weights(struct.PyTreeNode):
 class Forward(struct.PyTreeNode):
     """What a forward pass leaves beside the loss."""
 
-    encoding: Encoding
     residual_BD: Float[Array, "B D"]
     parts: Metrics
+    firing_F: Float[Array, " F"]  # rows in which each latent fires
+    smallest: Float[Array, ""]  # active latent, where the architecture learns from it; infinite where none is
+    encoding: Encoding | None  # None where the zeros are skipped
 
 
 def loss_fn(
@@ -61,61 +64,123 @@ def loss_fn(
     config: TrainConfig,
 ) -> tuple[Float[Array, ""], Forward]:
     """The loss of scaled activations but for the penalty, with its parts. `key` samples a Matryoshka's prefixes."""
+    run = _forward_sparse if sparse.pays(config) else _forward_dense
+    forward = run(params, acts_BD, target_BD, weights, variance, key, config)
+    parts, settings = forward.parts, config.sparsity
+    parts.setdefault("loss_sparsity", jnp.zeros(()))
+    parts.setdefault("loss_aux", jnp.zeros(()))
+    if settings.aux > 0:
+        parts["loss_aux"] += settings.aux * aux_loss(params, acts_BD, forward.residual_BD, weights.is_dead_F, config)
+    loss = parts["loss_reconstruction"] + parts["loss_sparsity"] + parts["loss_aux"]
+    return loss, forward
+
+
+def _forward_dense(
+    params: Params,
+    acts_BD: Array,
+    target_BD: Array,
+    weights: Weights,
+    variance: Array,
+    key: Key[Array, ""],
+    config: TrainConfig,
+) -> Forward:
+    """Every architecture's terms, by products with all latents."""
     architecture, settings = ARCHITECTURES[config.sae.architecture], config.sparsity
     sae = SAE(config.sae, acts_BD.shape[1], target_BD.shape[1])
     encoding = cast(Encoding, sae.apply({"params": params}, acts_BD, OperatingPoint(weights.k), method="encode"))
-    parts: Metrics = {}
+    latents_BF, parts = encoding.latents_BF, cast(Metrics, {})
     if architecture.nested:
-        errors_G, residual_BD = prefix_errors(encoding.latents_BF, target_BD, params, config.sae, key)
-        parts["fvu"], parts["loss_reconstruction"] = errors_G[-1] / variance, jnp.mean(errors_G) / variance
+        changes = prefix_changes(latents_BF, params, config.sae, key)
     else:
-        residual_BD = target_BD - cast(Array, sae.apply({"params": params}, encoding.latents_BF, method="decode"))
-        parts["fvu"] = parts["loss_reconstruction"] = jnp.mean(jnp.sum(residual_BD**2, axis=1)) / variance
+        changes = [matmul(latents_BF, params["W_dec"], config.sae.compute_dtype)]
+    errors_G, residual_BD = prefix_errors(changes, target_BD, params["b_dec"])
+    parts["fvu"], parts["loss_reconstruction"] = errors_G[-1] / variance, jnp.mean(errors_G) / variance
     if architecture.extra is not None:
         parts["loss_reconstruction"] += architecture.extra(encoding, params, config.sae, target_BD) / variance
-    parts["loss_sparsity"] = parts["loss_aux"] = jnp.zeros(())
     if architecture.cost is not None:
         paying = encoding
         if architecture.nested:
-            shares_F = prefix_shares(config.sae, key)
-            paying = encoding.replace(latents_BF=encoding.latents_BF * shares_F[None])
+            paying = encoding.replace(latents_BF=latents_BF * prefix_shares(config.sae, key)[None])
         cost = jnp.mean(architecture.cost(paying, params, config.sae))
         parts["loss_sparsity"] = weights.coefficient * cost / variance
-    if settings.aux > 0:
-        aux = aux_loss(
-            params, encoding.pre_BF, residual_BD, weights.is_dead_F, settings.aux_k, config.sae.compute_dtype
-        )
-        parts["loss_aux"] = settings.aux * aux
     if settings.pre_activation > 0:
         short = pre_activation_loss(params, encoding.pre_BF, weights.is_dead_F)
-        parts["loss_aux"] += settings.pre_activation * short / variance
-    loss = parts["loss_reconstruction"] + parts["loss_sparsity"] + parts["loss_aux"]
-    return loss, Forward(encoding, residual_BD, parts)
+        parts["loss_aux"] = settings.pre_activation * short / variance
+    active_BF = latents_BF > 0
+    return Forward(
+        residual_BD,
+        parts,
+        firing_F=jnp.sum(active_BF, axis=0, dtype=jnp.float32),
+        smallest=jnp.min(jnp.where(active_BF, latents_BF, jnp.inf)) if architecture.learns_threshold else jnp.zeros(()),
+        encoding=encoding,
+    )
+
+
+def _forward_sparse(
+    params: Params,
+    acts_BD: Array,
+    target_BD: Array,
+    weights: Weights,
+    variance: Array,
+    key: Key[Array, ""],
+    config: TrainConfig,
+) -> Forward:
+    """The same of an architecture that keeps a fixed number of latents, by products with those."""
+    W_dec, dtype = params["W_dec"], config.sae.compute_dtype
+    kept = sparse.encode(acts_BD, params["W_enc"], pre_bias(params, config.sae), weights.k, config)
+    if ARCHITECTURES[config.sae.architecture].nested:
+        ends = prefix_ends(config.sae, key)
+        bands = [kept.within(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+    else:
+        bands = [kept]
+    changes = [sparse.decode(band, W_dec, len(acts_BD), dtype) for band in bands]
+    errors_G, residual_BD = prefix_errors(changes, target_BD, params["b_dec"])
+    return Forward(
+        residual_BD,
+        {"fvu": errors_G[-1] / variance, "loss_reconstruction": jnp.mean(errors_G) / variance},
+        firing_F=kept.firing(config.sae.F),
+        smallest=jnp.min(jnp.where(kept.values_N > 0, kept.values_N, jnp.inf)),
+        encoding=None,
+    )
 
 
 def aux_loss(
     params: Params,
-    pre_BF: Float[Array, "B F"],
+    acts_BD: Float[Array, "B D"],
     residual_BD: Float[Array, "B D"],
     is_dead_F: Bool[Array, " F"],
-    aux_k: int,
-    dtype: str = "float32",
+    config: TrainConfig,
 ) -> Float[Array, ""]:
     """|e - e_hat|^2 / |e|^2, e the residual (a constant), e_hat its reconstruction by the top `aux_k` dead latents.
 
-    Gao et al. 2024 (arXiv 2406.04093), appendix A.2. Costs nothing while no latent is dead: then it is 0.
+    Gao et al. 2024 (arXiv 2406.04093), appendix A.2. Costs nothing while no latent is dead: then it is 0. Where few
+    are, only their columns of the encoder and rows of the decoder are multiplied.
     """
-    target_BD = jax.lax.stop_gradient(residual_BD)
+    target_BD, aux_k, dtype = jax.lax.stop_gradient(residual_BD), config.sparsity.aux_k, config.sae.compute_dtype
+    F = len(is_dead_F)
+    few = min(4 * aux_k, -(-F // 8))
 
-    def revive(params: Params, pre_BF: Array) -> Array:
-        dead_BF = jnp.where(is_dead_F[None], jax.nn.relu(pre_BF), 0.0)
-        if aux_k < dead_BF.shape[1]:
-            smallest_B1 = jax.lax.top_k(jax.lax.stop_gradient(dead_BF), aux_k)[0][:, -1:]
-            dead_BF = jnp.where(dead_BF >= smallest_B1, dead_BF, 0.0)
-        recon_BD = matmul(dead_BF, params["W_dec"], dtype)
+    def revived(W_enc: Array, bias_M: Array, W_dec: Array, is_dead_M: Array) -> Array:
+        pre_BM = matmul(acts_BD, W_enc, dtype) + bias_M[None]
+        dead_BM = jnp.where(is_dead_M[None], jax.nn.relu(pre_BM), 0.0)
+        if aux_k < dead_BM.shape[1]:
+            smallest_B1 = jax.lax.top_k(jax.lax.stop_gradient(dead_BM), aux_k)[0][:, -1:]
+            dead_BM = jnp.where(dead_BM >= smallest_B1, dead_BM, 0.0)
+        recon_BD = matmul(dead_BM, W_dec, dtype)
         return jnp.sum((target_BD - recon_BD) ** 2) / jnp.maximum(jnp.sum(target_BD**2), 1e-20)
 
-    return jax.lax.cond(jnp.any(is_dead_F), revive, lambda *_: jnp.zeros(()), params, pre_BF)
+    def of_few(params: Params) -> Array:
+        ids_M = jnp.nonzero(is_dead_F, size=few, fill_value=0)[0]
+        is_real_M = jnp.arange(few) < jnp.sum(is_dead_F)
+        bias_M = pre_bias(params, config.sae)[ids_M]
+        return revived(params["W_enc"][:, ids_M], bias_M, params["W_dec"][ids_M], is_real_M)
+
+    def of_many(params: Params) -> Array:
+        return revived(params["W_enc"], pre_bias(params, config.sae), params["W_dec"], is_dead_F)
+
+    dead = jnp.sum(is_dead_F)
+    which = jnp.where(dead == 0, 0, jnp.where(dead <= few, 1, 2))
+    return jax.lax.switch(which, (lambda params: jnp.zeros(()), of_few, of_many), params)
 
 
 def pre_activation_loss(params: Params, pre_BF: Float[Array, "B F"], is_dead_F: Bool[Array, " F"]) -> Float[Array, ""]:
@@ -158,8 +223,8 @@ def train_step(
     (loss, forward), grads = jax.value_and_grad(loss_fn, has_aux=True)(
         state.params, acts_BD, target_BD, weights, variance, prefix_key, config
     )
-    active_BF = forward.encoding.latents_BF > 0
-    rate_F = _RATE_DECAY * state.rate_F + (1 - _RATE_DECAY) * jnp.mean(active_BF, axis=0, dtype=jnp.float32)
+    B = len(acts_BD)
+    rate_F = _RATE_DECAY * state.rate_F + (1 - _RATE_DECAY) * forward.firing_F / B
 
     # A unit row can only turn: what points along it would be undone by `unit_rows` but stay in Adam's moments.
     grads["W_dec"] = _tangent(grads["W_dec"], state.params["W_dec"])
@@ -168,6 +233,7 @@ def train_step(
     if config.penalty.kind != "none":
         if config.penalty.sharing == "parent":
             groups_F = _regrouped(state, config)
+        active_BF = None if forward.encoding is None else forward.encoding.latents_BF > 0
         structure = Structure(groups_F, rate_F, active_BF)
         pull_FD, metrics = _penalised(state, alpha, structure, margin(config, target_BD.shape[1]), config, chunk_key)
         total = optax.global_norm(pull_FD) + optax.global_norm(grads["W_dec"])
@@ -181,11 +247,11 @@ def train_step(
     params, opt_state = _moved(state, grads, learning_rate, config)
     params, opt_state = _where(ok, (params, opt_state), (state.params, state.opt_state))
 
-    l0 = jnp.sum(active_BF, dtype=jnp.float32) / acts_BD.shape[0]
-    since_F = jnp.where(ok & jnp.any(active_BF, axis=0), 0, jnp.minimum(state.steps_since_fired_F + 1, _NEVER))
+    l0 = jnp.sum(forward.firing_F) / B
+    since_F = jnp.where(ok & (forward.firing_F > 0), 0, jnp.minimum(state.steps_since_fired_F + 1, _NEVER))
     threshold_ema = state.threshold_ema
     if architecture.learns_threshold:
-        threshold_ema = _smallest_active(threshold_ema, forward.encoding.latents_BF, ok, settings.threshold_decay)
+        threshold_ema = _followed(threshold_ema, forward.smallest, ok, settings.threshold_decay)
     fvu = jnp.where(ok, forward.parts["fvu"], jnp.nan)
     gate = update_gate(state.gate, fvu, config.penalty, hyper.tau, hyper.lam_max)
     sparsity = state.sparsity
@@ -250,9 +316,8 @@ def _moved(
     return (dict(state.params) if config.frozen == "everything" else params), opt_state
 
 
-def _smallest_active(ema: Array, latents_BF: Float[Array, "B F"], ok: Array, decay: float) -> Float[Array, ""]:
+def _followed(ema: Array, smallest: Float[Array, ""], ok: Array, decay: float) -> Float[Array, ""]:
     """The moving average of the batch's smallest active latent; as it was where nothing is active."""
-    smallest = jnp.min(jnp.where(latents_BF > 0, latents_BF, jnp.inf))
     return jnp.where(ok & jnp.isfinite(smallest), decay * ema + (1 - decay) * smallest, ema)
 
 

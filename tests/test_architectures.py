@@ -11,7 +11,7 @@ import torch
 
 from hafs_jax.architectures import ARCHITECTURES, Encoding, OperatingPoint, gate_reconstruction
 from hafs_jax.config import SAEConfig
-from hafs_jax.nested import bands, fixed_ends, prefix_ends, prefix_errors
+from hafs_jax.nested import bands, fixed_ends, prefix_changes, prefix_ends, prefix_errors
 from hafs_jax.sae import SAE, init_params
 
 B, D, F, K = 12, 5, 11, 3
@@ -107,7 +107,9 @@ def test_prefixes_each_reconstruct_and_the_last_is_the_whole() -> None:
     np.testing.assert_array_equal(bands(config), np.repeat([0, 1, 2], [2, 4, 5]))
     latents = jax.nn.relu(jax.random.normal(jax.random.key(5), (B, F)))
     target = jax.random.normal(jax.random.key(6), (B, D))
-    errors, residual = prefix_errors(latents, target, params, config, jax.random.key(0))
+    errors, residual = prefix_errors(
+        prefix_changes(latents, params, config, jax.random.key(0)), target, params["b_dec"]
+    )
     for end, error in zip((2, 6, 11), errors, strict=True):
         expected = target - latents[:, :end] @ params["W_dec"][:end] - params["b_dec"][None]
         np.testing.assert_allclose(error, (expected**2).sum(1).mean(), rtol=1e-5)
@@ -121,7 +123,9 @@ def test_sampled_prefixes_differ_by_key_and_equal_their_definition() -> None:
     seen = set()
     for seed in range(6):
         ends = np.asarray(prefix_ends(config, jax.random.key(seed)))
-        errors, _ = prefix_errors(latents, target, params, config, jax.random.key(seed))
+        errors, _ = prefix_errors(
+            prefix_changes(latents, params, config, jax.random.key(seed)), target, params["b_dec"]
+        )
         assert len(ends) == 4 and ends[-1] == F and (np.diff(ends) >= 0).all() and ends[0] >= 1
         for end, error in zip(ends, errors, strict=True):
             expected = target - latents[:, :end] @ params["W_dec"][:end] - params["b_dec"][None]

@@ -158,20 +158,23 @@ def test_dead_latents_are_revived_by_their_own_gradient() -> None:
     assert float(without["loss_aux"]) == 0 and float(without["fvu"]) == float(metrics["fvu"])
 
 
-def test_aux_loss_against_a_plain_one() -> None:
+@pytest.mark.parametrize("share", [0.1, 0.6], ids=["few dead", "many dead"])
+def test_aux_loss_against_a_plain_one(share: float) -> None:
     from hafs_jax.step import aux_loss
 
-    config = small()
+    config = small(sparsity={"aux_k": 2})
     params = fresh(config)[0].params
     random = np.random.default_rng(0)
-    pre, residual = random.normal(size=(B, F)).astype(np.float32), random.normal(size=(B, D)).astype(np.float32)
-    dead = random.uniform(size=F) < 0.6
+    acts, residual = random.normal(size=(B, D)).astype(np.float32), random.normal(size=(B, D)).astype(np.float32)
+    dead = np.arange(F) < round(share * F)
+    W_enc, W_dec, bias = (np.asarray(params[name]) for name in ("W_enc", "W_dec", "b_enc"))
+    pre = (acts - np.asarray(params["b_dec"])) @ W_enc + bias
     expected = 0.0
     for row in range(B):
         values = np.where(dead, np.maximum(pre[row], 0), 0)
         values[np.argsort(-values)[2:]] = 0
-        expected += ((residual[row] - values @ np.asarray(params["W_dec"])) ** 2).sum()
-    ours = aux_loss(params, jnp.asarray(pre), jnp.asarray(residual), jnp.asarray(dead), 2)
+        expected += ((residual[row] - values @ W_dec) ** 2).sum()
+    ours = aux_loss(params, jnp.asarray(acts), jnp.asarray(residual), jnp.asarray(dead), config)
     np.testing.assert_allclose(ours, expected / (residual**2).sum(), rtol=1e-5)
 
 

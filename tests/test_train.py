@@ -157,6 +157,9 @@ def test_tau_comes_from_the_baseline_of_the_same_setting(out: Path, tmp_path: Pa
     run = train(small("adaptive"), store, tmp_path)
     assert run.config().penalty.tau == pytest.approx(1.25 * baseline.result()["final"]["fvu_ema"])
     assert run.result()["tau_reached"] in (True, False)
+    tagged = train(dataclasses.replace(small(), tag="k=3"), store, tmp_path)
+    other = train(dataclasses.replace(small("adaptive"), tag="yielding=rarer,k=3"), store, tmp_path)
+    assert other.config().penalty.tau == pytest.approx(1.25 * tagged.result()["final"]["fvu_ema"])
     narrow = small("adaptive")
     narrow = dataclasses.replace(narrow, sae=dataclasses.replace(narrow.sae, k=2))
     with pytest.raises(UserError, match=r"baseline-s0 has sae\.k=3, this run 2"):

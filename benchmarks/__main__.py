@@ -1,0 +1,50 @@
+"""The benchmark suite: `python -m benchmarks [--quick] [--only SUITE ...] [--write FILE.json]`; see README.md here."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would take ours' cores
+
+import importlib
+
+from tqdm import tqdm
+
+from benchmarks.harness import Row, device, show, write_table
+from extract.format.config import Parser
+from extract.format.errors import one_line_errors
+from extract.format.files import write_text
+
+SUITES = ("limits", "steps", "penalties", "sweeping", "loading", "extraction", "evaluation", "memory", "startup")
+QUICK = ("limits", "steps", "penalties", "loading", "startup")
+"""What `--quick` runs, each at fewer sizes and rounds: under three minutes on two cores."""
+
+
+def main() -> int:
+    parser = Parser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, under three minutes")
+    parser.add_argument("--only", nargs="+", choices=SUITES, metavar="SUITE", help=f"of {', '.join(SUITES)} [all]")
+    parser.add_argument("--write", type=Path, help="JSON file for the table [benchmarks/results/<device>.json]")
+    options = parser.parse_args()
+    names = options.only or (QUICK if options.quick else SUITES)
+    path = options.write or Path(__file__).parent / "results" / f"{device()}.json"
+    rows: list[Row] = []
+    limits: dict[str, float] = {}
+    with tqdm(names, unit="suite") as bar:
+        for name in bar:
+            bar.set_description(name)
+            for row in importlib.import_module(f"benchmarks.{name}").measure(options.quick):
+                rows.append(row)
+                if name == "limits":
+                    limits[row.name] = row.ours
+                tqdm.write(show([row]).splitlines()[-1])
+            command = f"python -m benchmarks {' '.join(sys.argv[1:])}".strip()
+            write_table(path, rows, command, limits)
+    write_text(path.with_suffix(".md"), show(rows) + "\n")
+    print(show(rows))
+    print(f"\n{path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(one_line_errors(main))

@@ -1,0 +1,152 @@
+"""What every benchmark shares: rows of the table, interleaved timing, the limits of the machine, and how a table is kept.
+
+A suite is a module with `measure(quick: bool) -> Iterator[Row]`.
+"""
+
+import dataclasses
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from extract.format.files import write_json
+
+PACKAGES = ("jax", "jaxlib", "torch", "sae-lens", "dictionary-learning", "eai-sparsify", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. `ratio` is compared with `target` in `sense`; a row without a target only informs."""
+
+    name: str
+    peer: str
+    ours: float
+    theirs: float
+    unit: str
+    ratio: float
+    target: float | None
+    sense: str = ">="  # how ratio is to stand to target: ">=" or "<="
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    spread: tuple[float, float] | None = None  # smallest and largest of ours, in its unit
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; None where there is none."""
+        if self.target is None:
+            return None
+        return self.ratio >= self.target if self.sense == ">=" else self.ratio <= self.target
+
+    def plain(self) -> dict[str, Any]:
+        """The row as JSON holds it."""
+        return {**dataclasses.asdict(self), "met": self.met}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each round of one case."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def rate(self, amount: float) -> tuple[float, tuple[float, float]]:
+        """`amount` a second: by the median, and by the slowest and the fastest round."""
+        return amount / self.median, (amount / max(self.seconds), amount / min(self.seconds))
+
+
+def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int, warm_ups: int = 2) -> dict[str, Times]:
+    """Runs the cases in turn, `rounds` times around after `warm_ups` calls of each: what else the machine does comes
+    and goes, and meets all of them. A case returns when its work is done."""
+    for case in cases.values():
+        for _ in range(warm_ups):
+            case()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            started = time.perf_counter()
+            case()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: Times(tuple(found)) for name, found in seconds.items()}
+
+
+def in_fresh_process(arguments: Iterable[str], environment: Mapping[str, str] | None = None) -> tuple[str, float]:
+    """The standard output of `python ARGUMENTS` and its seconds; raises `RuntimeError` with its errors where it fails."""
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **(environment or {})}
+    )
+    if done.returncode:
+        raise RuntimeError(f"python {' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    return done.stdout, time.perf_counter() - started
+
+
+def device() -> str:
+    """A name for the machine's device, fit for a file's name: cpu-<cores> or the accelerator's."""
+    import jax
+
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
+    return kind if jax.default_backend() != "cpu" else f"cpu-{len(os.sched_getaffinity(0))}"
+
+
+def versions() -> dict[str, str]:
+    """The versions of what is compared."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def write_table(path: Path, rows: Iterable[Row], command: str, limits: Mapping[str, float]) -> None:
+    """The rows with what they depend on, as JSON."""
+    write_json(
+        path,
+        {
+            "command": command,
+            "device": device(),
+            "processor": processor(),
+            "versions": versions(),
+            "limits": dict(limits),
+            "rows": [row.plain() for row in rows],
+        },
+    )
+
+
+def processor() -> str:
+    """The CPU's own name for itself, and what of its instructions matters here."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    lines = {name.strip(): value.strip() for name, _, value in pairs}
+    flags = [flag for flag in ("avx2", "avx512f", "amx_bf16") if flag in lines.get("flags", "").split()]
+    return f"{lines.get('model name', platform.processor())} ({', '.join(flags)})"
+
+
+def show(rows: Iterable[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| what | against | ours | theirs | unit | ratio | target | met |", "|---|---|---:|---:|---|---:|---:|---|"]
+    for row in rows:
+        target = "" if row.target is None else f"{row.sense} {row.target:g}"
+        met = {None: "", True: "yes", False: "**no**"}[row.met]
+        cells = (row.name, row.peer, number(row.ours), number(row.theirs), row.unit, f"{row.ratio:.2f}", target, met)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """Three or four significant digits, thousands set apart."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

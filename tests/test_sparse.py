@@ -1,0 +1,97 @@
+"""The products with kept entries alone: values and every gradient are the dense form's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hafs_jax.config import TrainConfig
+from hafs_jax.presets import preset, with_fields
+from hafs_jax.sae import init_params
+from hafs_jax.selection import batch_threshold, count_threshold, largest_of_all, largest_of_rows
+from hafs_jax.step import Weights, loss_fn
+
+B, D, F = 24, 16, 200
+
+
+def config_of(architecture: str, **sae: object) -> TrainConfig:
+    fields = {"n_latents": F, "k": 5, **sae}
+    return with_fields(preset("baseline", architecture), {"sae": fields, "batch_size": B, "tokens": 100 * B})
+
+
+def outcome(config: TrainConfig, dead: int, seed: int = 0, k: int = 5):
+    """Loss, gradients and what the forward pass left, of one batch in which `dead` latents count as dead."""
+    params = init_params(config.sae, D, jax.random.key(seed))
+    params = {name: value + 0.05 * jax.random.normal(jax.random.key(3), value.shape) for name, value in params.items()}
+    acts = jax.random.normal(jax.random.key(seed + 1), (B, D))
+    weights = Weights(jnp.int32(k), jnp.float32(1.0), jnp.arange(F) % 3 == 0 if dead == -1 else jnp.arange(F) < dead)
+    run = jax.jit(jax.value_and_grad(loss_fn, has_aux=True), static_argnums=6)
+    return run(params, acts, acts, weights, jnp.float32(D), jax.random.key(5), config)
+
+
+@pytest.mark.parametrize("dead", [0, 7, -1], ids=["none dead", "few dead", "many dead"])
+@pytest.mark.parametrize(
+    ("architecture", "sae"),
+    [
+        ("topk", {}),
+        ("batchtopk", {}),
+        ("matryoshka", {}),
+        ("matryoshka", {"sampled_prefixes": 3}),
+        ("topk", {"k_values": (2.0, 1.0)}),
+        ("batchtopk", {"k_values": (2.0, 1.0)}),
+        ("batchtopk", {"transcode": True}),
+    ],
+    ids=str,
+)
+def test_the_sparse_step_is_the_dense_one(architecture: str, sae: dict, dead: int) -> None:
+    config = config_of(architecture, **sae)
+    (loss, forward), grads = outcome(dataclasses.replace(config, products="sparse"), dead)
+    (plain_loss, plain), plain_grads = outcome(dataclasses.replace(config, products="dense"), dead)
+    assert forward.encoding is None and plain.encoding is not None
+    assert float(plain.parts["loss_aux"] > 0) == (dead != 0)
+    assert float(loss) == pytest.approx(float(plain_loss), rel=1e-5)
+    for name, value in plain.parts.items():
+        np.testing.assert_allclose(forward.parts[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(forward.firing_F, plain.firing_F)
+    if architecture != "topk":
+        assert float(forward.smallest) == pytest.approx(float(plain.smallest))
+    for name, grad in plain_grads.items():
+        assert float(jnp.max(jnp.abs(grad))) > 0, name
+        np.testing.assert_allclose(grads[name], grad, rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+def test_in_bfloat16_the_two_differ_by_its_rounding() -> None:
+    config = config_of("topk", compute_dtype="bfloat16")
+    (loss, _), grads = outcome(dataclasses.replace(config, products="sparse"), dead=7)
+    (plain_loss, _), plain_grads = outcome(dataclasses.replace(config, products="dense"), dead=7)
+    assert float(loss) == pytest.approx(float(plain_loss), rel=2e-3)
+    for name, grad in plain_grads.items():
+        assert float(jnp.linalg.norm(grads[name] - grad)) < 2e-2 * float(jnp.linalg.norm(grad)), name
+
+
+def test_a_row_without_positive_entries_keeps_nothing() -> None:
+    values = jnp.zeros((3, 40)).at[1, 7].set(2.0).at[1, 39].set(1.0)
+    for entries in (largest_of_rows(values, 2, 2), largest_of_all(values, 6, 6)):
+        real = np.asarray(entries.real_N)
+        found = set(zip(np.asarray(entries.rows_N)[real], np.asarray(entries.columns_N)[real], strict=True))
+        assert found == {(1, 7), (1, 39)}
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (7, 33), (64, 1000), (300, 640)])
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.3])
+def test_the_largest_of_a_batch_are_those_of_a_sort(shape: tuple[int, int], share: float) -> None:
+    values = np.maximum(np.random.default_rng(0).standard_normal(shape).astype(np.float32), 0.0)
+    most = max(1, round(share * values.size))
+    for count in (most, max(1, most // 2)):
+        entries = jax.jit(largest_of_all, static_argnums=1)(jnp.asarray(values), most, count)
+        real = np.asarray(entries.real_N)
+        found = values[np.asarray(entries.rows_N)[real], np.asarray(entries.columns_N)[real]]
+        expected = np.sort(values[values > 0])[::-1][:count]
+        np.testing.assert_array_equal(np.sort(found)[::-1], expected)
+        pairs = np.stack([entries.rows_N, entries.columns_N], 1)[real]
+        assert len(np.unique(pairs, axis=0)) == len(expected)
+        assert (np.diff(pairs[:, 0]) >= 0).all(), "row by row"
+        thresholds = (batch_threshold(jnp.asarray(values), most, count), count_threshold(jnp.asarray(values), count))
+        assert len({int(np.sum(values >= np.maximum(float(t), 1e-38))) for t in thresholds}) == 1
