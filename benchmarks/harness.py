@@ -1,4 +1,4 @@
-"""What every benchmark shares: rows of the table, interleaved timing, the limits of the machine, and how a table is kept.
+"""What every benchmark shares: rows of the table, interleaved timing, and how a table is kept.
 
 A suite is a module with `measure(quick: bool) -> Iterator[Row]`.
 """
@@ -80,7 +80,7 @@ def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int, warm_ups: i
 
 
 def in_fresh_process(arguments: Iterable[str], environment: Mapping[str, str] | None = None) -> tuple[str, float]:
-    """The standard output of `python ARGUMENTS` and its seconds; raises `RuntimeError` with its errors where it fails."""
+    """Standard output and seconds of `python ARGUMENTS`; raises `RuntimeError` with its errors where it fails."""
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **(environment or {})}
@@ -138,7 +138,10 @@ def processor() -> str:
 
 def show(rows: Iterable[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| what | against | ours | theirs | unit | ratio | target | met |", "|---|---|---:|---:|---|---:|---:|---|"]
+    lines = [
+        "| what | against | ours | theirs | unit | ratio | target | met |",
+        "|---|---|---:|---:|---|---:|---:|---|",
+    ]
     for row in rows:
         target = "" if row.target is None else f"{row.sense} {row.target:g}"
         met = {None: "", True: "yes", False: "**no**"}[row.met]

@@ -1,0 +1,209 @@
+"""Training steps a second: ours, sae_lens's trainer's, dictionary_learning's, and what the matrix products allow.
+
+All take the same batch, first weights, sizes and threads, in float32, one after the other in one process. Before any
+clock starts, losses and gradients of ours and theirs are compared on a part of the batch.
+
+The dense limit is five products of B x D x F, measured in the same rounds: encoder, decoder, and the gradients with
+respect to both matrices and to the latents. A step that skips zeros is held to the peers alone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.training.sae_trainer import SAETrainer
+
+from benchmarks import peers
+from benchmarks.harness import Row, Times, interleaved
+from hafs_jax.config import TrainConfig
+from hafs_jax.loop import shared_config
+from hafs_jax.presets import preset, with_fields
+from hafs_jax.sae import InputScale, init_params
+from hafs_jax.state import hyperparameters, state_of
+from hafs_jax.step import Weights, compile_steps, loss_fn
+
+D, B, K = 576, 2_048, 32
+_DISPATCH = 4  # steps of ours in one call, as the training loop makes them
+_CHECKED = 64  # rows on which losses and gradients are compared
+_L1 = 1.0
+_TOO_FAR = 2e-3  # largest relative difference of a loss or a gradient
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared at one size, and how far ours is to be ahead of each."""
+
+    architecture: str
+    n_latents: int
+    variant: str = "baseline"
+    of_limit: float | None = None
+    sae_lens: float | None = None
+    dictionary_learning: float | None = None
+
+
+CASES = (
+    Case("relu", 4_608, "baseline", of_limit=0.9, sae_lens=2.0, dictionary_learning=1.5),
+    Case("relu", 4_608, "adaptive", of_limit=0.9, sae_lens=2.0, dictionary_learning=1.5),
+    Case("topk", 4_608, sae_lens=2.5, dictionary_learning=2.5),
+    Case("batchtopk", 4_608, sae_lens=2.5, dictionary_learning=2.5),
+    Case("topk", 16_384, sae_lens=6.0, dictionary_learning=6.0),
+    Case("batchtopk", 16_384, sae_lens=6.0, dictionary_learning=6.0),
+)
+QUICK = (CASES[1], CASES[2], CASES[4])
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    """Tokens a second of each case's step against the peers' and the limit."""
+    for case in QUICK if quick else CASES:
+        yield from _rows(case, rounds=2 if quick else 5, peers_too=not quick or case.n_latents < 10_000)
+
+
+def _rows(case: Case, rounds: int, peers_too: bool) -> Iterator[Row]:
+    config = config_of(case.architecture, case.n_latents, case.variant)
+    rows_BD = planted_rows(B, seed=0)
+    weights = {name: np.array(value) for name, value in init_params(config.sae, D, jax.random.key(0)).items()}
+    check_same(config, weights, rows_BD[:_CHECKED])
+    runs: dict[str, Callable[[], Any]] = {"ours": our_steps(config, rows_BD)}
+    targets: dict[str, float | None] = {"sae_lens": case.sae_lens}
+    runs["sae_lens"] = sae_lens_step(config, weights, rows_BD)
+    if peers_too:
+        targets["dictionary_learning"] = case.dictionary_learning
+        runs["dictionary_learning"] = dictionary_learning_step(config, weights, rows_BD)
+    if case.of_limit is not None:
+        targets["its five products"] = case.of_limit
+        runs["its five products"] = five_products(rows_BD, weights)
+    times = interleaved(runs, rounds, warm_ups=1)
+    ours, spread = times["ours"].rate(_DISPATCH * B)
+    name = f"{case.architecture} step, F={case.n_latents:,}" + (", adaptive" if case.variant == "adaptive" else "")
+    sizes = {"B": B, "D": D, "F": case.n_latents, "k": config.sae.k, "dtype": "float32"}
+    for peer, target in targets.items():
+        theirs = times[peer].rate(B)[0]
+        yield Row(name, peer, ours, theirs, "tokens/s", ours / theirs, target, sizes=sizes, spread=spread)
+
+
+def config_of(architecture: str, n_latents: int, variant: str = "baseline", **fields: Any) -> TrainConfig:
+    """A training of the library's defaults but for the fixed coefficient that the peers have too."""
+    fixed = {"coefficient": _L1, "match_l0": False} if architecture == "relu" else {}
+    config = with_fields(
+        preset(variant, architecture),
+        {
+            "sae": {"n_latents": n_latents, "k": K, "encoder_scale": 1.0},
+            "sparsity": fixed,
+            "batch_size": B,
+            "tokens": 100_000 * B,
+            **fields,
+        },
+    )
+    return with_fields(config, {"penalty": {"tau": 0.1, "mu0": 0.1}}) if config.penalty.gate else config
+
+
+def planted_rows(rows: int, seed: int, features: int = 2_000) -> np.ndarray:
+    """Rows of mean 0 and mean square norm D, sparse sums of random directions: [rows, D] float32."""
+    random = np.random.default_rng(seed)
+    directions = random.standard_normal((features, D), dtype=np.float32)
+    active = random.random((rows, features), dtype=np.float32) < 20 / features
+    rows_BD = (active * random.random((rows, features), dtype=np.float32)) @ directions
+    rows_BD -= rows_BD.mean(0)
+    return rows_BD * np.float32(np.sqrt(D / np.mean(np.sum(rows_BD**2, axis=1))))
+
+
+def our_steps(config: TrainConfig, rows_BD: np.ndarray, steps: int = _DISPATCH) -> Callable[[], Any]:
+    """`steps` training steps in one call, as the training loop makes them."""
+    hyper = hyperparameters(config)
+    state = [state_of(config, init_params(config.sae, D, jax.random.key(0)), jax.random.key(1), hyper)]
+    scale = InputScale(jnp.zeros(D), jnp.float32(1.0), jnp.float32(D))
+    batches, train_steps, static = jnp.asarray(np.stack([rows_BD] * steps)), compile_steps(), shared_config(config)
+
+    def run() -> None:
+        state[0], metrics = train_steps(state[0], batches, scale, hyper, static)
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+def sae_lens_step(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarray) -> Callable[[], Any]:
+    """One step of sae_lens's SAETrainer."""
+    sae = peers.training_sae(config.sae.architecture, weights, **_sae_lens_settings(config))
+    settings: Any = SAETrainerConfig(
+        total_training_samples=10**9,
+        train_batch_size_samples=len(rows_BD),
+        lr=config.optimizer.learning_rate,
+        lr_end=config.optimizer.learning_rate,
+        lr_warm_up_steps=0,
+        lr_decay_steps=0,
+        dead_feature_window=1000,
+        feature_sampling_window=2000,
+    )
+    trainer, rows = SAETrainer(settings, sae, iter(())), torch.from_numpy(rows_BD)
+    return lambda: trainer._train_step(sae=sae, sae_in=rows)
+
+
+def dictionary_learning_step(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarray) -> Callable[[], Any]:
+    """One update of dictionary_learning's trainer."""
+    special = {"l1_penalty": _L1} if config.sae.architecture == "relu" else {"k": config.sae.k}
+    trainer = peers.trainer(config.sae.architecture, weights, steps=10**6, lr=config.optimizer.learning_rate, **special)
+    rows = torch.from_numpy(rows_BD)
+    return lambda: trainer.update(1, rows)
+
+
+def five_products(rows_BD: np.ndarray, weights: peers.Weights) -> Callable[[], Any]:
+    """The matrix products that a dense step cannot do without, in float32."""
+    acts_BD, W_enc, W_dec = jnp.asarray(rows_BD), jnp.asarray(weights["W_enc"]), jnp.asarray(weights["W_dec"])
+    latents_BF = jnp.ones((len(acts_BD), len(W_dec)))
+    products = (
+        (jax.jit(lambda x, w: x @ w), acts_BD, W_enc),
+        (jax.jit(lambda f, w: f @ w), latents_BF, W_dec),
+        (jax.jit(lambda r, w: r @ w.T), acts_BD, W_dec),
+        (jax.jit(lambda f, r: f.T @ r), latents_BF, acts_BD),
+        (jax.jit(lambda x, g: x.T @ g), acts_BD, latents_BF),
+    )
+
+    def run() -> None:
+        for product, left, right in products:
+            jax.block_until_ready(product(left, right))
+
+    return run
+
+
+def check_same(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarray) -> None:
+    """Raises `RuntimeError` where our loss or a gradient is not sae_lens's; the penalty is not part of it."""
+    at = Weights(jnp.int32(config.sae.k), jnp.float32(_L1), jnp.zeros(config.sae.F, bool))
+    params, acts = {name: jnp.asarray(value) for name, value in weights.items()}, jnp.asarray(rows_BD)
+    ours = jax.jit(jax.value_and_grad(loss_fn, has_aux=True), static_argnums=6)
+    (loss, _), grads = ours(params, acts, acts, at, jnp.float32(1.0), jax.random.key(0), config)
+    sae = peers.training_sae(config.sae.architecture, weights, **_sae_lens_settings(config))
+    dead = torch.zeros(config.sae.F, dtype=torch.bool)
+    step = TrainStepInput(torch.from_numpy(rows_BD), {"l1": _L1}, dead, 0, False)
+    theirs = sae.training_forward_pass(step).loss
+    theirs.backward()
+    found = {"loss": (np.asarray(loss), theirs.detach().numpy())}
+    their_grads = peers.gradients(sae, "sae_lens", config.sae.architecture)
+    found |= {name: (np.asarray(grads[name]), their_grads[name]) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    if config.sae.architecture == "relu":  # theirs is L1 x decoder norm: it has a part along the decoder's rows
+        found["W_dec"] = (tangent(found["W_dec"][0], weights["W_dec"]), tangent(found["W_dec"][1], weights["W_dec"]))
+    for name, (mine, other) in found.items():
+        off = float(np.linalg.norm(mine - other) / max(float(np.linalg.norm(other)), 1e-30))
+        if off > _TOO_FAR:
+            raise RuntimeError(f"{config.sae.architecture}: {name} differs from sae_lens's by {off:.1e} of its norm")
+
+
+def tangent(grad_FD: np.ndarray, W_dec: np.ndarray) -> np.ndarray:
+    """The part of a gradient that turns the decoder's unit rows."""
+    return grad_FD - np.sum(grad_FD * W_dec, axis=1, keepdims=True) * W_dec
+
+
+def _sae_lens_settings(config: TrainConfig) -> dict[str, Any]:
+    if config.sae.architecture == "relu":
+        return {"l1_coefficient": _L1, "l1_warm_up_steps": 0}
+    return {"k": config.sae.k}
+
+
+def step_seconds(times: Times) -> float:
+    """Seconds of one of our steps."""
+    return times.median / _DISPATCH
