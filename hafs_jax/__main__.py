@@ -178,12 +178,10 @@ def _sweep(parsed: argparse.Namespace, extra: tuple[str, ...] = ()) -> None:
 
 def _trained(configs: list[TrainConfig], stores: Any, runs: Path, parsed: argparse.Namespace) -> None:
     """Trains and prints the table; exit code 1 where SAEs failed."""
-    import jax
 
-    from hafs_jax.sweeps import sweep, write_table
+    from hafs_jax.sweeps import automatic, sweep, write_table
 
-    automatic = "map" if jax.default_backend() == "cpu" else "vmap"
-    together = automatic if parsed.together == "auto" else parsed.together
+    together = automatic() if parsed.together == "auto" else parsed.together
     with _stops():
         done, failures = sweep(configs, stores, runs, together, getattr(parsed, "force", False), parsed.most_together)
     rows = write_table(done, runs.parent / "sweep.csv")

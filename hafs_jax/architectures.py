@@ -37,8 +37,8 @@ class Encoding(struct.PyTreeNode):
 Activate = Callable[[Float[Array, "B F"], Params, SAEConfig, OperatingPoint], Float[Array, "B F"]]
 """(pre_BF, params, config, at) -> latents_BF, not negative."""
 
-Keep = Callable[[Float[Array, "B F"], SAEConfig, Int[Array, ""] | int], Entries]
-"""(relu(pre_BF), config, k) -> the entries that `activate` leaves, where it leaves a fixed number of them."""
+Keep = Callable[[Float[Array, "B F"], Float[Array, " F"], SAEConfig, Int[Array, ""] | int], Entries]
+"""(product_BF, bias_F, config, k) -> the entries that `activate` leaves of product + bias: a fixed number."""
 
 Cost = Callable[[Encoding, Params, SAEConfig], Float[Array, " B"]]
 """(encoding, params, config) -> what each row pays, times the sparsity coefficient."""
@@ -93,13 +93,17 @@ def batchtopk(
     return jnp.where(positive_BF >= jnp.maximum(smallest, _TINY), positive_BF, 0.0)
 
 
-def _keep_of_rows(positive_BF: Float[Array, "B F"], config: SAEConfig, k: Int[Array, ""] | int) -> Entries:
-    return largest_of_rows(positive_BF, config.largest_k, k)
+def _keep_of_rows(
+    product_BF: Float[Array, "B F"], bias_F: Float[Array, " F"], config: SAEConfig, k: Int[Array, ""] | int
+) -> Entries:
+    return largest_of_rows(product_BF, bias_F, config.largest_k, k)
 
 
-def _keep_of_batch(positive_BF: Float[Array, "B F"], config: SAEConfig, k: Int[Array, ""] | int) -> Entries:
-    B = len(positive_BF)
-    return largest_of_all(positive_BF, B * config.largest_k, B * k)
+def _keep_of_batch(
+    product_BF: Float[Array, "B F"], bias_F: Float[Array, " F"], config: SAEConfig, k: Int[Array, ""] | int
+) -> Entries:
+    B = len(product_BF)
+    return largest_of_all(product_BF, bias_F, B * config.largest_k, B * k)
 
 
 def jumprelu(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: OperatingPoint) -> Float[Array, "B F"]:

@@ -20,26 +20,39 @@ class Entries(struct.PyTreeNode):
     real_N: Bool[Array, " N"]
 
 
-def largest_of_rows(values_BF: Float[Array, "B F"], most: int, count: Int[Array, ""] | int) -> Entries:
-    """The `count` largest positive entries of each row, `count` <= `most`; N = B * most. Of ties the first."""
-    values_BK, columns_BK = jax.lax.top_k(values_BF, most)
+def largest_of_rows(
+    values_BF: Float[Array, "B F"], offset_F: Float[Array, " F"], most: int, count: Int[Array, ""] | int
+) -> Entries:
+    """The `count` largest positive entries of each row of values + offset, `count` <= `most`; N = B * most.
+
+    They lie in the `most` groups of neighbours with the largest maxima: one pass over all values finds those, and the
+    rest is done on 16 entries of each. The sum is never written. Of ties the first are taken.
+    """
+    B, F = values_BF.shape
+    if 4 * _GROUP * most > F:
+        largest_BK, columns_BK = jax.lax.top_k(values_BF + offset_F[None], most)
+    else:
+        maxima_BT = jnp.max(_grouped(values_BF) + _grouped(offset_F)[None], axis=2)
+        groups_BK = jax.lax.top_k(maxima_BT, most)[1]
+        near_BKG = jnp.take_along_axis(_grouped(values_BF), groups_BK[:, :, None], axis=1)
+        near_BKG += _grouped(offset_F)[groups_BK]
+        largest_BK, at_BK = jax.lax.top_k(near_BKG.reshape(B, -1), most)
+        columns_BK = jnp.take_along_axis(groups_BK, at_BK // _GROUP, axis=1) * _GROUP + at_BK % _GROUP
     return Entries(
-        rows_N=jnp.repeat(jnp.arange(len(values_BF), dtype=jnp.int32), most),
+        rows_N=jnp.repeat(jnp.arange(B, dtype=jnp.int32), most),
         columns_N=columns_BK.astype(jnp.int32).reshape(-1),
-        real_N=((values_BK > 0) & (jnp.arange(most) < count)[None]).reshape(-1),
+        real_N=((largest_BK > 0) & (jnp.arange(most) < count)[None]).reshape(-1),
     )
 
 
-def largest_of_all(values_BF: Float[Array, "B F"], most: int, count: Int[Array, ""] | int) -> Entries:
-    """The `count` largest positive entries of the array, `count` <= `most` = N. Of ties the first, N in all.
-
-    They lie in the groups of neighbours with the largest maxima: one pass over all values finds those, and the rest is
-    done on N groups.
-    """
-    groups_NG, numbers_N = largest_groups(values_BF, most)
+def largest_of_all(
+    values_BF: Float[Array, "B F"], offset_F: Float[Array, " F"], most: int, count: Int[Array, ""] | int
+) -> Entries:
+    """The `count` largest positive entries of values + offset, `count` <= `most` = N; found as in `largest_of_rows`."""
+    groups_NG, numbers_N = largest_groups(values_BF, offset_F, most)
     kept_NG = groups_NG >= jnp.maximum(count_threshold(groups_NG, count), _TINY)
     at_N = _where_true(kept_NG.reshape(-1), most)
-    number_N, per_row = numbers_N[at_N // _GROUP], _groups(values_BF.shape[1])
+    number_N, per_row = numbers_N[at_N // _GROUP], -(-values_BF.shape[1] // _GROUP)
     return Entries(
         rows_N=number_N // per_row,
         columns_N=number_N % per_row * _GROUP + at_N % _GROUP,
@@ -51,26 +64,34 @@ def batch_threshold(values_BF: Float[Array, "B F"], most: int, count: Int[Array,
     """`count_threshold` of a large array of which few entries are wanted: `count` <= `most`."""
     if values_BF.size < 2 * _GROUP * most:
         return count_threshold(values_BF, count)
-    groups_NG, _ = largest_groups(values_BF, most)
+    groups_NG, _ = largest_groups(values_BF, jnp.zeros(values_BF.shape[1]), most)
     kept_NG = groups_NG >= count_threshold(groups_NG, count)
     return jnp.min(jnp.where(kept_NG, groups_NG, jnp.inf))  # the value itself: the next may lie in another group
 
 
-def largest_groups(values_BF: Float[Array, "B F"], most: int) -> tuple[Float[Array, "N G"], Int[Array, " N"]]:
-    """The `most` groups of neighbours in a row with the largest positive maxima, and their numbers; 0 where fewer."""
-    F = values_BF.shape[1]
-    missing = _groups(F) * _GROUP - F
-    padded_BF = jnp.pad(values_BF, ((0, 0), (0, missing))) if missing else values_BF
-    groups_TG = padded_BF.reshape(-1, _GROUP)
-    most = min(most, len(groups_TG))
-    largest_T = jnp.max(groups_TG, axis=1)
+def largest_groups(
+    values_BF: Float[Array, "B F"], offset_F: Float[Array, " F"], most: int
+) -> tuple[Float[Array, "N G"], Int[Array, " N"]]:
+    """The `most` groups of neighbours in a row of relu(values + offset) with the largest maxima, and their numbers.
+
+    All of them, where there are fewer groups; zeros in place of groups without a positive entry.
+    """
+    values_BTG, offset_TG = _grouped(values_BF), _grouped(offset_F)
+    largest_T = jax.nn.relu(jnp.max(values_BTG + offset_TG[None], axis=2)).reshape(-1)
+    most = min(most, len(largest_T))
     numbers_N = _where_true(largest_T >= jnp.maximum(count_threshold(largest_T, most), _TINY), most)
     found_N1 = (jnp.arange(most) < jnp.sum(largest_T > 0))[:, None]
-    return jnp.where(found_N1, groups_TG[numbers_N], 0.0), numbers_N
+    groups_NG = values_BTG.reshape(-1, _GROUP)[numbers_N] + offset_TG[numbers_N % len(offset_TG)]
+    return jnp.where(found_N1, jax.nn.relu(groups_NG), 0.0), numbers_N
 
 
-def _groups(F: int) -> int:
-    return -(-F // _GROUP)
+def _grouped(values: Float[Array, "*rows F"]) -> Float[Array, "*rows T G"]:
+    """The last axis in groups of neighbours; the last one is filled up with what is never the largest."""
+    F = values.shape[-1]
+    missing = -F % _GROUP
+    if missing:
+        values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)], constant_values=-_TOP / 4)
+    return values.reshape(*values.shape[:-1], -1, _GROUP)
 
 
 def _where_true(mask_T: Bool[Array, " T"], size: int) -> Int[Array, " N"]:

@@ -18,6 +18,7 @@ from hafs_jax.products import matmul
 from hafs_jax.selection import Entries
 
 _LEAST_RATIO = {"float32": 32, "bfloat16": 128}  # F / k from which it is the faster on a CPU: see `pays`
+_UNROLLED = 4  # entries added per turn of the loop
 _CHUNK = 4096  # entries whose rows are gathered at a time
 
 
@@ -64,9 +65,9 @@ def encode(
 def _encode(acts_BD: Array, W_enc: Array, bias_F: Array, k: Array, config: TrainConfig) -> Kept:
     keep = ARCHITECTURES[config.sae.architecture].keep
     assert keep is not None
-    pre_BF = matmul(acts_BD, W_enc, config.sae.compute_dtype) + bias_F[None]
-    entries: Entries = keep(jax.nn.relu(pre_BF), config.sae, k)
-    values_N = pre_BF[entries.rows_N, entries.columns_N]
+    product_BF = matmul(acts_BD, W_enc, config.sae.compute_dtype)
+    entries: Entries = keep(product_BF, bias_F, config.sae, k)
+    values_N = product_BF[entries.rows_N, entries.columns_N] + bias_F[entries.columns_N]
     return Kept(jnp.where(entries.real_N, values_N, 0.0), entries.rows_N, entries.columns_N)
 
 
@@ -135,7 +136,7 @@ def _gather_add(
         sum_1D = jax.lax.dynamic_slice_in_dim(out, into_N[n], 1) + weights_N[n] * row_1D
         return jax.lax.dynamic_update_slice_in_dim(out, sum_1D, into_N[n], 0)
 
-    return jax.lax.fori_loop(0, len(into_N), add, out)
+    return jax.lax.fori_loop(0, len(into_N), add, out, unroll=_UNROLLED)
 
 
 def _dots(

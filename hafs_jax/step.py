@@ -8,6 +8,7 @@ alone, so its gradient is taken apart and added.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -144,6 +145,7 @@ def _forward_sparse(
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def aux_loss(
     params: Params,
     acts_BD: Float[Array, "B D"],
@@ -154,15 +156,21 @@ def aux_loss(
     """|e - e_hat|^2 / |e|^2, e the residual (a constant), e_hat its reconstruction by the top `aux_k` dead latents.
 
     Gao et al. 2024 (arXiv 2406.04093), appendix A.2. Costs nothing while no latent is dead: then it is 0. Where few
-    are, only their columns of the encoder and rows of the decoder are multiplied.
+    are, only their columns of the encoder and rows of the decoder are multiplied. The gradient is taken within the
+    branch: else a branch that is not taken would fill arrays of [B, F] with zeros for it.
     """
-    target_BD, aux_k, dtype = jax.lax.stop_gradient(residual_BD), config.sparsity.aux_k, config.sae.compute_dtype
-    F = len(is_dead_F)
+    return _aux(params, acts_BD, residual_BD, is_dead_F, config)[0]
+
+
+def _aux(
+    params: Params, acts_BD: Array, target_BD: Array, is_dead_F: Array, config: TrainConfig
+) -> tuple[Float[Array, ""], Params]:
+    """The aux loss and its gradient."""
+    aux_k, dtype, F = config.sparsity.aux_k, config.sae.compute_dtype, len(is_dead_F)
     few = min(4 * aux_k, -(-F // 8))
 
     def revived(W_enc: Array, bias_M: Array, W_dec: Array, is_dead_M: Array) -> Array:
-        pre_BM = matmul(acts_BD, W_enc, dtype) + bias_M[None]
-        dead_BM = jnp.where(is_dead_M[None], jax.nn.relu(pre_BM), 0.0)
+        dead_BM = jnp.where(is_dead_M[None], jax.nn.relu(matmul(acts_BD, W_enc, dtype) + bias_M[None]), 0.0)
         if aux_k < dead_BM.shape[1]:
             smallest_B1 = jax.lax.top_k(jax.lax.stop_gradient(dead_BM), aux_k)[0][:, -1:]
             dead_BM = jnp.where(dead_BM >= smallest_B1, dead_BM, 0.0)
@@ -178,9 +186,20 @@ def aux_loss(
     def of_many(params: Params) -> Array:
         return revived(params["W_enc"], pre_bias(params, config.sae), params["W_dec"], is_dead_F)
 
+    def nothing(params: Params) -> tuple[Array, Params]:
+        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+
     dead = jnp.sum(is_dead_F)
     which = jnp.where(dead == 0, 0, jnp.where(dead <= few, 1, 2))
-    return jax.lax.switch(which, (lambda params: jnp.zeros(()), of_few, of_many), params)
+    branches = (nothing, jax.value_and_grad(of_few), jax.value_and_grad(of_many))
+    return cast(tuple[Array, Params], jax.lax.switch(which, branches, params))
+
+
+def _aux_backward(config: TrainConfig, grads: Params, cotangent: Array) -> tuple[Params, None, None, None]:
+    return jax.tree.map(lambda grad: cotangent * grad, grads), None, None, None
+
+
+aux_loss.defvjp(_aux, _aux_backward)
 
 
 def pre_activation_loss(params: Params, pre_BF: Float[Array, "B F"], is_dead_F: Bool[Array, " F"]) -> Float[Array, ""]:

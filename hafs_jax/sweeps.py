@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from extract.format.config import to_dict
 from extract.format.errors import UserError
 from extract.format.files import write_text
@@ -31,6 +33,11 @@ ALIASES = {
 """Short names of a grid's axes. Any other field of the config goes by its own name."""
 
 COLUMNS = ("fvu_ema", "heldout_fvu", "l0", "dead_fraction", "coherence_mean", "coherence_max", "lambda", "tau_reached")
+
+
+def automatic() -> str:
+    """How members share a program where nobody says: a CPU gains nothing from batched products."""
+    return "map" if jax.default_backend() == "cpu" else "vmap"
 
 
 def parse_grid(text: str) -> list[dict[str, str]]:

@@ -73,7 +73,7 @@ def test_in_bfloat16_the_two_differ_by_its_rounding() -> None:
 
 def test_a_row_without_positive_entries_keeps_nothing() -> None:
     values = jnp.zeros((3, 40)).at[1, 7].set(2.0).at[1, 39].set(1.0)
-    for entries in (largest_of_rows(values, 2, 2), largest_of_all(values, 6, 6)):
+    for entries in (largest_of_rows(values, jnp.zeros(40), 2, 2), largest_of_all(values, jnp.zeros(40), 6, 6)):
         real = np.asarray(entries.real_N)
         found = set(zip(np.asarray(entries.rows_N)[real], np.asarray(entries.columns_N)[real], strict=True))
         assert found == {(1, 7), (1, 39)}
@@ -85,7 +85,7 @@ def test_the_largest_of_a_batch_are_those_of_a_sort(shape: tuple[int, int], shar
     values = np.maximum(np.random.default_rng(0).standard_normal(shape).astype(np.float32), 0.0)
     most = max(1, round(share * values.size))
     for count in (most, max(1, most // 2)):
-        entries = jax.jit(largest_of_all, static_argnums=1)(jnp.asarray(values), most, count)
+        entries = jax.jit(largest_of_all, static_argnums=2)(jnp.asarray(values), jnp.zeros(shape[1]), most, count)
         real = np.asarray(entries.real_N)
         found = values[np.asarray(entries.rows_N)[real], np.asarray(entries.columns_N)[real]]
         expected = np.sort(values[values > 0])[::-1][:count]
@@ -95,3 +95,19 @@ def test_the_largest_of_a_batch_are_those_of_a_sort(shape: tuple[int, int], shar
         assert (np.diff(pairs[:, 0]) >= 0).all(), "row by row"
         thresholds = (batch_threshold(jnp.asarray(values), most, count), count_threshold(jnp.asarray(values), count))
         assert len({int(np.sum(values >= np.maximum(float(t), 1e-38))) for t in thresholds}) == 1
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (9, 1003)])
+def test_the_largest_of_rows_are_those_of_a_sort(shape: tuple[int, int]) -> None:
+    random = np.random.default_rng(1)
+    values, offset = (
+        random.standard_normal(shape).astype(np.float32),
+        random.standard_normal(shape[1]).astype(np.float32),
+    )
+    entries = jax.jit(largest_of_rows, static_argnums=2)(jnp.asarray(values), jnp.asarray(offset), 6, 4)
+    real = np.asarray(entries.real_N).reshape(-1, 6)
+    assert real[:, :4].all() and not real[:, 4:].any()
+    columns = np.asarray(entries.columns_N).reshape(-1, 6)[:, :4]
+    np.testing.assert_array_equal(columns, np.argsort(-(values + offset), axis=1)[:, :4])
+    none = largest_of_rows(jnp.asarray(values), jnp.full(shape[1], -100.0), 6, 4)
+    assert not np.asarray(none.real_N).any()

@@ -1,0 +1,77 @@
+"""What the orthogonality penalty costs: on top of a training step, and by itself against F and two other forms.
+
+ours         random chunks of m latents, every `every_steps` steps (the defaults of `strict`): F m D
+naive Gram   all pairs, F x F cosines: F^2 D, what a first version would do
+OrtSAE       its published chunks of 8,192 latents, squared largest cosine (arXiv 2509.22033)
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.harness import Row, interleaved
+from benchmarks.steps import D, K, config_of, our_steps, planted_rows
+from hafs_jax.config import PenaltyConfig, TrainConfig
+from hafs_jax.penalty import Structure, first_groups, penalty
+from hafs_jax.presets import preset
+from hafs_jax.sae import init_params
+
+_MOST = 1.05  # a step with the penalty, as a multiple of one without
+_BATCH = 2_048
+_MU0 = 0.1
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    """Milliseconds a step with and without the penalty; then of the penalty's gradient alone, by F."""
+    rounds = 3 if quick else 7
+    for architecture, F in (("topk", 16_384),) if quick else (("relu", 4_608), ("topk", 4_608), ("topk", 16_384)):
+        yield _on_top(architecture, F, rounds)
+    for F in (1_024, 4_096) if quick else (1_024, 4_096, 16_384):
+        yield from _alone(F, rounds)
+
+
+def _on_top(architecture: str, F: int, rounds: int) -> Row:
+    rows_BD, runs = planted_rows(_BATCH, seed=0), {}
+    with_penalty = config_of(architecture, F, "strict", penalty={"mu0": _MU0})
+    steps = max(4, with_penalty.penalty.every_steps)
+    for name, config in (("ours", with_penalty), ("theirs", config_of(architecture, F))):
+        runs[name] = our_steps(config, rows_BD, steps)
+    times = interleaved(runs, rounds, warm_ups=1)
+    ours, theirs = (times[name].median / steps * 1e3 for name in ("ours", "theirs"))
+    sizes = {"B": _BATCH, "D": D, "F": F, "k": K, "every_steps": with_penalty.penalty.every_steps}
+    name = f"{architecture} step with the penalty, F={F:,}"
+    return Row(name, "without it", ours, theirs, "ms", ours / theirs, _MOST, "<=", sizes)
+
+
+def _alone(F: int, rounds: int) -> Iterator[Row]:
+    strict, ortsae = preset("strict").penalty, preset("ortsae").penalty
+    W_dec = init_params(config_of("topk", F).sae, D, jax.random.key(0))["W_dec"]
+    runs = {
+        "ours": _gradient(config_of("topk", F), strict, W_dec),
+        "naive Gram": _naive_gram(W_dec),
+        "OrtSAE, chunks of 8,192": _gradient(config_of("topk", F), ortsae, W_dec),
+    }
+    times = interleaved(runs, rounds, warm_ups=1)
+    ours = times.pop("ours").median * 1e3 / strict.every_steps
+    for peer, found in times.items():
+        theirs, sizes = found.median * 1e3, {"D": D, "F": F, "chunk": strict.chunk_size, "every": strict.every_steps}
+        yield Row(
+            f"penalty's gradient, a step's share, F={F:,}", peer, ours, theirs, "ms", theirs / ours, None, sizes=sizes
+        )
+
+
+def _gradient(config: TrainConfig, settings: PenaltyConfig, W_dec: jax.Array) -> Callable[[], Any]:
+    structure = Structure(first_groups(settings, config.sae), jnp.zeros(config.sae.F))
+    gradient = jax.jit(jax.grad(lambda W, key: penalty(W, jnp.float32(0.5), structure, _MU0, settings, key)))
+    return lambda: jax.block_until_ready(gradient(W_dec, jax.random.key(0)))
+
+
+def _naive_gram(W_dec: jax.Array) -> Callable[[], Any]:
+    def value(W: jax.Array) -> jax.Array:
+        over = jax.nn.relu(W @ W.T - jnp.eye(len(W)) - _MU0)
+        return jnp.sum(over**2) / len(W)
+
+    gradient = jax.jit(jax.grad(value))
+    return lambda: jax.block_until_ready(gradient(W_dec))
