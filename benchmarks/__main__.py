@@ -15,7 +15,18 @@ from extract.format.config import Parser
 from extract.format.errors import one_line_errors
 from extract.format.files import write_text
 
-SUITES = ("limits", "steps", "penalties", "sweeping", "loading", "extraction", "evaluation", "memory", "startup")
+SUITES = (
+    "limits",
+    "steps",
+    "penalties",
+    "sweeping",
+    "loading",
+    "extraction",
+    "evaluation",
+    "memory",
+    "startup",
+    "accelerator",
+)
 QUICK = ("limits", "steps", "penalties", "loading", "startup")
 """What `--quick` runs, each at fewer sizes and rounds: under three minutes on two cores."""
 

@@ -20,7 +20,7 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 
 from benchmarks import peers
-from benchmarks.harness import Row, Times, interleaved
+from benchmarks.harness import Row, interleaved
 from hafs_jax.config import TrainConfig
 from hafs_jax.loop import shared_config
 from hafs_jax.presets import preset, with_fields
@@ -103,21 +103,21 @@ def config_of(architecture: str, n_latents: int, variant: str = "baseline", **fi
     return with_fields(config, {"penalty": {"tau": 0.1, "mu0": 0.1}}) if config.penalty.gate else config
 
 
-def planted_rows(rows: int, seed: int, features: int = 2_000) -> np.ndarray:
-    """Rows of mean 0 and mean square norm D, sparse sums of random directions: [rows, D] float32."""
+def planted_rows(rows: int, seed: int, d_model: int = D, features: int = 2_000) -> np.ndarray:
+    """Rows of mean 0 and mean square norm d_model, sparse sums of random directions: [rows, d_model] float32."""
     random = np.random.default_rng(seed)
-    directions = random.standard_normal((features, D), dtype=np.float32)
+    directions = random.standard_normal((features, d_model), dtype=np.float32)
     active = random.random((rows, features), dtype=np.float32) < 20 / features
     rows_BD = (active * random.random((rows, features), dtype=np.float32)) @ directions
     rows_BD -= rows_BD.mean(0)
-    return rows_BD * np.float32(np.sqrt(D / np.mean(np.sum(rows_BD**2, axis=1))))
+    return rows_BD * np.float32(np.sqrt(d_model / np.mean(np.sum(rows_BD**2, axis=1))))
 
 
 def our_steps(config: TrainConfig, rows_BD: np.ndarray, steps: int = _DISPATCH) -> Callable[[], Any]:
     """`steps` training steps in one call, as the training loop makes them."""
-    hyper = hyperparameters(config)
-    state = [state_of(config, init_params(config.sae, D, jax.random.key(0)), jax.random.key(1), hyper)]
-    scale = InputScale(jnp.zeros(D), jnp.float32(1.0), jnp.float32(D))
+    hyper, d_model = hyperparameters(config), rows_BD.shape[1]
+    state = [state_of(config, init_params(config.sae, d_model, jax.random.key(0)), jax.random.key(1), hyper)]
+    scale = InputScale(jnp.zeros(d_model), jnp.float32(1.0), jnp.float32(d_model))
     batches, train_steps, static = jnp.asarray(np.stack([rows_BD] * steps)), compile_steps(), shared_config(config)
 
     def run() -> None:
@@ -152,16 +152,17 @@ def dictionary_learning_step(config: TrainConfig, weights: peers.Weights, rows_B
     return lambda: trainer.update(1, rows)
 
 
-def five_products(rows_BD: np.ndarray, weights: peers.Weights) -> Callable[[], Any]:
-    """The matrix products that a dense step cannot do without, in float32."""
-    acts_BD, W_enc, W_dec = jnp.asarray(rows_BD), jnp.asarray(weights["W_enc"]), jnp.asarray(weights["W_dec"])
-    latents_BF = jnp.ones((len(acts_BD), len(W_dec)))
+def five_products(rows_BD: np.ndarray, weights: peers.Weights, dtype: str = "float32") -> Callable[[], Any]:
+    """The matrix products that a dense step cannot do without, of arrays that are in `dtype` already."""
+    acts_BD, W_enc, W_dec = (jnp.asarray(array, dtype) for array in (rows_BD, weights["W_enc"], weights["W_dec"]))
+    latents_BF = jnp.ones((len(acts_BD), len(W_dec)), dtype)
+    sums = {"preferred_element_type": jnp.float32}
     products = (
-        (jax.jit(lambda x, w: x @ w), acts_BD, W_enc),
-        (jax.jit(lambda f, w: f @ w), latents_BF, W_dec),
-        (jax.jit(lambda r, w: r @ w.T), acts_BD, W_dec),
-        (jax.jit(lambda f, r: f.T @ r), latents_BF, acts_BD),
-        (jax.jit(lambda x, g: x.T @ g), acts_BD, latents_BF),
+        (jax.jit(lambda x, w: jnp.matmul(x, w, **sums)), acts_BD, W_enc),
+        (jax.jit(lambda f, w: jnp.matmul(f, w, **sums)), latents_BF, W_dec),
+        (jax.jit(lambda r, w: jnp.matmul(r, w.T, **sums)), acts_BD, W_dec),
+        (jax.jit(lambda f, r: jnp.matmul(f.T, r, **sums)), latents_BF, acts_BD),
+        (jax.jit(lambda x, g: jnp.matmul(x.T, g, **sums)), acts_BD, latents_BF),
     )
 
     def run() -> None:
@@ -202,8 +203,3 @@ def _sae_lens_settings(config: TrainConfig) -> dict[str, Any]:
     if config.sae.architecture == "relu":
         return {"l1_coefficient": _L1, "l1_warm_up_steps": 0}
     return {"k": config.sae.k}
-
-
-def step_seconds(times: Times) -> float:
-    """Seconds of one of our steps."""
-    return times.median / _DISPATCH
