@@ -47,4 +47,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(one_line_errors(main))
+    with one_line_errors():
+        sys.exit(main())

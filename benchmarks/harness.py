@@ -138,7 +138,10 @@ def processor() -> str:
 
 def show(rows: Iterable[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| what | against | ours | theirs | unit | ratio | target | met |", "|---|---|---:|---:|---|---:|---:|---|"]
+    lines = [
+        "| what | against | ours | theirs | unit | ratio | target | met |",
+        "|---|---|---:|---:|---|---:|---:|---|",
+    ]
     for row in rows:
         target = "" if row.target is None else f"{row.sense} {row.target:g}"
         met = {None: "", True: "yes", False: "**no**"}[row.met]

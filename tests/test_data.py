@@ -40,6 +40,20 @@ def test_any_step_can_be_sought_and_the_seed_decides_the_order(store: Store) -> 
     assert first_column(Batches(store, B, seed=4), 0, 80) != whole
 
 
+def test_rows_come_in_the_order_of_the_permutations_on_aligned_memory(store: Store) -> None:
+    """What step n reads is part of every run's record: this order may never change."""
+    seed, expected = 5, []
+    per_pass = N // B * B
+    for number in range(2):
+        random = lambda stream: np.random.Generator(np.random.Philox(key=[seed, (number << 32) + stream]))  # noqa: B023, E731
+        shards = random(0).permutation(len(store.shard_sizes))
+        rows = [store.read(shard)[random(1 + shard).permutation(store.shard_sizes[shard])] for shard in shards]
+        expected.append(np.concatenate(rows)[:per_pass])
+    blocks = [block for (block,) in Batches(store, B, seed).dispatches(0, 2 * (N // B), 5)]
+    np.testing.assert_array_equal(np.concatenate(blocks).reshape(-1, D), np.concatenate(expected))
+    assert all(block.ctypes.data % 64 == 0 for block in blocks)  # else JAX copies what it is given
+
+
 def test_dispatches_are_full_but_for_the_last(store: Store) -> None:
     assert [len(block) for (block,) in Batches(store, B, 0).dispatches(0, 11, 4)] == [4, 4, 3]
     one_batch = Batches(store, N, 0)
