@@ -1,4 +1,4 @@
-"""What every benchmark shares: rows of the table, interleaved timing, the limits of the machine, and how a table is kept.
+"""What every benchmark shares: rows of the table, interleaved timing, the machine, and how a table is kept.
 
 A suite is a module with `measure(quick: bool) -> Iterator[Row]`.
 """
@@ -80,7 +80,7 @@ def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int, warm_ups: i
 
 
 def in_fresh_process(arguments: Iterable[str], environment: Mapping[str, str] | None = None) -> tuple[str, float]:
-    """The standard output of `python ARGUMENTS` and its seconds; raises `RuntimeError` with its errors where it fails."""
+    """The standard output of `python ARGUMENTS` and its seconds; raises `RuntimeError` with its errors if it fails."""
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **(environment or {})}

@@ -9,6 +9,7 @@ import os
 import queue
 import sys
 import threading
+import weakref
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,7 +27,6 @@ Rows = tuple[np.ndarray, ...]
 """Rows of the store, and for a transcoder the same rows of its target's store."""
 
 _POPULATE_READ = 22  # Linux's MADV_POPULATE_READ, which the module mmap has no name for
-_CACHE_LINE = 64
 _THREADS = min(4, os.cpu_count() or 1)  # that gather rows
 
 
@@ -59,13 +59,13 @@ class Batches:
         """
         B, left = self.batch_size, (stop - start) * self.batch_size
         blocks: Rows = ()  # of the dispatch being filled, `filled` of its rows
-        filled = 0
+        filled, memory = 0, _Memory()
         with ThreadPoolExecutor(_THREADS, "rows") as pool:
             for shards, order in self._rows(start, stop):
                 while len(order):
                     if not blocks:
                         rows = min(size * B, left)
-                        blocks = tuple(_aligned((rows, shard.shape[1]), shard.dtype) for shard in shards)
+                        blocks = tuple(memory.empty((rows, shard.shape[1]), shard.dtype) for shard in shards)
                     taken, order = order[: rows - filled], order[rows - filled :]
                     for shard, block in zip(shards, blocks, strict=True):
                         _take(shard, taken, block[filled : filled + len(taken)], pool)
@@ -127,12 +127,32 @@ def _take(shard_ND: np.ndarray, numbers_N: np.ndarray, out_ND: np.ndarray, pool:
     list(pool.map(part, ends[:-1], ends[1:]))
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that starts on a cache line: JAX on a CPU uses such an array as it is, and copies others."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    memory = np.empty(size + _CACHE_LINE, np.uint8)
-    first = -memory.ctypes.data % _CACHE_LINE
-    return memory[first : first + size].view(dtype).reshape(shape)
+class _Memory:
+    """Memory for dispatches, taken back once nothing looks at it: fresh pages cost about as much as filling them.
+
+    It starts on a page, so that JAX on a CPU uses it as it is. An array of JAX's looks at it until what was computed
+    from that array is done.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[mmap.mmap]] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array of any contents."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else _pages(size)
+        owner = np.frombuffer(memory, np.uint8)  # what every view of it holds on to
+        weakref.finalize(owner, free.append, memory).atexit = False
+        return owner.view(dtype).reshape(shape)
+
+
+def _pages(size: int) -> mmap.mmap:
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def first_rows(store: Store, count: int) -> np.ndarray:
