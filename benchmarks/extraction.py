@@ -67,7 +67,7 @@ def measure(quick: bool) -> Iterator[Row]:
         again, _ = _our_rate(Path(temporary) / "again", tokens)
         ours = 2 / (1 / ours + 1 / again)
         note = (
-            "CacheActivationsRunner by its class AutoModelForCausalLM, which stops after the hooked layer: its default, "
+            "CacheActivationsRunner of class AutoModelForCausalLM, which stops after the hooked layer: the default, "
             "HookedTransformer, does not know this model and asks the hub. It joins documents, so pads nothing, and "
             "leaves the rows on disk in their order"
         )
