@@ -14,7 +14,10 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.loop import Stores
 from hafs_jax.state import hyperparameters, init_state
 
-_DENSE_ARRAYS, _SPARSE_ARRAYS = 4, 2  # of [B, F] in float32 that a step holds at once, as `benchmarks/memory.py` finds
+# What a compiled step holds at once on a CPU, beside its state, as XLA's own analysis of temporary memory has it: three
+# times the parameters (gradients, the optimizer's moves, a transpose), and these many arrays [B, F] of float32.
+_PARAMETERS = 3
+_DENSE_ARRAYS, _SPARSE_ARRAYS = 6, 4  # half of them the dead latents' auxiliary loss
 _DISPATCHES = 4  # being filled, two waiting, in use
 
 
@@ -49,6 +52,7 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
     parameters = _bytes(state.params)
     arrays = _SPARSE_ARRAYS if sparse.pays(config) else _DENSE_ARRAYS
     at_once = members if together == "vmap" else 1
+    arrays = arrays if config.sparsity.aux > 0 else arrays // 2
     shards, devices = config.dictionary_shards, jax.device_count()
     dispatched = [store for store in (stores.train, stores.target) if store is not None]
     row_bytes = sum(store.manifest.d_model * KEPT_AS[store.manifest.dtype].itemsize for store in dispatched)
@@ -56,7 +60,7 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
     return Budget(
         parameters=members * parameters // shards,
         optimizer=members * (_bytes(state) - parameters) // shards,
-        step=at_once * (parameters // shards + arrays * 4 * B * config.sae.F // devices),
+        step=at_once * (_PARAMETERS * parameters // shards + arrays * 4 * B * config.sae.F // devices),
         batches=batches * shards // devices,
     )
 

@@ -13,8 +13,11 @@ from extract.format.store import Store
 from hafs_jax import budget as module
 from hafs_jax.budget import available_bytes, budget, size
 from hafs_jax.config import TrainConfig
+from hafs_jax.data import input_scale
 from hafs_jax.loop import Stores
 from hafs_jax.presets import preset
+from hafs_jax.state import hyperparameters, init_state
+from hafs_jax.step import compile_steps
 from hafs_jax.sweeps import sweep
 from hafs_jax.training import describe, train
 
@@ -37,15 +40,31 @@ def test_what_is_counted(stores: Stores) -> None:
     found = budget(config_of(), stores)
     assert found.parameters == 4 * (2 * D * F + F + D)
     assert 2 * found.parameters < found.optimizer < 2 * found.parameters + 4 * 4 * F  # Adam's moments, and counters
-    assert found.step == found.parameters + 4 * 4 * B * F
+    assert found.step == 3 * found.parameters + 6 * 4 * B * F
     assert found.batches == 4 * 5 * B * D * 2
     assert found.total == found.parameters + found.optimizer + found.step + found.batches
     kept = budget(config_of("topk", "sparse"), stores)
     assert kept.step == found.step - 2 * 4 * B * F
+    without = dataclasses.replace(config_of(), sparsity=dataclasses.replace(config_of().sparsity, aux=0.0))
+    assert budget(without, stores).step == found.step - 3 * 4 * B * F
     many, one_by_one = (budget(config_of(), stores, 3, together) for together in ("vmap", "map"))
     assert (many.parameters, many.step, many.batches) == (3 * found.parameters, 3 * found.step, found.batches)
     assert (one_by_one.optimizer, one_by_one.step) == (3 * found.optimizer, found.step)
     assert budget(config_of(), Stores(stores.train, stores.train)).batches == 2 * found.batches  # a transcoder
+
+
+@pytest.mark.parametrize(("architecture", "products"), [("relu", "dense"), ("topk", "sparse"), ("gated", "dense")])
+def test_the_estimate_is_near_what_the_compiler_plans(stores: Stores, architecture: str, products: str) -> None:
+    config = config_of(architecture, products)
+    config = dataclasses.replace(config, batch_size=256, sae=dataclasses.replace(config.sae, n_latents=2048))
+    config = dataclasses.replace(config, sparsity=dataclasses.replace(config.sparsity, aux_k=32))
+    scale, hyper = input_scale(stores.train), hyperparameters(config)
+    state = jax.eval_shape(lambda: init_state(config, D, jax.random.key(0), hyper))
+    block = jax.ShapeDtypeStruct((2, 256, D), np.float16)
+    planned = compile_steps().lower(state, block, scale, hyper, config).compile().memory_analysis()
+    found = budget(config, stores)
+    assert 0.6 < planned.temp_size_in_bytes / found.step < 1.5
+    assert planned.argument_size_in_bytes == pytest.approx(found.parameters + found.optimizer, rel=0.05)
 
 
 def test_sizes_are_said_for_people(stores: Stores) -> None:
