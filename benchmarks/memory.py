@@ -25,7 +25,7 @@ def measure(quick: bool) -> Iterator[Row]:
         base = _peak("base")
         for architecture in ("topk",) if quick else ("topk", "relu"):
             yield from _training(architecture, store, Path(temporary), base)
-        few, many = (15_000, 45_000) if quick else (30_000, 180_000)
+        few, many = (84_000, 168_000) if quick else (84_000, 252_000)  # one, two and three full buckets of the shuffle
         peaks = [_peak("extract", str(Path(temporary) / f"rows-{rows}"), str(rows)) for rows in (few, many)]
         yield _extracting(few, many, *peaks)
 
