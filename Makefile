@@ -24,10 +24,10 @@ export PYTHONPATH := $(CURDIR)
 # On busy cores OpenMP threads that spin while they wait cost more than they save.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test lint extract train sweep synth eval experiment report clean
+.PHONY: help setup demo test lint extract train sweep synth eval experiment report bench bench-quick clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo "Variables: PROFILE=auto|offline|pythia70m SEED=0 OUT=artifacts GRID='seed=0..3 l1=1,2' WORLD=toy-0 EXPERIMENT=FILE.toml"
 	@echo "           VARIANT=baseline|strict|adaptive|ramp_only|gate_only|ortsae|frob|random_init|frozen_decoder"
 	@echo "           ARCH=batchtopk|topk|relu|jumprelu|gated|matryoshka|matryoshka_relu"
@@ -77,6 +77,12 @@ experiment: setup  ## arms x architectures x L0 x seeds, compared with uncertain
 
 report: setup  ## evaluations -> report/index.html, report.md, results.json
 	$(PY) -m evaluate report $(PLACE) $(ARGS)
+
+bench: setup  ## all benchmarks: against other libraries and the machine's limits (benchmarks/README.md)
+	$(PY) -m benchmarks $(ARGS)
+
+bench-quick: setup  ## a few of them at fewer sizes, in minutes, into $(OUT)/bench.json
+	$(PY) -m benchmarks --quick --write $(OUT)/bench.json $(ARGS)
 
 clean:  ## remove $(OUT) and the environment
 	rm -rf $(OUT) $(VENV)

@@ -11,9 +11,10 @@ Each stage is a command of its own, so that a killed experiment goes on where it
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 from tqdm import tqdm
@@ -34,7 +35,8 @@ def run_experiment(config: ExperimentConfig, out: Path, workers: int, stages: Se
     """Runs `stages` of the experiment, `workers` commands at a time; the workspace that holds all of it."""
     root = out / config.name
     if "extract" in stages:
-        _call([["extract", "--out", str(root), "--profile", config.profile, *config.extract]], root / "extract.log", 1)
+        command = ["extract", "--out", str(root), "--profile", config.profile, *config.extract]
+        _command(command, root / "extract.log", cores=None)
     workspace = open_workspace(root, config.profile)
     if "train" in stages:
         train(config, workspace, workers)
@@ -150,30 +152,48 @@ def _place(workspace: Workspace) -> list[str]:
 
 
 def _run_all(commands: dict[str, list[str]], workspace: Workspace, workers: int, done: Any) -> None:
-    logs = workspace.folder / FOLDER / "logs"
+    logs, cores = workspace.folder / FOLDER / "logs", Queue[set[int] | None]()
+    for share in _shares(workers):
+        cores.put(share)
+
+    def run(name: str, command: list[str]) -> None:
+        share = cores.get()
+        try:
+            _command(command, logs / f"{name}.log", share)
+        finally:
+            cores.put(share)
+
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        started = [pool.submit(_command, command, logs / f"{name}.log", workers) for name, command in commands.items()]
+        started = [pool.submit(run, name, command) for name, command in commands.items()]
         for future in started:
             future.result()
             done()
 
 
-def _call(commands: Iterable[list[str]], log: Path, workers: int) -> None:
-    for command in commands:
-        _command(command, log, workers)
+def _shares(workers: int) -> list[set[int] | None]:
+    """The cores of each of `workers` commands at a time: all for one alone, None where the system has no say in it.
+
+    Two programs whose threads share cores wait for each other's: here that took three times as long.
+    """
+    if workers <= 1 or not hasattr(os, "sched_setaffinity"):
+        return [None] * max(1, workers)
+    ours = sorted(os.sched_getaffinity(0))
+    return [set(ours[start::workers]) or {ours[start % len(ours)]} for start in range(workers)]
 
 
-def _command(command: list[str], log: Path, workers: int) -> None:
-    """Runs `python -m COMMAND`, its output into `log`; `UserError` with its last line where it fails."""
+def _command(command: list[str], log: Path, cores: set[int] | None) -> None:
+    """Runs `python -m COMMAND` on `cores`, its output into `log`; `UserError` with its last line where it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
-    if workers > 1:  # one core each: threads of two programs that wait for each other cost more than they give
-        threads = str(max(1, (os.cpu_count() or 1) // workers))
-        environment |= {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
-        if threads == "1":
-            environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
-    with open(log, "a", encoding="utf-8") as file:
-        code = subprocess.run([sys.executable, "-m", *command], stdout=file, stderr=file, env=environment).returncode
+    if cores is not None:
+        environment |= {"OMP_NUM_THREADS": str(len(cores)), "OMP_WAIT_POLICY": "PASSIVE"}
+    with (
+        open(log, "a", encoding="utf-8") as file,
+        subprocess.Popen([sys.executable, "-m", *command], stdout=file, stderr=file, env=environment) as process,
+    ):
+        if cores is not None:
+            os.sched_setaffinity(process.pid, cores)  # its threads, all still to come, inherit it
+        code = process.wait()
     if code:
         last = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()[-1:]
         raise UserError(

@@ -176,6 +176,7 @@ def write_stores(
         for kind, writer in enumerate(writers):
             writer.add(kept[f"acts{kind}"], kept["row"])
         bar.update(len(records))
+        del records, kept  # before the next bucket is read
     manifests = {}
     for (hook_point, folder), writer, median_norm in zip(folders.items(), writers, median_norms, strict=True):
         manifests[folder] = _manifest(

@@ -282,11 +282,22 @@ def _inspect(parsed: argparse.Namespace) -> None:
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that a second run starts without compiling."""
+    """Keeps compiled programs in the user's cache folder, so that a second run starts without compiling.
+
+    All of them: a start compiles about a hundred small programs, which together take seconds. Where the folder cannot
+    be written there is no cache.
+    """
     import jax
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hafs-jax" / "jax"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hafs-jax" / "jax"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(cache, os.W_OK):
+        return
     jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 if __name__ == "__main__":

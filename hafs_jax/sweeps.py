@@ -15,6 +15,7 @@ import jax
 from extract.format.config import to_dict
 from extract.format.errors import UserError
 from extract.format.files import write_text
+from hafs_jax.budget import check_memory
 from hafs_jax.config import TrainConfig
 from hafs_jax.loop import Member, Stores, fit, shared_config
 from hafs_jax.runs import Run
@@ -121,7 +122,8 @@ def sweep(
         for members in groups.values():
             for start in range(0, len(members), most):
                 part = members[start : start + most]
-                size = describe(part[0].config, stores)
+                size = describe(part[0].config, stores, len(part), together)
+                check_memory(part[0].config, stores, len(part), together)
                 print(f"{len(part)} together: {', '.join(member.run.folder.name for member in part)}: {size}")
                 if len(part) == 1:
                     failures += fit(part, stores, part[0].run.checkpoints)

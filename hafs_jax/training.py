@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.format.store import Store
+from hafs_jax.budget import budget, check_memory
 from hafs_jax.config import TrainConfig
 from hafs_jax.loop import Member, Stores, Terminated, TrainingStopped, fit
 from hafs_jax.runs import Run, baseline_tau
@@ -45,9 +46,11 @@ def open_stores(store: Path, target: Path | None = None) -> Stores:
 def prepare(config: TrainConfig, stores: Stores, runs: Path, force: bool = False) -> tuple[Member, bool]:
     """The run of a resolved config, its folder and config.json written, and whether it has finished already.
 
-    Raises `UserError` where the folder holds another run; `force` replaces that.
+    Raises `UserError` where the folder holds another run, which `force` replaces, or memory does not suffice.
     """
     run = Run(runs / config.run_name)
+    if force or not run.finished():
+        check_memory(config, stores)  # before the folder holds this config
     if force and run.folder.exists():
         shutil.rmtree(run.folder)
     record: dict[str, Any] = _record(stores.train, run)
@@ -68,8 +71,8 @@ def train(
     """Trains to the end, or goes on where an earlier call was stopped, and returns the finished run.
 
     `target_folder` is a second store, aligned with the first, whose rows a transcoder reconstructs. Raises `UserError`
-    for a config that does not fit the store or a folder that holds another run, `Terminated` after SIGTERM or SIGINT
-    (checkpointed), `TrainingStopped` when too many batches were not finite.
+    for a config that does not fit the store or the memory and for a folder that holds another run, `Terminated` after
+    SIGTERM or SIGINT (checkpointed), `TrainingStopped` when too many batches were not finite.
     """
     stores = open_stores(store_folder, target_folder)
     config, notes = resolve(config, stores.train, runs, stores.target)
@@ -80,12 +83,12 @@ def train(
     return member.run
 
 
-def describe(config: TrainConfig, stores: Stores) -> str:
-    """The size of a training, for people."""
+def describe(config: TrainConfig, stores: Stores, members: int = 1, together: str | None = None) -> str:
+    """The size of a training and the memory that it needs, of `members` SAEs in one program, for people."""
     out = "" if stores.target is None else f" D_out={stores.d_out}"
     return (
         f"{config.sae.architecture} D={stores.train.manifest.d_model}{out} F={config.sae.n_latents} k={config.sae.k}, "
-        f"{config.steps} steps x {config.batch_size} rows"
+        f"{config.steps} steps x {config.batch_size} rows; memory about {budget(config, stores, members, together)}"
     )
 
 

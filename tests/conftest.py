@@ -5,6 +5,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+
+def _keep_to_own_cores() -> None:
+    """Gives each xdist worker its share of the cores: threads of several programs on the same ones wait for each other,
+    which makes the tests several times slower."""
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if not worker.startswith("gw") or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, set(cores[int(worker[2:]) % count :: count]) or {cores[int(worker[2:]) % len(cores)]})
+
+
+_keep_to_own_cores()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -40,6 +40,40 @@ def test_any_step_can_be_sought_and_the_seed_decides_the_order(store: Store) -> 
     assert first_column(Batches(store, B, seed=4), 0, 80) != whole
 
 
+def test_rows_come_in_the_order_of_the_permutations(store: Store) -> None:
+    """What step n reads is part of every run's record: this order may never change."""
+    seed, expected = 5, []
+    per_pass = N // B * B
+    for number in range(2):
+        random = lambda stream: np.random.Generator(np.random.Philox(key=[seed, (number << 32) + stream]))  # noqa: B023, E731
+        shards = random(0).permutation(len(store.shard_sizes))
+        rows = [store.read(shard)[random(1 + shard).permutation(store.shard_sizes[shard])] for shard in shards]
+        expected.append(np.concatenate(rows)[:per_pass])
+    blocks = [block for (block,) in Batches(store, B, seed).dispatches(0, 2 * (N // B), 5)]
+    np.testing.assert_array_equal(np.concatenate(blocks).reshape(-1, D), np.concatenate(expected))
+
+
+def test_memory_is_used_again_once_nothing_looks_at_it(store: Store) -> None:
+    addresses = [block.ctypes.data for (block,) in Batches(store, B, 0).dispatches(0, 60, 4)]
+    assert len(set(addresses)) <= 3 and all(address % 64 == 0 for address in addresses)  # else JAX copies them
+    kept = [block for (block,) in Batches(store, B, 0).dispatches(0, 60, 4)]
+    assert len({block.ctypes.data for block in kept}) == len(kept)
+
+
+def test_memory_is_not_used_again_while_a_computation_reads_it(tmp_path: Path) -> None:
+    acts = np.random.default_rng(0).normal(size=(600, 64)).astype(np.float32)
+    batches = Batches(Store(write_store(tmp_path / "store", acts)), 100, 0)
+
+    @jax.jit
+    def slow(block: jax.Array) -> jax.Array:  # reads the block again and again
+        return jax.lax.fori_loop(0, 200, lambda i, total: total + jax.numpy.sum(block * i), 0.0)
+
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = [slow(block) for block in prefetch(batches.dispatches(0, 60, 2), here)]
+    expected = [slow(jax.numpy.array(block)) for (block,) in batches.dispatches(0, 60, 2)]
+    np.testing.assert_array_equal(np.array(found), np.array(expected))
+
+
 def test_dispatches_are_full_but_for_the_last(store: Store) -> None:
     assert [len(block) for (block,) in Batches(store, B, 0).dispatches(0, 11, 4)] == [4, 4, 3]
     one_batch = Batches(store, N, 0)

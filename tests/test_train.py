@@ -410,3 +410,21 @@ def test_the_python_interface_gives_raw_latents_and_reconstructions(out: Path, t
 
 def with_tau(tau: float) -> Any:
     return dataclasses.replace(preset("adaptive").penalty, tau=tau)
+
+
+@pytest.mark.slow
+def test_compiled_programs_are_kept_for_the_next_start_where_they_can_be(out: Path, tmp_path: Path) -> None:
+    def stderr_with_cache(cache: Path) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache)}
+        flags = ["--tokens", "640", "--force", "--tag", "again"]
+        done = subprocess.run(command(out, *flags), env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    stderr_with_cache(tmp_path)
+    kept = {path.name for path in (tmp_path / "hafs-jax" / "jax").glob("*-cache")}
+    assert len(kept) > 20  # the small programs too
+    stderr_with_cache(tmp_path)
+    assert {path.name for path in (tmp_path / "hafs-jax" / "jax").glob("*-cache")} == kept
+    (tmp_path / "file").write_text("not a folder")
+    assert "cache" not in stderr_with_cache(tmp_path / "file")

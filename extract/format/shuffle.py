@@ -108,7 +108,9 @@ class Spill:
         """All rows in the order of their keys, a bucket at a time."""
         for path, count in zip(self._paths, self.counts, strict=True):
             records = np.fromfile(path, self.record, count)
-            yield records[np.argsort(records["key"])]
+            records = records[np.argsort(records["key"])]
+            yield records
+            del records  # before the next bucket is read
 
     def median_norms(self) -> list[float]:
         """The exact median of each kind's norms; of an even number the mean of the middle two, as numpy's."""

@@ -1,0 +1,79 @@
+"""Seconds of SAE-Bench's probing of a second variant against the first, the cache of activations empty at the start.
+
+The packaged model and sae-probes' own tasks. The first variant pays for the model's activations and for the probe on
+all of their dimensions; the second finds both. The SAEs are random: what is timed does not depend on what they learned.
+"""
+
+import contextlib
+import dataclasses
+import io
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Row
+from evaluate.config import EvalConfig
+from evaluate.probing import ProbeSettings, probe_sae
+from evaluate.probing_cache import fill_cache
+from extract.format.store import Manifest, Store
+from extract.models import load_for_manifest
+from extract.profiles import OFFLINE, Resolved, prepare_hub
+from extract.run import extract
+
+TASKS = ("117_us_state_FL", "21_headline_istrump", "105_click_bait", "96_spam_is")
+N_LATENTS = 2_304
+MAX_TOKENS = 128  # of a text, where evaluations read 1,024: the first variant would pay more
+TARGET = 0.2
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    """The suite's row."""
+    tasks = TASKS[:1] if quick else TASKS
+    with tempfile.TemporaryDirectory(prefix="hafs-evaluation-") as temporary:
+        manifest = _manifest(Path(temporary))
+        defaults = EvalConfig()
+        settings = ProbeSettings(tasks, defaults.ks, defaults.penalty, defaults.probe_seed)
+        saes = [_random_sae(manifest, seed) for seed in range(3)]
+        one_task = dataclasses.replace(settings, tasks=tasks[:1])
+        _probed("warm-up", saes[2], manifest, one_task, Path(temporary) / "warm-up")  # imports, threads
+        first, tokens = _probed("first", saes[0], manifest, settings, Path(temporary) / "cache")
+        second, _ = _probed("second", saes[1], manifest, settings, Path(temporary) / "cache")
+    sizes = {"tasks": len(tasks), "tokens": tokens, "max_tokens": MAX_TOKENS, "F": N_LATENTS, "ks": list(settings.ks)}
+    note = "the first computes the activations of all texts and the probe on all dimensions, once for all variants"
+    yield Row(
+        "probing a second variant", "the first", second, first, "s", second / first, TARGET, "<=", sizes, None, note
+    )
+
+
+def _probed(name: str, sae: Any, manifest: Manifest, settings: ProbeSettings, root: Path) -> tuple[float, int]:
+    """Seconds of a variant's probing from an activation cache in `root`, and the tokens run through the model."""
+    started = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()):
+        cache = fill_cache(
+            settings.tasks, manifest, root / "acts", lambda: load_for_manifest(manifest), max_tokens=MAX_TOKENS
+        )
+        probe_sae(name, sae, manifest.hook_point, cache, settings, root / "probes")
+    return time.perf_counter() - started, cache.tokens
+
+
+def _manifest(folder: Path) -> Manifest:
+    """That of a small store of the packaged model: what the evaluations know of the model."""
+    prepare_hub(OFFLINE)
+    config = dataclasses.replace(OFFLINE, max_rows=4_000)
+    with contextlib.redirect_stderr(io.StringIO()):
+        (folders,) = extract(config, Resolved("offline", "offline", "a benchmark"), folder / "out").values()
+    return Store(folders["train"]).manifest
+
+
+def _random_sae(manifest: Manifest, seed: int) -> Any:
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+
+    metadata = SAEMetadata(model_name=manifest.model.name, hook_name=manifest.hook_point, prepend_bos=True)
+    torch.manual_seed(seed)
+    config = StandardSAEConfig(d_in=manifest.d_model, d_sae=N_LATENTS, device="cpu", metadata=metadata)
+    return StandardSAE(config).requires_grad_(False)

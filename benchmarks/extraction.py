@@ -1,0 +1,181 @@
+"""Tokens a second from text to a store on disk: against the bare forward pass, and against sae_lens's runner.
+
+The packaged model and text. Tokens are those that the model sees, BOS included. Loading the model is left out of all
+rates; tokenising, the forward pass, shuffling and writing are in ours, and in sae_lens's as far as it does them. What
+is compared computes the same: a relative difference of activations above `TOLERANCE` is an error.
+"""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness import Row
+from extract.contexts import mixed
+from extract.format.files import read_json
+from extract.format.store import TIMING, Store
+from extract.models import LanguageModel, load_model
+from extract.packaged import model_folder
+from extract.profiles import OFFLINE, Resolved, prepare_hub
+from extract.run import extract
+
+BARE_TARGET, SAE_LENS_TARGET = 0.95, 1.5
+TOLERANCE = 1e-2  # bfloat16 has 8 bits: products of other shapes round differently
+LAYER = int(OFFLINE.hook_point.split(".")[1])
+LENGTH, BATCH = OFFLINE.context_length, OFFLINE.batch_tokens // OFFLINE.context_length
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    """The suite's rows."""
+    tokens = (15 if quick else 50) * OFFLINE.batch_tokens
+    prepare_hub(OFFLINE)  # nothing of it is needed
+    model = load_model(OFFLINE.model, OFFLINE.model_dtype)
+    sizes = {"tokens": tokens, "model": OFFLINE.model, "layers": LAYER + 1, "L": LENGTH, "batch": BATCH}
+    sizes["dtype"] = OFFLINE.model_dtype
+    with tempfile.TemporaryDirectory(prefix="hafs-extraction-") as temporary:
+        tokens_NL = packed(model, tokens)
+        bare = truncated()
+        _check(bare(tokens_NL[:BATCH]), model.activations(tokens_NL[:BATCH], OFFLINE.hook_point), "the bare model")
+        rates = [_bare_rate(bare, tokens_NL)]
+        ours, stages = _our_rate(Path(temporary) / "ours", tokens)
+        rates.append(_bare_rate(bare, tokens_NL))  # before and after: the machine has other work at times
+        theirs = 2 / sum(1 / rate for rate in rates)
+        note = f"ours has tokenising, padding, shuffling and writing besides: {stages}"
+        yield Row(
+            "text to store",
+            "bare forward",
+            ours,
+            theirs,
+            "tokens/s",
+            ours / theirs,
+            BARE_TARGET,
+            ">=",
+            sizes,
+            None,
+            note,
+        )
+        theirs = _sae_lens_rate(Path(temporary) / "sae_lens", model, tokens)
+        again, _ = _our_rate(Path(temporary) / "again", tokens)
+        ours = 2 / (1 / ours + 1 / again)
+        note = (
+            "CacheActivationsRunner of class AutoModelForCausalLM, which stops after the hooked layer: the default, "
+            "HookedTransformer, does not know this model and asks the hub. It joins documents, so pads nothing, and "
+            "leaves the rows on disk in their order"
+        )
+        yield Row(
+            "text to store",
+            "sae_lens",
+            ours,
+            theirs,
+            "tokens/s",
+            ours / theirs,
+            SAE_LENS_TARGET,
+            ">=",
+            sizes,
+            None,
+            note,
+        )
+
+
+def texts(model: LanguageModel, tokens: int) -> list[tuple[str, np.ndarray]]:
+    """The profile's mix of documents, with their token ids, until they hold `tokens`."""
+    found: list[tuple[str, np.ndarray]] = []
+    for _, document, ids in mixed(OFFLINE.sources, model.tokenize, []):
+        found.append((document.text, ids))
+        tokens -= len(ids)
+        if tokens <= 0:
+            break
+    return found
+
+
+def packed(model: LanguageModel, tokens: int) -> torch.Tensor:
+    """The mix's token ids one after another, cut to contexts [N, L] without padding."""
+    ids = np.concatenate([ids for _, ids in texts(model, tokens)])
+    return torch.from_numpy(ids[: tokens // LENGTH * LENGTH].reshape(-1, LENGTH).astype(np.int64))
+
+
+def truncated() -> Any:
+    """tokens [B, L] -> activations [B, L, D]: transformers' model that ends after the hooked layer."""
+    base = load_model(OFFLINE.model, OFFLINE.model_dtype).hf.base_model
+    base.layers = base.layers[: LAYER + 1]
+    base.norm = torch.nn.Identity()
+
+    @torch.no_grad()
+    def run(tokens_BL: torch.Tensor) -> torch.Tensor:
+        return base(tokens_BL, use_cache=False).last_hidden_state
+
+    return run
+
+
+def _bare_rate(run: Any, tokens_NL: torch.Tensor) -> float:
+    run(tokens_NL[:BATCH])
+    started = time.perf_counter()
+    for batch_BL in tokens_NL.split(BATCH):
+        run(batch_BL)
+    return tokens_NL.numel() / (time.perf_counter() - started)
+
+
+def _our_rate(out: Path, tokens: int) -> tuple[float, str]:
+    """Tokens a second of a whole extraction of `tokens` training rows but for the model's loading; its stages."""
+    config = dataclasses.replace(OFFLINE, max_rows=tokens)
+    started = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()):
+        (folders,) = extract(config, Resolved("offline", "offline", "a benchmark"), out).values()
+    seconds = time.perf_counter() - started
+    timing = read_json(folders["train"] / TIMING, "a store's timing")
+    stages = timing["seconds_by_stage"]
+    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items())
+    seen = sum(len(Store(folder).contexts().tokens) for folder in folders.values())
+    return seen / (seconds - stages["load"]), f"{spent}; {timing['padding_share']:.1%} of the positions are padding"
+
+
+def _sae_lens_rate(out: Path, model: LanguageModel, tokens: int) -> float:
+    """Tokens a second of sae_lens's runner on the same documents, in two buffers, float16 on disk."""
+    from datasets import Dataset
+    from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
+
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        documents = Dataset.from_dict({"text": [text for text, _ in texts(model, 2 * tokens)]})
+        buffer = -(-tokens // (2 * BATCH * LENGTH)) * BATCH * LENGTH
+        config = CacheActivationsRunnerConfig(
+            dataset_path="",
+            model_name=str(model_folder(OFFLINE.model)),
+            model_class_name="AutoModelForCausalLM",
+            model_from_pretrained_kwargs={"dtype": getattr(torch, OFFLINE.model_dtype)},
+            model_batch_size=BATCH,
+            hook_name=f"model.layers.{LAYER}",
+            d_in=model.info.d_model,
+            training_tokens=2 * buffer,
+            context_size=LENGTH,
+            new_cached_activations_path=str(out),
+            dtype="float16",
+            device=str(model.device),
+            buffer_size_gb=(buffer + 1) * 2 * model.info.d_model / 1e9,
+        )
+        runner = CacheActivationsRunner(config, override_dataset=documents)
+        started = time.perf_counter()
+        made = runner.run()
+        seconds = time.perf_counter() - started
+        first = made.with_format("torch")[: min(4, len(made))]
+    logging.disable(logging.NOTSET)
+    ours = model.activations(first["token_ids"].long(), OFFLINE.hook_point)
+    _check(first[f"model.layers.{LAYER}"], ours, "sae_lens")
+    return len(made) * LENGTH / seconds
+
+
+def _check(theirs: torch.Tensor, ours: torch.Tensor, peer: str) -> None:
+    """Raises where the activations of the same tokens differ."""
+    difference = float((theirs.float() - ours.float()).norm() / ours.float().norm())
+    if difference > TOLERANCE:
+        raise RuntimeError(f"activations of {peer} differ from ours by {difference:.2%} for the same tokens")

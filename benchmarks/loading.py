@@ -1,0 +1,144 @@
+"""Reading a store into training: its rate against a plain read, the step's wait for it, and its memory.
+
+A store of random float16 rows is made in a temporary folder; all reads come from the system's file cache.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks.harness import Row, interleaved
+from extract.format.arrays import write_array_store
+from extract.format.store import Store, shard_name
+from hafs_jax.data import Batches, input_scale, prefetch
+from hafs_jax.loop import Stores, first_state
+from hafs_jax.presets import preset, with_fields
+from hafs_jax.state import hyperparameters
+from hafs_jax.step import Batch, compile_steps
+from hafs_jax.training import resolve
+
+D, B, STEPS_PER_DISPATCH = 576, 2048, 8
+N_LATENTS = 4608
+READ_TARGET, WAIT_TARGET, MEMORY_TARGET = 0.7, 0.02, 1.1
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    """The suite's rows."""
+    megabytes = 128 if quick else 512
+    with tempfile.TemporaryDirectory(prefix="hafs-loading-") as temporary:
+        store = make_store(Path(temporary), megabytes << 20)
+        sizes = {"MB": megabytes, "D": D, "B": B, "dtype": "float16", "shards": len(store.shard_sizes)}
+        yield from _reading(store, 3 if quick else 7, sizes)
+        yield _memory(store, sizes)
+        yield _waiting(store, 2 if quick else 6, sizes)
+
+
+def make_store(folder: Path, size: int) -> Store:
+    """A store of `size` bytes of random rows, in shards of the usual number of rows."""
+    random = np.random.default_rng(0)
+    files = []
+    for number in range(max(1, size >> 27)):
+        acts_ND = random.standard_normal((min(size, 1 << 27) // (2 * D), D), np.float32).astype(np.float16)
+        files.append(folder / f"acts-{number}.npy")
+        np.save(files[-1], acts_ND)
+    made = write_array_store(folder / "made", files, heldout_fraction=0.01)
+    for file in files:
+        file.unlink()
+    return Store(made["train"])
+
+
+def _reading(store: Store, rounds: int, sizes: dict) -> Iterator[Row]:
+    """Gigabytes a second of shuffled batches on the device, and of the shards' files read from first to last.
+
+    Both over as many passes as make a gigabyte: what the first dispatches cost, a training pays once.
+    """
+    batches = Batches(store, B, seed=0)
+    files = [store.folder / shard_name(index) for index in range(len(store.shard_sizes))]
+    memory = np.zeros(max(file.stat().st_size for file in files), np.uint8)
+
+    everything = sum(file.stat().st_size for file in files)
+    passes = -(-(1 << 30) // everything)
+
+    def shuffled() -> None:
+        for block in _blocks(batches, passes * batches.steps_per_pass):
+            block.block_until_ready()
+
+    def into_one_buffer() -> None:
+        for file in passes * files:
+            with open(file, "rb", buffering=0) as opened:
+                opened.readinto(memory.data)
+
+    def into_fresh_memory() -> None:
+        for file in passes * files:
+            np.fromfile(file, np.uint8)
+
+    cases = {"ours": shuffled, "readinto": into_one_buffer, "fromfile": into_fresh_memory}
+    times = interleaved(cases, rounds, warm_ups=1)
+    ours, spread = times["ours"].rate(passes * batches.steps_per_pass * B * 2 * D / 1e9)
+    notes = {
+        "fromfile": "the files in their order, read into fresh memory, as batches are",
+        "readinto": "the files in their order, read into one buffer over and over, of which nothing could be kept",
+    }
+    for name, note in notes.items():
+        theirs, _ = times[name].rate(passes * everything / 1e9)
+        target = READ_TARGET if name == "fromfile" else None
+        yield Row("shuffled batches", name, ours, theirs, "GB/s", ours / theirs, target, ">=", sizes, spread, note)
+
+
+def _waiting(store: Store, dispatches: int, sizes: dict) -> Row:
+    """The share of a relu step's time in which it waits for its batch; the first dispatch, which compiles, apart."""
+    config = with_fields(
+        preset("baseline", "relu"),
+        {"batch_size": B, "steps_per_dispatch": STEPS_PER_DISPATCH, "sae": {"n_latents": N_LATENTS}},
+    )
+    config, _ = resolve(dataclasses.replace(config, passes=100.0), store, store.folder)
+    scale, hyper = input_scale(store), hyperparameters(config)
+    state = first_state(config, Stores(store), scale, hyper)
+    train_steps = compile_steps()
+    blocks = _blocks(Batches(store, B, seed=0), (1 + dispatches) * STEPS_PER_DISPATCH)
+    state, metrics = train_steps(state, next(blocks), scale, hyper, config)
+    jax.block_until_ready(metrics)
+    waited, started = 0.0, time.perf_counter()
+    for _ in range(dispatches):
+        asked = time.perf_counter()
+        block = next(blocks)
+        waited += time.perf_counter() - asked
+        state, metrics = train_steps(state, block, scale, hyper, config)
+        jax.block_until_ready(metrics)
+    steps = dispatches * STEPS_PER_DISPATCH
+    per_step, waited = (time.perf_counter() - started) / steps, waited / steps
+    blocks.close()
+    sizes = {**sizes, "F": N_LATENTS, "steps": steps}
+    share = waited / per_step
+    return Row(
+        "waiting for a batch", "a relu step", waited * 1e3, per_step * 1e3, "ms", share, WAIT_TARGET, "<=", sizes
+    )
+
+
+def _memory(store: Store, sizes: dict) -> Row:
+    """The largest resident set in the second pass over the store, against that of the first."""
+    batches = Batches(store, B, seed=0)
+    peaks = [0.0, 0.0]
+    for number in range(2):
+        start = number * batches.steps_per_pass
+        for block in _blocks(batches, start + batches.steps_per_pass, start):
+            block.block_until_ready()
+            peaks[number] = max(peaks[number], _resident_bytes())
+    first, second = (peak / 1e6 for peak in peaks)
+    return Row("memory, second pass", "the first", second, first, "MB", second / first, MEMORY_TARGET, "<=", sizes)
+
+
+def _blocks(batches: Batches, stop: int, start: int = 0) -> Generator[Batch, None, None]:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return prefetch(batches.dispatches(start, stop, STEPS_PER_DISPATCH), here)
+
+
+def _resident_bytes() -> int:
+    """The process's resident set now, mapped files included."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096

@@ -1,0 +1,105 @@
+"""Peak resident memory, each in a process of its own: of a training, against what it must hold, and of extractions.
+
+python -m benchmarks.memory base | train STORE OUT ARCHITECTURE | extract OUT ROWS     prints bytes (the suite's own)
+"""
+
+import contextlib
+import dataclasses
+import io
+import resource
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.harness import Row, in_fresh_process
+
+D, F, B, K, STEPS, ROWS = 576, 16_384, 2_048, 32, 6, 20_000
+TRAIN_TARGET, EXTRACT_TARGET = 1.5, 0.25
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    """The suite's rows."""
+    with tempfile.TemporaryDirectory(prefix="hafs-memory-") as temporary:
+        store = _store(Path(temporary))
+        base = _peak("base")
+        for architecture in ("topk",) if quick else ("topk", "relu"):
+            yield from _training(architecture, store, Path(temporary), base)
+        few, many = (84_000, 168_000) if quick else (84_000, 252_000)  # one, two and three full buckets of the shuffle
+        peaks = [_peak("extract", str(Path(temporary) / f"rows-{rows}"), str(rows)) for rows in (few, many)]
+        yield _extracting(few, many, *peaks)
+
+
+def _extracting(few: int, many: int, peak_few: float, peak_many: float) -> Row:
+    """What the peak grows by from `few` rows to `many`, against the bytes of the rows that came to it."""
+    growth, added = peak_many - peak_few, (many - few) * D * 2 / 1e6
+    sizes = {"rows": many, "rows of the first": few, "peak MB": round(peak_many), "first MB": round(peak_few)}
+    name = f"growth from {few:,} to {many:,} rows extracted"
+    note = "a peak in two processes differs by some MB of itself, so that it may seem to shrink"
+    return Row(name, "those rows", growth, added, "MB", growth / added, EXTRACT_TARGET, "<=", sizes, None, note)
+
+
+def _training(architecture: str, store: Path, folder: Path, base: float) -> Iterator[Row]:
+    """The peak against parameters, Adam's moments, two batches and the bare process; and against our own budget."""
+    from extract.format.store import Store
+    from hafs_jax.budget import budget
+    from hafs_jax.loop import Stores
+
+    peak = _peak("train", str(store), str(folder), architecture)
+    needed = base + (3 * (2 * D * F + F + D) * 4 + 2 * B * D * 2) / 1e6
+    sizes = {"F": F, "D": D, "B": B, "k": K, "steps": STEPS, "rows": ROWS, "base MB": round(base)}
+    name = f"training, {architecture}"
+    yield Row(name, "what it must hold", peak, needed, "MB", peak / needed, TRAIN_TARGET, "<=", sizes)
+    said = base + budget(_config(architecture), Stores(Store(store))).total / 1e6
+    note = "the line that a training prints, and the bare process"
+    yield Row(name, "our budget", peak, said, "MB", peak / said, None, "<=", sizes, None, note)
+
+
+def _store(folder: Path):
+    import numpy as np
+
+    from extract.format.arrays import write_array_store
+
+    acts_ND = np.random.default_rng(0).standard_normal((ROWS, D), np.float32).astype(np.float16)
+    return write_array_store(folder / "made", acts_ND, heldout_fraction=0.01)["train"]
+
+
+def _config(architecture: str):
+    from hafs_jax.presets import preset, with_fields
+
+    fields = {"tokens": STEPS * B, "batch_size": B, "steps_per_dispatch": 2, "sae": {"n_latents": F, "k": K}}
+    return with_fields(preset("baseline", architecture), fields)
+
+
+def _peak(*arguments: str) -> float:
+    """Megabytes that a process of this module's command line holds at most."""
+    printed, _ = in_fresh_process(["-m", "benchmarks.memory", *arguments])
+    return float(printed.split()[-1]) / 1e6
+
+
+def _base() -> None:
+    import jax
+
+    jax.devices()
+
+
+def _train(store: str, out: str, architecture: str) -> None:
+    from hafs_jax.training import train
+
+    train(_config(architecture), Path(store), Path(out))
+
+
+def _extract(out: str, rows: str) -> None:
+    from extract.profiles import OFFLINE, Resolved, prepare_hub
+    from extract.run import extract
+
+    prepare_hub(OFFLINE)
+    config = dataclasses.replace(OFFLINE, max_rows=int(rows))
+    extract(config, Resolved("offline", "offline", "a benchmark"), Path(out))
+
+
+if __name__ == "__main__":
+    command, *rest = sys.argv[1:]
+    with contextlib.redirect_stderr(io.StringIO()):
+        {"base": _base, "train": _train, "extract": _extract}[command](*rest)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -1,0 +1,102 @@
+"""The memory that a training needs: what is counted, how it scales, and the refusal before anything compiles."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from stores import write_store
+
+from extract.format.errors import UserError
+from extract.format.store import Store
+from hafs_jax import budget as module
+from hafs_jax.budget import available_bytes, budget, size
+from hafs_jax.config import TrainConfig
+from hafs_jax.data import input_scale
+from hafs_jax.loop import Stores
+from hafs_jax.presets import preset
+from hafs_jax.state import hyperparameters, init_state
+from hafs_jax.step import compile_steps
+from hafs_jax.sweeps import sweep
+from hafs_jax.training import describe, train
+
+B, D, F = 64, 16, 48
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
+    acts = np.random.default_rng(0).normal(size=(640, D)).astype(np.float32)
+    return Stores(Store(write_store(tmp_path_factory.mktemp("budget") / "train", acts, "float16")))
+
+
+def config_of(architecture: str = "relu", products: str = "dense") -> TrainConfig:
+    config = preset("baseline", architecture)
+    sae = dataclasses.replace(config.sae, n_latents=F, k=3)
+    return dataclasses.replace(config, tokens=640, batch_size=B, steps_per_dispatch=5, products=products, sae=sae)
+
+
+def test_what_is_counted(stores: Stores) -> None:
+    found = budget(config_of(), stores)
+    assert found.parameters == 4 * (2 * D * F + F + D)
+    assert 2 * found.parameters < found.optimizer < 2 * found.parameters + 4 * 4 * F  # Adam's moments, and counters
+    assert found.step == 3 * found.parameters + 6 * 4 * B * F
+    assert found.batches == 4 * 5 * B * D * 2
+    assert found.total == found.parameters + found.optimizer + found.step + found.batches
+    kept = budget(config_of("topk", "sparse"), stores)
+    assert kept.step == found.step - 2 * 4 * B * F
+    without = dataclasses.replace(config_of(), sparsity=dataclasses.replace(config_of().sparsity, aux=0.0))
+    assert budget(without, stores).step == found.step - 3 * 4 * B * F
+    many, one_by_one = (budget(config_of(), stores, 3, together) for together in ("vmap", "map"))
+    assert (many.parameters, many.step, many.batches) == (3 * found.parameters, 3 * found.step, found.batches)
+    assert (one_by_one.optimizer, one_by_one.step) == (3 * found.optimizer, found.step)
+    assert budget(config_of(), Stores(stores.train, stores.train)).batches == 2 * found.batches  # a transcoder
+
+
+@pytest.mark.parametrize(("architecture", "products"), [("relu", "dense"), ("topk", "sparse"), ("gated", "dense")])
+def test_the_estimate_is_near_what_the_compiler_plans(stores: Stores, architecture: str, products: str) -> None:
+    config = config_of(architecture, products)
+    config = dataclasses.replace(config, batch_size=256, sae=dataclasses.replace(config.sae, n_latents=2048))
+    config = dataclasses.replace(config, sparsity=dataclasses.replace(config.sparsity, aux_k=32))
+    scale, hyper = input_scale(stores.train), hyperparameters(config)
+    state = jax.eval_shape(lambda: init_state(config, D, jax.random.key(0), hyper))
+    block = jax.ShapeDtypeStruct((2, 256, D), np.float16)
+    planned = compile_steps().lower(state, block, scale, hyper, config).compile().memory_analysis()
+    found = budget(config, stores)
+    assert 0.6 < planned.temp_size_in_bytes / found.step < 1.5
+    assert planned.argument_size_in_bytes == pytest.approx(found.parameters + found.optimizer, rel=0.05)
+
+
+def test_sizes_are_said_for_people(stores: Stores) -> None:
+    assert (size(12_345_678), size(1_234_567_890)) == ("12 MB", "1.2 GB")
+    assert "memory about 0 MB: parameters 0 MB, optimizer 0 MB" in describe(config_of(), stores)
+
+
+def test_a_training_that_does_not_fit_is_refused_before_it_leaves_anything(
+    stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = budget(config_of(), stores).total * jax.local_device_count()
+    monkeypatch.setattr(module, "available_bytes", lambda: needed - 1)
+    monkeypatch.setattr("hafs_jax.training.fit", lambda *_: pytest.fail("trained"))
+    with pytest.raises(
+        UserError, match=r"relu F=48 with batch_size=64 needs about .* found .* free on .*lower --batch"
+    ):
+        train(config_of(), stores.train.folder, tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("hafs_jax.sweeps.fit", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(module, "available_bytes", lambda: needed)
+    seeds = [dataclasses.replace(config_of(), seed=seed) for seed in range(2)]
+    with pytest.raises(UserError, match="lower --most-together, --batch-size"):
+        sweep(seeds, stores, tmp_path, "vmap")
+
+
+def test_nothing_is_refused_where_memory_is_not_known(
+    stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "available_bytes", lambda: None)
+    assert train(config_of(), stores.train.folder, tmp_path).finished()
+
+
+def test_the_free_memory_of_this_machine() -> None:
+    found = available_bytes()
+    assert found is None or 1 << 20 < found < 1 << 50
