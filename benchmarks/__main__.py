@@ -19,6 +19,7 @@ SUITES = (
     "limits",
     "steps",
     "penalties",
+    "products",
     "sweeping",
     "loading",
     "extraction",

@@ -5,6 +5,7 @@ gradient with respect to the latents, and the gradients of both matrices. Here t
 values and gradients are those of the dense form (`sae.SAE`), which tests hold them to.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.products import matmul
 from hafs_jax.selection import Entries
 
-_LEAST_RATIO = {"float32": 32, "bfloat16": 128}  # F / k from which it is the faster on a CPU: see `pays`
+_LEAST_RATIO = {"float32": 64.0, "bfloat16": math.inf}  # F / k from which it is the faster on a CPU: see `pays`
 _UNROLLED = 4  # entries added per turn of the loop
 _CHUNK = 4096  # entries whose rows are gathered at a time
 
@@ -42,11 +43,11 @@ class Kept(struct.PyTreeNode):
 def pays(config: TrainConfig) -> bool:
     """Whether a training of `config` multiplies by kept entries alone: as its `products` says, or by measurement.
 
-    `auto` is dense off the CPU, where no measurement stands behind anything else. On a CPU the kept entries win from
-    a ratio F / k on that `benchmarks/products.py` measured; bfloat16's dense products are the faster ones.
+    `auto` takes dense products but where `benchmarks/products.py` measured the kept entries to be faster: on a CPU, in
+    float32, from F / k = 64 on. In bfloat16 they were not at any ratio up to 256; off the CPU nothing was measured.
     """
-    architecture = ARCHITECTURES[config.sae.architecture]
-    if architecture.keep is None or config.penalty.sharing == "cofiring" or config.sparsity.pre_activation > 0:
+    asks_for_all = config.penalty.sharing == "cofiring" or config.sparsity.pre_activation > 0
+    if ARCHITECTURES[config.sae.architecture].keep is None or asks_for_all or config.dictionary_shards > 1:
         return False
     if config.products != "auto":
         return config.products == "sparse"

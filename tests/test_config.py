@@ -88,6 +88,7 @@ ELSEWHERE = {
     "tensorboard": "test_train: logging does not change training",
     "max_bad_fraction": "test_train: a run on bad data stops",
     "dictionary_shards": "test_step: a sharded step",
+    "products": "test_sparse: the sparse step is the dense one",
     "passes": "below",
     "data_seed": "test_sweeps: members share the order of the batches",
     "init_from": "test_train: a run starts from a SAELens folder",
