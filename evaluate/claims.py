@@ -193,9 +193,11 @@ def _beats_tuned_strict(own: dict[Any, Comparison], config: ExperimentConfig, ar
     if len(strengths) < 2 or not matched:
         return _falsifier(name, claim, architecture, "not decided", "no second strength at adaptive's FVU or below")
     rivals = [own[key] for arm in matched for measure in config.primaries if (key := (measure, METHOD, arm)) in own]
+    if not rivals:
+        return _falsifier(name, claim, architecture, "not decided", "no primary was measured")
     ties = sorted({c.b for c in rivals} - {c.b for c in rivals if c.verdict == "better"})
-    why = "; ".join(f"{c.measure} against {c.b} {_shown(c.found)}" for c in rivals) or "no primary was measured"
-    return _falsifier(name, claim, architecture, "triggered" if ties or not rivals else "pass", why)
+    why = "; ".join(f"{c.measure} against {c.b} {_shown(c.found)}" for c in rivals)
+    return _falsifier(name, claim, architecture, "triggered" if ties else "pass", why)
 
 
 def _beats_frozen(own: dict[Any, Comparison], config: ExperimentConfig, architecture: str) -> dict[str, str]:
