@@ -58,9 +58,7 @@ def _alone(F: int, rounds: int) -> Iterator[Row]:
     ours = times.pop("ours").median * 1e3
     for peer, found in times.items():
         theirs, sizes = found.median * 1e3, {"D": D, "F": F, "chunk": strict.chunk_size, "every": strict.every_steps}
-        yield Row(
-            f"penalty's gradient, a step's share, F={F:,}", peer, ours, theirs, "ms", theirs / ours, None, sizes=sizes
-        )
+        yield Row(f"penalty's gradient, F={F:,}", peer, ours, theirs, "ms", theirs / ours, None, sizes=sizes)
 
 
 def _gradient(config: TrainConfig, settings: PenaltyConfig, W_dec: jax.Array) -> Callable[[], Any]:
