@@ -178,7 +178,6 @@ def _sweep(parsed: argparse.Namespace, extra: tuple[str, ...] = ()) -> None:
 
 def _trained(configs: list[TrainConfig], stores: Any, runs: Path, parsed: argparse.Namespace) -> None:
     """Trains and prints the table; exit code 1 where SAEs failed."""
-
     from hafs_jax.sweeps import automatic, sweep, write_table
 
     together = automatic() if parsed.together == "auto" else parsed.together
