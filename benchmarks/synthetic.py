@@ -3,7 +3,7 @@
     python benchmarks/synthetic.py run --out artifacts [--world toy-1] [--part main]     trains and scores, resumable
     python benchmarks/synthetic.py table --out artifacts --write docs/results.md
 
-About 12 s for each of some 350 SAEs on one CPU core; two processes with different --world share the work.
+About 12 s for each of some 420 SAEs on one CPU core; two processes with different --world share the work.
 """
 
 import argparse
@@ -77,6 +77,13 @@ SHARING = {
     ],
     "relu": [Arm("yield", "variant=adaptive", YIELD, "yield")],
 }
+EIGHTHS = ("--penalty.chunk-size", "20")  # of some 160 latents, as 2,048 of 16,384
+CHEAPER = [
+    Arm("every 4th step", "variant=adaptive", ("--penalty.every-steps", "4"), "every4"),
+    Arm("every 16th step", "variant=adaptive", ("--penalty.every-steps", "16"), "every16"),
+    Arm("chunks of an eighth", "variant=adaptive", EIGHTHS, "eighths"),
+    Arm("eighths, every 8th step", "variant=adaptive", (*EIGHTHS, "--penalty.every-steps", "8"), "eighths8"),
+]
 PARTS: dict[str, dict[str, list[Arm]]] = {
     "main": {
         "batchtopk": MAIN,
@@ -84,8 +91,8 @@ PARTS: dict[str, dict[str, list[Arm]]] = {
     },
     "sharing": {**SHARING, "matryoshka": [*FEW[:1], FEW[2], *SHARING["matryoshka"]]},
     "architectures": dict.fromkeys(("topk", "jumprelu", "gated", "matryoshka_relu"), FEW[:3]),
+    "cheaper": {"batchtopk": CHEAPER, "relu": CHEAPER},
 }
-METRICS = ("fvu", "l0", "mcc", "f1", "absorption", "roots", "dead_fraction")
 
 
 def main() -> None:
@@ -136,7 +143,8 @@ def scores(out: Path, world: str, name: str) -> dict[str, float] | None:
     if not path.exists():
         return None
     metrics = json.loads(path.read_text())["metrics"]
-    return {**metrics, "roots": metrics["by_level"][0]["absorption"]}
+    final = json.loads((out / f"synth-{world}" / "runs" / name / "run.json").read_text())["final"]
+    return {**metrics, "roots": metrics["by_level"][0]["absorption"], "coherence": final["coherence_mean"]}
 
 
 def table(out: Path, worlds: Any) -> str:
@@ -204,6 +212,7 @@ COMPARISONS = [
     ("matryoshka", "level-forever", "baseline"),
     ("matryoshka", "level-yield", "baseline"),
     ("matryoshka", "matryoshka-yield", "adaptive 3"),
+    *((architecture, arm.name, "adaptive 3") for architecture in ("batchtopk", "relu") for arm in CHEAPER),
 ]
 
 
@@ -211,10 +220,10 @@ def paired(found: dict, worlds: Any) -> str:
     """Differences paired by world and seed: mean and t interval over the pairs."""
     from scipy.stats import t
 
-    names = ("fvu", "mcc", "f1", "roots", "absorption")
+    names = (*SHOWN[:5], "coherence")
     lines = [
         "\n## Paired differences\n\nFirst minus second, paired by world and seed: mean and 95% t interval.\n",
-        "| architecture | first | second | pairs | " + " | ".join(HEAD[:5]) + " |",
+        "| architecture | first | second | pairs | " + " | ".join((*HEAD[:5], "mean coherence")) + " |",
         "|---|---|---|---|" + "---|" * len(names),
     ]
     for architecture, first, second in COMPARISONS:

@@ -34,7 +34,7 @@ ARCHITECTURES: dict[str, Fields] = {
     "jumprelu": {"sparsity": {"coefficient": 1000.0, "match_l0": False}},
     "gated": {},
     "matryoshka": {},
-    "matryoshka_relu": {},
+    "matryoshka_relu": {"sparsity": {"coefficient_fractions": (0.0, 0.2, 1.0)}},  # a steeper rise kills the last bands
 }
 """What an architecture changes from the defaults."""
 

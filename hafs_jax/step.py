@@ -402,21 +402,24 @@ def compile_steps(state_shardings: Any = None, members: str | None = None) -> Ca
     `batches` are a Batch with a leading axis of S. The state is donated. Its shardings are pinned to `state_shardings`,
     so that the state that comes out fits the program that it goes back into, and nothing compiles twice.
     `members`: state and hyper have a leading axis of SAEs trained on the same batches, metrics are [S, members];
-    "vmap" batches their products, "map" runs one after the other within each step.
+    "vmap" batches their products, "map" takes the S steps of one after those of the other.
     """
 
     def train_steps(
         state: TrainState, batches: Batch, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
     ) -> tuple[TrainState, Metrics]:
-        def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            if members is None:
+        def run(state: TrainState, hyper: Hyperparameters) -> tuple[TrainState, Metrics]:
+            def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
                 return train_step(state, batch, scale, hyper, config)
-            one = lambda state, hyper: train_step(state, batch, scale, hyper, config)  # noqa: E731
-            if members == "vmap":
-                return jax.vmap(one)(state, hyper)
-            return jax.lax.map(lambda member: one(*member), (state, hyper))
 
-        return cast(tuple[TrainState, Metrics], jax.lax.scan(cast(Any, body), state, batches))
+            return cast(tuple[TrainState, Metrics], jax.lax.scan(cast(Any, body), state, batches))
+
+        if members is None:
+            return run(state, hyper)
+        if members == "vmap":
+            return cast(tuple[TrainState, Metrics], jax.vmap(run, out_axes=(0, 1))(state, hyper))
+        state, metrics = jax.lax.map(lambda member: run(*member), (state, hyper))
+        return state, jax.tree.map(lambda values: jnp.swapaxes(values, 0, 1), metrics)
 
     out: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
     return jax.jit(train_steps, static_argnames="config", donate_argnames="state", **out)
