@@ -26,7 +26,7 @@ from hafs_jax.loop import shared_config
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.sae import InputScale, init_params
 from hafs_jax.state import hyperparameters, state_of
-from hafs_jax.step import Weights, compile_steps, loss_fn
+from hafs_jax.step import Weights, compile_steps, loss_and_gradients
 
 D, B, K = 576, 2_048, 32
 _DISPATCH = 4  # steps of ours in one call, as the training loop makes them
@@ -176,7 +176,7 @@ def check_same(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarray)
     """Raises `RuntimeError` where our loss or a gradient is not sae_lens's; the penalty is not part of it."""
     at = Weights(jnp.int32(config.sae.k), jnp.float32(_L1), jnp.zeros(config.sae.F, bool))
     params, acts = {name: jnp.asarray(value) for name, value in weights.items()}, jnp.asarray(rows_BD)
-    ours = jax.jit(jax.value_and_grad(loss_fn, has_aux=True), static_argnums=6)
+    ours = jax.jit(loss_and_gradients, static_argnums=6)
     (loss, _), grads = ours(params, acts, acts, at, jnp.float32(1.0), jax.random.key(0), config)
     sae = peers.training_sae(config.sae.architecture, weights, **_sae_lens_settings(config))
     dead = torch.zeros(config.sae.F, dtype=torch.bool)

@@ -7,6 +7,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,37 +92,60 @@ def spill_rows(
     """
     counts = counts or [0] * n_buckets(split.rows, split.record)
     stream, saved = SPLITS.index(split.name), time.monotonic()
-    with contextlib.closing(Spill(spill_folder, split.record, counts)) as spill:
+
+    def store(index: int, batch: _Batch) -> None:
+        nonlocal saved
+        records = _records(split, config, batch)
+        records["key"] = shuffle_keys(config.seed, stream, spill.rows, len(records))
+        spill.append(records)
+        bar.update(len(records))
+        if index + 1 == len(split.batches) or time.monotonic() - saved >= save_seconds:
+            spill.sync()
+            save(index + 1, spill.counts)
+            saved = time.monotonic()
+
+    with contextlib.closing(Spill(spill_folder, split.record, counts)) as spill, ThreadPoolExecutor(1) as thread:
+        storing: Future[None] | None = None
         for index in range(batches_done, len(split.batches)):
-            records = _records(split, model, config, split.batches[index])
-            records["key"] = shuffle_keys(config.seed, stream, spill.rows, len(records))
-            spill.append(records)
-            bar.update(len(records))
-            if index + 1 == len(split.batches) or time.monotonic() - saved >= save_seconds:
-                spill.sync()
-                save(index + 1, spill.counts)
-                saved = time.monotonic()
+            batch = _run(split, model, config, split.batches[index])
+            if storing is not None:
+                storing.result()
+            storing = thread.submit(store, index, batch)  # while the model runs over the next one
+        if storing is not None:
+            storing.result()
     return spill
 
 
-def _records(split: Split, model: LanguageModel, config: ExtractConfig, numbers: np.ndarray) -> np.ndarray:
-    """The rows of the contexts `numbers`, keys not yet filled in: positions in order, without BOS and padding."""
-    table = split.contexts.table[numbers]
-    longest = int(table["length"].max())
-    tokens_BL = np.zeros((len(numbers), longest), np.int64)
-    for row, number in enumerate(numbers):
-        tokens_BL[row, : table["length"][row]] = split.contexts[number]
-    position_L = np.arange(longest)
-    kept_BL = (position_L >= split.first_position) & (position_L < table["length"][:, None])
-    acts = model.activations_at(torch.from_numpy(tokens_BL), config.hook_points)
+@dataclass(frozen=True)
+class _Batch:
+    """Contexts that went through the model: padded tokens, and activations by hook point on the model's device."""
 
+    numbers: np.ndarray
+    tokens_BL: np.ndarray
+    acts: dict[str, torch.Tensor]
+
+
+def _run(split: Split, model: LanguageModel, config: ExtractConfig, numbers: np.ndarray) -> _Batch:
+    """The contexts `numbers` through the model."""
+    tokens_BL = np.zeros((len(numbers), int(split.contexts.table["length"][numbers].max())), np.int64)
+    for row, number in enumerate(numbers):
+        tokens = split.contexts[number]
+        tokens_BL[row, : len(tokens)] = tokens
+    return _Batch(numbers, tokens_BL, model.activations_at(torch.from_numpy(tokens_BL), config.hook_points))
+
+
+def _records(split: Split, config: ExtractConfig, batch: _Batch) -> np.ndarray:
+    """The rows of a batch, keys not yet filled in: positions in order, without BOS and padding."""
+    table, tokens_BL = split.contexts.table[batch.numbers], batch.tokens_BL
+    position_L = np.arange(tokens_BL.shape[1])
+    kept_BL = (position_L >= split.first_position) & (position_L < table["length"][:, None])
     context_N, position_N = np.nonzero(kept_BL)
     records = np.zeros(len(context_N), split.record)
     row_N = records["row"]
     row_N["token"], row_N["position"] = tokens_BL[kept_BL], position_N
-    row_N["context"] = numbers[context_N]
+    row_N["context"] = batch.numbers[context_N]
     row_N["document"], row_N["source"] = table["document"][context_N], table["source"][context_N]
-    for kind, (hook_point, acts_BLD) in enumerate(acts.items()):
+    for kind, (hook_point, acts_BLD) in enumerate(batch.acts.items()):
         acts_ND = acts_BLD[torch.from_numpy(kept_BL).to(acts_BLD.device)].float().cpu().numpy()
         kept_ND, records["norm"][:, kind], is_finite_N = as_kept(acts_ND, config.dtype)
         if not is_finite_N.all():
@@ -166,22 +190,24 @@ def write_stores(
     A row is kept where its norm is within `norm_multiple` x the hook point's median norm at every hook point.
     """
     limits = None if config.norm_multiple is None else config.norm_multiple * np.asarray(median_norms)
-    writers = []
-    for kind, folder in enumerate(folders.values()):
-        _begin_store(split, folder)
-        width = split.record[f"acts{kind}"].shape[0]
-        writers.append(ShardWriter(folder, width, config.dtype, config.shard_rows, len(config.sources)))
-    for records in spill.shuffled():
-        kept = records if limits is None else records[(records["norm"].astype(np.float64) <= limits).all(1)]
-        for kind, writer in enumerate(writers):
-            writer.add(kept[f"acts{kind}"], kept["row"])
-        bar.update(len(records))
-        del records, kept  # before the next bucket is read
-    manifests = {}
-    for (hook_point, folder), writer, median_norm in zip(folders.items(), writers, median_norms, strict=True):
-        manifests[folder] = _manifest(
-            split, hook_point, folder, writer, median_norm, config, model, profile, spill.rows
-        )
+    with contextlib.ExitStack() as threads:
+        writers = []
+        for kind, folder in enumerate(folders.values()):
+            _begin_store(split, folder)
+            width = split.record[f"acts{kind}"].shape[0]
+            writer = ShardWriter(folder, width, config.dtype, config.shard_rows, len(config.sources))
+            writers.append(threads.enter_context(contextlib.closing(writer)))
+        for records in spill.shuffled():
+            kept = records if limits is None else records[(records["norm"].astype(np.float64) <= limits).all(1)]
+            for kind, writer in enumerate(writers):
+                writer.add(kept[f"acts{kind}"], kept["row"])
+            bar.update(len(records))
+            del records, kept  # before the next bucket is read
+        manifests = {}
+        for (hook_point, folder), writer, median_norm in zip(folders.items(), writers, median_norms, strict=True):
+            manifests[folder] = _manifest(
+                split, hook_point, folder, writer, median_norm, config, model, profile, spill.rows
+            )
     return manifests
 
 

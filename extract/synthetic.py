@@ -16,6 +16,7 @@ killed begins anew and writes the same bytes; the first rows of a longer run are
 """
 
 import argparse
+import contextlib
 import shutil
 import sys
 import time
@@ -166,17 +167,18 @@ def _make(config: SyntheticConfig, work: Path) -> None:
             (work / split).mkdir()
             writer = ShardWriter(work / split, model.cfg.hidden_dim, "float32", config.shard_rows, 1)
             norms: list[np.ndarray] = []
-            for acts_BD, values_BN in blocks(config, model, split, rows):
-                writer.add(acts_BD, np.zeros(len(acts_BD), ROW))
-                fires_BN = values_BN > 0
-                counts[split] += fires_BN.sum(0)
-                if split == "heldout":
-                    kept.append((fires_BN.sum(1), np.nonzero(fires_BN)[1].astype(np.int32), values_BN[fires_BN]))
-                elif writer.rows < _MEDIAN_ROWS:
-                    norms.append(np.linalg.norm(acts_BD, axis=1))
-                bar.update(len(acts_BD))
-            median = float(np.median(np.concatenate(norms))) if norms else median
-            statistics = writer.finish()
+            with contextlib.closing(writer):
+                for acts_BD, values_BN in blocks(config, model, split, rows):
+                    writer.add(acts_BD, np.zeros(len(acts_BD), ROW))
+                    fires_BN = values_BN > 0
+                    counts[split] += fires_BN.sum(0)
+                    if split == "heldout":
+                        kept.append((fires_BN.sum(1), np.nonzero(fires_BN)[1].astype(np.int32), values_BN[fires_BN]))
+                    elif writer.rows < _MEDIAN_ROWS:
+                        norms.append(np.linalg.norm(acts_BD, axis=1))
+                    bar.update(len(acts_BD))
+                median = float(np.median(np.concatenate(norms))) if norms else median
+                statistics = writer.finish()
             assert statistics is not None  # at least one row
             manifest = _manifest(config, split, writer, statistics, median, work / split)
             fingerprints[split] = manifest.fingerprint

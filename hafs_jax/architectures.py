@@ -53,6 +53,7 @@ class Architecture:
 
     activate: Activate
     keep: Keep | None = None  # what lets `sparse` skip the zeros; None: all products are dense
+    keeps_by_row: bool = False  # `keep` looks at one row alone
     cost: Cost | None = None  # None: the activation itself fixes L0; otherwise a coefficient times this does
     extra: Extra | None = None  # a further loss term
     params: Mapping[str, Callable[[SAEConfig], float]] = field(default_factory=dict)  # name -> first value of each of F
@@ -193,7 +194,7 @@ def _first_threshold(config: SAEConfig) -> float:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "batchtopk": Architecture(batchtopk, _keep_of_batch, learns_threshold=True),
-    "topk": Architecture(topk, _keep_of_rows),
+    "topk": Architecture(topk, _keep_of_rows, keeps_by_row=True),
     "relu": Architecture(relu, cost=l1, starts_dense=True),
     "jumprelu": Architecture(jumprelu, cost=l0, params={"threshold": _first_threshold}),
     "gated": Architecture(

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+_BLOCK_BYTES = {"cpu": 32 << 20, "accelerator": 512 << 20}
+
 Params = dict[str, Array]
 """W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and what the architecture adds, all float32."""
 
@@ -56,3 +58,15 @@ def _by_rows(matrix: Array, dtype: str) -> Array:
 
 def _laid_out(matrix: Array) -> Array:
     return with_layout_constraint(matrix, Layout((0, 1))) if jax.default_backend() == "cpu" else matrix
+
+
+def row_blocks(rows_BD: Float[Array, "B D"], width: int) -> Float[Array, "P N D"]:
+    """The rows in P equal blocks, as few as let an array [N, width] of float32 take `_BLOCK_BYTES` at most.
+
+    One block where B has no divisor near that number. Block p is every P-th row from p on: a batch that is split over
+    devices stays where it is.
+    """
+    B, most = len(rows_BD), _BLOCK_BYTES["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+    wanted = -(-4 * B * width // most)
+    P = next((parts for parts in range(wanted, 4 * wanted) if B % parts == 0), 1)
+    return rows_BD.reshape(B // P, P, -1).swapaxes(0, 1)

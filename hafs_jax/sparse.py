@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from hafs_jax.architectures import ARCHITECTURES
 from hafs_jax.config import TrainConfig
-from hafs_jax.products import matmul
+from hafs_jax.products import matmul, row_blocks
 from hafs_jax.selection import Entries
 
 _LEAST_RATIO = {"float32": 64.0, "bfloat16": math.inf}  # F / k from which it is the faster on a CPU: see `pays`
@@ -64,12 +64,23 @@ def encode(
 
 
 def _encode(acts_BD: Array, W_enc: Array, bias_F: Array, k: Array, config: TrainConfig) -> Kept:
-    keep = ARCHITECTURES[config.sae.architecture].keep
+    architecture = ARCHITECTURES[config.sae.architecture]
+    keep = architecture.keep
     assert keep is not None
-    product_BF = matmul(acts_BD, W_enc, config.sae.compute_dtype)
-    entries: Entries = keep(product_BF, bias_F, config.sae, k)
-    values_N = product_BF[entries.rows_N, entries.columns_N] + bias_F[entries.columns_N]
-    return Kept(jnp.where(entries.real_N, values_N, 0.0), entries.rows_N, entries.columns_N)
+
+    def of_rows(acts_ND: Array) -> Kept:
+        product_NF = matmul(acts_ND, W_enc, config.sae.compute_dtype)
+        entries: Entries = keep(product_NF, bias_F, config.sae, k)
+        values_N = product_NF[entries.rows_N, entries.columns_N] + bias_F[entries.columns_N]
+        return Kept(jnp.where(entries.real_N, values_N, 0.0), entries.rows_N, entries.columns_N)
+
+    blocks_PND = row_blocks(acts_BD, W_enc.shape[1]) if architecture.keeps_by_row else acts_BD[None]
+    P, N, _ = blocks_PND.shape
+    if P == 1:
+        return of_rows(acts_BD)
+    kept = jax.lax.map(of_rows, blocks_PND)
+    kept = kept.replace(rows_N=kept.rows_N * P + jnp.arange(P, dtype=jnp.int32)[:, None])
+    return jax.tree.map(lambda values: values.reshape(P, N, -1).swapaxes(0, 1).reshape(-1), kept)
 
 
 def _encode_forward(

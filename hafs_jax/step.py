@@ -8,7 +8,6 @@ alone, so its gradient is taken apart and added.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import jax
@@ -23,7 +22,7 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.controllers import SparsityControl, update_gate, update_sparsity
 from hafs_jax.nested import prefix_changes, prefix_ends, prefix_errors, prefix_shares
 from hafs_jax.penalty import Structure, assign_parents, noise_floor_margin, penalty
-from hafs_jax.products import Params, matmul
+from hafs_jax.products import Params, matmul, row_blocks
 from hafs_jax.resample import resample
 from hafs_jax.sae import SAE, InputScale, pre_bias, unit_rows
 from hafs_jax.schedules import alpha_schedule, coefficient_schedule, k_schedule, learning_rate_schedule, settled_step
@@ -55,7 +54,30 @@ class Forward(struct.PyTreeNode):
     encoding: Encoding | None  # None where the zeros are skipped
 
 
-def loss_fn(
+def loss_and_gradients(
+    params: Params,
+    acts_BD: Float[Array, "B D"],
+    target_BD: Float[Array, "B D_out"],
+    weights: Weights,
+    variance: Float[Array, ""],
+    key: Key[Array, ""],
+    config: TrainConfig,
+) -> tuple[tuple[Float[Array, ""], Forward], Params]:
+    """The loss of scaled activations but for the penalty, with its parts, and the loss's gradient.
+
+    `key` samples a Matryoshka's prefixes.
+    """
+    (loss, forward), grads = jax.value_and_grad(_loss, has_aux=True)(
+        params, acts_BD, target_BD, weights, variance, key, config
+    )
+    if config.sparsity.aux > 0:
+        aux, grads = add_aux(grads, params, acts_BD, forward.residual_BD, weights.is_dead_F, config)
+        forward.parts["loss_aux"] += aux
+        loss += aux
+    return (loss, forward), grads
+
+
+def _loss(
     params: Params,
     acts_BD: Float[Array, "B D"],
     target_BD: Float[Array, "B D_out"],
@@ -64,16 +86,13 @@ def loss_fn(
     key: Key[Array, ""],
     config: TrainConfig,
 ) -> tuple[Float[Array, ""], Forward]:
-    """The loss of scaled activations but for the penalty, with its parts. `key` samples a Matryoshka's prefixes."""
+    """The loss of scaled activations but for the penalty and the auxiliary reconstruction, with its parts."""
     run = _forward_sparse if sparse.pays(config) else _forward_dense
     forward = run(params, acts_BD, target_BD, weights, variance, key, config)
-    parts, settings = forward.parts, config.sparsity
+    parts = forward.parts
     parts.setdefault("loss_sparsity", jnp.zeros(()))
     parts.setdefault("loss_aux", jnp.zeros(()))
-    if settings.aux > 0:
-        parts["loss_aux"] += settings.aux * aux_loss(params, acts_BD, forward.residual_BD, weights.is_dead_F, config)
-    loss = parts["loss_reconstruction"] + parts["loss_sparsity"] + parts["loss_aux"]
-    return loss, forward
+    return parts["loss_reconstruction"] + parts["loss_sparsity"] + parts["loss_aux"], forward
 
 
 def _forward_dense(
@@ -145,61 +164,53 @@ def _forward_sparse(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def aux_loss(
+def add_aux(
+    grads: Params,
     params: Params,
     acts_BD: Float[Array, "B D"],
     residual_BD: Float[Array, "B D"],
     is_dead_F: Bool[Array, " F"],
     config: TrainConfig,
-) -> Float[Array, ""]:
-    """|e - e_hat|^2 / |e|^2, e the residual (a constant), e_hat its reconstruction by the top `aux_k` dead latents.
-
-    Gao et al. 2024 (arXiv 2406.04093), appendix A.2. Costs nothing while no latent is dead: then it is 0. Where few
-    are, only their columns of the encoder and rows of the decoder are multiplied. The gradient is taken within the
-    branch: else a branch that is not taken would fill arrays of [B, F] with zeros for it.
-    """
-    return _aux(params, acts_BD, residual_BD, is_dead_F, config)[0]
-
-
-def _aux(
-    params: Params, acts_BD: Array, target_BD: Array, is_dead_F: Array, config: TrainConfig
 ) -> tuple[Float[Array, ""], Params]:
-    """The aux loss and its gradient."""
+    """`sparsity.aux` |e - e_hat|^2 / |e|^2 and `grads` with its gradient added.
+
+    e is the residual (a constant), e_hat its reconstruction by the top `aux_k` dead latents (Gao et al. 2024, arXiv
+    2406.04093, appendix A.2). While no latent is dead that is 0, and `grads` are not touched; where few are, only their
+    columns of the encoder and rows of the decoder are multiplied; a large batch is taken in blocks of rows.
+    """
     aux_k, dtype, F = config.sparsity.aux_k, config.sae.compute_dtype, len(is_dead_F)
     few = min(4 * aux_k, -(-F // 8))
+    weight = config.sparsity.aux / jnp.maximum(jnp.sum(residual_BD**2), 1e-20)
 
-    def revived(W_enc: Array, bias_M: Array, W_dec: Array, is_dead_M: Array) -> Array:
-        dead_BM = jnp.where(is_dead_M[None], jax.nn.relu(matmul(acts_BD, W_enc, dtype) + bias_M[None]), 0.0)
-        if aux_k < dead_BM.shape[1]:
-            smallest_B1 = jax.lax.top_k(jax.lax.stop_gradient(dead_BM), aux_k)[0][:, -1:]
-            dead_BM = jnp.where(dead_BM >= smallest_B1, dead_BM, 0.0)
-        recon_BD = matmul(dead_BM, W_dec, dtype)
-        return jnp.sum((target_BD - recon_BD) ** 2) / jnp.maximum(jnp.sum(target_BD**2), 1e-20)
+    def revived(W_enc: Array, bias_M: Array, W_dec: Array, is_dead_M: Array, acts_ND: Array, target_ND: Array) -> Array:
+        dead_NM = jnp.where(is_dead_M[None], jax.nn.relu(matmul(acts_ND, W_enc, dtype) + bias_M[None]), 0.0)
+        if aux_k < dead_NM.shape[1]:
+            smallest_N1 = jax.lax.top_k(jax.lax.stop_gradient(dead_NM), aux_k)[0][:, -1:]
+            dead_NM = jnp.where(dead_NM >= smallest_N1, dead_NM, 0.0)
+        return weight * jnp.sum((target_ND - matmul(dead_NM, W_dec, dtype)) ** 2)
 
-    def of_few(params: Params) -> Array:
+    def of_few(params: Params, acts_ND: Array, target_ND: Array) -> Array:
         ids_M = jnp.nonzero(is_dead_F, size=few, fill_value=0)[0]
         is_real_M = jnp.arange(few) < jnp.sum(is_dead_F)
         bias_M = pre_bias(params, config.sae)[ids_M]
-        return revived(params["W_enc"][:, ids_M], bias_M, params["W_dec"][ids_M], is_real_M)
+        return revived(params["W_enc"][:, ids_M], bias_M, params["W_dec"][ids_M], is_real_M, acts_ND, target_ND)
 
-    def of_many(params: Params) -> Array:
-        return revived(params["W_enc"], pre_bias(params, config.sae), params["W_dec"], is_dead_F)
+    def of_many(params: Params, acts_ND: Array, target_ND: Array) -> Array:
+        bias_F = pre_bias(params, config.sae)
+        return revived(params["W_enc"], bias_F, params["W_dec"], is_dead_F, acts_ND, target_ND)
 
-    def nothing(params: Params) -> tuple[Array, Params]:
-        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    def added(error: Callable[..., Array], width: int) -> Callable[[Params], tuple[Array, Params]]:
+        def add(sums: tuple[Array, Params], rows: list[Array]) -> tuple[tuple[Array, Params], None]:
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(error)(params, *rows)), None
+
+        blocks = [row_blocks(rows_BD, width) for rows_BD in (acts_BD, residual_BD)]
+        return lambda grads: jax.lax.scan(add, (jnp.zeros(()), grads), blocks)[0]
 
     dead = jnp.sum(is_dead_F)
     which = jnp.where(dead == 0, 0, jnp.where(dead <= few, 1, 2))
-    branches = (nothing, jax.value_and_grad(of_few), jax.value_and_grad(of_many))
-    return cast(tuple[Array, Params], jax.lax.switch(which, branches, params))
-
-
-def _aux_backward(config: TrainConfig, grads: Params, cotangent: Array) -> tuple[Params, None, None, None]:
-    return jax.tree.map(lambda grad: cotangent * grad, grads), None, None, None
-
-
-aux_loss.defvjp(_aux, _aux_backward)
+    nothing = lambda grads: (jnp.zeros(()), grads)  # noqa: E731
+    branches = (nothing, added(of_few, few), added(of_many, F))
+    return cast(tuple[Array, Params], jax.lax.switch(which, branches, grads))
 
 
 def pre_activation_loss(params: Params, pre_BF: Float[Array, "B F"], is_dead_F: Bool[Array, " F"]) -> Float[Array, ""]:
@@ -239,9 +250,7 @@ def train_step(
     )
     chunk_key = jax.random.fold_in(state.key, step)
     prefix_key, row_key = jax.random.fold_in(chunk_key, 1), jax.random.fold_in(chunk_key, 2)
-    (loss, forward), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, acts_BD, target_BD, weights, variance, prefix_key, config
-    )
+    (loss, forward), grads = loss_and_gradients(state.params, acts_BD, target_BD, weights, variance, prefix_key, config)
     B = len(acts_BD)
     rate_F = _RATE_DECAY * state.rate_F + (1 - _RATE_DECAY) * forward.firing_F / B
 
@@ -254,10 +263,8 @@ def train_step(
             groups_F = _regrouped(state, config)
         active_BF = None if forward.encoding is None else forward.encoding.latents_BF > 0
         structure = Structure(groups_F, rate_F, active_BF)
-        pull_FD, metrics = _penalised(state, alpha, structure, margin(config, target_BD.shape[1]), config, chunk_key)
-        total = optax.global_norm(pull_FD) + optax.global_norm(grads["W_dec"])
-        metrics["penalty_gradient_share"] = optax.global_norm(pull_FD) / jnp.maximum(total, 1e-30)
-        grads["W_dec"] += pull_FD
+        mu0 = margin(config, target_BD.shape[1])
+        grads["W_dec"], metrics = _penalised(grads["W_dec"], state, alpha, structure, mu0, config, chunk_key)
         loss += metrics["loss_orthogonality"]
     gradient_norm = optax.global_norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
@@ -359,6 +366,7 @@ def _scaled(batch: Batch, scale: InputScale) -> tuple[Array, Array]:
 
 
 def _penalised(
+    grad_FD: Float[Array, "F D"],
     state: TrainState,
     alpha: Float[Array, ""],
     structure: Structure,
@@ -366,19 +374,22 @@ def _penalised(
     config: TrainConfig,
     key: Key[Array, ""],
 ) -> tuple[Float[Array, "F D"], Metrics]:
-    """lambda times the penalty's tangent gradient at W_dec, and its metrics; nothing between every `every_steps`."""
+    """W_dec's gradient with lambda times the penalty's added, and its metrics; as it is between every `every_steps`."""
     W_dec, every = state.params["W_dec"], config.penalty.every_steps
 
-    def apply(W_dec: Array) -> tuple[Array, Array]:
+    def added(grad_FD: Array) -> tuple[Array, Array, Array]:
         value, pull_FD = jax.value_and_grad(penalty)(W_dec, alpha, structure, mu0, config.penalty, key)
-        return value, every * state.gate.lam * _tangent(pull_FD, W_dec)
+        pull_FD = every * state.gate.lam * _tangent(pull_FD, W_dec)
+        pull, rest = optax.global_norm(pull_FD), optax.global_norm(grad_FD)
+        return grad_FD + pull_FD, value, pull / jnp.maximum(pull + rest, 1e-30)
 
     if every == 1:
-        value, pull_FD = apply(W_dec)
+        grad_FD, value, share = added(grad_FD)
     else:
-        nothing = lambda W_dec: (jnp.zeros(()), jnp.zeros_like(W_dec))  # noqa: E731
-        value, pull_FD = jax.lax.cond(state.step % every == 0, apply, nothing, W_dec)
-    return pull_FD, {"penalty": value, "loss_orthogonality": every * state.gate.lam * value}
+        nothing = lambda grad_FD: (grad_FD, jnp.zeros(()), jnp.zeros(()))  # noqa: E731
+        grad_FD, value, share = jax.lax.cond(state.step % every == 0, added, nothing, grad_FD)
+    cost = every * state.gate.lam * value
+    return grad_FD, {"penalty": value, "loss_orthogonality": cost, "penalty_gradient_share": share}
 
 
 def _regrouped(state: TrainState, config: TrainConfig) -> Int[Array, " F"]:

@@ -1,6 +1,7 @@
 """Stores made of arrays: every row once, leading back to its file, aligned with its target, whatever befalls."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -338,15 +339,14 @@ def test_an_import_stopped_at_any_step_leaves_no_half_store(
     more = {"target": _joined(files)[:, :2], "heldout_fraction": 0.3, "shard_rows": 40}
     write_array_store(tmp_path / "a" / "p", files, **more)
     original: Callable = getattr(owner, name)
-    attempt = calls = 0
+    attempt, calls = 0, itertools.count(1)
 
     def stopping(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == attempt and when == "before":
+        call = next(calls)  # shards are written by threads
+        if call == attempt and when == "before":
             raise Killed
         result = original(*args, **kwargs)
-        if calls == attempt:
+        if call == attempt:
             raise Killed
         return result
 
@@ -354,7 +354,7 @@ def test_an_import_stopped_at_any_step_leaves_no_half_store(
     place, finished = tmp_path / "b" / "p", False
     folders = {f"{kind}/{split}": place / kind / split for kind in ("store", "target") for split in SPLITS}
     while not finished:
-        attempt, calls = attempt + 1, 0
+        attempt, calls = attempt + 1, itertools.count(1)
         with contextlib.suppress(Killed):
             write_array_store(place, files, **more)
             finished = True

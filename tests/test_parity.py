@@ -47,7 +47,7 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.sae import InputScale, init_params
 from hafs_jax.state import hyperparameters, state_of
-from hafs_jax.step import Forward, Weights, loss_fn, train_step
+from hafs_jax.step import Forward, Weights, loss_and_gradients, train_step
 
 B, D, F, K, V = 12, 5, 11, 3, 3.7
 AUX, AUX_K = 0.3, D // 2
@@ -87,12 +87,10 @@ def mask(dead: tuple[int, ...]) -> np.ndarray:
 def ours(
     config: TrainConfig, weights: Arrays, is_dead: np.ndarray, coefficient: float = 0.0
 ) -> tuple[float, Arrays, Forward]:
-    """V x `loss_fn`, V x its gradients, and what the forward pass left."""
+    """V x `loss_and_gradients`, V x its gradients, and what the forward pass left."""
     params, acts = {name: jnp.asarray(value) for name, value in weights.items()}, jnp.asarray(ROWS)
     at = Weights(jnp.int32(config.sae.k), jnp.float32(coefficient), jnp.asarray(is_dead))
-    (loss, forward), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        params, acts, acts, at, jnp.float32(V), jax.random.key(0), config
-    )
+    (loss, forward), grads = loss_and_gradients(params, acts, acts, at, jnp.float32(V), jax.random.key(0), config)
     return V * float(loss), {name: V * np.asarray(value) for name, value in grads.items()}, forward
 
 

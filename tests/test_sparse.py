@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hafs_jax import products
 from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.sae import init_params
 from hafs_jax.selection import batch_threshold, count_threshold, largest_of_all, largest_of_rows
-from hafs_jax.step import Weights, loss_fn
+from hafs_jax.step import Weights, loss_and_gradients
 
 B, D, F = 24, 16, 200
 
@@ -27,8 +28,21 @@ def outcome(config: TrainConfig, dead: int, seed: int = 0, k: int = 5):
     params = {name: value + 0.05 * jax.random.normal(jax.random.key(3), value.shape) for name, value in params.items()}
     acts = jax.random.normal(jax.random.key(seed + 1), (B, D))
     weights = Weights(jnp.int32(k), jnp.float32(1.0), jnp.arange(F) % 3 == 0 if dead == -1 else jnp.arange(F) < dead)
-    run = jax.jit(jax.value_and_grad(loss_fn, has_aux=True), static_argnums=6)
+    run = jax.jit(loss_and_gradients, static_argnums=6)
     return run(params, acts, acts, weights, jnp.float32(D), jax.random.key(5), config)
+
+
+def test_a_batch_in_blocks_of_rows_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(config_of("topk"), products="sparse")
+    (_, whole), grads = outcome(config, dead=-1)
+    monkeypatch.setitem(products._BLOCK_BYTES, "cpu", 4 * F * B // 3)
+    assert len(products.row_blocks(jnp.zeros((B, D)), F)) == 3
+    jax.clear_caches()
+    (_, forward), grads_in_blocks = outcome(config, dead=-1)
+    jax.clear_caches()
+    np.testing.assert_array_equal(forward.firing_F, whole.firing_F)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grads_in_blocks[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("dead", [0, 7, -1], ids=["none dead", "few dead", "many dead"])

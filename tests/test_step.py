@@ -15,12 +15,13 @@ import torch
 from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 
 from extract.format.errors import UserError
+from hafs_jax import products
 from hafs_jax.architectures import OperatingPoint
 from hafs_jax.config import TrainConfig
 from hafs_jax.presets import ARCHITECTURES, preset
 from hafs_jax.sae import InputScale
 from hafs_jax.state import TrainState, hyperparameters, init_state
-from hafs_jax.step import compile_steps, train_step
+from hafs_jax.step import add_aux, compile_steps, train_step
 
 B, D, F, K = 12, 5, 11, 3
 
@@ -159,10 +160,8 @@ def test_dead_latents_are_revived_by_their_own_gradient() -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.6], ids=["few dead", "many dead"])
-def test_aux_loss_against_a_plain_one(share: float) -> None:
-    from hafs_jax.step import aux_loss
-
-    config = small(sparsity={"aux_k": 2})
+def test_aux_loss_against_a_plain_one(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(sparsity={"aux_k": 2, "aux": 1.0})
     params = fresh(config)[0].params
     random = np.random.default_rng(0)
     acts, residual = random.normal(size=(B, D)).astype(np.float32), random.normal(size=(B, D)).astype(np.float32)
@@ -174,8 +173,17 @@ def test_aux_loss_against_a_plain_one(share: float) -> None:
         values = np.where(dead, np.maximum(pre[row], 0), 0)
         values[np.argsort(-values)[2:]] = 0
         expected += ((residual[row] - values @ W_dec) ** 2).sum()
-    ours = aux_loss(params, jnp.asarray(acts), jnp.asarray(residual), jnp.asarray(dead), config)
+    rows = (jnp.asarray(acts), jnp.asarray(residual), jnp.asarray(dead))
+    before = jax.tree.map(jnp.ones_like, params)
+    ours, grads = add_aux(before, params, *rows, config)
     np.testing.assert_allclose(ours, expected / (residual**2).sum(), rtol=1e-5)
+    monkeypatch.setitem(products._BLOCK_BYTES, "cpu", 4 * F * B // 3)
+    in_blocks, grads_in_blocks = add_aux(before, params, *rows, config)
+    np.testing.assert_allclose(in_blocks, ours, rtol=1e-5)
+    for name, grad in grads.items():
+        assert name in ("b_dec", "b_enc", "W_enc", "W_dec")
+        assert float(jnp.abs(grad - 1).max()) > 1e-5
+        np.testing.assert_allclose(grads_in_blocks[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])

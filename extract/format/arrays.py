@@ -210,17 +210,19 @@ class ArrayImport:
             folders = {place: work / place / split for place in self.inputs}
             if "target" in folders:
                 shutil.copytree(folders["store"], folders["target"])  # what describes the rows
-            writers = [
-                ShardWriter(folders[place], rows.d_model, dtypes[place], self.config.shard_rows, len(self.acts.parts))
-                for place, rows in self.inputs.items()
-            ]
-            for records in spill.shuffled():
-                for kind, shards in enumerate(writers):
-                    shards.add(records[f"acts{kind}"], records["row"])
-                progress("shuffling", len(records), self.rows)
-            for place, shards, median in zip(folders, writers, medians, strict=True):
-                manifest = self._manifest(split, place, shards, median, digests, described, folders[place])
-                write_manifest(folders[place], manifest)
+            with contextlib.ExitStack() as threads:
+                writers = []
+                for place, array in self.inputs.items():
+                    into, dtype, parts = folders[place], dtypes[place], len(self.acts.parts)
+                    shards = ShardWriter(into, array.d_model, dtype, self.config.shard_rows, parts)
+                    writers.append(threads.enter_context(contextlib.closing(shards)))
+                for records in spill.shuffled():
+                    for kind, shards in enumerate(writers):
+                        shards.add(records[f"acts{kind}"], records["row"])
+                    progress("shuffling", len(records), self.rows)
+                for place, shards, median in zip(folders, writers, medians, strict=True):
+                    manifest = self._manifest(split, place, shards, median, digests, described, folders[place])
+                    write_manifest(folders[place], manifest)
             shutil.rmtree(work / f"{split}-rows")
 
     def _spill(

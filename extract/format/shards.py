@@ -1,5 +1,6 @@
 """Pass 2's output: full shards, their checksums, and the statistics of the stored rows. Numpy only."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,42 +22,68 @@ class Statistics:
 
 
 class ShardWriter:
-    """Collects rows in their final order and writes them to shards, all of `shard_rows` rows but the last."""
+    """Collects rows in their final order and writes them to shards, all of `shard_rows` rows but the last.
+
+    A full shard is written, summed up and hashed by a thread while the next one fills; `shards` and `rows_by_source`
+    are complete after `finish`, which ends the thread, as `close` does where something fails before.
+    """
 
     def __init__(self, folder: Path, d_model: int, dtype: str, shard_rows: int, n_sources: int) -> None:
         self.folder, self.d_model, self.dtype, self.shard_rows = folder, d_model, dtype, shard_rows
         self.shards: list[ShardInfo] = []
+        self.rows = 0  # in the shards that are full
         self.rows_by_source = np.zeros(n_sources, np.int64)
-        self._acts = np.empty((0, d_model), KEPT_AS[dtype])
-        self._rows = np.empty(0, ROW)
         self._sum_D = np.zeros(d_model, np.float64)
         self._squares_D = np.zeros(d_model, np.float64)
-
-    @property
-    def rows(self) -> int:
-        return sum(shard.rows for shard in self.shards)
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._acts, self._rows, self._filled = self._empty()
 
     def add(self, acts_BD: np.ndarray, rows_B: np.ndarray) -> None:
-        """Appends rows, [B, D] as kept on disk and [B] of ROW, and writes the shards that they fill."""
-        self._acts = np.concatenate([self._acts, acts_BD])
-        self._rows = np.concatenate([self._rows, rows_B])
-        while len(self._rows) >= self.shard_rows:
-            self._write(self.shard_rows)
+        """Appends rows, [B, D] as kept on disk and [B] of ROW, and has the shards written that they fill."""
+        done = 0
+        while done < len(rows_B):
+            count = min(len(rows_B) - done, self.shard_rows - self._filled)
+            into, part = slice(self._filled, self._filled + count), slice(done, done + count)
+            self._acts[into], self._rows[into] = acts_BD[part], rows_B[part]
+            self._filled, done = self._filled + count, done + count
+            if self._filled == self.shard_rows:
+                self._hand_over()
 
     def finish(self) -> Statistics | None:
         """Writes the last shard; the statistics of everything written, None where that is nothing."""
-        if len(self._rows):
-            self._write(len(self._rows))
+        if self._filled:
+            self._hand_over()
+        self._wait()
+        self.close()
         if not self.rows:
             return None
         mean_D = self._sum_D / self.rows
         mean_squared_norm = float((self._squares_D / self.rows).sum())
         return Statistics(mean_D, mean_squared_norm, mean_squared_norm - float(mean_D @ mean_D))
 
-    def _write(self, count: int) -> None:
-        acts, rows = self._acts[:count], self._rows[:count]
-        self._acts, self._rows = self._acts[count:].copy(), self._rows[count:].copy()
-        for start in range(0, count, _ROWS_AT_ONCE):  # summed shard by shard, so that the sums are the same anywhere
+    def close(self) -> None:
+        """Ends the thread, once it has written what it was given; a failure of that is not told."""
+        self._thread.shutdown()
+
+    def _empty(self) -> tuple[np.ndarray, np.ndarray, int]:
+        return np.empty((self.shard_rows, self.d_model), KEPT_AS[self.dtype]), np.empty(self.shard_rows, ROW), 0
+
+    def _hand_over(self) -> None:
+        """Gives what is collected to the thread, once that has written the shard before."""
+        self._wait()
+        self.rows += self._filled
+        self._writing = self._thread.submit(self._write, self._acts[: self._filled], self._rows[: self._filled])
+        self._acts, self._rows, self._filled = self._empty()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write(self, acts: np.ndarray, rows: np.ndarray) -> None:
+        for start in range(
+            0, len(acts), _ROWS_AT_ONCE
+        ):  # summed shard by shard, so that the sums are the same anywhere
             values = to_float32(acts[start : start + _ROWS_AT_ONCE], self.dtype).astype(np.float64)
             self._sum_D += values.sum(0)
             self._squares_D += np.square(values).sum(0)
@@ -65,4 +92,4 @@ class ShardWriter:
         paths = self.folder / shard_name(index), self.folder / rows_name(index)
         write_npy(paths[0], acts)
         write_npy(paths[1], rows)
-        self.shards.append(ShardInfo(count, sha256_of(paths[0]), sha256_of(paths[1])))
+        self.shards.append(ShardInfo(len(acts), sha256_of(paths[0]), sha256_of(paths[1])))
