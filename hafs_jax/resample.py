@@ -15,6 +15,7 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.products import Params
 from hafs_jax.sae import unit_rows
 from hafs_jax.shardings import latent_axis
+from hafs_jax.state import largest_of_members
 
 _ENCODER_SHARE = 0.2  # norm of a new encoder column, relative to the mean of the live ones
 
@@ -28,6 +29,7 @@ def resample(
     now: Bool[Array, ""],
     key: Key[Array, ""],
     config: TrainConfig,
+    axis: str | None = None,
 ) -> tuple[Params, optax.OptState, Int[Array, " F"]]:
     """The parameters, moments and counters with dead latents made anew, where `now`; else as they are.
 
@@ -38,7 +40,7 @@ def resample(
 
     def renew(params: Params, opt_state: Any, since_F: Array) -> tuple[Params, Any, Array]:
         acts_BD, residual_BD = rows
-        is_dead_F = since_F >= dead_steps
+        is_dead_F = (since_F >= dead_steps) & now
         error_B = jnp.sum(residual_BD**2, axis=1)
         drawn_F = jax.random.categorical(key, 2.0 * jnp.log(error_B + 1e-20), shape=since_F.shape)
         decoder_FD = unit_rows(residual_BD[drawn_F])
@@ -60,7 +62,9 @@ def resample(
         moments = jax.tree_util.tree_map_with_path(without_dead, opt_state)
         return params, moments, jnp.where(is_dead_F, 0, since_F)
 
-    return jax.lax.cond(now, renew, lambda *same: same, params, opt_state, steps_since_fired_F)
+    return jax.lax.cond(
+        largest_of_members(now, axis), renew, lambda *same: same, params, opt_state, steps_since_fired_F
+    )
 
 
 def _axis(name: str) -> int:

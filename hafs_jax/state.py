@@ -57,6 +57,14 @@ class TrainState(struct.PyTreeNode):
         return {**self.average, "W_dec": unit_rows(self.average["W_dec"])}
 
 
+def largest_of_members(value: Array, axis: str | None) -> Array:
+    """The largest of a number or flag over the SAEs that are trained together along `axis`; itself without one.
+
+    What branches on it stays a branch. On what differs between them `vmap` takes every branch and selects.
+    """
+    return value if axis is None else jax.lax.pmax(value.astype(jnp.int32), axis).astype(value.dtype)
+
+
 def hyperparameters(config: TrainConfig) -> Hyperparameters:
     """The config's own numbers."""
     tau = 1.0 if config.penalty.tau is None else config.penalty.tau

@@ -26,7 +26,7 @@ from hafs_jax.products import Params, matmul, row_blocks
 from hafs_jax.resample import resample
 from hafs_jax.sae import SAE, InputScale, pre_bias, unit_rows
 from hafs_jax.schedules import alpha_schedule, coefficient_schedule, k_schedule, learning_rate_schedule, settled_step
-from hafs_jax.state import Hyperparameters, TrainState, optimizer
+from hafs_jax.state import Hyperparameters, TrainState, largest_of_members, optimizer
 
 Metrics = dict[str, Array]
 Batch = Array | tuple[Array, Array]
@@ -62,16 +62,17 @@ def loss_and_gradients(
     variance: Float[Array, ""],
     key: Key[Array, ""],
     config: TrainConfig,
+    axis: str | None = None,
 ) -> tuple[tuple[Float[Array, ""], Forward], Params]:
     """The loss of scaled activations but for the penalty, with its parts, and the loss's gradient.
 
-    `key` samples a Matryoshka's prefixes.
+    `key` samples a Matryoshka's prefixes; `axis` is `train_step`'s.
     """
     (loss, forward), grads = jax.value_and_grad(_loss, has_aux=True)(
         params, acts_BD, target_BD, weights, variance, key, config
     )
     if config.sparsity.aux > 0:
-        aux, grads = add_aux(grads, params, acts_BD, forward.residual_BD, weights.is_dead_F, config)
+        aux, grads = add_aux(grads, params, acts_BD, forward.residual_BD, weights.is_dead_F, config, axis)
         forward.parts["loss_aux"] += aux
         loss += aux
     return (loss, forward), grads
@@ -171,16 +172,19 @@ def add_aux(
     residual_BD: Float[Array, "B D"],
     is_dead_F: Bool[Array, " F"],
     config: TrainConfig,
+    axis: str | None = None,
 ) -> tuple[Float[Array, ""], Params]:
     """`sparsity.aux` |e - e_hat|^2 / |e|^2 and `grads` with its gradient added.
 
     e is the residual (a constant), e_hat its reconstruction by the top `aux_k` dead latents (Gao et al. 2024, arXiv
     2406.04093, appendix A.2). While no latent is dead that is 0, and `grads` are not touched; where few are, only their
-    columns of the encoder and rows of the decoder are multiplied; a large batch is taken in blocks of rows.
+    columns of the encoder and rows of the decoder are multiplied; a large batch is taken in blocks of rows. SAEs that
+    are trained together along `axis` all do what the one with the most dead latents needs.
     """
     aux_k, dtype, F = config.sparsity.aux_k, config.sae.compute_dtype, len(is_dead_F)
     few = min(4 * aux_k, -(-F // 8))
-    weight = config.sparsity.aux / jnp.maximum(jnp.sum(residual_BD**2), 1e-20)
+    dead = jnp.sum(is_dead_F)
+    weight = jnp.where(dead > 0, config.sparsity.aux, 0.0) / jnp.maximum(jnp.sum(residual_BD**2), 1e-20)
 
     def revived(W_enc: Array, bias_M: Array, W_dec: Array, is_dead_M: Array, acts_ND: Array, target_ND: Array) -> Array:
         dead_NM = jnp.where(is_dead_M[None], jax.nn.relu(matmul(acts_ND, W_enc, dtype) + bias_M[None]), 0.0)
@@ -191,7 +195,7 @@ def add_aux(
 
     def of_few(params: Params, acts_ND: Array, target_ND: Array) -> Array:
         ids_M = jnp.nonzero(is_dead_F, size=few, fill_value=0)[0]
-        is_real_M = jnp.arange(few) < jnp.sum(is_dead_F)
+        is_real_M = jnp.arange(few) < dead
         bias_M = pre_bias(params, config.sae)[ids_M]
         return revived(params["W_enc"][:, ids_M], bias_M, params["W_dec"][ids_M], is_real_M, acts_ND, target_ND)
 
@@ -206,8 +210,7 @@ def add_aux(
         blocks = [row_blocks(rows_BD, width) for rows_BD in (acts_BD, residual_BD)]
         return lambda grads: jax.lax.scan(add, (jnp.zeros(()), grads), blocks)[0]
 
-    dead = jnp.sum(is_dead_F)
-    which = jnp.where(dead == 0, 0, jnp.where(dead <= few, 1, 2))
+    which = largest_of_members(jnp.where(dead == 0, 0, jnp.where(dead <= few, 1, 2)), axis)
     nothing = lambda grads: (jnp.zeros(()), grads)  # noqa: E731
     branches = (nothing, added(of_few, few), added(of_many, F))
     return cast(tuple[Array, Params], jax.lax.switch(which, branches, grads))
@@ -232,11 +235,17 @@ def margin(config: TrainConfig, d_out: int) -> float:
 
 
 def train_step(
-    state: TrainState, batch: Batch, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
+    state: TrainState,
+    batch: Batch,
+    scale: InputScale,
+    hyper: Hyperparameters,
+    config: TrainConfig,
+    axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update on a batch of raw activations; and the step's metrics.
 
-    A batch whose loss or gradient is not finite changes nothing but the counters and lambda (halved).
+    A batch whose loss or gradient is not finite changes nothing but the counters and lambda (halved). `axis` names the
+    mapped axis of SAEs that are trained together, where there is one.
     """
     step, settings = state.step, config.sparsity
     architecture = ARCHITECTURES[config.sae.architecture]
@@ -260,11 +269,11 @@ def train_step(
     groups_F, alpha = state.groups_F, jnp.float32(alpha_schedule(config.penalty, config.steps)(step))
     if config.penalty.kind != "none":
         if config.penalty.sharing == "parent":
-            groups_F = _regrouped(state, config)
+            groups_F = _regrouped(state, config, axis)
         active_BF = None if forward.encoding is None else forward.encoding.latents_BF > 0
         structure = Structure(groups_F, rate_F, active_BF)
         mu0 = margin(config, target_BD.shape[1])
-        grads["W_dec"], metrics = _penalised(grads["W_dec"], state, alpha, structure, mu0, config, chunk_key)
+        grads["W_dec"], metrics = _penalised(grads["W_dec"], state, alpha, structure, mu0, config, chunk_key, axis)
         loss += metrics["loss_orthogonality"]
     gradient_norm = optax.global_norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
@@ -289,7 +298,9 @@ def train_step(
         now = (step + 1) % settings.resample_every_steps == 0
         now &= step < round(settings.resample_until * config.steps)
         rows = (acts_BD, forward.residual_BD)
-        params, opt_state, since_F = resample(params, opt_state, since_F, dead_steps, rows, now & ok, row_key, config)
+        params, opt_state, since_F = resample(
+            params, opt_state, since_F, dead_steps, rows, now & ok, row_key, config, axis
+        )
     average = state.average
     if config.optimizer.average is not None:
         decay = jnp.minimum(config.optimizer.average, (1.0 + step) / (10.0 + step))
@@ -373,6 +384,7 @@ def _penalised(
     mu0: float,
     config: TrainConfig,
     key: Key[Array, ""],
+    axis: str | None,
 ) -> tuple[Float[Array, "F D"], Metrics]:
     """W_dec's gradient with lambda times the penalty's added, and its metrics; as it is between every `every_steps`."""
     W_dec, every = state.params["W_dec"], config.penalty.every_steps
@@ -387,16 +399,16 @@ def _penalised(
         grad_FD, value, share = added(grad_FD)
     else:
         nothing = lambda grad_FD: (grad_FD, jnp.zeros(()), jnp.zeros(()))  # noqa: E731
-        grad_FD, value, share = jax.lax.cond(state.step % every == 0, added, nothing, grad_FD)
+        grad_FD, value, share = jax.lax.cond(largest_of_members(state.step % every == 0, axis), added, nothing, grad_FD)
     cost = every * state.gate.lam * value
     return grad_FD, {"penalty": value, "loss_orthogonality": cost, "penalty_gradient_share": share}
 
 
-def _regrouped(state: TrainState, config: TrainConfig) -> Int[Array, " F"]:
+def _regrouped(state: TrainState, config: TrainConfig, axis: str | None) -> Int[Array, " F"]:
     """Children assigned to parents anew, every `regroup_every_steps` steps."""
     settings = config.penalty
     return jax.lax.cond(
-        state.step % settings.regroup_every_steps == 0,
+        largest_of_members(state.step % settings.regroup_every_steps == 0, axis),
         lambda: assign_parents(state.params["W_dec"], settings.parents),
         lambda: state.groups_F,
     )
@@ -419,16 +431,18 @@ def compile_steps(state_shardings: Any = None, members: str | None = None) -> Ca
     def train_steps(
         state: TrainState, batches: Batch, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
     ) -> tuple[TrainState, Metrics]:
+        axis = "members" if members == "vmap" else None
+
         def run(state: TrainState, hyper: Hyperparameters) -> tuple[TrainState, Metrics]:
             def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-                return train_step(state, batch, scale, hyper, config)
+                return train_step(state, batch, scale, hyper, config, axis)
 
             return cast(tuple[TrainState, Metrics], jax.lax.scan(cast(Any, body), state, batches))
 
         if members is None:
             return run(state, hyper)
         if members == "vmap":
-            return cast(tuple[TrainState, Metrics], jax.vmap(run, out_axes=(0, 1))(state, hyper))
+            return cast(tuple[TrainState, Metrics], jax.vmap(run, out_axes=(0, 1), axis_name=axis)(state, hyper))
         state, metrics = jax.lax.map(lambda member: run(*member), (state, hyper))
         return state, jax.tree.map(lambda values: jnp.swapaxes(values, 0, 1), metrics)
 

@@ -233,6 +233,29 @@ def test_many_saes_in_one_program_equal_their_solo_runs(architecture: str, how: 
             np.testing.assert_allclose(together.params[name][index], value, atol=1e-5, err_msg=name)
 
 
+def test_members_without_dead_latents_are_left_alone_by_those_with_some() -> None:
+    config = small(
+        "adaptive", sparsity={"dead_after_tokens": 50 * B, "aux": 1.0, "aux_k": 2}, penalty={"every_steps": 2}
+    )
+    hyper = hyperparameters(config)
+    hypers = jax.tree.map(lambda value: jnp.stack([value] * 3), hyper)
+    states = [init_state(config, D, jax.random.key(seed), hyper) for seed in range(3)]
+    for member, dead in ((1, 1), (2, F - 2)):
+        since_F = jnp.where(jnp.arange(F) < dead, 100, 0)
+        states[member] = states[member].replace(steps_since_fired_F=since_F)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    scale, acts = fresh(config)[1], jnp.stack([batch(0)])
+    program = compile_steps(members="vmap")
+    together, metrics = program(stacked, acts, scale, hypers, config)
+    assert float(metrics["loss_aux"][0, 0]) == 0 and (metrics["loss_aux"][0, 1:] > 0).all()
+    for index, state in enumerate(states):
+        alone, own = compile_steps()(state, acts, scale, hyper, config)
+        for name in ("loss_aux", "penalty", "penalty_gradient_share"):
+            np.testing.assert_allclose(metrics[name][:, index], own[name], rtol=1e-4, err_msg=name)
+        for name, value in alone.params.items():
+            np.testing.assert_allclose(together.params[name][index], value, atol=1e-5, err_msg=name)
+
+
 def test_the_pre_activation_loss_pulls_dead_latents_towards_their_threshold() -> None:
     from hafs_jax.step import pre_activation_loss
 
