@@ -245,11 +245,11 @@ def test_members_without_dead_latents_are_left_alone_by_those_with_some() -> Non
         states[member] = states[member].replace(steps_since_fired_F=since_F)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     scale, acts = fresh(config)[1], jnp.stack([batch(0)])
-    program = compile_steps(members="vmap")
-    together, metrics = program(stacked, acts, scale, hypers, config)
+    together, metrics = compile_steps(members="vmap")(stacked, acts, scale, hypers, config)
+    solo = compile_steps()
     assert float(metrics["loss_aux"][0, 0]) == 0 and (metrics["loss_aux"][0, 1:] > 0).all()
     for index, state in enumerate(states):
-        alone, own = compile_steps()(state, acts, scale, hyper, config)
+        alone, own = solo(state, acts, scale, hyper, config)
         for name in ("loss_aux", "penalty", "penalty_gradient_share"):
             np.testing.assert_allclose(metrics[name][:, index], own[name], rtol=1e-4, err_msg=name)
         for name, value in alone.params.items():
