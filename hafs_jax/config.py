@@ -134,7 +134,9 @@ class PenaltyConfig:
         "which latent of a pair the penalty moves: both, the one that fires less, or the later one",
         ("both", "rarer", "later"),
     )
-    every_steps: int = option(1, "apply the penalty every so many steps, with that many times its weight")
+    every_steps: int = option(
+        1, "steps between new estimates of the penalty's gradient; in between the last one is used again"
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -36,6 +36,7 @@ class TrainState(struct.PyTreeNode):
     step: Int[Array, "..."]
     params: Params
     average: Params  # the weights' moving average; empty where the config asks for none
+    pull: Params  # the penalty's gradient and value for the steps without a new one; empty where each step has one
     opt_state: optax.OptState
     steps_since_fired_F: Int[Array, "... F"]  # steps, not rows, and saturating: never wraps
     rate_F: Float[Array, "... F"]  # moving average of the share of rows in which each latent fires
@@ -103,12 +104,18 @@ def init_state(
     return state_of(config, init_params(config.sae, d_model, init_key, d_out), chunk_key, hyper)
 
 
+def no_pull(params: Params) -> Params:
+    """The penalty's tangent gradient at W_dec, its value, and its share of the whole gradient, before any is known."""
+    return {"W_dec": jnp.zeros_like(params["W_dec"]), "value": jnp.zeros(()), "share": jnp.zeros(())}
+
+
 def state_of(config: TrainConfig, params: Params, key: Key[Array, ""], hyper: Hyperparameters) -> TrainState:
     """The state at the start of training from `params`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         average={} if config.optimizer.average is None else jax.tree.map(jnp.copy, params),
+        pull={} if config.penalty.kind == "none" or config.penalty.every_steps == 1 else no_pull(params),
         opt_state=optimizer(config, params["W_dec"].shape[-1]).init(params),
         steps_since_fired_F=jnp.zeros(config.sae.F, jnp.int32),
         rate_F=jnp.zeros(config.sae.F),

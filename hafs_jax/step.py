@@ -259,21 +259,20 @@ def train_step(
     )
     chunk_key = jax.random.fold_in(state.key, step)
     prefix_key, row_key = jax.random.fold_in(chunk_key, 1), jax.random.fold_in(chunk_key, 2)
-    (loss, forward), grads = loss_and_gradients(state.params, acts_BD, target_BD, weights, variance, prefix_key, config)
+    (loss, forward), grads = loss_and_gradients(
+        state.params, acts_BD, target_BD, weights, variance, prefix_key, config, axis
+    )
     B = len(acts_BD)
     rate_F = _RATE_DECAY * state.rate_F + (1 - _RATE_DECAY) * forward.firing_F / B
 
     # A unit row can only turn: what points along it would be undone by `unit_rows` but stay in Adam's moments.
     grads["W_dec"] = _tangent(grads["W_dec"], state.params["W_dec"])
     metrics = {"penalty": jnp.zeros(()), "loss_orthogonality": jnp.zeros(()), "penalty_gradient_share": jnp.zeros(())}
-    groups_F, alpha = state.groups_F, jnp.float32(alpha_schedule(config.penalty, config.steps)(step))
+    pull, groups_F, alpha = state.pull, state.groups_F, jnp.float32(alpha_schedule(config.penalty, config.steps)(step))
     if config.penalty.kind != "none":
-        if config.penalty.sharing == "parent":
-            groups_F = _regrouped(state, config, axis)
         active_BF = None if forward.encoding is None else forward.encoding.latents_BF > 0
-        structure = Structure(groups_F, rate_F, active_BF)
-        mu0 = margin(config, target_BD.shape[1])
-        grads["W_dec"], metrics = _penalised(grads["W_dec"], state, alpha, structure, mu0, config, chunk_key, axis)
+        penalised = _penalised(grads["W_dec"], state, alpha, rate_F, active_BF, config, chunk_key, axis)
+        grads["W_dec"], groups_F, pull, metrics = penalised
         loss += metrics["loss_orthogonality"]
     gradient_norm = optax.global_norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
@@ -327,6 +326,7 @@ def train_step(
         step=step + 1,
         params=params,
         average=average,
+        pull=pull,
         opt_state=opt_state,
         steps_since_fired_F=since_F,
         rate_F=jnp.where(ok, rate_F, state.rate_F),
@@ -380,28 +380,51 @@ def _penalised(
     grad_FD: Float[Array, "F D"],
     state: TrainState,
     alpha: Float[Array, ""],
+    rate_F: Float[Array, " F"],
+    active_BF: Bool[Array, "B F"] | None,
+    config: TrainConfig,
+    key: Key[Array, ""],
+    axis: str | None,
+) -> tuple[Float[Array, "F D"], Int[Array, " F"], Params, Metrics]:
+    """W_dec's gradient with lambda times the penalty's, the groups, the gradient to hold, and the metrics."""
+    groups_F = _regrouped(state, config, axis) if config.penalty.sharing == "parent" else state.groups_F
+    mu0 = margin(config, grad_FD.shape[1])
+    held = _pull(grad_FD, state, alpha, Structure(groups_F, rate_F, active_BF), mu0, config, key, axis)
+    metrics = {
+        "penalty": held["value"],
+        "loss_orthogonality": state.gate.lam * held["value"],
+        "penalty_gradient_share": held["share"],
+    }
+    return grad_FD + state.gate.lam * held["W_dec"], groups_F, held if state.pull else {}, metrics
+
+
+def _pull(
+    grad_FD: Float[Array, "F D"],
+    state: TrainState,
+    alpha: Float[Array, ""],
     structure: Structure,
     mu0: float,
     config: TrainConfig,
     key: Key[Array, ""],
     axis: str | None,
-) -> tuple[Float[Array, "F D"], Metrics]:
-    """W_dec's gradient with lambda times the penalty's added, and its metrics; as it is between every `every_steps`."""
+) -> Params:
+    """The penalty's tangent gradient at W_dec, value, and share of the gradient; between `every_steps` the last ones.
+
+    Held, and not left out with a larger weight in turn: Adam's second moments would see the spikes, and clipping would
+    cut them.
+    """
     W_dec, every = state.params["W_dec"], config.penalty.every_steps
 
-    def added(grad_FD: Array) -> tuple[Array, Array, Array]:
+    def anew(_: Params) -> Params:
         value, pull_FD = jax.value_and_grad(penalty)(W_dec, alpha, structure, mu0, config.penalty, key)
-        pull_FD = every * state.gate.lam * _tangent(pull_FD, W_dec)
-        pull, rest = optax.global_norm(pull_FD), optax.global_norm(grad_FD)
-        return grad_FD + pull_FD, value, pull / jnp.maximum(pull + rest, 1e-30)
+        pull_FD = _tangent(pull_FD, W_dec)
+        pull, rest = state.gate.lam * optax.global_norm(pull_FD), optax.global_norm(grad_FD)
+        return {"W_dec": pull_FD, "value": value, "share": pull / jnp.maximum(pull + rest, 1e-30)}
 
     if every == 1:
-        grad_FD, value, share = added(grad_FD)
-    else:
-        nothing = lambda grad_FD: (grad_FD, jnp.zeros(()), jnp.zeros(()))  # noqa: E731
-        grad_FD, value, share = jax.lax.cond(largest_of_members(state.step % every == 0, axis), added, nothing, grad_FD)
-    cost = every * state.gate.lam * value
-    return grad_FD, {"penalty": value, "loss_orthogonality": cost, "penalty_gradient_share": share}
+        return anew(state.pull)
+    due = largest_of_members(state.step % every == 0, axis)
+    return cast(Params, jax.lax.cond(due, anew, lambda held: held, state.pull))
 
 
 def _regrouped(state: TrainState, config: TrainConfig, axis: str | None) -> Int[Array, " F"]:

@@ -349,17 +349,25 @@ def test_an_unknown_optimizer_is_refused() -> None:
             optimizer(small(optimizer={"name": name}), 8)
 
 
-def test_the_penalty_every_few_steps_has_that_many_times_its_weight() -> None:
-    config = small("strict", penalty={"every_steps": 3})
+def test_a_penalty_of_every_few_steps_is_held_in_between() -> None:
+    config = small("strict", penalty={"every_steps": 3, "chunk_size": 4})
     state, scale = fresh(config)
-    plain = small("strict", penalty={"lam_max": 9.0})
-    _, every = one_step(config, state, scale, batch())
-    _, heavy = one_step(plain, fresh(plain)[0], scale, batch())
-    np.testing.assert_allclose(every["loss_orthogonality"], heavy["loss_orthogonality"], rtol=1e-5)
-    np.testing.assert_allclose(every["gradient_norm"], heavy["gradient_norm"], rtol=1e-5)
-    _, between = one_step(config, state.replace(step=jnp.int32(1)), scale, batch())
-    assert float(between["loss_orthogonality"]) == 0 == float(between["penalty_gradient_share"])
-    assert 0 < float(every["penalty_gradient_share"]) < 1
+    plain = small("strict", penalty={"chunk_size": 4})
+    first, metrics = one_step(config, state, scale, batch())
+    alone, own = one_step(plain, fresh(plain)[0], scale, batch())
+    for name in ("loss_orthogonality", "penalty_gradient_share", "gradient_norm"):
+        np.testing.assert_allclose(metrics[name], own[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(first.params["W_dec"], alone.params["W_dec"], atol=1e-6)
+    assert not alone.pull and float(jnp.abs(first.pull["W_dec"]).max()) > 0
+
+    second, metrics = one_step(config, first, scale, batch(1))
+    np.testing.assert_array_equal(second.pull["W_dec"], first.pull["W_dec"])
+    np.testing.assert_allclose(metrics["penalty"], own["penalty"], rtol=1e-6)
+    without, _ = one_step(small(), first.replace(pull={}), scale, batch(1))
+    assert float(jnp.abs(second.params["W_dec"] - without.params["W_dec"]).max()) > 1e-4
+
+    due, _ = one_step(config, second.replace(step=jnp.int32(3)), scale, batch(1))
+    assert float(jnp.abs(due.pull["W_dec"] - first.pull["W_dec"]).max()) > 0
 
 
 def test_children_are_assigned_to_parents_every_few_steps() -> None:
