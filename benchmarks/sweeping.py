@@ -15,7 +15,7 @@ from hafs_jax.state import hyperparameters, state_of
 from hafs_jax.step import compile_steps
 from hafs_jax.sweeps import automatic
 
-_MEMBERS, _STEPS = 4, 4
+_MEMBERS, _STEPS = 4, 8  # steps of a dispatch, as by default
 _D = 576
 
 

@@ -12,12 +12,15 @@ from extract.format.store import KEPT_AS
 from hafs_jax import sparse
 from hafs_jax.config import TrainConfig
 from hafs_jax.loop import Stores
+from hafs_jax.products import block_bytes
 from hafs_jax.state import hyperparameters, init_state
 
 # What a compiled step holds at once on a CPU, beside its state, as XLA's own analysis of temporary memory has it: three
-# times the parameters (gradients, the optimizer's moves, a transpose), and these many arrays [B, F] of float32.
+# times the parameters (gradients, the optimizer's moves, a transpose), these many arrays [B, F] of float32, and of the
+# dead latents' auxiliary loss one of a block of rows.
 _PARAMETERS = 3
-_DENSE_ARRAYS, _SPARSE_ARRAYS = 6, 4  # half of them the dead latents' auxiliary loss
+_DENSE_ARRAYS, _SPARSE_ARRAYS = {"gated": 4, "jumprelu": 5}, 1
+_OTHERS = 3  # of _DENSE_ARRAYS
 _DISPATCHES = 4  # being filled, two waiting, in use
 
 
@@ -50,17 +53,19 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
     hyper = hyperparameters(config)
     state = jax.eval_shape(lambda: init_state(config, D, jax.random.key(0), hyper, d_out))
     parameters = _bytes(state.params)
-    arrays = _SPARSE_ARRAYS if sparse.pays(config) else _DENSE_ARRAYS
     at_once = members if together == "vmap" else 1
-    arrays = arrays if config.sparsity.aux > 0 else arrays // 2
     shards, devices = config.dictionary_shards, jax.device_count()
+    whole = 4 * B * config.sae.F // devices
+    dense_arrays = _DENSE_ARRAYS.get(config.sae.architecture, _OTHERS)
+    activations = (_SPARSE_ARRAYS if sparse.pays(config) else dense_arrays) * whole
+    activations += min(whole, block_bytes()) if config.sparsity.aux > 0 else 0
     dispatched = [store for store in (stores.train, stores.target) if store is not None]
     row_bytes = sum(store.manifest.d_model * KEPT_AS[store.manifest.dtype].itemsize for store in dispatched)
     batches = _DISPATCHES * config.steps_per_dispatch * B * row_bytes
     return Budget(
         parameters=members * parameters // shards,
         optimizer=members * (_bytes(state) - parameters) // shards,
-        step=at_once * (_PARAMETERS * parameters // shards + arrays * 4 * B * config.sae.F // devices),
+        step=at_once * (_PARAMETERS * parameters // shards + activations),
         batches=batches * shards // devices,
     )
 

@@ -61,12 +61,17 @@ def _laid_out(matrix: Array) -> Array:
 
 
 def row_blocks(rows_BD: Float[Array, "B D"], width: int) -> Float[Array, "P N D"]:
-    """The rows in P equal blocks, as few as let an array [N, width] of float32 take `_BLOCK_BYTES` at most.
+    """The rows in P equal blocks, as few as let an array [N, width] of float32 take `block_bytes` at most.
 
     One block where B has no divisor near that number. Block p is every P-th row from p on: a batch that is split over
     devices stays where it is.
     """
-    B, most = len(rows_BD), _BLOCK_BYTES["cpu" if jax.default_backend() == "cpu" else "accelerator"]
-    wanted = -(-4 * B * width // most)
+    B = len(rows_BD)
+    wanted = -(-4 * B * width // block_bytes())
     P = next((parts for parts in range(wanted, 4 * wanted) if B % parts == 0), 1)
     return rows_BD.reshape(B // P, P, -1).swapaxes(0, 1)
+
+
+def block_bytes() -> int:
+    """Of the largest array that `row_blocks` leaves."""
+    return _BLOCK_BYTES["cpu" if jax.default_backend() == "cpu" else "accelerator"]
