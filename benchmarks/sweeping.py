@@ -44,8 +44,9 @@ def _together(config: Any, rows_BD: np.ndarray, together: str) -> Callable[[], A
         state_of(config, init_params(config.sae, _D, jax.random.key(seed)), jax.random.key(seed), hyper)
         for seed in range(_MEMBERS)
     ]
-    state = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)]
-    hypers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[hyper] * _MEMBERS)
+    stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (members, [hyper] * _MEMBERS)]
+    first, hypers = stacked if together == "vmap" else (tuple(members), (hyper,) * _MEMBERS)
+    state = [first]
     scale = InputScale(jnp.zeros(_D), jnp.float32(1.0), jnp.float32(_D))
     batches, steps = jnp.asarray(np.stack([rows_BD] * _STEPS)), compile_steps(None, together)
 

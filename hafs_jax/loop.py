@@ -3,7 +3,7 @@
 import dataclasses
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,28 +99,35 @@ class _Fit:
             first_state(member.config, self.stores, scale, hyper)
             for member, hyper in zip(self.members, hypers, strict=True)
         ]
+        state: Any
+        hyper: Any
         if self.together is None:
             state, hyper = states[0], hypers[0]
             spread = shardings.state_shardings(state, self.mesh)
         else:
-            state, hyper = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (states, hypers))
+            state, hyper = _stacked(states), _stacked(hypers) if self.together == "vmap" else tuple(hypers)
             spread = None
+        del states  # else they stay beside what training makes of them
         state = state if spread is None else jax.device_put(state, spread)
         with ExitStack() as stack:
             checkpoints = stack.enter_context(Checkpoints(self.folder))
             stopped = stack.enter_context(_stop_signals())
             if checkpoints.latest_step() is not None:
                 state, scale = checkpoints.restore(state, scale)
+            if self.together == "map":
+                state = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(len(self.members)))
             state = self._train(state, scale, hyper, compile_steps(spread, self.together), checkpoints, stopped)
         if self.together is not None:
             shutil.rmtree(self.folder)
         return list(self.failed.values())
 
     def _train(
-        self, state: TrainState, scale: InputScale, hyper: Any, train_steps: Any, checkpoints: Any, stopped: list[int]
-    ) -> TrainState:
+        self, state: Any, scale: InputScale, hyper: Any, train_steps: Any, checkpoints: Any, stopped: list[int]
+    ) -> Any:
         config, members = self.config, self.members
-        step = int(np.ravel(state.step)[0])
+        own_states = [self._member(state, index) for index in range(len(members))]
+        step, bad = int(own_states[0].step), [int(own.gate.bad) for own in own_states]
+        del own_states
         heldout = [Heldout(member.config, member.run, self.stores, step) for member in members]
         logs = [RunLog(member.run.metrics_path, config.batch_size, step, config.tensorboard) for member in members]
         label = members[0].run.folder.name if self.together is None else f"{len(members)} SAEs"
@@ -129,7 +136,6 @@ class _Fit:
             self.batches.dispatches(step, config.steps, config.steps_per_dispatch),
             NamedSharding(self.mesh, shardings.BATCHES),
         )
-        bad = [int(count) for count in np.ravel(state.gate.bad)]
         try:
             for block in blocks:
                 state, stacked = train_steps(state, block, scale, hyper, config)
@@ -158,10 +164,9 @@ class _Fit:
                 early = all(measure.hopeless for measure in heldout)
                 if early or at_end:
                     break
-                if _passed(before, step, config.checkpoint_every_steps):
-                    checkpoints.save(state, scale)
+                if _passed(before, step, config.checkpoint_every_steps) or stopped:
+                    checkpoints.save(_stacked(state) if self.together == "map" else state, scale)
                 if stopped:
-                    checkpoints.save(state, scale)
                     raise Terminated(stopped[0])
             for index, (member, log) in enumerate(zip(members, logs, strict=True)):
                 if index in self.failed:
@@ -180,7 +185,10 @@ class _Fit:
                 log.close()
         return state
 
-    def _member(self, state: TrainState, index: int) -> TrainState:
+    def _member(self, state: Any, index: int) -> TrainState:
+        """One SAE's state: `state` is its own, one with a leading axis ("vmap"), or a tuple of them ("map")."""
+        if self.together == "map":
+            return state[index]
         return state if self.together is None else jax.tree.map(lambda leaf: leaf[index], state)
 
     def _check_finite(self, metrics: dict[str, np.ndarray], before: list[int]) -> None:
@@ -265,6 +273,11 @@ def fitting(params: dict, like: dict, source: str) -> dict:
         if found != value.shape:
             raise UserError(f"{source}: expected {name} of shape {value.shape} for this config, found {found}")
     return {name: jnp.asarray(params[name], jnp.float32) for name in like}
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    """One tree whose leaves have a leading axis for those of `trees`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _passed(before: int, now: int, every: int) -> bool:

@@ -442,35 +442,46 @@ def _tangent(gradient_FD: Float[Array, "F D"], unit_FD: Float[Array, "F D"]) -> 
     return gradient_FD - jnp.sum(gradient_FD * unit_FD, axis=1, keepdims=True) * unit_FD
 
 
-def compile_steps(state_shardings: Any = None, members: str | None = None) -> Callable[..., tuple[TrainState, Metrics]]:
+def compile_steps(state_shardings: Any = None, members: str | None = None) -> Callable[..., tuple[Any, Metrics]]:
     """The compiled program: (state, batches, scale, hyper, config) -> (state, metrics of [S]), S steps in one call.
 
     `batches` are a Batch with a leading axis of S. The state is donated. Its shardings are pinned to `state_shardings`,
     so that the state that comes out fits the program that it goes back into, and nothing compiles twice.
-    `members`: state and hyper have a leading axis of SAEs trained on the same batches, metrics are [S, members];
-    "vmap" batches their products, "map" takes the S steps of one after those of the other.
+    `members` says how SAEs are trained together on the same batches, metrics of [S, members]: "vmap" batches their
+    products, state and hyper having a leading axis; "map" runs the one program for each of a tuple of them in turn.
     """
+    axis = "members" if members == "vmap" else None
 
     def train_steps(
         state: TrainState, batches: Batch, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
     ) -> tuple[TrainState, Metrics]:
-        axis = "members" if members == "vmap" else None
-
         def run(state: TrainState, hyper: Hyperparameters) -> tuple[TrainState, Metrics]:
             def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
                 return train_step(state, batch, scale, hyper, config, axis)
 
             return cast(tuple[TrainState, Metrics], jax.lax.scan(cast(Any, body), state, batches))
 
-        if members is None:
-            return run(state, hyper)
         if members == "vmap":
             return cast(tuple[TrainState, Metrics], jax.vmap(run, out_axes=(0, 1), axis_name=axis)(state, hyper))
-        state, metrics = jax.lax.map(lambda member: run(*member), (state, hyper))
-        return state, jax.tree.map(lambda values: jnp.swapaxes(values, 0, 1), metrics)
+        return run(state, hyper)
 
     out: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
-    return jax.jit(train_steps, static_argnames="config", donate_argnames="state", **out)
+    program = jax.jit(train_steps, static_argnames="config", donate_argnames="state", **out)
+    if members != "map":
+        return program
+
+    def in_turn(
+        states: tuple[TrainState, ...],
+        batches: Batch,
+        scale: InputScale,
+        hypers: tuple[Hyperparameters, ...],
+        config: Any,
+    ) -> tuple[tuple[TrainState, ...], Metrics]:
+        done = [program(state, batches, scale, hyper, config) for state, hyper in zip(states, hypers, strict=True)]
+        states, metrics = zip(*done, strict=True)
+        return states, jax.tree.map(lambda *values: jnp.stack(values, axis=1), *metrics)
+
+    return in_turn
 
 
 def _where(condition: Array, yes: Any, no: Any) -> Any:

@@ -219,15 +219,19 @@ def test_many_saes_in_one_program_equal_their_solo_runs(architecture: str, how: 
     config = small("adaptive", architecture, sparsity={"dead_after_tokens": 1, "pre_activation": 0.1})
     hyper = hyperparameters(config)
     hypers = jax.tree.map(lambda value: jnp.stack([value, value * 0.5, value * 2]), hyper)
-    states = [init_state(config, D, jax.random.key(s), jax.tree.map(lambda v, s=s: v[s], hypers)) for s in range(3)]
+    apart = [jax.tree.map(lambda value, i=i: value[i], hypers) for i in range(3)]
+    states = [init_state(config, D, jax.random.key(seed), apart[seed]) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     scale, acts = fresh(config)[1], jnp.stack([batch(0), batch(1)])
-    together, metrics = compile_steps(members=how)(stacked, acts, scale, hypers, config)
+    both = (stacked, hypers) if how == "vmap" else (tuple(states), tuple(apart))
+    both = jax.tree.map(jnp.copy, both)  # they are donated
+    together, metrics = compile_steps(members=how)(both[0], acts, scale, both[1], config)
+    if how == "map":
+        together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *together)
     assert metrics["loss"].shape == (2, 3)
     solo = compile_steps()
     for index, state in enumerate(states):
-        hyper_i = jax.tree.map(lambda v, i=index: v[i], hypers)
-        alone, own = solo(state, acts, scale, hyper_i, config)
+        alone, own = solo(state, acts, scale, apart[index], config)
         np.testing.assert_allclose(metrics["loss"][:, index], own["loss"], rtol=1e-4)
         for name, value in alone.params.items():
             np.testing.assert_allclose(together.params[name][index], value, atol=1e-5, err_msg=name)
