@@ -169,7 +169,7 @@ def add_aux(
     grads: Params,
     params: Params,
     acts_BD: Float[Array, "B D"],
-    residual_BD: Float[Array, "B D"],
+    residual_BD: Float[Array, "B D_out"],
     is_dead_F: Bool[Array, " F"],
     config: TrainConfig,
     axis: str | None = None,
