@@ -51,11 +51,11 @@ def decoder(folder: Path) -> Float[torch.Tensor, "F D"]:
 
 
 def arm_of(run: dict[str, Any], config: dict[str, Any]) -> str:
-    """A hash that runs share where only the seed differs, of a run's run.json and config.json.
+    """A hash that runs share where only seeds differ, of a run's run.json and config.json.
 
     tau is left out: it is measured on a baseline, and may be that of the same seed.
     """
-    trained = {key: value for key, value in config.get("config", {}).items() if key != "seed"}
+    trained = {key: value for key, value in config.get("config", {}).items() if key not in ("seed", "data_seed")}
     trained["penalty"] = {key: value for key, value in trained.get("penalty", {}).items() if key != "tau"}
     names = [run.get(key) for key in ("architecture", "variant", "k_or_target_l0", "n_latents", "d_model")]
     return fingerprint([*names, trained, run.get("store_fingerprint")])

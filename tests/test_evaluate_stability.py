@@ -64,7 +64,7 @@ def workspace(tmp_path):
         saved_sae(folder / "sae", D, F, seed=seed)
         own = {"architecture": "topk", "variant": "baseline", "seed": int(name[-1]), "k_or_target_l0": k}
         write_json(folder / "run.json", own)
-        config = {"seed": own["seed"], "sae": {"k": k}, "penalty": {"tau": 0.1 * seed}}
+        config = {"seed": own["seed"], "data_seed": own["seed"], "sae": {"k": k}, "penalty": {"tau": 0.1 * seed}}
         write_json(folder / "config.json", {"config": config})
     weights = workspace.runs / "a-s0" / "sae" / "sae_weights.safetensors"
     state = load_file(weights)
