@@ -23,7 +23,7 @@ from extract.format.config import to_dict
 from extract.format.errors import UserError
 from extract.format.files import sha256_of, write_atomic
 from extract.format.shards import ShardWriter
-from extract.format.shuffle import Spill, as_kept, n_buckets, shuffle_keys, spilled
+from extract.format.shuffle import Spill, as_kept, n_buckets, shuffle_keys, spilled, taken
 from extract.format.store import (
     FORMAT_VERSION,
     MANIFEST,
@@ -198,7 +198,9 @@ def write_stores(
             writer = ShardWriter(folder, width, config.dtype, config.shard_rows, len(config.sources))
             writers.append(threads.enter_context(contextlib.closing(writer)))
         for records in spill.shuffled():
-            kept = records if limits is None else records[(records["norm"].astype(np.float64) <= limits).all(1)]
+            kept = records
+            if limits is not None:
+                kept = taken(records, np.flatnonzero((records["norm"].astype(np.float64) <= limits).all(1)))
             for kind, writer in enumerate(writers):
                 writer.add(kept[f"acts{kind}"], kept["row"])
             bar.update(len(records))
