@@ -53,8 +53,8 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(f"{unfit} ({str(error).splitlines()[0]}); train the run again with --force") from error
-        state = restored["state"]
-        return state.replace(key=jax.random.wrap_key_data(state.key)), restored["scale"]
+        fields = restored["state"]
+        return like.replace(**fields | {"key": jax.random.wrap_key_data(fields["key"])}), restored["scale"]
 
     def _check_shapes(self, step: int, abstract: dict[str, Any], unfit: str) -> None:
         """Compares shapes with the checkpoint's metadata first: a restore that fails leaves reads in flight."""
@@ -90,7 +90,10 @@ def blank(config: TrainConfig, d_model: int, d_out: int | None = None) -> tuple[
 
 
 def _plain(state: TrainState, scale: InputScale) -> dict[str, Any]:
-    return {"state": state.replace(key=jax.random.key_data(state.key)), "scale": scale}
+    """What is written; a field without arrays is left out, so that checkpoints from before there was one still fit."""
+    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
+    fields = {name: value for name, value in fields.items() if name != "pull" or value}
+    return {"state": fields | {"key": jax.random.key_data(state.key)}, "scale": scale}
 
 
 def _name(path: tuple) -> str:
