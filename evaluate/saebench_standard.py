@@ -10,6 +10,7 @@ filled once with nothing of interest, and every SAE is scored from the cache.
 """
 
 import contextlib
+import random
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -81,13 +82,44 @@ class StandardProbing:
             return read_output(output, unique_name)
 
     def language_model(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The language model's own probes, which SAE-Bench puts into every SAE's result (`values`)."""
+        """The language model's own probes: what SAE-Bench puts into every SAE's result (`values`), and components."""
         tasks = {}
-        for detail in values["eval_result_details"]:
+        for dataset, detail in zip(self.config.dataset_names, values["eval_result_details"], strict=True):
             probes = {"full": {"test_accuracy": detail["llm_test_accuracy"]}}
             probes |= {f"top_{k}": {"test_accuracy": detail[f"llm_top_{k}_test_accuracy"]} for k in self.ks}
-            tasks[detail["dataset_name"]] = probes
+            tasks[detail["dataset_name"]] = probes | self._components(dataset)
         return {"model": self.manifest.model.name, "hook_point": self.manifest.hook_point, "tasks": tasks}
+
+    def _components(self, dataset: str) -> dict[str, dict[str, float]]:
+        """{"pca_<k>": ...}: SAE-Bench's probes on the first k principal components of the texts' mean activations.
+
+        The components are of the training texts of all classes, each dimension standardised: as `probing.pca_probes`.
+        """
+        from sklearn.decomposition import PCA
+        from sklearn.preprocessing import StandardScaler
+
+        self._fill(dataset)
+        with logged(self.root / "saebench.log"), _patched(self.model):
+            from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
+            from sae_bench.sae_bench_utils.activation_collection import create_meaned_model_activations
+
+            seed, acts = self.config.random_seed, torch.load(self._cached(dataset), map_location="cpu")
+            means = [create_meaned_model_activations(acts.pop(split)) for split in ("train", "test")]
+            train_ND = torch.cat(list(means[0].values())).numpy()
+            scaler = StandardScaler().fit(train_ND)
+            pca = PCA(min(*train_ND.shape, max(self.ks)), random_state=seed).fit(scaler.transform(train_ND))
+            train, test = (
+                {label: torch.from_numpy(pca.transform(scaler.transform(acts_ND))) for label, acts_ND in split.items()}
+                for split in means
+            )
+            found = {}
+            for k in self.ks:
+                random.seed(seed)  # which texts of the other classes are the negatives
+                torch.manual_seed(seed)
+                of_k = ({label: acts_NK[:, :k] for label, acts_NK in split.items()} for split in (train, test))
+                _, accuracies = train_probe_on_activations(*of_k)
+                found[f"pca_{k}"] = {"test_accuracy": float(np.mean(list(accuracies.values())))}
+        return found
 
     def bytes_needed(self) -> int:
         """Disk space of the activations that are not cached yet: every token of every text is kept."""

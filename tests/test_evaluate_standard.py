@@ -93,7 +93,10 @@ def test_scores_in_saebench_schema_with_the_original_config(model, manifest, loc
     assert values["eval_config"]["context_length"] == 128
     llm = probing.language_model(values)
     assert list(llm["tasks"]) == NAMES
-    assert llm["tasks"][NAMES[0]].keys() == {"full", "top_1", "top_5"}
+    assert llm["tasks"][NAMES[0]].keys() == {"full", "top_1", "top_5", "pca_1", "pca_5"}
+    for task in llm["tasks"].values():
+        assert task["pca_5"]["test_accuracy"] >= max(0.75, task["pca_1"]["test_accuracy"] - 0.1)
+    assert probing.language_model(values) == llm
 
 
 def test_the_cache_is_filled_first_so_that_every_sae_is_scored_alike(model, manifest, local_datasets, tmp_path):
