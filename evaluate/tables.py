@@ -124,7 +124,8 @@ def falsifiers(results: dict[str, Any]) -> list[dict[str, str]]:
     """The experiment's falsifiers, each with a mark beside its outcome."""
     return [
         {
-            **{key: str(one.get(key) or "") for key in ("name", "claim", "outcome", "why")},
+            **{key: str(one.get(key) or "") for key in ("claim", "outcome", "why")},
+            "name": ", ".join(str(one[key]) for key in ("architecture", "name") if one.get(key)),
             "mark": OUTCOMES.get(one.get("outcome", ""), "○"),
         }
         for one in results["experiment"].get("falsifiers") or []

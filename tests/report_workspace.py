@@ -245,7 +245,8 @@ def write_summary(folder: Path) -> None:
         {
             "config": {}, "arms": [arm], "comparisons": comparisons,
             "falsifiers": [
-                {"name": "error-adaptive", "claim": "gate adds to ramp", "outcome": "triggered", "why": "CI holds 0"},
+                {"name": "error-adaptive", "architecture": "relu", "claim": "gate adds to ramp", "outcome": "triggered",
+                 "why": "CI holds 0"},
                 {"name": "frozen", "claim": "gains are not the encoder's alone", "outcome": "pass", "why": ""},
                 {"name": "hierarchy", "claim": "parent beats global", "outcome": "not decided", "why": "not run"},
             ],

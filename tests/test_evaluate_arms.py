@@ -31,7 +31,7 @@ from evaluate.panels import probing_panels, training_panels
 from evaluate.report import write_report
 from evaluate.results import build_results, training_lines
 from evaluate.styles import STYLES, SYMBOLS, styles_of
-from evaluate.tables import comparison_groups
+from evaluate.tables import comparison_groups, falsifiers
 from evaluate.tree_view import tree_data
 from evaluate.verdict import verdict
 from extract.format.files import read_json
@@ -335,7 +335,8 @@ def test_results_json_has_the_trees_means_and_not_each_class(experiment, results
     kept = json.loads((experiment / "report" / "results.json").read_text())
     name = "strict-s0-k=16"
     assert kept["arms"] == results["arms"]
-    assert kept["experiment"]["falsifiers"]
+    assert [one["name"] for one in falsifiers(results)] == ["relu, error-adaptive", "frozen", "hierarchy"]
+    assert len(kept["experiment"]["falsifiers"]) == 3
     own = results["variants"][name]["hierarchy"]
     assert kept["variants"][name]["hierarchy"]["macro"] == own["macro"]
     assert own["trees"]["professions"]["nodes"]
