@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from extract.format.errors import UserError
 from extract.format.shards import ShardWriter
-from extract.format.shuffle import Spill, exact_median, n_buckets, shuffle_keys, spilled
-from extract.format.store import KEPT_AS, ShardInfo, to_float32
+from extract.format.shuffle import Spill, exact_median, n_buckets, norms, shuffle_keys, spilled
+from extract.format.store import KEPT_AS, ShardInfo, from_float32, to_float32
+from extract.passes import _as_kept
 
 D, N = 5, 997
 RECORD = spilled([(D, "float16")])
@@ -161,3 +163,17 @@ def test_shards_are_full_but_the_last_and_statistics_are_of_what_is_stored(
 
 def test_no_rows_are_no_statistics(tmp_path: Path) -> None:
     assert ShardWriter(tmp_path, D, "float32", 10, 1).finish() is None
+
+
+@pytest.mark.parametrize("model_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", list(KEPT_AS))
+def test_a_models_activations_are_kept_as_an_arrays_are(dtype: str, model_dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    acts = (rng.standard_normal((50, 33)) * 10 ** rng.uniform(-9, 6, (50, 33))).astype(np.float32)
+    acts[0, :4] = 0, -0.0, 65_520, np.inf
+    of_model = torch.from_numpy(acts).to(getattr(torch, model_dtype))
+    kept, expected = _as_kept(of_model, dtype), from_float32(of_model.float().numpy(), dtype)
+    assert kept.dtype == expected.dtype and kept.tobytes() == expected.tobytes()
+    finite = np.isfinite(to_float32(expected, dtype)).all(1)
+    np.testing.assert_array_equal(np.isfinite(norms(kept, dtype)), finite)
+    assert not finite.all()

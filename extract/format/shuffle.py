@@ -55,9 +55,14 @@ def spilled(kinds: Sequence[tuple[int, str]]) -> np.dtype:
 def as_kept(acts_ND: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """float32 rows as kept on disk [N, D] of KEPT_AS, the norms [N] of what is kept, and whether each is finite [N]."""
     kept_ND = from_float32(acts_ND, dtype)
+    norm_N = norms(kept_ND, dtype)
+    return kept_ND, norm_N, np.isfinite(norm_N)
+
+
+def norms(kept_ND: np.ndarray, dtype: str) -> np.ndarray:
+    """The norms [N], float64, of rows as kept on disk: finite exactly where all of a row is."""
     values_ND = to_float32(kept_ND, dtype)
-    norm_N = np.sqrt(np.einsum("nd,nd->n", values_ND, values_ND, dtype=np.float64))
-    return kept_ND, norm_N, np.isfinite(values_ND).all(1)
+    return np.sqrt(np.einsum("nd,nd->n", values_ND, values_ND, dtype=np.float64))
 
 
 def n_buckets(rows: int, record: np.dtype) -> int:
