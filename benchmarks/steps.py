@@ -23,10 +23,11 @@ from benchmarks import peers
 from benchmarks.harness import Row, interleaved
 from hafs_jax.config import TrainConfig
 from hafs_jax.loop import shared_config
+from hafs_jax.loss import Weights, loss_and_gradients
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.sae import InputScale, init_params
 from hafs_jax.state import hyperparameters, state_of
-from hafs_jax.step import Weights, compile_steps, loss_and_gradients
+from hafs_jax.step import compile_steps
 
 D, B, K = 576, 2_048, 32
 _DISPATCH = 4  # steps of ours in one call, as the training loop makes them

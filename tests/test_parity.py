@@ -44,10 +44,11 @@ from sae_lens.saes.sae import TrainStepInput
 from benchmarks import peers
 from extract.format.arrays import write_array_store
 from hafs_jax.config import TrainConfig
+from hafs_jax.loss import Forward, Weights, loss_and_gradients
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.sae import InputScale, init_params
 from hafs_jax.state import hyperparameters, state_of
-from hafs_jax.step import Forward, Weights, loss_and_gradients, train_step
+from hafs_jax.step import train_step
 
 B, D, F, K, V = 12, 5, 11, 3, 3.7
 AUX, AUX_K = 0.3, D // 2

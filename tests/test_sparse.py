@@ -9,10 +9,10 @@ import pytest
 
 from hafs_jax import products
 from hafs_jax.config import TrainConfig
+from hafs_jax.loss import Weights, loss_and_gradients
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.sae import init_params
 from hafs_jax.selection import batch_threshold, count_threshold, largest_of_all, largest_of_rows
-from hafs_jax.step import Weights, loss_and_gradients
 
 B, D, F = 24, 16, 200
 

@@ -18,10 +18,11 @@ from extract.format.errors import UserError
 from hafs_jax import products
 from hafs_jax.architectures import OperatingPoint
 from hafs_jax.config import TrainConfig
+from hafs_jax.loss import add_aux
 from hafs_jax.presets import ARCHITECTURES, preset
 from hafs_jax.sae import InputScale
 from hafs_jax.state import TrainState, hyperparameters, init_state
-from hafs_jax.step import add_aux, compile_steps, train_step
+from hafs_jax.step import compile_steps, train_step
 
 B, D, F, K = 12, 5, 11, 3
 
@@ -261,7 +262,7 @@ def test_members_without_dead_latents_are_left_alone_by_those_with_some() -> Non
 
 
 def test_the_pre_activation_loss_pulls_dead_latents_towards_their_threshold() -> None:
-    from hafs_jax.step import pre_activation_loss
+    from hafs_jax.loss import pre_activation_loss
 
     pre = np.random.default_rng(0).normal(size=(B, F)).astype(np.float32)
     dead, threshold = np.arange(F) % 3 == 0, np.linspace(0, 1, F, dtype=np.float32)

@@ -1,0 +1,216 @@
+"""The loss of a batch and its gradient, the penalty apart. Pure functions.
+
+    L = reconstruction + sparsity + aux
+
+in units of FVU: the batch's residual over the store's variance. For relu that is the usual |x - x_hat|^2 + l1 |f|_1,
+divided by the constant variance; a Matryoshka's reconstruction is the mean over its prefixes.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from hafs_jax import sparse
+from hafs_jax.architectures import ARCHITECTURES, Encoding, OperatingPoint
+from hafs_jax.config import TrainConfig
+from hafs_jax.nested import prefix_changes, prefix_ends, prefix_errors, prefix_shares
+from hafs_jax.products import Params, matmul, row_blocks
+from hafs_jax.sae import SAE, pre_bias
+from hafs_jax.state import largest_of_members
+
+Metrics = dict[str, Array]
+
+
+class Weights(struct.PyTreeNode):
+    """What the loss at one step is weighted with; constants of differentiation."""
+
+    k: Int[Array, ""]
+    coefficient: Float[Array, ""]
+    is_dead_F: Bool[Array, " F"]
+
+
+class Forward(struct.PyTreeNode):
+    """What a forward pass leaves beside the loss."""
+
+    residual_BD: Float[Array, "B D"]
+    parts: Metrics
+    firing_F: Float[Array, " F"]  # rows in which each latent fires
+    smallest: Float[Array, ""]  # active latent, where the architecture learns from it; infinite where none is
+    encoding: Encoding | None  # None where the zeros are skipped
+
+
+def loss_and_gradients(
+    params: Params,
+    acts_BD: Float[Array, "B D"],
+    target_BD: Float[Array, "B D_out"],
+    weights: Weights,
+    variance: Float[Array, ""],
+    key: Key[Array, ""],
+    config: TrainConfig,
+    axis: str | None = None,
+) -> tuple[tuple[Float[Array, ""], Forward], Params]:
+    """The loss of scaled activations but for the penalty, with its parts, and the loss's gradient.
+
+    `key` samples a Matryoshka's prefixes; `axis` is `train_step`'s.
+    """
+    (loss, forward), grads = jax.value_and_grad(_loss, has_aux=True)(
+        params, acts_BD, target_BD, weights, variance, key, config
+    )
+    if config.sparsity.aux > 0:
+        aux, grads = add_aux(grads, params, acts_BD, forward.residual_BD, weights.is_dead_F, config, axis)
+        forward.parts["loss_aux"] += aux
+        loss += aux
+    return (loss, forward), grads
+
+
+def _loss(
+    params: Params,
+    acts_BD: Float[Array, "B D"],
+    target_BD: Float[Array, "B D_out"],
+    weights: Weights,
+    variance: Float[Array, ""],
+    key: Key[Array, ""],
+    config: TrainConfig,
+) -> tuple[Float[Array, ""], Forward]:
+    """The loss of scaled activations but for the penalty and the auxiliary reconstruction, with its parts."""
+    run = _forward_sparse if sparse.pays(config) else _forward_dense
+    forward = run(params, acts_BD, target_BD, weights, variance, key, config)
+    parts = forward.parts
+    parts.setdefault("loss_sparsity", jnp.zeros(()))
+    parts.setdefault("loss_aux", jnp.zeros(()))
+    return parts["loss_reconstruction"] + parts["loss_sparsity"] + parts["loss_aux"], forward
+
+
+def _forward_dense(
+    params: Params,
+    acts_BD: Array,
+    target_BD: Array,
+    weights: Weights,
+    variance: Array,
+    key: Key[Array, ""],
+    config: TrainConfig,
+) -> Forward:
+    """Every architecture's terms, by products with all latents."""
+    architecture, settings = ARCHITECTURES[config.sae.architecture], config.sparsity
+    sae = SAE(config.sae, acts_BD.shape[1], target_BD.shape[1])
+    encoding = cast(Encoding, sae.apply({"params": params}, acts_BD, OperatingPoint(weights.k), method="encode"))
+    latents_BF, parts = encoding.latents_BF, cast(Metrics, {})
+    if architecture.nested:
+        changes = prefix_changes(latents_BF, params, config.sae, key)
+    else:
+        changes = [matmul(latents_BF, params["W_dec"], config.sae.compute_dtype)]
+    errors_G, residual_BD = prefix_errors(changes, target_BD, params["b_dec"])
+    parts["fvu"], parts["loss_reconstruction"] = errors_G[-1] / variance, jnp.mean(errors_G) / variance
+    if architecture.extra is not None:
+        parts["loss_reconstruction"] += architecture.extra(encoding, params, config.sae, target_BD) / variance
+    if architecture.cost is not None:
+        paying = encoding
+        if architecture.nested:
+            paying = encoding.replace(latents_BF=latents_BF * prefix_shares(config.sae, key)[None])
+        cost = jnp.mean(architecture.cost(paying, params, config.sae))
+        parts["loss_sparsity"] = weights.coefficient * cost / variance
+    if settings.pre_activation > 0:
+        short = pre_activation_loss(params, encoding.pre_BF, weights.is_dead_F)
+        parts["loss_aux"] = settings.pre_activation * short / variance
+    active_BF = latents_BF > 0
+    return Forward(
+        residual_BD,
+        parts,
+        firing_F=jnp.sum(active_BF, axis=0, dtype=jnp.float32),
+        smallest=jnp.min(jnp.where(active_BF, latents_BF, jnp.inf)) if architecture.learns_threshold else jnp.zeros(()),
+        encoding=encoding,
+    )
+
+
+def _forward_sparse(
+    params: Params,
+    acts_BD: Array,
+    target_BD: Array,
+    weights: Weights,
+    variance: Array,
+    key: Key[Array, ""],
+    config: TrainConfig,
+) -> Forward:
+    """The same of an architecture that keeps a fixed number of latents, by products with those."""
+    W_dec, dtype = params["W_dec"], config.sae.compute_dtype
+    kept = sparse.encode(acts_BD, params["W_enc"], pre_bias(params, config.sae), weights.k, config)
+    if ARCHITECTURES[config.sae.architecture].nested:
+        ends = prefix_ends(config.sae, key)
+        bands = [kept.within(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+    else:
+        bands = [kept]
+    changes = [sparse.decode(band, W_dec, len(acts_BD), dtype) for band in bands]
+    errors_G, residual_BD = prefix_errors(changes, target_BD, params["b_dec"])
+    return Forward(
+        residual_BD,
+        {"fvu": errors_G[-1] / variance, "loss_reconstruction": jnp.mean(errors_G) / variance},
+        firing_F=kept.firing(config.sae.F),
+        smallest=jnp.min(jnp.where(kept.values_N > 0, kept.values_N, jnp.inf)),
+        encoding=None,
+    )
+
+
+def add_aux(
+    grads: Params,
+    params: Params,
+    acts_BD: Float[Array, "B D"],
+    residual_BD: Float[Array, "B D_out"],
+    is_dead_F: Bool[Array, " F"],
+    config: TrainConfig,
+    axis: str | None = None,
+) -> tuple[Float[Array, ""], Params]:
+    """`sparsity.aux` |e - e_hat|^2 / |e|^2 and `grads` with its gradient added.
+
+    e is the residual (a constant), e_hat its reconstruction by the top `aux_k` dead latents (Gao et al. 2024, arXiv
+    2406.04093, appendix A.2). While no latent is dead that is 0, and `grads` are not touched; where few are, only their
+    columns of the encoder and rows of the decoder are multiplied; a large batch is taken in blocks of rows. SAEs that
+    are trained together along `axis` all do what the one with the most dead latents needs.
+    """
+    aux_k, dtype, F = config.sparsity.aux_k, config.sae.compute_dtype, len(is_dead_F)
+    few = min(4 * aux_k, -(-F // 8))
+    dead = jnp.sum(is_dead_F)
+    weight = jnp.where(dead > 0, config.sparsity.aux, 0.0) / jnp.maximum(jnp.sum(residual_BD**2), 1e-20)
+
+    def revived(W_enc: Array, bias_M: Array, W_dec: Array, is_dead_M: Array, acts_ND: Array, target_ND: Array) -> Array:
+        dead_NM = jnp.where(is_dead_M[None], jax.nn.relu(matmul(acts_ND, W_enc, dtype) + bias_M[None]), 0.0)
+        if aux_k < dead_NM.shape[1]:
+            smallest_N1 = jax.lax.top_k(jax.lax.stop_gradient(dead_NM), aux_k)[0][:, -1:]
+            dead_NM = jnp.where(dead_NM >= smallest_N1, dead_NM, 0.0)
+        return weight * jnp.sum((target_ND - matmul(dead_NM, W_dec, dtype)) ** 2)
+
+    def of_few(params: Params, acts_ND: Array, target_ND: Array) -> Array:
+        ids_M = jnp.nonzero(is_dead_F, size=few, fill_value=0)[0]
+        is_real_M = jnp.arange(few) < dead
+        bias_M = pre_bias(params, config.sae)[ids_M]
+        return revived(params["W_enc"][:, ids_M], bias_M, params["W_dec"][ids_M], is_real_M, acts_ND, target_ND)
+
+    def of_many(params: Params, acts_ND: Array, target_ND: Array) -> Array:
+        bias_F = pre_bias(params, config.sae)
+        return revived(params["W_enc"], bias_F, params["W_dec"], is_dead_F, acts_ND, target_ND)
+
+    def added(error: Callable[..., Array], width: int) -> Callable[[Params], tuple[Array, Params]]:
+        def add(sums: tuple[Array, Params], rows: list[Array]) -> tuple[tuple[Array, Params], None]:
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(error)(params, *rows)), None
+
+        blocks = [row_blocks(rows_BD, width) for rows_BD in (acts_BD, residual_BD)]
+        return lambda grads: jax.lax.scan(add, (jnp.zeros(()), grads), blocks)[0]
+
+    which = largest_of_members(jnp.where(dead == 0, 0, jnp.where(dead <= few, 1, 2)), axis)
+    nothing = lambda grads: (jnp.zeros(()), grads)  # noqa: E731
+    branches = (nothing, added(of_few, few), added(of_many, F))
+    return cast(tuple[Array, Params], jax.lax.switch(which, branches, grads))
+
+
+def pre_activation_loss(params: Params, pre_BF: Float[Array, "B F"], is_dead_F: Bool[Array, " F"]) -> Float[Array, ""]:
+    """Mean over rows of the sum over dead latents of relu(threshold - pre), the threshold 0 where none is learned.
+
+    Anthropic's "update on the SAE training" (January 2025), here for dead latents alone: what never reaches its
+    threshold has no other gradient. The threshold is a constant of it.
+    """
+    threshold_F = jax.lax.stop_gradient(params.get("threshold", jnp.zeros_like(params["b_enc"])))
+    short_BF = jnp.where(is_dead_F[None], jax.nn.relu(threshold_F[None] - pre_BF), 0.0)
+    return jnp.mean(jnp.sum(short_BF, axis=1))
