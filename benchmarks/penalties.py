@@ -1,6 +1,6 @@
 """What the orthogonality penalty costs: on top of a training step, and by itself against F and two other forms.
 
-ours         random chunks of m latents: F m D; every step (the default), or every fourth at four times the weight
+ours         random chunks of m latents: F m D; every step (the default), or every fourth and held in between
 naive Gram   all pairs, F x F cosines: F^2 D, what a first version would do
 OrtSAE       its published chunks of 8,192 latents, squared largest cosine (arXiv 2509.22033)
 """

@@ -81,9 +81,8 @@ class ShardWriter:
             self._writing.result()
 
     def _write(self, acts: np.ndarray, rows: np.ndarray) -> None:
-        for start in range(
-            0, len(acts), _ROWS_AT_ONCE
-        ):  # summed shard by shard, so that the sums are the same anywhere
+        # summed shard by shard, so that the sums are the same anywhere
+        for start in range(0, len(acts), _ROWS_AT_ONCE):
             values = to_float32(acts[start : start + _ROWS_AT_ONCE], self.dtype).astype(np.float64)
             self._sum_D += values.sum(0)
             self._squares_D += np.square(values).sum(0)
