@@ -2,7 +2,8 @@
 
 The packaged model and text. Tokens are those that the model sees, BOS included. Loading the model is left out of all
 rates; tokenising, the forward pass, shuffling and writing are in ours, and in sae_lens's as far as it does them. What
-is compared computes the same: a relative difference of activations above `TOLERANCE` is an error.
+is compared computes the same: a relative difference of activations above `TOLERANCE` is an error. The model's blocks
+are compiled in ours, as a large extraction's are; compiling is left out of the rates too, as loading is.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from extract.profiles import OFFLINE, Resolved, prepare_hub
 from extract.run import extract
 
 BARE_TARGET, SAE_LENS_TARGET = 0.95, 1.5
-TOLERANCE = 1e-2  # bfloat16 has 8 bits: products of other shapes round differently
+TOLERANCE = 2e-2  # bfloat16 has 8 bits; float32 is 1.0e-2 from the model as it is, 0.8e-2 from the compiled one
 LAYER = int(OFFLINE.hook_point.split(".")[1])
 LENGTH, BATCH = OFFLINE.context_length, OFFLINE.batch_tokens // OFFLINE.context_length
 
@@ -41,49 +42,29 @@ def measure(quick: bool) -> Iterator[Row]:
     model = load_model(OFFLINE.model, OFFLINE.model_dtype)
     sizes = {"tokens": tokens, "model": OFFLINE.model, "layers": LAYER + 1, "L": LENGTH, "batch": BATCH}
     sizes["dtype"] = OFFLINE.model_dtype
+
+    def row(peer: str, ours: float, theirs: float, target: float | None, note: str) -> Row:
+        return Row("text to store", peer, ours, theirs, "tokens/s", ours / theirs, target, ">=", sizes, None, note)
+
     with tempfile.TemporaryDirectory(prefix="hafs-extraction-") as temporary:
         tokens_NL = packed(model, tokens)
-        bare = truncated()
-        _check(bare(tokens_NL[:BATCH]), model.activations(tokens_NL[:BATCH], OFFLINE.hook_point), "the bare model")
-        rates = [_bare_rate(bare, tokens_NL)]
+        bare = {"bare forward": truncated(compiled=False), "bare forward, compiled": truncated(compiled=True)}
+        for name, run in bare.items():
+            _check(run(tokens_NL[:BATCH]), model.activations(tokens_NL[:BATCH], OFFLINE.hook_point), name)
+        before = {name: _bare_rate(run, tokens_NL) for name, run in bare.items()}
         ours, stages = _our_rate(Path(temporary) / "ours", tokens)
-        rates.append(_bare_rate(bare, tokens_NL))  # before and after: the machine has other work at times
-        theirs = 2 / sum(1 / rate for rate in rates)
-        note = f"ours has tokenising, padding, shuffling and writing besides: {stages}"
-        yield Row(
-            "text to store",
-            "bare forward",
-            ours,
-            theirs,
-            "tokens/s",
-            ours / theirs,
-            BARE_TARGET,
-            ">=",
-            sizes,
-            None,
-            note,
-        )
+        for name, run in bare.items():  # before and after: the machine has other work at times
+            theirs = 2 / (1 / before[name] + 1 / _bare_rate(run, tokens_NL))
+            note = f"ours has tokenising, padding, shuffling and writing besides: {stages}"
+            yield row(name, ours, theirs, BARE_TARGET, note)
         theirs = _sae_lens_rate(Path(temporary) / "sae_lens", model, tokens)
         again, _ = _our_rate(Path(temporary) / "again", tokens)
-        ours = 2 / (1 / ours + 1 / again)
         note = (
             "CacheActivationsRunner of class AutoModelForCausalLM, which stops after the hooked layer: the default, "
             "HookedTransformer, does not know this model and asks the hub. It joins documents, so pads nothing, and "
             "leaves the rows on disk in their order"
         )
-        yield Row(
-            "text to store",
-            "sae_lens",
-            ours,
-            theirs,
-            "tokens/s",
-            ours / theirs,
-            SAE_LENS_TARGET,
-            ">=",
-            sizes,
-            None,
-            note,
-        )
+        yield row("sae_lens", 2 / (1 / ours + 1 / again), theirs, SAE_LENS_TARGET, note)
 
 
 def texts(model: LanguageModel, tokens: int) -> list[tuple[str, np.ndarray]]:
@@ -103,11 +84,13 @@ def packed(model: LanguageModel, tokens: int) -> torch.Tensor:
     return torch.from_numpy(ids[: tokens // LENGTH * LENGTH].reshape(-1, LENGTH).astype(np.int64))
 
 
-def truncated() -> Any:
+def truncated(compiled: bool) -> Any:
     """tokens [B, L] -> activations [B, L, D]: transformers' model that ends after the hooked layer."""
     base = load_model(OFFLINE.model, OFFLINE.model_dtype).hf.base_model
     base.layers = base.layers[: LAYER + 1]
     base.norm = torch.nn.Identity()
+    if compiled:
+        base = torch.compile(base)
 
     @torch.no_grad()
     def run(tokens_BL: torch.Tensor) -> torch.Tensor:
@@ -125,8 +108,8 @@ def _bare_rate(run: Any, tokens_NL: torch.Tensor) -> float:
 
 
 def _our_rate(out: Path, tokens: int) -> tuple[float, str]:
-    """Tokens a second of a whole extraction of `tokens` training rows but for the model's loading; its stages."""
-    config = dataclasses.replace(OFFLINE, max_rows=tokens)
+    """Tokens a second of extracting `tokens` training rows, loading and compiling the model left out; its stages."""
+    config = dataclasses.replace(OFFLINE, max_rows=tokens, compile="on")
     started = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
         (folders,) = extract(config, Resolved("offline", "offline", "a benchmark"), out).values()
@@ -135,7 +118,9 @@ def _our_rate(out: Path, tokens: int) -> tuple[float, str]:
     stages = timing["seconds_by_stage"]
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items())
     seen = sum(len(Store(folder).contexts().tokens) for folder in folders.values())
-    return seen / (seconds - stages["load"]), f"{spent}; {timing['padding_share']:.1%} of the positions are padding"
+    return seen / (
+        seconds - stages["load"] - stages["compile"]
+    ), f"{spent}; {timing['padding_share']:.1%} of the positions are padding"
 
 
 def _sae_lens_rate(out: Path, model: LanguageModel, tokens: int) -> float:

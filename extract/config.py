@@ -62,6 +62,9 @@ class ExtractConfig:
     norm_multiple: float | None = option(3.0, "rows over this multiple of the median norm are dropped; none keeps all")
     shard_rows: int = option(65_536, "rows a shard")
     batch_tokens: int = option(4_096, "tokens a forward pass, padding included")
+    compile: str = option(
+        "auto", "torch.compile of the model's blocks; auto: from a million tokens on", choices=("auto", "on", "off")
+    )
     seed: int = option(0, "seed of the held-out split and of the shuffle")
 
     def __post_init__(self) -> None:

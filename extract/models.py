@@ -5,6 +5,7 @@ bridge and equal to it (a test says so); every other hook point goes through the
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
@@ -41,6 +42,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.info = info
         self.device = device
+        self._compiled = False
 
     @property
     def bos_token_id(self) -> int | None:
@@ -106,7 +108,7 @@ class LanguageModel:
         found: dict[str, Tensor] = {}
         tokens_BL = tokens_BL.to(self.device)
         modules = {hook_point: self._resid_module(hook_point) for hook_point in hook_points}
-        if all(module is not None for module, _ in modules.values()):
+        if self.compiles(hook_points):
 
             def keep(hook_point: str, acts: Tensor) -> Tensor:
                 found[hook_point] = acts
@@ -117,6 +119,8 @@ class LanguageModel:
             with contextlib.ExitStack() as hooks:
                 for hook_point, (module, before) in modules.items():
                     hooks.enter_context(_hooked(module, before, partial(keep, hook_point)))
+                if self._compiled:  # what the blocks were not compiled for, such as a batch of one, runs as it is
+                    hooks.enter_context(torch.compiler.set_stance("eager_on_recompile"))
                 hooks.enter_context(contextlib.suppress(_Stop))
                 self.hf(tokens_BL, use_cache=False)
         else:
@@ -128,6 +132,35 @@ class LanguageModel:
                 fwd_hooks=[(point, lambda acts, hook, point=point: found.update({point: acts})) for point in modules],
             )
         return {hook_point: found[hook_point].flatten(2) for hook_point in hook_points}
+
+    def compiles(self, hook_points: Sequence[str]) -> bool:
+        """Whether `compile_blocks` can be of use: the bridge, which hook points off the residual stream need, is not
+        compiled."""
+        return all(self._resid_module(hook_point)[0] is not None for hook_point in hook_points)
+
+    def compile_blocks(self, hook_points: Sequence[str], shape: tuple[int, int]) -> None:
+        """Compiles, by `torch.compile`, the blocks that `activations_at(hook_points)` runs; once for all batch sizes.
+
+        `shape` [B, L] is a usual batch's: the code is tuned to it. Activations differ from the uncompiled ones by
+        rounding: fused operations keep float32 where the model's own round. Raises `UserError` where it cannot be
+        done, for want of a C++ compiler for one; the model is then as it was.
+        """
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(packaged.cache_folder() / "torch"))  # not in /tmp
+        (B, L), blocks = shape, self._blocks()
+        assert blocks is not None and self.compiles(hook_points)
+        depth = 1 + max(int(match[1]) for match in map(_RESID.fullmatch, hook_points) if match)
+        plain = [block.forward for block in blocks[:depth]]
+        for block in blocks[:depth]:
+            block.forward = torch.compile(block.forward, dynamic=True)
+        try:  # sizes of 1, and two equal ones, would be taken for constants
+            tokens_BL = torch.zeros(max(B, 2) + (max(B, 2) == L), max(L, 2), dtype=torch.long)
+            self.activations_at(tokens_BL, hook_points)
+        except (RuntimeError, OSError) as error:
+            for block, forward in zip(blocks, plain, strict=False):
+                block.forward = forward
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"torch.compile fails on {self.info.name}: {reason}; say --compile off") from error
+        self._compiled = True
 
     @torch.no_grad()
     def logits(
@@ -146,12 +179,13 @@ class LanguageModel:
 
     def _resid_module(self, hook_point: str) -> tuple[Any, bool]:
         """The transformers block of a residual-stream hook point, and whether it is its input that counts."""
-        resid = _RESID.fullmatch(hook_point)
-        if resid is None:
-            return None, False
+        resid, blocks = _RESID.fullmatch(hook_point), self._blocks()
+        return (None, False) if resid is None or blocks is None else (blocks[int(resid[1])], resid[2] == "pre")
+
+    def _blocks(self) -> torch.nn.ModuleList | None:
+        """The transformers blocks; None where the model keeps them in no list."""
         lists = (module for module in self.hf.base_model.modules() if isinstance(module, torch.nn.ModuleList))
-        blocks = next((found for found in lists if len(found) == self.info.n_layers), None)
-        return (None, False) if blocks is None else (blocks[int(resid[1])], resid[2] == "pre")
+        return next((found for found in lists if len(found) == self.info.n_layers), None)
 
 
 @contextlib.contextmanager

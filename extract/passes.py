@@ -111,6 +111,9 @@ def spill_rows(
         storing: Future[None] | None = None
         for index in range(batches_done, len(split.batches)):
             batch = _run(split, model, config, split.batches[index])
+            if model.device.type == "cpu":  # on the model's own cores a second thread costs it more than it takes
+                store(index, batch)
+                continue
             if storing is not None:
                 storing.result()
             storing = thread.submit(store, index, batch)  # while the model runs over the next one

@@ -351,6 +351,36 @@ def test_too_little_space_is_said_before_the_model_runs(
 
 
 @pytest.mark.parametrize(
+    ("asked", "least", "calls"), [("on", 10**9, 1), ("auto", 1, 1), ("auto", 10**9, 0), ("off", 1, 0)]
+)
+def test_blocks_are_compiled_where_it_is_asked_for_or_pays(
+    inputs: Inputs, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, least: int, calls: int
+) -> None:
+    found: list[tuple] = []
+    monkeypatch.setattr(run, "COMPILED_FROM_TOKENS", least)
+    monkeypatch.setattr(run.LanguageModel, "compile_blocks", lambda _, *asked: found.append(asked))
+    root = _extract(inputs.config(compile=asked), tmp_path)
+    assert found == [(("blocks.3.hook_resid_post",), (16, 17))] * calls  # 256 tokens in contexts of 17
+    assert ("compile" in read_json(root / "train" / "timing.json", "timing")["seconds_by_stage"]) == bool(calls)
+
+
+def test_what_cannot_be_compiled_is_an_error_only_where_it_was_asked_for(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("no compiler")
+
+    monkeypatch.setattr(run, "COMPILED_FROM_TOKENS", 1)
+    monkeypatch.setattr(run.LanguageModel, "compile_blocks", fail)
+    with pytest.raises(UserError, match="no compiler"):
+        _extract(inputs.config(compile="on"), tmp_path / "asked")
+    with pytest.raises(UserError, match=r"compile=on: hook point blocks.1.mlp.hook_post is not of the residual stream"):
+        _extract(inputs.config(compile="on", hook_point="blocks.1.mlp.hook_post"), tmp_path / "bridge")
+    _extract(inputs.config(), tmp_path / "auto")
+    assert "going on uncompiled: no compiler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("value", "dtype", "message"),
     [
         (1e6, "float16", r"value 1e\+06 in dimension 3 does not fit into float16; say --dtype bfloat16"),
