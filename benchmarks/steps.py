@@ -4,7 +4,9 @@ All take the same batch, first weights, sizes and threads, in float32, one after
 clock starts, losses and gradients of ours and theirs are compared on a part of the batch.
 
 The dense limit is five products of B x D x F, measured in the same rounds: encoder, decoder, and the gradients with
-respect to both matrices and to the latents. A step that skips zeros is held to the peers alone.
+respect to both matrices and to the latents. A step that skips zeros is held to the peers alone. ReLU is timed twice:
+from random weights, where half of the latents are active and nothing can be skipped, and with biases that leave k, as a
+training does but in its first steps.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,6 +45,7 @@ class Case:
     architecture: str
     n_latents: int
     variant: str = "baseline"
+    sparse: bool = False  # of relu: whether the biases leave k latents active
     of_limit: float | None = None
     sae_lens: float | None = None
     dictionary_learning: float | None = None
@@ -51,12 +54,15 @@ class Case:
 CASES = (
     Case("relu", 4_608, "baseline", of_limit=0.9, sae_lens=2.0, dictionary_learning=1.5),
     Case("relu", 4_608, "adaptive", of_limit=0.9, sae_lens=2.0, dictionary_learning=1.5),
+    Case("relu", 4_608, "baseline", sparse=True, sae_lens=2.0, dictionary_learning=1.5),
+    Case("relu", 4_608, "adaptive", sparse=True, sae_lens=2.0, dictionary_learning=1.5),
+    Case("relu", 16_384, "baseline", sparse=True, sae_lens=2.0, dictionary_learning=1.5),
     Case("topk", 4_608, sae_lens=2.5, dictionary_learning=2.5),
     Case("batchtopk", 4_608, sae_lens=2.5, dictionary_learning=2.5),
     Case("topk", 16_384, sae_lens=6.0, dictionary_learning=6.0),
     Case("batchtopk", 16_384, sae_lens=6.0, dictionary_learning=6.0),
 )
-QUICK = (CASES[1], CASES[2], CASES[4])
+QUICK = (CASES[1], CASES[3], CASES[5], CASES[7])
 
 
 def measure(quick: bool) -> Iterator[Row]:
@@ -66,11 +72,15 @@ def measure(quick: bool) -> Iterator[Row]:
 
 
 def _rows(case: Case, rounds: int, peers_too: bool) -> Iterator[Row]:
-    config = config_of(case.architecture, case.n_latents, case.variant)
+    products = "sparse" if case.sparse else "auto"
+    config = config_of(case.architecture, case.n_latents, case.variant, products=products)
     rows_BD = planted_rows(B, seed=0)
     weights = {name: np.array(value) for name, value in init_params(config.sae, D, jax.random.key(0)).items()}
+    if case.sparse:
+        pre = np.sort((rows_BD @ weights["W_enc"]).reshape(-1))
+        weights["b_enc"] -= pre[-K * B]
     check_same(config, weights, rows_BD[:_CHECKED])
-    runs: dict[str, Callable[[], Any]] = {"ours": our_steps(config, rows_BD)}
+    runs: dict[str, Callable[[], Any]] = {"ours": our_steps(config, rows_BD, weights=weights)}
     targets: dict[str, float | None] = {"sae_lens": case.sae_lens}
     runs["sae_lens"] = sae_lens_step(config, weights, rows_BD)
     if peers_too:
@@ -82,6 +92,7 @@ def _rows(case: Case, rounds: int, peers_too: bool) -> Iterator[Row]:
     times = interleaved(runs, rounds, warm_ups=1)
     ours, spread = times["ours"].rate(_DISPATCH * B)
     name = f"{case.architecture} step, F={case.n_latents:,}" + (", adaptive" if case.variant == "adaptive" else "")
+    name += f", L0 {K}" if case.sparse else ""
     sizes = {"B": B, "D": D, "F": case.n_latents, "k": config.sae.k, "dtype": "float32"}
     for peer, target in targets.items():
         theirs = times[peer].rate(B)[0]
@@ -114,10 +125,14 @@ def planted_rows(rows: int, seed: int, d_model: int = D, features: int = 2_000) 
     return rows_BD * np.float32(np.sqrt(d_model / np.mean(np.sum(rows_BD**2, axis=1))))
 
 
-def our_steps(config: TrainConfig, rows_BD: np.ndarray, steps: int = _DISPATCH) -> Callable[[], Any]:
-    """`steps` training steps in one call, as the training loop makes them."""
+def our_steps(
+    config: TrainConfig, rows_BD: np.ndarray, steps: int = _DISPATCH, weights: peers.Weights | None = None
+) -> Callable[[], Any]:
+    """`steps` training steps in one call, as the training loop makes them; from `weights`, or from fresh ones."""
     hyper, d_model = hyperparameters(config), rows_BD.shape[1]
-    state = [state_of(config, init_params(config.sae, d_model, jax.random.key(0)), jax.random.key(1), hyper)]
+    fresh = init_params(config.sae, d_model, jax.random.key(0))
+    params = fresh if weights is None else {name: jnp.asarray(value) for name, value in weights.items()}
+    state = [state_of(config, params, jax.random.key(1), hyper)]
     scale = InputScale(jnp.zeros(d_model), jnp.float32(1.0), jnp.float32(d_model))
     batches, train_steps, static = jnp.asarray(np.stack([rows_BD] * steps)), compile_steps(), shared_config(config)
 

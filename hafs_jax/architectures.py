@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from hafs_jax.config import SAEConfig
 from hafs_jax.products import Params, matmul
-from hafs_jax.selection import Entries, batch_threshold, largest_of_all, largest_of_rows
+from hafs_jax.selection import Entries, batch_threshold, largest_of_all, largest_of_rows, positive
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -38,7 +38,7 @@ Activate = Callable[[Float[Array, "B F"], Params, SAEConfig, OperatingPoint], Fl
 """(pre_BF, params, config, at) -> latents_BF, not negative."""
 
 Keep = Callable[[Float[Array, "B F"], Float[Array, " F"], SAEConfig, Int[Array, ""] | int], Entries]
-"""(product_BF, bias_F, config, k) -> the entries that `activate` leaves of product + bias: a fixed number."""
+"""(product_BF, bias_F, config, k) -> the entries that `activate` leaves of product + bias, in B * `slots` slots."""
 
 Cost = Callable[[Encoding, Params, SAEConfig], Float[Array, " B"]]
 """(encoding, params, config) -> what each row pays, times the sparsity coefficient."""
@@ -54,6 +54,9 @@ class Architecture:
     activate: Activate
     keep: Keep | None = None  # what lets `sparse` skip the zeros; None: all products are dense
     keeps_by_row: bool = False  # `keep` looks at one row alone
+    keeps_any_number: bool = (
+        False  # `keep` finds the active latents if they are few, so it is to be seen whether they are
+    )
     cost: Cost | None = None  # None: the activation itself fixes L0; otherwise a coefficient times this does
     extra: Extra | None = None  # a further loss term
     params: Mapping[str, Callable[[SAEConfig], float]] = field(default_factory=dict)  # name -> first value of each of F
@@ -105,6 +108,18 @@ def _keep_of_batch(
 ) -> Entries:
     B = len(product_BF)
     return largest_of_all(product_BF, bias_F, B * config.largest_k, B * k)
+
+
+def _keep_positive(
+    product_BF: Float[Array, "B F"], bias_F: Float[Array, " F"], config: SAEConfig, k: Int[Array, ""] | int
+) -> Entries:
+    return positive(product_BF, bias_F, len(product_BF) * slots(config))
+
+
+def slots(config: SAEConfig) -> int:
+    """Places for kept entries, per row: k; half as many again where L0 only comes to about k."""
+    k = config.largest_k
+    return min(3 * k // 2 if ARCHITECTURES[config.architecture].keeps_any_number else k, config.F)
 
 
 def jumprelu(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: OperatingPoint) -> Float[Array, "B F"]:
@@ -195,7 +210,7 @@ def _first_threshold(config: SAEConfig) -> float:
 ARCHITECTURES: dict[str, Architecture] = {
     "batchtopk": Architecture(batchtopk, _keep_of_batch, learns_threshold=True),
     "topk": Architecture(topk, _keep_of_rows, keeps_by_row=True),
-    "relu": Architecture(relu, cost=l1, starts_dense=True),
+    "relu": Architecture(relu, _keep_positive, keeps_any_number=True, cost=l1, starts_dense=True),
     "jumprelu": Architecture(jumprelu, cost=l0, params={"threshold": _first_threshold}),
     "gated": Architecture(
         gated,
@@ -205,5 +220,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         starts_dense=True,
     ),
     "matryoshka": Architecture(batchtopk, _keep_of_batch, learns_threshold=True, nested=True),
-    "matryoshka_relu": Architecture(relu, cost=l1, starts_dense=True, nested=True),
+    "matryoshka_relu": Architecture(
+        relu, _keep_positive, keeps_any_number=True, cost=l1, starts_dense=True, nested=True
+    ),
 }

@@ -10,6 +10,7 @@ import numpy as np
 from extract.format.errors import UserError
 from extract.format.store import KEPT_AS
 from hafs_jax import sparse
+from hafs_jax.architectures import ARCHITECTURES
 from hafs_jax.config import TrainConfig
 from hafs_jax.loop import Stores
 from hafs_jax.products import block_bytes
@@ -57,7 +58,8 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
     shards, devices = config.dictionary_shards, jax.device_count()
     whole = 4 * B * config.sae.F // devices
     dense_arrays = _DENSE_ARRAYS.get(config.sae.architecture, _OTHERS)
-    activations = (_SPARSE_ARRAYS if sparse.pays(config) else dense_arrays) * whole
+    never_dense = sparse.pays(config) and not ARCHITECTURES[config.sae.architecture].keeps_any_number
+    activations = (_SPARSE_ARRAYS if never_dense else dense_arrays) * whole
     activations += min(whole, block_bytes()) if config.sparsity.aux > 0 else 0
     dispatched = [store for store in (stores.train, stores.target) if store is not None]
     row_bytes = sum(store.manifest.d_model * KEPT_AS[store.manifest.dtype].itemsize for store in dispatched)

@@ -252,7 +252,7 @@ class TrainConfig:
     coherence_every_steps: int = option(80, "steps between measurements of the decoder's coherence")
     products: str = option(
         "auto",
-        "topk, batchtopk, matryoshka: multiply by all latents or by the kept ones alone; auto: the faster, as measured",
+        "multiply by all latents, or by the active ones alone (not jumprelu, gated); auto: the faster, as measured",
         ("auto", "dense", "sparse"),
     )
     dictionary_shards: int = option(1, "devices along the latents; the others split the batch")

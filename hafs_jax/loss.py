@@ -7,6 +7,7 @@ divided by the constant variance; a Matryoshka's reconstruction is the mean over
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import jax
@@ -43,6 +44,10 @@ class Forward(struct.PyTreeNode):
     encoding: Encoding | None  # None where the zeros are skipped
 
 
+Run = Callable[..., Forward]
+"""`_forward_dense` or `_forward_sparse`."""
+
+
 def loss_and_gradients(
     params: Params,
     acts_BD: Float[Array, "B D"],
@@ -57,9 +62,21 @@ def loss_and_gradients(
 
     `key` samples a Matryoshka's prefixes; `axis` is `train_step`'s.
     """
-    (loss, forward), grads = jax.value_and_grad(_loss, has_aux=True)(
-        params, acts_BD, target_BD, weights, variance, key, config
-    )
+    given = (acts_BD, target_BD, weights, variance, key)
+
+    def by(run: Run, product_BF: Array | None = None) -> tuple[tuple[Array, Forward], Params]:
+        return jax.value_and_grad(_loss, has_aux=True)(params, *given, product_BF, config, run)
+
+    if not sparse.pays(config):
+        (loss, forward), grads = by(_forward_dense)
+    elif not ARCHITECTURES[config.sae.architecture].keeps_any_number:
+        (loss, forward), grads = by(_forward_sparse)
+    else:
+        product_BF = matmul(acts_BD, params["W_enc"], config.sae.compute_dtype)
+        many = ~sparse.few(product_BF, pre_bias(params, config.sae), config)
+        (loss, forward), grads = jax.lax.cond(
+            largest_of_members(many, axis), partial(by, _forward_dense), partial(by, _forward_sparse), product_BF
+        )
     if config.sparsity.aux > 0:
         aux, grads = add_aux(grads, params, acts_BD, forward.residual_BD, weights.is_dead_F, config, axis)
         forward.parts["loss_aux"] += aux
@@ -74,11 +91,15 @@ def _loss(
     weights: Weights,
     variance: Float[Array, ""],
     key: Key[Array, ""],
+    product_BF: Float[Array, "B F"] | None,
     config: TrainConfig,
+    run: Run,
 ) -> tuple[Float[Array, ""], Forward]:
-    """The loss of scaled activations but for the penalty and the auxiliary reconstruction, with its parts."""
-    run = _forward_sparse if sparse.pays(config) else _forward_dense
-    forward = run(params, acts_BD, target_BD, weights, variance, key, config)
+    """The loss of scaled activations but for the penalty and the auxiliary reconstruction, with its parts.
+
+    `product_BF` is acts @ W_enc, where that is known already.
+    """
+    forward = run(params, acts_BD, target_BD, weights, variance, key, product_BF, config)
     parts = forward.parts
     parts.setdefault("loss_sparsity", jnp.zeros(()))
     parts.setdefault("loss_aux", jnp.zeros(()))
@@ -92,12 +113,14 @@ def _forward_dense(
     weights: Weights,
     variance: Array,
     key: Key[Array, ""],
+    product_BF: Array | None,
     config: TrainConfig,
 ) -> Forward:
     """Every architecture's terms, by products with all latents."""
     architecture, settings = ARCHITECTURES[config.sae.architecture], config.sparsity
     sae = SAE(config.sae, acts_BD.shape[1], target_BD.shape[1])
-    encoding = cast(Encoding, sae.apply({"params": params}, acts_BD, OperatingPoint(weights.k), method="encode"))
+    at = OperatingPoint(weights.k)
+    encoding = cast(Encoding, sae.apply({"params": params}, acts_BD, at, product_BF, method="encode"))
     latents_BF, parts = encoding.latents_BF, cast(Metrics, {})
     if architecture.nested:
         changes = prefix_changes(latents_BF, params, config.sae, key)
@@ -122,7 +145,7 @@ def _forward_dense(
         parts,
         firing_F=jnp.sum(active_BF, axis=0, dtype=jnp.float32),
         smallest=jnp.min(jnp.where(active_BF, latents_BF, jnp.inf)) if architecture.learns_threshold else jnp.zeros(()),
-        encoding=encoding,
+        encoding=None if sparse.pays(config) else encoding,
     )
 
 
@@ -133,21 +156,26 @@ def _forward_sparse(
     weights: Weights,
     variance: Array,
     key: Key[Array, ""],
+    product_BF: Array | None,
     config: TrainConfig,
 ) -> Forward:
-    """The same of an architecture that keeps a fixed number of latents, by products with those."""
-    W_dec, dtype = params["W_dec"], config.sae.compute_dtype
-    kept = sparse.encode(acts_BD, params["W_enc"], pre_bias(params, config.sae), weights.k, config)
-    if ARCHITECTURES[config.sae.architecture].nested:
+    """The same of an architecture that `sparse` knows, by products with the latents that it keeps."""
+    architecture, W_dec, dtype = ARCHITECTURES[config.sae.architecture], params["W_dec"], config.sae.compute_dtype
+    kept = sparse.encode(acts_BD, params["W_enc"], pre_bias(params, config.sae), weights.k, product_BF, config)
+    if architecture.nested:
         ends = prefix_ends(config.sae, key)
         bands = [kept.within(start, end) for start, end in zip((0, *ends), ends, strict=False)]
     else:
         bands = [kept]
     changes = [sparse.decode(band, W_dec, len(acts_BD), dtype) for band in bands]
     errors_G, residual_BD = prefix_errors(changes, target_BD, params["b_dec"])
+    parts = {"fvu": errors_G[-1] / variance, "loss_reconstruction": jnp.mean(errors_G) / variance}
+    if architecture.cost is not None:  # L1: there is no other yet
+        paid_N = kept.values_N * (prefix_shares(config.sae, key)[kept.latents_N] if architecture.nested else 1.0)
+        parts["loss_sparsity"] = weights.coefficient * jnp.sum(paid_N) / len(acts_BD) / variance
     return Forward(
         residual_BD,
-        {"fvu": errors_G[-1] / variance, "loss_reconstruction": jnp.mean(errors_G) / variance},
+        parts,
         firing_F=kept.firing(config.sae.F),
         smallest=jnp.min(jnp.where(kept.values_N > 0, kept.values_N, jnp.inf)),
         encoding=None,

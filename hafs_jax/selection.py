@@ -51,8 +51,21 @@ def largest_of_all(
     """The `count` largest positive entries of values + offset, `count` <= `most` = N; found as in `largest_of_rows`."""
     groups_NG, numbers_N = largest_groups(values_BF, offset_F, most)
     kept_NG = groups_NG >= jnp.maximum(count_threshold(groups_NG, count), _TINY)
+    return _entries(kept_NG, numbers_N, most, values_BF.shape[1])
+
+
+def positive(values_BF: Float[Array, "B F"], offset_F: Float[Array, " F"], most: int) -> Entries:
+    """The positive entries of values + offset; N = `most`. Where there are more, some of them."""
+    values_BTG, offset_TG = _grouped(values_BF), _grouped(offset_F)
+    largest_T = jnp.max(values_BTG + offset_TG[None], axis=2).reshape(-1)
+    groups_NG, numbers_N = _groups_where(largest_T > 0, values_BTG, offset_TG, most)
+    return _entries(groups_NG > 0, numbers_N, most, values_BF.shape[1])
+
+
+def _entries(kept_NG: Bool[Array, "M G"], numbers_N: Int[Array, " M"], most: int, F: int) -> Entries:
+    """The kept ones of M groups of neighbours in rows of F; N = `most`."""
     at_N = _where_true(kept_NG.reshape(-1), most)
-    number_N, per_row = numbers_N[at_N // _GROUP], -(-values_BF.shape[1] // _GROUP)
+    number_N, per_row = numbers_N[at_N // _GROUP], -(-F // _GROUP)
     return Entries(
         rows_N=number_N // per_row,
         columns_N=number_N % per_row * _GROUP + at_N % _GROUP,
@@ -79,8 +92,17 @@ def largest_groups(
     values_BTG, offset_TG = _grouped(values_BF), _grouped(offset_F)
     largest_T = jax.nn.relu(jnp.max(values_BTG + offset_TG[None], axis=2)).reshape(-1)
     most = min(most, len(largest_T))
-    numbers_N = _where_true(largest_T >= jnp.maximum(count_threshold(largest_T, most), _TINY), most)
-    found_N1 = (jnp.arange(most) < jnp.sum(largest_T > 0))[:, None]
+    wanted_T = largest_T >= jnp.maximum(count_threshold(largest_T, most), _TINY)
+    return _groups_where(wanted_T, values_BTG, offset_TG, most)
+
+
+def _groups_where(
+    wanted_M: Bool[Array, " M"], values_BTG: Float[Array, "B T G"], offset_TG: Float[Array, "T G"], most: int
+) -> tuple[Float[Array, "N G"], Int[Array, " N"]]:
+    """The wanted groups of relu(values + offset), `most` at most, zeros in what slots remain; and their numbers."""
+    most = min(most, len(wanted_M))
+    numbers_N = _where_true(wanted_M, most)
+    found_N1 = (jnp.arange(most) < jnp.sum(wanted_M))[:, None]
     groups_NG = values_BTG.reshape(-1, _GROUP)[numbers_N] + offset_TG[numbers_N % len(offset_TG)]
     return jnp.where(found_N1, jax.nn.relu(groups_NG), 0.0), numbers_N
 

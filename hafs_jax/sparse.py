@@ -11,14 +11,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from hafs_jax.architectures import ARCHITECTURES
+from hafs_jax.architectures import ARCHITECTURES, slots
 from hafs_jax.config import TrainConfig
 from hafs_jax.products import matmul, row_blocks
 from hafs_jax.selection import Entries
 
-_LEAST_RATIO = {"float32": 64.0, "bfloat16": math.inf}  # F / k from which it is the faster on a CPU: see `pays`
+_LEAST_RATIO = {"float32": 64.0, "bfloat16": math.inf}  # F / slots from which it is the faster on a CPU: see `pays`
 _UNROLLED = 4  # entries added per turn of the loop
 _CHUNK = 4096  # entries whose rows are gathered at a time
 
@@ -29,6 +29,7 @@ class Kept(struct.PyTreeNode):
     values_N: Float[Array, " N"]
     rows_N: Int[Array, " N"]
     latents_N: Int[Array, " N"]
+    filled: Int[Array, ""]  # from this slot on all are empty
 
     def firing(self, n_latents: int) -> Float[Array, " F"]:
         """In how many of the rows each latent fires."""
@@ -44,61 +45,82 @@ def pays(config: TrainConfig) -> bool:
     """Whether a training of `config` multiplies by kept entries alone: as its `products` says, or by measurement.
 
     `auto` takes dense products but where `benchmarks/products.py` measured the kept entries to be faster: on a CPU, in
-    float32, from F / k = 64 on. In bfloat16 they were not at any ratio up to 256; off the CPU nothing was measured.
+    float32, from 64 latents a slot on; and, of architectures that do not fix L0, where a controller brings it to k. In
+    bfloat16 they were not at any ratio up to 256; off the CPU nothing was measured.
     """
+    architecture = ARCHITECTURES[config.sae.architecture]
     asks_for_all = config.penalty.sharing == "cofiring" or config.sparsity.pre_activation > 0
-    if ARCHITECTURES[config.sae.architecture].keep is None or asks_for_all or config.dictionary_shards > 1:
+    if architecture.keep is None or asks_for_all or config.dictionary_shards > 1:
         return False
     if config.products != "auto":
         return config.products == "sparse"
-    ratio = config.sae.F / config.sae.largest_k
-    return jax.default_backend() == "cpu" and ratio >= _LEAST_RATIO[config.sae.compute_dtype]
+    ratio = config.sae.F / slots(config.sae)
+    comes_to_k = config.sparsity.match_l0 or not architecture.keeps_any_number
+    return comes_to_k and jax.default_backend() == "cpu" and ratio >= _LEAST_RATIO[config.sae.compute_dtype]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def few(product_BF: Float[Array, "B F"], bias_F: Float[Array, " F"], config: TrainConfig) -> Bool[Array, ""]:
+    """Whether product + bias has no more positive entries than there are slots."""
+    return jnp.sum(product_BF + bias_F[None] > 0) <= len(product_BF) * slots(config.sae)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def encode(
-    acts_BD: Float[Array, "B D"], W_enc: Float[Array, "D F"], bias_F: Float[Array, " F"], k: Array, config: TrainConfig
+    acts_BD: Float[Array, "B D"],
+    W_enc: Float[Array, "D F"],
+    bias_F: Float[Array, " F"],
+    k: Array,
+    product_BF: Float[Array, "B F"] | None,
+    config: TrainConfig,
 ) -> Kept:
-    """The kept entries of relu(acts @ W_enc + bias), as the config's architecture keeps them."""
-    return _encode(acts_BD, W_enc, bias_F, k, config)
+    """The kept entries of relu(acts @ W_enc + bias), as the config's architecture keeps them.
 
-
-def _encode(acts_BD: Array, W_enc: Array, bias_F: Array, k: Array, config: TrainConfig) -> Kept:
+    `product_BF` is acts @ W_enc, where that is known already.
+    """
     architecture = ARCHITECTURES[config.sae.architecture]
     keep = architecture.keep
     assert keep is not None
 
-    def of_rows(acts_ND: Array) -> Kept:
-        product_NF = matmul(acts_ND, W_enc, config.sae.compute_dtype)
+    def of_product(product_NF: Array) -> Kept:
         entries: Entries = keep(product_NF, bias_F, config.sae, k)
         values_N = product_NF[entries.rows_N, entries.columns_N] + bias_F[entries.columns_N]
-        return Kept(jnp.where(entries.real_N, values_N, 0.0), entries.rows_N, entries.columns_N)
+        places = jnp.arange(1, len(values_N) + 1, dtype=jnp.int32)
+        filled = jnp.max(jnp.where(entries.real_N, places, 0))
+        return Kept(jnp.where(entries.real_N, values_N, 0.0), entries.rows_N, entries.columns_N, filled)
 
+    def of_rows(acts_ND: Array) -> Kept:
+        return of_product(matmul(acts_ND, W_enc, config.sae.compute_dtype))
+
+    if product_BF is not None:
+        return of_product(product_BF)
     blocks_PND = row_blocks(acts_BD, W_enc.shape[1]) if architecture.keeps_by_row else acts_BD[None]
     P, N, _ = blocks_PND.shape
     if P == 1:
         return of_rows(acts_BD)
     kept = jax.lax.map(of_rows, blocks_PND)
-    kept = kept.replace(rows_N=kept.rows_N * P + jnp.arange(P, dtype=jnp.int32)[:, None])
-    return jax.tree.map(lambda values: values.reshape(P, N, -1).swapaxes(0, 1).reshape(-1), kept)
+    values, rows, latents = (
+        array.reshape(P, N, -1).swapaxes(0, 1).reshape(-1)
+        for array in (kept.values_N, kept.rows_N * P + jnp.arange(P, dtype=jnp.int32)[:, None], kept.latents_N)
+    )
+    return Kept(values, rows, latents, jnp.int32(len(values)))
 
 
 def _encode_forward(
-    acts_BD: Array, W_enc: Array, bias_F: Array, k: Array, config: TrainConfig
+    acts_BD: Array, W_enc: Array, bias_F: Array, k: Array, product_BF: Array | None, config: TrainConfig
 ) -> tuple[Kept, tuple[Array, Array, Kept]]:
-    kept = _encode(acts_BD, W_enc, bias_F, k, config)
+    kept = encode(acts_BD, W_enc, bias_F, k, product_BF, config)
     return kept, (acts_BD, W_enc, kept)
 
 
 def _encode_backward(
     config: TrainConfig, saved: tuple[Array, Array, Kept], cotangent: Kept
-) -> tuple[Array, Array, Array, None]:
+) -> tuple[Array, Array, Array, None, None]:
     acts_BD, W_enc, kept = saved
     B, F, dtype = len(acts_BD), W_enc.shape[1], config.sae.compute_dtype
-    pulls_N = jnp.where(kept.values_N > 0, cotangent.values_N, 0.0)
-    onto_acts = _gather_add(kept.rows_N, pulls_N, kept.latents_N, W_enc.T, B, dtype)  # dropped where nobody asks
-    onto_W_enc = _gather_add(kept.latents_N, pulls_N, kept.rows_N, acts_BD, F, dtype).T
-    return onto_acts, onto_W_enc, jnp.zeros(F).at[kept.latents_N].add(pulls_N), None
+    pulls = kept.replace(values_N=jnp.where(kept.values_N > 0, cotangent.values_N, 0.0))
+    onto_acts = _onto_rows(pulls, W_enc.T, B, dtype)  # dropped where nobody asks
+    onto_bias_F = jnp.zeros(F).at[kept.latents_N].add(pulls.values_N)
+    return onto_acts, _onto_latents(pulls, acts_BD, F, dtype).T, onto_bias_F, None, None
 
 
 encode.defvjp(_encode_forward, _encode_backward)
@@ -107,7 +129,7 @@ encode.defvjp(_encode_forward, _encode_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def decode(kept: Kept, W_dec: Float[Array, "F D"], rows: int, dtype: str) -> Float[Array, "B D"]:
     """latents @ W_dec for the kept entries of `rows` rows, factors in `dtype` and sums in float32."""
-    return _gather_add(kept.rows_N, kept.values_N, kept.latents_N, W_dec, rows, dtype)
+    return _onto_rows(kept, W_dec, rows, dtype)
 
 
 def _decode_forward(kept: Kept, W_dec: Array, rows: int, dtype: str) -> tuple[Array, tuple[Kept, Array]]:
@@ -118,12 +140,22 @@ def _decode_backward(
     rows: int, dtype: str, saved: tuple[Kept, Array], cotangent_BD: Array
 ) -> tuple[Kept, Float[Array, "F D"]]:
     kept, W_dec = saved
-    pulls_N = _dots(cotangent_BD, kept.rows_N, W_dec, kept.latents_N, dtype)
-    onto_W_dec = _gather_add(kept.latents_N, kept.values_N, kept.rows_N, cotangent_BD, len(W_dec), dtype)
-    return Kept(pulls_N, None, None), onto_W_dec  # type: ignore[arg-type]  # whole numbers have no gradient
+    pulls_N = _dots(kept, cotangent_BD, W_dec, dtype)
+    onto_W_dec = _onto_latents(kept, cotangent_BD, len(W_dec), dtype)
+    return Kept(pulls_N, None, None, None), onto_W_dec  # type: ignore[arg-type]  # whole numbers have no gradient
 
 
 decode.defvjp(_decode_forward, _decode_backward)
+
+
+def _onto_rows(kept: Kept, source_FD: Float[Array, "F D"], rows: int, dtype: str) -> Float[Array, "B D"]:
+    """To each of B = `rows` rows the sum of its kept values times their latents' rows of `source`."""
+    return _gather_add(kept.rows_N, kept.values_N, kept.latents_N, source_FD, rows, kept.filled, dtype)
+
+
+def _onto_latents(kept: Kept, source_BD: Float[Array, "B D"], latents: int, dtype: str) -> Float[Array, "F D"]:
+    """To each of F = `latents` latents the sum of its kept values times their rows of `source`."""
+    return _gather_add(kept.latents_N, kept.values_N, kept.rows_N, source_BD, latents, kept.filled, dtype)
 
 
 def _gather_add(
@@ -132,9 +164,10 @@ def _gather_add(
     from_N: Int[Array, " N"],
     source: Float[Array, "M D"],
     size: int,
+    filled: Int[Array, ""],
     dtype: str,
 ) -> Float[Array, "size D"]:
-    """out[into[n]] += weights[n] * source[from[n]] for each n.
+    """out[into[n]] += weights[n] * source[from[n]] for each n up to `filled`, from where on the weights are 0.
 
     On a CPU one row after the other: XLA's scatter there takes three times as long and materialises what it adds.
     """
@@ -142,25 +175,32 @@ def _gather_add(
     out = jnp.zeros((size, source.shape[1]), jnp.float32)
     if jax.default_backend() != "cpu":
         return out.at[into_N].add(weights_N[:, None] * source[from_N].astype(jnp.float32))
+    into_N, weights_N, from_N = (_filled_up(array, _UNROLLED) for array in (into_N, weights_N, from_N))
 
-    def add(n: Array, out: Array) -> Array:
-        row_1D = jax.lax.dynamic_slice_in_dim(source, from_N[n], 1).astype(jnp.float32)
-        sum_1D = jax.lax.dynamic_slice_in_dim(out, into_N[n], 1) + weights_N[n] * row_1D
-        return jax.lax.dynamic_update_slice_in_dim(out, sum_1D, into_N[n], 0)
+    def add(turn: Array, out: Array) -> Array:
+        for n in (turn * _UNROLLED + i for i in range(_UNROLLED)):
+            row_1D = jax.lax.dynamic_slice_in_dim(source, from_N[n], 1).astype(jnp.float32)
+            sum_1D = jax.lax.dynamic_slice_in_dim(out, into_N[n], 1) + weights_N[n] * row_1D
+            out = jax.lax.dynamic_update_slice_in_dim(out, sum_1D, into_N[n], 0)
+        return out
 
-    return jax.lax.fori_loop(0, len(into_N), add, out, unroll=_UNROLLED)
+    return jax.lax.fori_loop(0, -(-filled // _UNROLLED), add, out)
 
 
-def _dots(
-    left: Float[Array, "L D"], left_N: Int[Array, " N"], right: Float[Array, "R D"], right_N: Array, dtype: str
-) -> Float[Array, " N"]:
-    """left[left_N[n]] . right[right_N[n]] for each n, `_CHUNK` of them at a time."""
-    left, right = left.astype(dtype), right.astype(dtype)
-    N = len(left_N)
-    chunks = -(-N // _CHUNK)
-    padded = [jnp.pad(ids_N, (0, chunks * _CHUNK - N)).reshape(chunks, _CHUNK) for ids_N in (left_N, right_N)]
+def _dots(kept: Kept, of_rows: Float[Array, "B D"], of_latents: Float[Array, "F D"], dtype: str) -> Float[Array, " N"]:
+    """of_rows[row] . of_latents[latent] for each filled slot, `_CHUNK` of them at a time; 0 for the others."""
+    of_rows, of_latents = of_rows.astype(dtype), of_latents.astype(dtype)
+    rows_N, latents_N = _filled_up(kept.rows_N, _CHUNK), _filled_up(kept.latents_N, _CHUNK)
 
-    def dots(ids: tuple[Array, Array]) -> Array:
-        return jnp.sum(left[ids[0]].astype(jnp.float32) * right[ids[1]].astype(jnp.float32), axis=1)
+    def dots(chunk: Array, out_N: Array) -> Array:
+        left, right = (jax.lax.dynamic_slice_in_dim(ids_N, chunk * _CHUNK, _CHUNK) for ids_N in (rows_N, latents_N))
+        found = jnp.sum(of_rows[left].astype(jnp.float32) * of_latents[right].astype(jnp.float32), axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(out_N, found, chunk * _CHUNK, 0)
 
-    return jax.lax.map(dots, tuple(padded)).reshape(-1)[:N]
+    out_N = jnp.zeros(len(rows_N))
+    return jax.lax.fori_loop(0, -(-kept.filled // _CHUNK), dots, out_N)[: len(kept.values_N)]
+
+
+def _filled_up(array_N: Array, unit: int) -> Array:
+    """The array with zeros behind it, so that its length is a multiple of `unit`."""
+    return jnp.pad(array_N, (0, -len(array_N) % unit))

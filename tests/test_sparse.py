@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hafs_jax import products
+from hafs_jax import products, sparse
+from hafs_jax.architectures import slots
 from hafs_jax.config import TrainConfig
 from hafs_jax.loss import Weights, loss_and_gradients
 from hafs_jax.presets import preset, with_fields
-from hafs_jax.sae import init_params
+from hafs_jax.sae import init_params, pre_bias
 from hafs_jax.selection import batch_threshold, count_threshold, largest_of_all, largest_of_rows
 
 B, D, F = 24, 16, 200
@@ -22,11 +23,18 @@ def config_of(architecture: str, **sae: object) -> TrainConfig:
     return with_fields(preset("baseline", architecture), {"sae": fields, "batch_size": B, "tokens": 100 * B})
 
 
-def outcome(config: TrainConfig, dead: int, seed: int = 0, k: int = 5):
-    """Loss, gradients and what the forward pass left, of one batch in which `dead` latents count as dead."""
+def outcome(config: TrainConfig, dead: int, seed: int = 0, k: int = 5, l0: float | None = None):
+    """Loss, gradients and what the forward pass left, of one batch in which `dead` latents count as dead.
+
+    With `l0`, biases are such that so many latents of a row have a positive pre-activation.
+    """
     params = init_params(config.sae, D, jax.random.key(seed))
     params = {name: value + 0.05 * jax.random.normal(jax.random.key(3), value.shape) for name, value in params.items()}
     acts = jax.random.normal(jax.random.key(seed + 1), (B, D))
+    if l0 is not None:
+        pre = acts @ params["W_enc"] + pre_bias(params, config.sae)[None]
+        largest = jnp.sort(pre.reshape(-1))[::-1]
+        params["b_enc"] -= (largest[round(l0 * B) - 1] + largest[round(l0 * B)]) / 2
     weights = Weights(jnp.int32(k), jnp.float32(1.0), jnp.arange(F) % 3 == 0 if dead == -1 else jnp.arange(F) < dead)
     run = jax.jit(loss_and_gradients, static_argnums=6)
     return run(params, acts, acts, weights, jnp.float32(D), jax.random.key(5), config)
@@ -74,6 +82,60 @@ def test_the_sparse_step_is_the_dense_one(architecture: str, sae: dict, dead: in
     for name, grad in plain_grads.items():
         assert float(jnp.max(jnp.abs(grad))) > 0, name
         np.testing.assert_allclose(grads[name], grad, rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("l0", [0.5, 7.0, 8.0])
+@pytest.mark.parametrize(
+    ("architecture", "sae"),
+    [
+        ("relu", {}),
+        ("matryoshka_relu", {}),
+        ("matryoshka_relu", {"sampled_prefixes": 3}),
+        ("relu", {"transcode": True}),
+    ],
+    ids=str,
+)
+def test_latents_that_are_few_or_many_give_the_same_by_either(architecture: str, sae: dict, l0: float) -> None:
+    config = config_of(architecture, **sae)
+    assert slots(config.sae) == 7
+    (loss, forward), grads = outcome(dataclasses.replace(config, products="sparse"), dead=7, l0=l0)
+    (plain_loss, plain), plain_grads = outcome(dataclasses.replace(config, products="dense"), dead=7, l0=l0)
+    assert float(jnp.sum(plain.firing_F)) == pytest.approx(l0 * B)
+    assert forward.encoding is None and plain.encoding is not None
+    assert float(loss) == pytest.approx(float(plain_loss), rel=1e-5)
+    assert forward.parts.keys() == plain.parts.keys()
+    for name, value in plain.parts.items():
+        np.testing.assert_allclose(forward.parts[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(forward.firing_F, plain.firing_F)
+    for name, grad in plain_grads.items():
+        assert float(jnp.max(jnp.abs(grad))) > 0, name
+        np.testing.assert_allclose(grads[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(("l0", "taken"), [(7.0, True), (7.1, False)])
+def test_kept_entries_alone_are_multiplied_where_there_is_a_slot_for_each(
+    l0: float, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    decode = sparse.decode
+    jax.clear_caches()
+    monkeypatch.setattr(sparse, "decode", lambda *of: jax.debug.callback(lambda: calls.append(None)) or decode(*of))
+    jax.block_until_ready(outcome(dataclasses.replace(config_of("relu"), products="sparse"), dead=0, l0=l0))
+    jax.effects_barrier()
+    jax.clear_caches()
+    assert bool(calls) == taken
+
+
+@pytest.mark.parametrize(
+    ("architecture", "F", "pays"), [("relu", 960, True), ("relu", 959, False), ("topk", 640, True)]
+)
+def test_the_ratio_from_which_kept_entries_pay_counts_every_slot(architecture: str, F: int, pays: bool) -> None:
+    config = config_of(architecture, n_latents=F, k=10)
+    assert sparse.pays(config) == pays
+    assert not sparse.pays(with_fields(config, {"sae": {"compute_dtype": "bfloat16"}}))
+    unmatched = with_fields(config, {"sparsity": {"match_l0": False}})
+    assert sparse.pays(unmatched) == (architecture == "topk")
+    assert sparse.pays(dataclasses.replace(unmatched, products="sparse"))
 
 
 def test_in_bfloat16_the_two_differ_by_its_rounding() -> None:
