@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from benchmarks.harness import Row, interleaved
 from benchmarks.steps import D, K, config_of, our_steps, planted_rows
 from hafs_jax.config import PenaltyConfig, TrainConfig
-from hafs_jax.penalty import Structure, first_groups, penalty
+from hafs_jax.penalty import Structure, first_groups, hinge_pull, penalty
 from hafs_jax.presets import preset
 from hafs_jax.sae import init_params
 
@@ -63,7 +63,12 @@ def _alone(F: int, rounds: int) -> Iterator[Row]:
 
 def _gradient(config: TrainConfig, settings: PenaltyConfig, W_dec: jax.Array) -> Callable[[], Any]:
     structure = Structure(first_groups(settings, config.sae), jnp.zeros(config.sae.F))
-    gradient = jax.jit(jax.grad(lambda W, key: penalty(W, jnp.float32(0.5), structure, _MU0, settings, key)))
+
+    def found(W: jax.Array, key: jax.Array) -> jax.Array:
+        given = (W, jnp.float32(0.5), structure, _MU0, settings, key)
+        return hinge_pull(*given)[1] if settings.kind == "hinge" else jax.grad(penalty)(*given)
+
+    gradient = jax.jit(found)
     return lambda: jax.block_until_ready(gradient(W_dec, jax.random.key(0)))
 
 

@@ -1,6 +1,7 @@
 """The decoder's orthogonality penalty, its noise floor, and the coherence figures logged beside it. Pure functions."""
 
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -91,23 +92,72 @@ def hinge_penalty(
     O = w * mean_i sum_{j in chunk(i), j != i} (1 - alpha T_ij) relu(u_i . u_j - mu0)^2, u the unit rows of W_dec, with
     w the inverse probability that a pair shares a chunk: (F - 1)/(m - 1) where m divides F. Unbiased over partitions;
     exact where one chunk holds all latents. Cost F m D, never F x F. `yielding` decides which row of a pair the
-    gradient moves; the value is the same, and so is the size of the gradient.
+    gradient moves; the value is the same, and so is the size of the gradient. `hinge_pull` is the faster way to both.
     """
     F = W_dec.shape[0]
-    ids_CM, real_CM, pairs_seen = _chunks(F, config.chunk_size, key)
-    rows_CMD = unit_rows(W_dec)[ids_CM]
+    chunks = _chunks(F, config.chunk_size, key)
+    rows_CMD = unit_rows(W_dec)[chunks.ids_CM]
     fixed_CMD = jax.lax.stop_gradient(rows_CMD)
     onto_fixed = jnp.einsum("cid,cjd->cij", rows_CMD, fixed_CMD, preferred_element_type=jnp.float32)
-    moves_CMM: Array | float = 1.0  # whether the pair (i, j) moves i; weights and cosines are symmetric, (j, i) moves j
-    if config.yielding != "both":
-        order_CM = ids_CM if config.yielding == "later" else -structure.rate_F[ids_CM]
-        moves_CMM = (order_CM[:, :, None] >= order_CM[:, None, :]).astype(jnp.float32)
     value = jax.lax.stop_gradient(onto_fixed)
+    moves_CMM = _moves(chunks.ids_CM, structure, config)
     cosines_CMM = value + 2 * moves_CMM * (onto_fixed - value)  # one product backward where autodiff would take two
+    weights_CMM = _pair_weights(chunks.ids_CM, chunks.real_CM, alpha, structure, config)
+    return jnp.sum(weights_CMM * jax.nn.relu(cosines_CMM - mu0) ** 2) * ((F - 1) / max(chunks.pairs, 1))
+
+
+def hinge_pull(
+    W_dec: Float[Array, "F D"],
+    alpha: Float[Array, ""],
+    structure: Structure,
+    mu0: float,
+    config: PenaltyConfig,
+    key: Key[Array, ""],
+) -> tuple[Float[Array, ""], Float[Array, "F D"]]:
+    """`hinge_penalty` of a decoder of unit rows, and the part of its gradient that turns them.
+
+    That gradient is a product with the chunk's own rows, sum_j H_ij u_j - (sum_j H_ij u_i . u_j) u_i with H_ij the
+    derivative for the cosine, so that a chunk is read once: on a CPU one after the other, each while it is in cache.
+    """
+    F, D = W_dec.shape
+    chunks = _chunks(F, config.chunk_size, key)
+    scale = (F - 1) / max(chunks.pairs, 1)
+
+    def of_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        ids_1M, real_1M = chunk[0][None], chunk[1][None]
+        rows_MD = W_dec[chunk[0]]
+        cosines_MM = rows_MD @ rows_MD.T
+        above_MM = _pair_weights(ids_1M, real_1M, alpha, structure, config)[0] * jax.nn.relu(cosines_MM - mu0)
+        total = jnp.sum(above_MM * jax.nn.relu(cosines_MM - mu0))
+        slopes_MM = 4 * above_MM * _moves(ids_1M, structure, config)[0]
+        along_M = jnp.sum(slopes_MM * cosines_MM, axis=1)
+        return scale * total, scale * (slopes_MM - jnp.diag(along_M)) @ rows_MD
+
+    at_once = None if jax.default_backend() == "cpu" else len(chunks.ids_CM)
+    totals_C, pulls_CMD = jax.lax.map(of_chunk, (chunks.ids_CM, chunks.real_CM), batch_size=at_once)
+    numbers_F = jnp.arange(F, dtype=jnp.int32)
+    places_F = jnp.zeros_like(numbers_F).at[chunks.ids_CM.reshape(-1)[:F]].set(numbers_F, unique_indices=True)
+    return jnp.sum(totals_C), pulls_CMD.reshape(-1, D)[places_F]
+
+
+def _pair_weights(
+    ids_CM: Int[Array, "C M"],
+    real_CM: Bool[Array, "C M"],
+    alpha: Float[Array, ""],
+    structure: Structure,
+    config: PenaltyConfig,
+) -> Float[Array, "C M M"]:
+    """1 - alpha T_ij of distinct latents; 0 for a latent with itself and where one of the two is not real."""
     pairs_CMM = real_CM[:, :, None] & real_CM[:, None, :] & ~jnp.eye(ids_CM.shape[1], dtype=bool)[None]
-    weights_CMM = jnp.where(pairs_CMM, 1.0 - alpha * sharing_weights(ids_CM, structure, config), 0.0)
-    total = jnp.sum(weights_CMM * jax.nn.relu(cosines_CMM - mu0) ** 2)
-    return total / F * (F * (F - 1) / max(pairs_seen, 1))
+    return jnp.where(pairs_CMM, 1.0 - alpha * sharing_weights(ids_CM, structure, config), 0.0)
+
+
+def _moves(ids_CM: Int[Array, "C M"], structure: Structure, config: PenaltyConfig) -> Float[Array, "C M #M"]:
+    """1 where the pair (i, j) moves i, else 0: weights and cosines are symmetric, (j, i) moves j."""
+    if config.yielding == "both":
+        return jnp.ones((*ids_CM.shape, 1))
+    order_CM = ids_CM if config.yielding == "later" else -structure.rate_F[ids_CM]
+    return (order_CM[:, :, None] >= order_CM[:, None, :]).astype(jnp.float32)
 
 
 def ortsae_penalty(W_dec: Float[Array, "F D"], config: PenaltyConfig, key: Key[Array, ""]) -> Float[Array, ""]:
@@ -117,12 +167,12 @@ def ortsae_penalty(W_dec: Float[Array, "F D"], config: PenaltyConfig, key: Key[A
     """
     F = W_dec.shape[0]
     count = -(-F // config.chunk_size)
-    ids_CM, real_CM, _ = _chunks(F, -(-F // count), key)
-    rows_CMD = unit_rows(W_dec)[ids_CM]
+    chunks = _chunks(F, -(-F // count), key)
+    rows_CMD = unit_rows(W_dec)[chunks.ids_CM]
     cosines_CMM = jnp.einsum("cid,cjd->cij", rows_CMD, rows_CMD, preferred_element_type=jnp.float32)
-    others_CMM = real_CM[:, None, :] & ~jnp.eye(ids_CM.shape[1], dtype=bool)[None]
+    others_CMM = chunks.real_CM[:, None, :] & ~jnp.eye(chunks.ids_CM.shape[1], dtype=bool)[None]
     largest_CM = jnp.max(jnp.where(others_CMM, cosines_CMM, -1.0), axis=-1)
-    return jnp.sum(jnp.where(real_CM, largest_CM**2, 0.0)) / F
+    return jnp.sum(jnp.where(chunks.real_CM, largest_CM**2, 0.0)) / F
 
 
 def frobenius_penalty(W_dec: Float[Array, "F D"]) -> Float[Array, ""]:
@@ -131,15 +181,22 @@ def frobenius_penalty(W_dec: Float[Array, "F D"]) -> Float[Array, ""]:
     return jnp.sum((units_FD.T @ units_FD) ** 2) / len(units_FD) - 1.0
 
 
-def _chunks(F: int, size: int, key: Key[Array, ""]) -> tuple[Int[Array, "C M"], Bool[Array, "C M"], int]:
-    """A random partition of F latents into chunks of `size`: numbers, which of them are real (the last chunk is filled
-    up with the number F - 1), and how many ordered pairs of distinct latents share a chunk."""
+@dataclass(frozen=True)
+class _Chunks:
+    """A random partition of the latents into chunks of one size."""
+
+    ids_CM: Int[Array, "C M"]  # the last chunk is filled up with the last latent's number
+    real_CM: Bool[Array, "C M"]  # all but what it is filled up with
+    pairs: int  # ordered pairs of distinct latents that share a chunk
+
+
+def _chunks(F: int, size: int, key: Key[Array, ""]) -> _Chunks:
     m = min(size, F)
     count = -(-F // m)
     order = jax.random.permutation(key, F).astype(jnp.int32)
     ids_CM = jnp.concatenate([order, jnp.full(count * m - F, F, jnp.int32)]).reshape(count, m)
     last = F - (count - 1) * m
-    return jnp.minimum(ids_CM, F - 1), ids_CM < F, (count - 1) * m * (m - 1) + last * (last - 1)
+    return _Chunks(jnp.minimum(ids_CM, F - 1), ids_CM < F, (count - 1) * m * (m - 1) + last * (last - 1))
 
 
 def noise_floor_margin(n_latents: int, d_model: int, floor: float) -> float:

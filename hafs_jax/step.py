@@ -15,7 +15,7 @@ from hafs_jax.architectures import ARCHITECTURES
 from hafs_jax.config import TrainConfig
 from hafs_jax.controllers import SparsityControl, update_gate, update_sparsity
 from hafs_jax.loss import Metrics, Weights, loss_and_gradients
-from hafs_jax.penalty import Structure, assign_parents, noise_floor_margin, penalty
+from hafs_jax.penalty import Structure, assign_parents, hinge_pull, noise_floor_margin, penalty
 from hafs_jax.products import Params
 from hafs_jax.resample import resample
 from hafs_jax.sae import InputScale, unit_rows
@@ -218,8 +218,12 @@ def _pull(
     W_dec, every = state.params["W_dec"], config.penalty.every_steps
 
     def anew(_: Params) -> Params:
-        value, pull_FD = jax.value_and_grad(penalty)(W_dec, alpha, structure, mu0, config.penalty, key)
-        pull_FD = _tangent(pull_FD, W_dec)
+        given = (W_dec, alpha, structure, mu0, config.penalty, key)
+        if config.penalty.kind == "hinge":
+            value, pull_FD = hinge_pull(*given)
+        else:
+            value, pull_FD = jax.value_and_grad(penalty)(*given)
+            pull_FD = _tangent(pull_FD, W_dec)
         pull, rest = state.gate.lam * optax.global_norm(pull_FD), optax.global_norm(grad_FD)
         return {"W_dec": pull_FD, "value": value, "share": pull / jnp.maximum(pull + rest, 1e-30)}
 

@@ -13,9 +13,11 @@ from hafs_jax.penalty import (
     first_groups,
     frobenius_penalty,
     hinge_penalty,
+    hinge_pull,
     noise_floor_margin,
     ortsae_penalty,
 )
+from hafs_jax.sae import unit_rows
 
 F, D, B = 22, 7, 9
 
@@ -69,6 +71,23 @@ def test_chunks_are_unbiased_over_partitions_in_value_and_gradient(W_dec: jax.Ar
     theirs = jax.grad(lambda W: naive(W, 0.3, 0.1))(W_dec)
     errors = np.asarray(grads.std(0)) / np.sqrt(len(keys))
     assert (np.abs(np.asarray(grads.mean(0) - theirs)) < 5 * errors + 1e-6).all()
+
+
+@pytest.mark.parametrize("chunk_size", [1000, 11, 5])  # 5 leaves a last chunk of 2
+@pytest.mark.parametrize("yielding", ["both", "later", "rarer"])
+@pytest.mark.parametrize("sharing", ["global", "contiguous", "cofiring"])
+def test_the_pull_is_the_value_and_what_of_its_gradient_turns_the_rows(
+    W_dec: jax.Array, sharing: str, yielding: str, chunk_size: int
+) -> None:
+    config = PenaltyConfig(kind="hinge", sharing=sharing, yielding=yielding, chunk_size=chunk_size, group_size=3)
+    units = unit_rows(W_dec)
+    given = (units, jnp.float32(0.6), structure(config), 0.1, config, KEY)
+    value, gradient = jax.value_and_grad(hinge_penalty)(*given)
+    turning = gradient - jnp.sum(gradient * units, axis=1, keepdims=True) * units
+    found, pull = hinge_pull(*given)
+    assert float(found) == pytest.approx(float(value), rel=1e-5)
+    assert float(jnp.max(jnp.abs(turning))) > 0.01
+    np.testing.assert_allclose(pull, turning, rtol=1e-4, atol=1e-6)
 
 
 def test_contiguous_sharing_relaxes_only_pairs_of_a_group(W_dec: jax.Array) -> None:
