@@ -3,13 +3,17 @@
 ours         random chunks of m latents: F m D; every step (the default), or every fourth and held in between
 naive Gram   all pairs, F x F cosines: F^2 D, what a first version would do
 OrtSAE       its published chunks of 8,192 latents, squared largest cosine (arXiv 2509.22033)
+
+and how far the estimate from one random partition is from the gradient over all pairs.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.harness import Row, interleaved
 from benchmarks.steps import D, K, config_of, our_steps, planted_rows
@@ -31,6 +35,8 @@ def measure(quick: bool) -> Iterator[Row]:
             yield _on_top(architecture, F, every, rounds)
     for F in (1_024, 4_096) if quick else (1_024, 4_096, 16_384):
         yield from _alone(F, rounds)
+    for F in (1_024,) if quick else (1_024, 4_096):
+        yield _spread(F, draws=20)
 
 
 def _on_top(architecture: str, F: int, every: int, rounds: int) -> Row:
@@ -59,6 +65,32 @@ def _alone(F: int, rounds: int) -> Iterator[Row]:
     for peer, found in times.items():
         theirs, sizes = found.median * 1e3, {"D": D, "F": F, "chunk": strict.chunk_size, "every": strict.every_steps}
         yield Row(f"penalty's gradient, F={F:,}", peer, ours, theirs, "ms", theirs / ours, None, sizes=sizes)
+
+
+def _spread(F: int, draws: int) -> Row:
+    """The root mean squared error of a step's penalty gradient, in norms of the exact one, for random unit rows."""
+    strict = preset("strict").penalty
+    W_dec = init_params(config_of("topk", F).sae, D, jax.random.key(0))["W_dec"]
+    structure = Structure(first_groups(strict, config_of("topk", F).sae), jnp.zeros(F))
+
+    def pull(chunk_size: int, key: jax.Array) -> jax.Array:
+        settings = dataclasses.replace(strict, chunk_size=chunk_size)
+        return hinge_pull(W_dec, jnp.float32(0.0), structure, _MU0, settings, key)[1]
+
+    exact = pull(F, jax.random.key(0))
+    size = float(jnp.sum(exact**2))
+    estimate = jax.jit(lambda key: jnp.sum((pull(strict.chunk_size, key) - exact) ** 2))
+    found = float(np.mean([estimate(key) for key in jax.random.split(jax.random.key(1), draws)]))
+    cosines = W_dec @ W_dec.T
+    above = jnp.maximum(cosines - _MU0, 0.0) * (1 - jnp.eye(F))
+    squares = float(
+        jnp.sum((4 / F * above) ** 2 * (1 - cosines**2))
+    )  # of all terms, each |u_j - cos u_i|^2 = 1 - cos^2
+    N, n = F - 1, strict.chunk_size - 1
+    formula = N * (N - n) / n * (squares - size / N) / (N - 1)
+    ours, theirs, sizes = (found / size) ** 0.5, (formula / size) ** 0.5, {"D": D, "F": F, "chunk": strict.chunk_size}
+    name = f"error of the penalty's gradient, F={F:,}"
+    return Row(name, "its formula", ours, theirs, "of its norm", ours / theirs, 1.1, "<=", sizes)
 
 
 def _gradient(config: TrainConfig, settings: PenaltyConfig, W_dec: jax.Array) -> Callable[[], Any]:

@@ -118,6 +118,9 @@ def hinge_pull(
 
     That gradient is a product with the chunk's own rows, sum_j H_ij u_j - (sum_j H_ij u_i . u_j) u_i with H_ij the
     derivative for the cosine, so that a chunk is read once: on a CPU one after the other, each while it is in cache.
+
+    A latent sees n = m - 1 of its N = F - 1 others, drawn without replacement, so that its pull's mean squared error is
+    N (N - n) / n times the variance of its terms H_ij (u_j - (u_i . u_j) u_i) over all others j (with divisor N - 1).
     """
     F, D = W_dec.shape
     chunks = _chunks(F, config.chunk_size, key)

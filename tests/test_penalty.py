@@ -90,6 +90,26 @@ def test_the_pull_is_the_value_and_what_of_its_gradient_turns_the_rows(
     np.testing.assert_allclose(pull, turning, rtol=1e-4, atol=1e-6)
 
 
+def test_the_pulls_spread_over_partitions_is_what_it_says() -> None:
+    n_latents, chunk_size, mu0 = 24, 6, 0.05
+    units = unit_rows(jax.random.normal(jax.random.key(4), (n_latents, D)))
+    given = (jnp.float32(0.0), structure(n_latents=n_latents), mu0)
+    by_size = {m: PenaltyConfig(kind="hinge", chunk_size=m) for m in (chunk_size, n_latents)}
+    _, exact = hinge_pull(units, *given, by_size[n_latents], KEY)
+    keys = jax.random.split(jax.random.key(8), 4000)
+    _, pulls = jax.vmap(lambda key: hinge_pull(units, *given, by_size[chunk_size], key))(keys)
+    found = np.mean(np.sum((np.asarray(pulls) - np.asarray(exact)) ** 2, axis=2), axis=0)
+
+    U = np.asarray(units, np.float64)
+    cosines = U @ U.T
+    terms = 4 / n_latents * np.maximum(cosines - mu0, 0)[:, :, None] * (U[None] - cosines[:, :, None] * U[:, None])
+    others = np.stack([np.delete(terms[i], i, axis=0) for i in range(n_latents)])
+    N, n = n_latents - 1, chunk_size - 1
+    expected = N * (N - n) / n * np.sum(np.var(others, axis=1, ddof=1), axis=1)
+    np.testing.assert_allclose(found, expected, rtol=0.15)
+    np.testing.assert_allclose(np.sum(found), np.sum(expected), rtol=0.03)
+
+
 def test_contiguous_sharing_relaxes_only_pairs_of_a_group(W_dec: jax.Array) -> None:
     config = PenaltyConfig(kind="hinge", chunk_size=64, sharing="contiguous", group_size=4)
     ours = hinge_penalty(W_dec, jnp.float32(0.9), structure(config), 0.1, config, jax.random.key(5))
