@@ -53,10 +53,8 @@ class Architecture:
 
     activate: Activate
     keep: Keep | None = None  # what lets `sparse` skip the zeros; None: all products are dense
-    keeps_by_row: bool = False  # `keep` looks at one row alone
-    keeps_any_number: bool = (
-        False  # `keep` finds the active latents if they are few, so it is to be seen whether they are
-    )
+    keeps_any_number: bool = False  # how many `keep` keeps is not fixed: it may find no slot for some
+    by_row: bool = False  # what becomes of a row does not depend on the others of the batch
     cost: Cost | None = None  # None: the activation itself fixes L0; otherwise a coefficient times this does
     extra: Extra | None = None  # a further loss term
     params: Mapping[str, Callable[[SAEConfig], float]] = field(default_factory=dict)  # name -> first value of each of F
@@ -209,11 +207,12 @@ def _first_threshold(config: SAEConfig) -> float:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "batchtopk": Architecture(batchtopk, _keep_of_batch, learns_threshold=True),
-    "topk": Architecture(topk, _keep_of_rows, keeps_by_row=True),
-    "relu": Architecture(relu, _keep_positive, keeps_any_number=True, cost=l1, starts_dense=True),
+    "topk": Architecture(topk, _keep_of_rows, by_row=True),
+    "relu": Architecture(relu, _keep_positive, keeps_any_number=True, by_row=True, cost=l1, starts_dense=True),
     "jumprelu": Architecture(jumprelu, cost=l0, params={"threshold": _first_threshold}),
     "gated": Architecture(
         gated,
+        by_row=True,
         cost=gate_l1,
         extra=gate_reconstruction,
         params={"r_mag": _zero, "b_mag": _zero},
@@ -221,6 +220,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "matryoshka": Architecture(batchtopk, _keep_of_batch, learns_threshold=True, nested=True),
     "matryoshka_relu": Architecture(
-        relu, _keep_positive, keeps_any_number=True, cost=l1, starts_dense=True, nested=True
+        relu, _keep_positive, keeps_any_number=True, by_row=True, cost=l1, starts_dense=True, nested=True
     ),
 }

@@ -17,8 +17,8 @@ from hafs_jax.products import block_bytes
 from hafs_jax.state import hyperparameters, init_state
 
 # What a compiled step holds at once on a CPU, beside its state, as XLA's own analysis of temporary memory has it: three
-# times the parameters (gradients, the optimizer's moves, a transpose), these many arrays [B, F] of float32, and of the
-# dead latents' auxiliary loss one of a block of rows.
+# times the parameters (gradients, the optimizer's moves, a transpose), these many arrays [B, F] of float32 (of a block
+# of rows, where the architecture can be taken so), and of the dead latents' auxiliary loss one of a block of rows.
 _PARAMETERS = 3
 _DENSE_ARRAYS, _SPARSE_ARRAYS = {"gated": 4, "jumprelu": 5}, 1
 _OTHERS = 3  # of _DENSE_ARRAYS
@@ -57,10 +57,13 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
     at_once = members if together == "vmap" else 1
     shards, devices = config.dictionary_shards, jax.device_count()
     whole = 4 * B * config.sae.F // devices
+    block = min(whole, block_bytes())
+    architecture = ARCHITECTURES[config.sae.architecture]
+    in_blocks = architecture.by_row and config.penalty.sharing != "cofiring"
     dense_arrays = _DENSE_ARRAYS.get(config.sae.architecture, _OTHERS)
-    never_dense = sparse.pays(config) and not ARCHITECTURES[config.sae.architecture].keeps_any_number
-    activations = (_SPARSE_ARRAYS if never_dense else dense_arrays) * whole
-    activations += min(whole, block_bytes()) if config.sparsity.aux > 0 else 0
+    never_dense = sparse.pays(config) and not architecture.keeps_any_number
+    activations = (_SPARSE_ARRAYS if never_dense else dense_arrays) * (block if in_blocks else whole)
+    activations += block if config.sparsity.aux > 0 else 0
     dispatched = [store for store in (stores.train, stores.target) if store is not None]
     row_bytes = sum(store.manifest.d_model * KEPT_AS[store.manifest.dtype].itemsize for store in dispatched)
     batches = _DISPATCHES * config.steps_per_dispatch * B * row_bytes

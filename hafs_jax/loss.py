@@ -19,7 +19,7 @@ from hafs_jax import sparse
 from hafs_jax.architectures import ARCHITECTURES, Encoding, OperatingPoint
 from hafs_jax.config import TrainConfig
 from hafs_jax.nested import prefix_changes, prefix_ends, prefix_errors, prefix_shares
-from hafs_jax.products import Params, matmul, row_blocks
+from hafs_jax.products import Params, matmul, row_blocks, whole_rows
 from hafs_jax.sae import SAE, pre_bias
 from hafs_jax.state import largest_of_members
 
@@ -41,11 +41,7 @@ class Forward(struct.PyTreeNode):
     parts: Metrics
     firing_F: Float[Array, " F"]  # rows in which each latent fires
     smallest: Float[Array, ""]  # active latent, where the architecture learns from it; infinite where none is
-    encoding: Encoding | None  # None where the zeros are skipped
-
-
-Run = Callable[..., Forward]
-"""`_forward_dense` or `_forward_sparse`."""
+    encoding: Encoding | None  # None where the zeros are skipped, and of a batch in blocks
 
 
 def loss_and_gradients(
@@ -62,21 +58,25 @@ def loss_and_gradients(
 
     `key` samples a Matryoshka's prefixes; `axis` is `train_step`'s.
     """
-    given = (acts_BD, target_BD, weights, variance, key)
+    rows = (acts_BD, target_BD)
 
-    def by(run: Run, product_BF: Array | None = None) -> tuple[tuple[Array, Forward], Params]:
-        return jax.value_and_grad(_loss, has_aux=True)(params, *given, product_BF, config, run)
+    def dense() -> tuple[tuple[Array, Forward], Params]:
+        return _in_blocks(partial(_forward_dense, weights=weights, variance=variance, key=key), params, rows, config)
 
     if not sparse.pays(config):
-        (loss, forward), grads = by(_forward_dense)
-    elif not ARCHITECTURES[config.sae.architecture].keeps_any_number:
-        (loss, forward), grads = by(_forward_sparse)
+        (loss, forward), grads = dense()
     else:
-        product_BF = matmul(acts_BD, params["W_enc"], config.sae.compute_dtype)
-        many = ~sparse.few(product_BF, pre_bias(params, config.sae), config)
-        (loss, forward), grads = jax.lax.cond(
-            largest_of_members(many, axis), partial(by, _forward_dense), partial(by, _forward_sparse), product_BF
-        )
+        bias_F = pre_bias(params, config.sae)
+        kept = sparse.find(acts_BD, params["W_enc"], bias_F, weights.k, config)
+
+        def by_kept() -> tuple[tuple[Array, Forward], Params]:
+            run = partial(_forward_sparse, kept=kept, weights=weights, variance=variance, key=key, config=config)
+            return jax.value_and_grad(_loss, has_aux=True)(params, run, *rows)
+
+        if ARCHITECTURES[config.sae.architecture].keeps_any_number:
+            (loss, forward), grads = jax.lax.cond(largest_of_members(~kept.whole, axis), dense, by_kept)
+        else:
+            (loss, forward), grads = by_kept()
     if config.sparsity.aux > 0:
         aux, grads = add_aux(grads, params, acts_BD, forward.residual_BD, weights.is_dead_F, config, axis)
         forward.parts["loss_aux"] += aux
@@ -84,26 +84,47 @@ def loss_and_gradients(
     return (loss, forward), grads
 
 
-def _loss(
-    params: Params,
-    acts_BD: Float[Array, "B D"],
-    target_BD: Float[Array, "B D_out"],
-    weights: Weights,
-    variance: Float[Array, ""],
-    key: Key[Array, ""],
-    product_BF: Float[Array, "B F"] | None,
-    config: TrainConfig,
-    run: Run,
-) -> tuple[Float[Array, ""], Forward]:
-    """The loss of scaled activations but for the penalty and the auxiliary reconstruction, with its parts.
-
-    `product_BF` is acts @ W_enc, where that is known already.
-    """
-    forward = run(params, acts_BD, target_BD, weights, variance, key, product_BF, config)
+def _loss(params: Params, run: Callable[..., Forward], *rows: Float[Array, "B _"]) -> tuple[Float[Array, ""], Forward]:
+    """The loss but for the penalty and the auxiliary reconstruction, with its parts, of a forward pass `run`."""
+    forward = run(params, *rows)
     parts = forward.parts
     parts.setdefault("loss_sparsity", jnp.zeros(()))
     parts.setdefault("loss_aux", jnp.zeros(()))
     return parts["loss_reconstruction"] + parts["loss_sparsity"] + parts["loss_aux"], forward
+
+
+def _in_blocks(
+    run: Callable[..., Forward], params: Params, rows: tuple[Array, Array], config: TrainConfig
+) -> tuple[tuple[Float[Array, ""], Forward], Params]:
+    """`_loss` of all rows and its gradient, by blocks of rows where the batch is large and no row needs the others.
+
+    Losses are means over rows, so those of equal blocks are averaged. Without `encoding`, if there are several.
+    """
+    run = partial(run, config=config)
+    apart = ARCHITECTURES[config.sae.architecture].by_row and config.penalty.sharing != "cofiring"
+    blocks = [row_blocks(of, config.sae.F) if apart else of[None] for of in rows]
+    P = len(blocks[0])
+    if P == 1:
+        (loss, forward), grads = jax.value_and_grad(_loss, has_aux=True)(params, run, *rows)
+        return (loss, forward.replace(encoding=None) if sparse.pays(config) else forward), grads
+
+    def share(params: Params, *block: Array) -> tuple[Array, Forward]:
+        loss, forward = _loss(params, run, *block)
+        return loss / P, forward.replace(encoding=None)
+
+    def add(grads: Params, block: list[Array]) -> tuple[Params, tuple[Array, Forward]]:
+        found, more = jax.value_and_grad(share, has_aux=True)(params, *block)
+        return jax.tree.map(jnp.add, grads, more), found
+
+    grads, (losses, forwards) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), blocks)
+    forward = Forward(
+        whole_rows(forwards.residual_BD),
+        {name: jnp.mean(parts) for name, parts in forwards.parts.items()},
+        firing_F=jnp.sum(forwards.firing_F, axis=0),
+        smallest=jnp.min(forwards.smallest),
+        encoding=None,
+    )
+    return (jnp.sum(losses), forward), grads
 
 
 def _forward_dense(
@@ -113,14 +134,13 @@ def _forward_dense(
     weights: Weights,
     variance: Array,
     key: Key[Array, ""],
-    product_BF: Array | None,
     config: TrainConfig,
 ) -> Forward:
     """Every architecture's terms, by products with all latents."""
     architecture, settings = ARCHITECTURES[config.sae.architecture], config.sparsity
     sae = SAE(config.sae, acts_BD.shape[1], target_BD.shape[1])
     at = OperatingPoint(weights.k)
-    encoding = cast(Encoding, sae.apply({"params": params}, acts_BD, at, product_BF, method="encode"))
+    encoding = cast(Encoding, sae.apply({"params": params}, acts_BD, at, method="encode"))
     latents_BF, parts = encoding.latents_BF, cast(Metrics, {})
     if architecture.nested:
         changes = prefix_changes(latents_BF, params, config.sae, key)
@@ -145,7 +165,7 @@ def _forward_dense(
         parts,
         firing_F=jnp.sum(active_BF, axis=0, dtype=jnp.float32),
         smallest=jnp.min(jnp.where(active_BF, latents_BF, jnp.inf)) if architecture.learns_threshold else jnp.zeros(()),
-        encoding=None if sparse.pays(config) else encoding,
+        encoding=encoding,
     )
 
 
@@ -156,12 +176,12 @@ def _forward_sparse(
     weights: Weights,
     variance: Array,
     key: Key[Array, ""],
-    product_BF: Array | None,
+    kept: sparse.Kept,
     config: TrainConfig,
 ) -> Forward:
     """The same of an architecture that `sparse` knows, by products with the latents that it keeps."""
     architecture, W_dec, dtype = ARCHITECTURES[config.sae.architecture], params["W_dec"], config.sae.compute_dtype
-    kept = sparse.encode(acts_BD, params["W_enc"], pre_bias(params, config.sae), weights.k, product_BF, config)
+    kept = sparse.encode(kept, acts_BD, params["W_enc"], pre_bias(params, config.sae), dtype)
     if architecture.nested:
         ends = prefix_ends(config.sae, key)
         bands = [kept.within(start, end) for start, end in zip((0, *ends), ends, strict=False)]

@@ -39,25 +39,6 @@ def _backward(dtype: str, inputs: tuple[Array, Array], cotangent: Array) -> tupl
 matmul.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def known_matmul(
-    product: Float[Array, "M N"], left: Float[Array, "M K"], right: Float[Array, "K N"], dtype: str
-) -> Float[Array, "M N"]:
-    """`product`, which is matmul(left, right, dtype): nothing is multiplied but for the gradient of the two."""
-    return product
-
-
-def _known_forward(product: Array, left: Array, right: Array, dtype: str) -> tuple[Array, tuple[Array, Array]]:
-    return product, (left.astype(dtype), right.astype(dtype))
-
-
-def _known_backward(dtype: str, inputs: tuple[Array, Array], cotangent: Array) -> tuple[None, Array, Array]:
-    return None, *_backward(dtype, inputs, cotangent)
-
-
-known_matmul.defvjp(_known_forward, _known_backward)
-
-
 def _product(left: Float[Array, "M K"], right: Array, over: int) -> Float[Array, "M N"]:
     """left @ right, or left @ right.T where the sum goes over right's axis 1, in float32."""
     product = jax.lax.dot_general(left, right, (((1,), (over,)), ((), ())), preferred_element_type=jnp.float32)
@@ -89,6 +70,11 @@ def row_blocks(rows_BD: Float[Array, "B D"], width: int) -> Float[Array, "P N D"
     wanted = -(-4 * B * width // block_bytes())
     P = next((parts for parts in range(wanted, 4 * wanted) if B % parts == 0), 1)
     return rows_BD.reshape(B // P, P, -1).swapaxes(0, 1)
+
+
+def whole_rows(blocks_PND: Float[Array, "P N D"]) -> Float[Array, "B D"]:
+    """The rows that `row_blocks` put into blocks."""
+    return blocks_PND.swapaxes(0, 1).reshape(-1, blocks_PND.shape[-1])
 
 
 def block_bytes() -> int:

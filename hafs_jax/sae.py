@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from hafs_jax.architectures import ARCHITECTURES, Encoding, OperatingPoint
 from hafs_jax.config import SAEConfig
-from hafs_jax.products import Params, known_matmul, matmul
+from hafs_jax.products import Params, matmul
 
 
 class InputScale(struct.PyTreeNode):
@@ -58,16 +58,10 @@ class SAE(nn.Module):
             params[name] = self.param(name, nn.initializers.constant(first(config)), (F,), jnp.float32)
         self.params = params
 
-    def encode(
-        self, acts_BD: Float[Array, "B D"], at: OperatingPoint, product_BF: Float[Array, "B F"] | None = None
-    ) -> Encoding:
-        """Pre-activations and latents of scaled activations; `product_BF` is acts @ W_enc, where that is known."""
+    def encode(self, acts_BD: Float[Array, "B D"], at: OperatingPoint) -> Encoding:
+        """Pre-activations and latents of scaled activations."""
         params, dtype = dict(self.params), self.config.compute_dtype
-        if product_BF is None:
-            product_BF = matmul(acts_BD, params["W_enc"], dtype)
-        else:
-            product_BF = known_matmul(product_BF, acts_BD, params["W_enc"], dtype)
-        pre_BF = product_BF + pre_bias(params, self.config)[None]
+        pre_BF = matmul(acts_BD, params["W_enc"], dtype) + pre_bias(params, self.config)[None]
         activate = ARCHITECTURES[self.config.architecture].activate
         return Encoding(pre_BF, activate(pre_BF, params, self.config, at))
 

@@ -18,6 +18,7 @@ class Entries(struct.PyTreeNode):
     rows_N: Int[Array, " N"]
     columns_N: Int[Array, " N"]
     real_N: Bool[Array, " N"]
+    whole: Bool[Array, ""]  # whether there was a slot for each of those that were looked for
 
 
 def largest_of_rows(
@@ -42,6 +43,7 @@ def largest_of_rows(
         rows_N=jnp.repeat(jnp.arange(B, dtype=jnp.int32), most),
         columns_N=columns_BK.astype(jnp.int32).reshape(-1),
         real_N=((largest_BK > 0) & (jnp.arange(most) < count)[None]).reshape(-1),
+        whole=jnp.bool_(True),
     )
 
 
@@ -51,18 +53,22 @@ def largest_of_all(
     """The `count` largest positive entries of values + offset, `count` <= `most` = N; found as in `largest_of_rows`."""
     groups_NG, numbers_N = largest_groups(values_BF, offset_F, most)
     kept_NG = groups_NG >= jnp.maximum(count_threshold(groups_NG, count), _TINY)
-    return _entries(kept_NG, numbers_N, most, values_BF.shape[1])
+    return _entries(kept_NG, numbers_N, most, values_BF.shape[1], jnp.bool_(True))
 
 
 def positive(values_BF: Float[Array, "B F"], offset_F: Float[Array, " F"], most: int) -> Entries:
-    """The positive entries of values + offset; N = `most`. Where there are more, some of them."""
+    """The positive entries of values + offset; N = `most`. Where there are more, it is not `whole`."""
     values_BTG, offset_TG = _grouped(values_BF), _grouped(offset_F)
     largest_T = jnp.max(values_BTG + offset_TG[None], axis=2).reshape(-1)
     groups_NG, numbers_N = _groups_where(largest_T > 0, values_BTG, offset_TG, most)
-    return _entries(groups_NG > 0, numbers_N, most, values_BF.shape[1])
+    kept_NG = groups_NG > 0
+    whole = (jnp.sum(largest_T > 0) <= most) & (jnp.sum(kept_NG) <= most)
+    return _entries(kept_NG, numbers_N, most, values_BF.shape[1], whole)
 
 
-def _entries(kept_NG: Bool[Array, "M G"], numbers_N: Int[Array, " M"], most: int, F: int) -> Entries:
+def _entries(
+    kept_NG: Bool[Array, "M G"], numbers_N: Int[Array, " M"], most: int, F: int, whole: Bool[Array, ""]
+) -> Entries:
     """The kept ones of M groups of neighbours in rows of F; N = `most`."""
     at_N = _where_true(kept_NG.reshape(-1), most)
     number_N, per_row = numbers_N[at_N // _GROUP], -(-F // _GROUP)
@@ -70,6 +76,7 @@ def _entries(kept_NG: Bool[Array, "M G"], numbers_N: Int[Array, " M"], most: int
         rows_N=number_N // per_row,
         columns_N=number_N % per_row * _GROUP + at_N % _GROUP,
         real_N=jnp.arange(most) < jnp.sum(kept_NG),
+        whole=whole,
     )
 
 

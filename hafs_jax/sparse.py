@@ -30,6 +30,7 @@ class Kept(struct.PyTreeNode):
     rows_N: Int[Array, " N"]
     latents_N: Int[Array, " N"]
     filled: Int[Array, ""]  # from this slot on all are empty
+    whole: Bool[Array, ""]  # whether there was a slot for each active latent
 
     def firing(self, n_latents: int) -> Float[Array, " F"]:
         """In how many of the rows each latent fires."""
@@ -59,68 +60,60 @@ def pays(config: TrainConfig) -> bool:
     return comes_to_k and jax.default_backend() == "cpu" and ratio >= _LEAST_RATIO[config.sae.compute_dtype]
 
 
-def few(product_BF: Float[Array, "B F"], bias_F: Float[Array, " F"], config: TrainConfig) -> Bool[Array, ""]:
-    """Whether product + bias has no more positive entries than there are slots."""
-    return jnp.sum(product_BF + bias_F[None] > 0) <= len(product_BF) * slots(config.sae)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def encode(
-    acts_BD: Float[Array, "B D"],
-    W_enc: Float[Array, "D F"],
-    bias_F: Float[Array, " F"],
-    k: Array,
-    product_BF: Float[Array, "B F"] | None,
-    config: TrainConfig,
+def find(
+    acts_BD: Float[Array, "B D"], W_enc: Float[Array, "D F"], bias_F: Float[Array, " F"], k: Array, config: TrainConfig
 ) -> Kept:
-    """The kept entries of relu(acts @ W_enc + bias), as the config's architecture keeps them.
+    """The kept entries of relu(acts @ W_enc + bias), as the config's architecture keeps them; not differentiable.
 
-    `product_BF` is acts @ W_enc, where that is known already.
+    Where the architecture allows it, a large batch is taken in blocks of rows.
     """
     architecture = ARCHITECTURES[config.sae.architecture]
     keep = architecture.keep
     assert keep is not None
 
-    def of_product(product_NF: Array) -> Kept:
+    def of_rows(acts_ND: Array) -> Kept:
+        product_NF = matmul(acts_ND, W_enc, config.sae.compute_dtype)
         entries: Entries = keep(product_NF, bias_F, config.sae, k)
         values_N = product_NF[entries.rows_N, entries.columns_N] + bias_F[entries.columns_N]
-        places = jnp.arange(1, len(values_N) + 1, dtype=jnp.int32)
-        filled = jnp.max(jnp.where(entries.real_N, places, 0))
-        return Kept(jnp.where(entries.real_N, values_N, 0.0), entries.rows_N, entries.columns_N, filled)
+        values_N = jnp.where(entries.real_N, values_N, 0.0)
+        filled = jnp.max(jnp.where(entries.real_N, jnp.arange(1, len(values_N) + 1, dtype=jnp.int32), 0))
+        return Kept(values_N, entries.rows_N, entries.columns_N, filled, entries.whole)
 
-    def of_rows(acts_ND: Array) -> Kept:
-        return of_product(matmul(acts_ND, W_enc, config.sae.compute_dtype))
-
-    if product_BF is not None:
-        return of_product(product_BF)
-    blocks_PND = row_blocks(acts_BD, W_enc.shape[1]) if architecture.keeps_by_row else acts_BD[None]
-    P, N, _ = blocks_PND.shape
+    blocks_PND = row_blocks(acts_BD, W_enc.shape[1]) if architecture.by_row else acts_BD[None]
+    P = len(blocks_PND)
     if P == 1:
         return of_rows(acts_BD)
     kept = jax.lax.map(of_rows, blocks_PND)
-    values, rows, latents = (
-        array.reshape(P, N, -1).swapaxes(0, 1).reshape(-1)
-        for array in (kept.values_N, kept.rows_N * P + jnp.arange(P, dtype=jnp.int32)[:, None], kept.latents_N)
-    )
-    return Kept(values, rows, latents, jnp.int32(len(values)))
+    rows_PN = kept.rows_N * P + jnp.arange(P, dtype=jnp.int32)[:, None]
+    kept = Kept(kept.values_N.reshape(-1), rows_PN.reshape(-1), kept.latents_N.reshape(-1), kept.filled, kept.whole)
+    if architecture.keeps_any_number:  # each block ends in empty slots, which are to come after all others
+        order_N = jnp.argsort(kept.values_N == 0, stable=True)
+        arrays = (kept.values_N[order_N], kept.rows_N[order_N], kept.latents_N[order_N])
+        return Kept(*arrays, jnp.sum(kept.values_N > 0, dtype=jnp.int32), jnp.all(kept.whole))
+    return kept.replace(filled=jnp.int32(len(kept.values_N)), whole=jnp.all(kept.whole))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def encode(
+    kept: Kept, acts_BD: Float[Array, "B D"], W_enc: Float[Array, "D F"], bias_F: Float[Array, " F"], dtype: str
+) -> Kept:
+    """`kept`, which is `find`'s, with the gradient of relu(acts @ W_enc + bias) at its entries."""
+    return kept
 
 
 def _encode_forward(
-    acts_BD: Array, W_enc: Array, bias_F: Array, k: Array, product_BF: Array | None, config: TrainConfig
-) -> tuple[Kept, tuple[Array, Array, Kept]]:
-    kept = encode(acts_BD, W_enc, bias_F, k, product_BF, config)
-    return kept, (acts_BD, W_enc, kept)
+    kept: Kept, acts_BD: Array, W_enc: Array, bias_F: Array, dtype: str
+) -> tuple[Kept, tuple[Kept, Array, Array]]:
+    return kept, (kept, acts_BD, W_enc)
 
 
-def _encode_backward(
-    config: TrainConfig, saved: tuple[Array, Array, Kept], cotangent: Kept
-) -> tuple[Array, Array, Array, None, None]:
-    acts_BD, W_enc, kept = saved
-    B, F, dtype = len(acts_BD), W_enc.shape[1], config.sae.compute_dtype
+def _encode_backward(dtype: str, saved: tuple[Kept, Array, Array], cotangent: Kept) -> tuple[None, Array, Array, Array]:
+    kept, acts_BD, W_enc = saved
+    B, F = len(acts_BD), W_enc.shape[1]
     pulls = kept.replace(values_N=jnp.where(kept.values_N > 0, cotangent.values_N, 0.0))
     onto_acts = _onto_rows(pulls, W_enc.T, B, dtype)  # dropped where nobody asks
     onto_bias_F = jnp.zeros(F).at[kept.latents_N].add(pulls.values_N)
-    return onto_acts, _onto_latents(pulls, acts_BD, F, dtype).T, onto_bias_F, None, None
+    return None, onto_acts, _onto_latents(pulls, acts_BD, F, dtype).T, onto_bias_F
 
 
 encode.defvjp(_encode_forward, _encode_backward)
@@ -142,7 +135,7 @@ def _decode_backward(
     kept, W_dec = saved
     pulls_N = _dots(kept, cotangent_BD, W_dec, dtype)
     onto_W_dec = _onto_latents(kept, cotangent_BD, len(W_dec), dtype)
-    return Kept(pulls_N, None, None, None), onto_W_dec  # type: ignore[arg-type]  # whole numbers have no gradient
+    return Kept(pulls_N, None, None, None, None), onto_W_dec  # type: ignore[arg-type]  # whole numbers have no gradient
 
 
 decode.defvjp(_decode_forward, _decode_backward)

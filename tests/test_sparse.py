@@ -40,14 +40,25 @@ def outcome(config: TrainConfig, dead: int, seed: int = 0, k: int = 5, l0: float
     return run(params, acts, acts, weights, jnp.float32(D), jax.random.key(5), config)
 
 
-def test_a_batch_in_blocks_of_rows_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = dataclasses.replace(config_of("topk"), products="sparse")
-    (_, whole), grads = outcome(config, dead=-1)
+@pytest.mark.parametrize(
+    ("architecture", "products_", "l0"),
+    [("topk", "sparse", None), ("relu", "sparse", 5.0), ("relu", "dense", 60.0), ("gated", "dense", 60.0)],
+)
+def test_a_batch_in_blocks_of_rows_is_the_whole_one(
+    architecture: str, products_: str, l0: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(config_of(architecture), products=products_)
+    (loss, whole), grads = outcome(config, dead=-1, l0=l0)
     monkeypatch.setitem(products._BLOCK_BYTES, "cpu", 4 * F * B // 3)
     assert len(products.row_blocks(jnp.zeros((B, D)), F)) == 3
     jax.clear_caches()
-    (_, forward), grads_in_blocks = outcome(config, dead=-1)
+    (loss_in_blocks, forward), grads_in_blocks = outcome(config, dead=-1, l0=l0)
     jax.clear_caches()
+    assert forward.encoding is None
+    assert float(loss_in_blocks) == pytest.approx(float(loss), rel=1e-5)
+    for name, value in whole.parts.items():
+        np.testing.assert_allclose(forward.parts[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(forward.residual_BD, whole.residual_BD, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(forward.firing_F, whole.firing_F)
     for name, grad in grads.items():
         np.testing.assert_allclose(grads_in_blocks[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
