@@ -48,6 +48,7 @@ def measure(quick: bool) -> Iterator[Row]:
 
     with tempfile.TemporaryDirectory(prefix="hafs-extraction-") as temporary:
         tokens_NL = packed(model, tokens)
+        model.compile_blocks((OFFLINE.hook_point,), (BATCH, LENGTH))
         bare = {"bare forward": truncated(compiled=False), "bare forward, compiled": truncated(compiled=True)}
         for name, run in bare.items():
             _check(run(tokens_NL[:BATCH]), model.activations(tokens_NL[:BATCH], OFFLINE.hook_point), name)
@@ -118,9 +119,8 @@ def _our_rate(out: Path, tokens: int) -> tuple[float, str]:
     stages = timing["seconds_by_stage"]
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items())
     seen = sum(len(Store(folder).contexts().tokens) for folder in folders.values())
-    return seen / (
-        seconds - stages["load"] - stages["compile"]
-    ), f"{spent}; {timing['padding_share']:.1%} of the positions are padding"
+    rate = seen / (seconds - stages["load"] - stages["compile"])
+    return rate, f"{spent}; {timing['padding_share']:.1%} of the positions are padding"
 
 
 def _sae_lens_rate(out: Path, model: LanguageModel, tokens: int) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.harness import Row, interleaved
 from benchmarks.steps import D, K, config_of, our_steps, planted_rows
 from hafs_jax.config import PenaltyConfig, TrainConfig
-from hafs_jax.penalty import Structure, first_groups, hinge_pull, penalty
+from hafs_jax.penalty import Structure, first_groups, hinge_pull, penalty_pull
 from hafs_jax.presets import preset
 from hafs_jax.sae import init_params
 
@@ -83,9 +83,7 @@ def _spread(F: int, draws: int) -> Row:
     found = float(np.mean([estimate(key) for key in jax.random.split(jax.random.key(1), draws)]))
     cosines = W_dec @ W_dec.T
     above = jnp.maximum(cosines - _MU0, 0.0) * (1 - jnp.eye(F))
-    squares = float(
-        jnp.sum((4 / F * above) ** 2 * (1 - cosines**2))
-    )  # of all terms, each |u_j - cos u_i|^2 = 1 - cos^2
+    squares = float(jnp.sum((4 / F * above) ** 2 * (1 - cosines**2)))  # |u_j - cos u_i|^2 is 1 - cos^2
     N, n = F - 1, strict.chunk_size - 1
     formula = N * (N - n) / n * (squares - size / N) / (N - 1)
     ours, theirs, sizes = (found / size) ** 0.5, (formula / size) ** 0.5, {"D": D, "F": F, "chunk": strict.chunk_size}
@@ -95,12 +93,7 @@ def _spread(F: int, draws: int) -> Row:
 
 def _gradient(config: TrainConfig, settings: PenaltyConfig, W_dec: jax.Array) -> Callable[[], Any]:
     structure = Structure(first_groups(settings, config.sae), jnp.zeros(config.sae.F))
-
-    def found(W: jax.Array, key: jax.Array) -> jax.Array:
-        given = (W, jnp.float32(0.5), structure, _MU0, settings, key)
-        return hinge_pull(*given)[1] if settings.kind == "hinge" else jax.grad(penalty)(*given)
-
-    gradient = jax.jit(found)
+    gradient = jax.jit(lambda W, key: penalty_pull(W, jnp.float32(0.5), structure, _MU0, settings, key)[1])
     return lambda: jax.block_until_ready(gradient(W_dec, jax.random.key(0)))
 
 

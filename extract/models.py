@@ -10,13 +10,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.fx.experimental import _config as shape_config
 
 from extract import packaged
 from extract.format.config import did_you_mean
@@ -141,25 +142,25 @@ class LanguageModel:
     def compile_blocks(self, hook_points: Sequence[str], shape: tuple[int, int]) -> None:
         """Compiles, by `torch.compile`, the blocks that `activations_at(hook_points)` runs; once for all batch sizes.
 
-        `shape` [B, L] is a usual batch's: the code is tuned to it. Activations differ from the uncompiled ones by
-        rounding: fused operations keep float32 where the model's own round. Raises `UserError` where it cannot be
-        done, for want of a C++ compiler for one; the model is then as it was.
+        `shape` [B, L] is a usual batch's, of at least two contexts: the code is tuned to it. Activations differ from
+        the uncompiled ones by rounding: fused operations keep float32 where the model's own round. Raises `UserError`
+        where it cannot be done, for want of a C++ compiler for one; the model is then as it was.
         """
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(packaged.cache_folder() / "torch"))  # not in /tmp
         (B, L), blocks = shape, self._blocks()
         assert blocks is not None and self.compiles(hook_points)
         depth = 1 + max(int(match[1]) for match in map(_RESID.fullmatch, hook_points) if match)
         plain = [block.forward for block in blocks[:depth]]
-        for block in blocks[:depth]:
-            block.forward = torch.compile(block.forward, dynamic=True)
-        try:  # sizes of 1, and two equal ones, would be taken for constants
-            tokens_BL = torch.zeros(max(B, 2) + (max(B, 2) == L), max(L, 2), dtype=torch.long)
-            self.activations_at(tokens_BL, hook_points)
+        try:
+            for block in blocks[:depth]:
+                block.forward = torch.compile(block.forward, dynamic=True)
+            with cast(Any, shape_config).patch(use_duck_shape=False):  # sizes that are equal may differ later
+                self.activations_at(torch.zeros(B, L, dtype=torch.long), hook_points)
         except (RuntimeError, OSError) as error:
             for block, forward in zip(blocks, plain, strict=False):
                 block.forward = forward
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"torch.compile fails on {self.info.name}: {reason}; say --compile off") from error
+            raise UserError(f"torch.compile fails on {self.info.name}: {reason}") from error
         self._compiled = True
 
     @torch.no_grad()

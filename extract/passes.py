@@ -111,7 +111,7 @@ def spill_rows(
         storing: Future[None] | None = None
         for index in range(batches_done, len(split.batches)):
             batch = _run(split, model, config, split.batches[index])
-            if model.device.type == "cpu":  # on the model's own cores a second thread costs it more than it takes
+            if not _overlaps(model):
                 store(index, batch)
                 continue
             if storing is not None:
@@ -120,6 +120,11 @@ def spill_rows(
         if storing is not None:
             storing.result()
     return spill
+
+
+def _overlaps(model: LanguageModel) -> bool:
+    """Whether rows are stored while the model runs: on the model's own cores that costs it more than it saves."""
+    return model.device.type != "cpu"
 
 
 def _give_back_memory() -> None:

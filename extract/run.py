@@ -121,19 +121,20 @@ class _Extraction:
         few = sum(split.rows for split in splits) < COMPILED_FROM_TOKENS
         if config.compile == "off" or (config.compile == "auto" and few):
             return
-        if not model.compiles(config.hook_points):
-            if config.compile == "on":
-                raise UserError(f"compile=on: hook point {config.hook_point} is not of the residual stream; say auto")
-            return
-        print("compiling the model's blocks; --compile off goes without", file=sys.stderr)
-        length = config.context_length
+        shape = config.batch_tokens // config.context_length, config.context_length
         try:
-            model.compile_blocks(config.hook_points, (-(-config.batch_tokens // length), length))
+            if not model.compiles(config.hook_points):
+                raise UserError(f"hook point {config.hook_point} is not of the residual stream")
+            if shape[0] < 2:
+                raise UserError(f"batch_tokens={config.batch_tokens} are not two contexts of {shape[1]}")
+            print("compiling the model's blocks; --compile off goes without", file=sys.stderr)
+            model.compile_blocks(config.hook_points, shape)
         except UserError as error:
             if config.compile == "on":
-                raise
-            print(f"going on uncompiled: {error}", file=sys.stderr)
-        self._note("compile", started)
+                raise UserError(f"compile=on: {error}; say --compile auto, and --force to begin anew") from error
+            print(f"the model's blocks are not compiled: {error}", file=sys.stderr)
+        else:
+            self._note("compile", started)
 
     def _run_model(self, splits: list[Split], model: LanguageModel) -> list[Spill]:
         """Pass 1 over both splits; their rows in buckets."""
@@ -181,6 +182,7 @@ class _Extraction:
             "seconds": sum(seconds.values()),
             "seconds_by_stage": seconds,
             "attempts": self.journal.attempts,
+            "compiled": "compile" in seconds,
             "device": str(model.device),
             "tokens": tokens,
             "tokens_per_second": tokens / max(seconds["model"], 1e-9),

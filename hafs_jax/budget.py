@@ -13,7 +13,8 @@ from hafs_jax import sparse
 from hafs_jax.architectures import ARCHITECTURES
 from hafs_jax.config import TrainConfig
 from hafs_jax.loop import Stores
-from hafs_jax.products import block_bytes
+from hafs_jax.loss import blocks_of_rows
+from hafs_jax.products import blocks_of
 from hafs_jax.state import hyperparameters, init_state
 
 # What a compiled step holds at once on a CPU, beside its state, as XLA's own analysis of temporary memory has it: three
@@ -57,13 +58,11 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
     at_once = members if together == "vmap" else 1
     shards, devices = config.dictionary_shards, jax.device_count()
     whole = 4 * B * config.sae.F // devices
-    block = min(whole, block_bytes())
-    architecture = ARCHITECTURES[config.sae.architecture]
-    in_blocks = architecture.by_row and config.penalty.sharing != "cofiring"
-    dense_arrays = _DENSE_ARRAYS.get(config.sae.architecture, _OTHERS)
-    never_dense = sparse.pays(config) and not architecture.keeps_any_number
-    activations = (_SPARSE_ARRAYS if never_dense else dense_arrays) * (block if in_blocks else whole)
-    activations += block if config.sparsity.aux > 0 else 0
+    arrays = _DENSE_ARRAYS.get(config.sae.architecture, _OTHERS)
+    if sparse.pays(config) and not ARCHITECTURES[config.sae.architecture].keeps_any_number:
+        arrays = _SPARSE_ARRAYS
+    activations = arrays * whole // blocks_of_rows(config, B)
+    activations += whole // blocks_of(B, config.sae.F) if config.sparsity.aux > 0 else 0
     dispatched = [store for store in (stores.train, stores.target) if store is not None]
     row_bytes = sum(store.manifest.d_model * KEPT_AS[store.manifest.dtype].itemsize for store in dispatched)
     batches = _DISPATCHES * config.steps_per_dispatch * B * row_bytes

@@ -16,10 +16,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from hafs_jax import sparse
-from hafs_jax.architectures import ARCHITECTURES, Encoding, OperatingPoint
+from hafs_jax.architectures import ARCHITECTURES, Encoding, OperatingPoint, l1
 from hafs_jax.config import TrainConfig
 from hafs_jax.nested import prefix_changes, prefix_ends, prefix_errors, prefix_shares
-from hafs_jax.products import Params, matmul, row_blocks, whole_rows
+from hafs_jax.products import Params, blocks_of, matmul, row_blocks, whole_rows
 from hafs_jax.sae import SAE, pre_bias
 from hafs_jax.state import largest_of_members
 
@@ -68,6 +68,7 @@ def loss_and_gradients(
     else:
         bias_F = pre_bias(params, config.sae)
         kept = sparse.find(acts_BD, params["W_enc"], bias_F, weights.k, config)
+        kept = kept.replace(filled=largest_of_members(kept.filled, axis))
 
         def by_kept() -> tuple[tuple[Array, Forward], Params]:
             run = partial(_forward_sparse, kept=kept, weights=weights, variance=variance, key=key, config=config)
@@ -101,9 +102,8 @@ def _in_blocks(
     Losses are means over rows, so those of equal blocks are averaged. Without `encoding`, if there are several.
     """
     run = partial(run, config=config)
-    apart = ARCHITECTURES[config.sae.architecture].by_row and config.penalty.sharing != "cofiring"
-    blocks = [row_blocks(of, config.sae.F) if apart else of[None] for of in rows]
-    P = len(blocks[0])
+    P = blocks_of_rows(config, len(rows[0]))
+    blocks = [row_blocks(of, P) for of in rows]
     if P == 1:
         (loss, forward), grads = jax.value_and_grad(_loss, has_aux=True)(params, run, *rows)
         return (loss, forward.replace(encoding=None) if sparse.pays(config) else forward), grads
@@ -125,6 +125,12 @@ def _in_blocks(
         encoding=None,
     )
     return (jnp.sum(losses), forward), grads
+
+
+def blocks_of_rows(config: TrainConfig, batch_size: int) -> int:
+    """In how many blocks a dense step takes a batch."""
+    apart = ARCHITECTURES[config.sae.architecture].by_row and config.penalty.sharing != "cofiring"
+    return blocks_of(batch_size, config.sae.F) if apart else 1
 
 
 def _forward_dense(
@@ -190,7 +196,8 @@ def _forward_sparse(
     changes = [sparse.decode(band, W_dec, len(acts_BD), dtype) for band in bands]
     errors_G, residual_BD = prefix_errors(changes, target_BD, params["b_dec"])
     parts = {"fvu": errors_G[-1] / variance, "loss_reconstruction": jnp.mean(errors_G) / variance}
-    if architecture.cost is not None:  # L1: there is no other yet
+    assert architecture.cost in (None, l1)
+    if architecture.cost is not None:
         paid_N = kept.values_N * (prefix_shares(config.sae, key)[kept.latents_N] if architecture.nested else 1.0)
         parts["loss_sparsity"] = weights.coefficient * jnp.sum(paid_N) / len(acts_BD) / variance
     return Forward(
@@ -244,7 +251,7 @@ def add_aux(
         def add(sums: tuple[Array, Params], rows: list[Array]) -> tuple[tuple[Array, Params], None]:
             return jax.tree.map(jnp.add, sums, jax.value_and_grad(error)(params, *rows)), None
 
-        blocks = [row_blocks(rows_BD, width) for rows_BD in (acts_BD, residual_BD)]
+        blocks = [row_blocks(rows_BD, blocks_of(len(rows_BD), width)) for rows_BD in (acts_BD, residual_BD)]
         return lambda grads: jax.lax.scan(add, (jnp.zeros(()), grads), blocks)[0]
 
     which = largest_of_members(jnp.where(dead == 0, 0, jnp.where(dead <= few, 1, 2)), axis)

@@ -63,20 +63,32 @@ def sharing_weights(
     return (groups_CM[:, :, None] == groups_CM[:, None, :]).astype(jnp.float32)
 
 
-def penalty(
+def penalty_pull(
     W_dec: Float[Array, "F D"],
     alpha: Float[Array, ""],
     structure: Structure,
     mu0: float,
     config: PenaltyConfig,
     key: Key[Array, ""],
-) -> Float[Array, ""]:
-    """The penalty of the config's kind, before lambda: `hinge_penalty`, `ortsae_penalty`, `frobenius_penalty`."""
+) -> tuple[Float[Array, ""], Float[Array, "F D"]]:
+    """The penalty of a decoder of unit rows, before lambda, and the part of its gradient that turns them.
+
+    By the config's kind `hinge_penalty`, or 1 - alpha times `ortsae_penalty` or `frobenius_penalty`.
+    """
     if config.kind == "hinge":
-        return hinge_penalty(W_dec, alpha, structure, mu0, config, key)
-    if config.kind == "ortsae":
-        return (1.0 - alpha) * ortsae_penalty(W_dec, config, key)
-    return (1.0 - alpha) * frobenius_penalty(W_dec)
+        return hinge_pull(W_dec, alpha, structure, mu0, config, key)
+
+    def value(W_dec: Array) -> Array:
+        whole = ortsae_penalty(W_dec, config, key) if config.kind == "ortsae" else frobenius_penalty(W_dec)
+        return (1.0 - alpha) * whole
+
+    found, gradient_FD = jax.value_and_grad(value)(W_dec)
+    return found, tangent(gradient_FD, W_dec)
+
+
+def tangent(gradient_FD: Float[Array, "F D"], unit_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
+    """The gradient without its component along the unit rows."""
+    return gradient_FD - jnp.sum(gradient_FD * unit_FD, axis=1, keepdims=True) * unit_FD
 
 
 def hinge_penalty(
@@ -92,7 +104,8 @@ def hinge_penalty(
     O = w * mean_i sum_{j in chunk(i), j != i} (1 - alpha T_ij) relu(u_i . u_j - mu0)^2, u the unit rows of W_dec, with
     w the inverse probability that a pair shares a chunk: (F - 1)/(m - 1) where m divides F. Unbiased over partitions;
     exact where one chunk holds all latents. Cost F m D, never F x F. `yielding` decides which row of a pair the
-    gradient moves; the value is the same, and so is the size of the gradient. `hinge_pull` is the faster way to both.
+    gradient moves; the value is the same, and so is the size of the gradient. This is the plain form,
+    which tests hold `hinge_pull` to.
     """
     F = W_dec.shape[0]
     chunks = _chunks(F, config.chunk_size, key)

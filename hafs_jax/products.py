@@ -60,23 +60,20 @@ def _laid_out(matrix: Array) -> Array:
     return with_layout_constraint(matrix, Layout((0, 1))) if jax.default_backend() == "cpu" else matrix
 
 
-def row_blocks(rows_BD: Float[Array, "B D"], width: int) -> Float[Array, "P N D"]:
-    """The rows in P equal blocks, as few as let an array [N, width] of float32 take `block_bytes` at most.
+def blocks_of(rows: int, width: int) -> int:
+    """The fewest equal blocks of rows of which an array [rows of a block, width] of float32 takes 32 MB at most.
 
-    One block where B has no divisor near that number. Block p is every P-th row from p on: a batch that is split over
-    devices stays where it is.
+    512 MB on an accelerator. One block where the number of rows has no divisor from there to four times as many.
     """
-    B = len(rows_BD)
-    wanted = -(-4 * B * width // block_bytes())
-    P = next((parts for parts in range(wanted, 4 * wanted) if B % parts == 0), 1)
-    return rows_BD.reshape(B // P, P, -1).swapaxes(0, 1)
+    wanted = -(-4 * rows * width // _BLOCK_BYTES["cpu" if jax.default_backend() == "cpu" else "accelerator"])
+    return next((parts for parts in range(wanted, 4 * wanted) if rows % parts == 0), 1)
+
+
+def row_blocks(rows_BD: Float[Array, "B D"], P: int) -> Float[Array, "P N D"]:
+    """The rows in P equal blocks; block p is every P-th row from p on: a batch split over devices stays where it is."""
+    return rows_BD.reshape(-1, P, rows_BD.shape[-1]).swapaxes(0, 1)
 
 
 def whole_rows(blocks_PND: Float[Array, "P N D"]) -> Float[Array, "B D"]:
     """The rows that `row_blocks` put into blocks."""
     return blocks_PND.swapaxes(0, 1).reshape(-1, blocks_PND.shape[-1])
-
-
-def block_bytes() -> int:
-    """Of the largest array that `row_blocks` leaves."""
-    return _BLOCK_BYTES["cpu" if jax.default_backend() == "cpu" else "accelerator"]

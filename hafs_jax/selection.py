@@ -57,12 +57,12 @@ def largest_of_all(
 
 
 def positive(values_BF: Float[Array, "B F"], offset_F: Float[Array, " F"], most: int) -> Entries:
-    """The positive entries of values + offset; N = `most`. Where there are more, it is not `whole`."""
+    """The positive entries of values + offset; N = `most`. Not `whole` where there are more, or what is no number."""
     values_BTG, offset_TG = _grouped(values_BF), _grouped(offset_F)
     largest_T = jnp.max(values_BTG + offset_TG[None], axis=2).reshape(-1)
     groups_NG, numbers_N = _groups_where(largest_T > 0, values_BTG, offset_TG, most)
     kept_NG = groups_NG > 0
-    whole = (jnp.sum(largest_T > 0) <= most) & (jnp.sum(kept_NG) <= most)
+    whole = (jnp.sum(largest_T > 0) <= most) & (jnp.sum(kept_NG) <= most) & ~jnp.any(jnp.isnan(largest_T))
     return _entries(kept_NG, numbers_N, most, values_BF.shape[1], whole)
 
 

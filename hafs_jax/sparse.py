@@ -1,8 +1,9 @@
 """The SAE's products without the zeros: only the encoder's forward product is dense. Pure functions.
 
-Of the five products of B x D x F in a step, four multiply by latents of which k in F are not zero: the decoder's, its
-gradient with respect to the latents, and the gradients of both matrices. Here they are sums over the B k kept entries;
-values and gradients are those of the dense form (`sae.SAE`), which tests hold them to.
+Of the five products of B x D x F in a step, four multiply by latents of which few are not zero: the decoder's, its
+gradient with respect to the latents, and the gradients of both matrices. Here they are sums over the active entries, of
+which there are B k or, with ReLU, as many as there happen to be; values and gradients are those of the dense form
+(`sae.SAE`), which tests hold them to.
 """
 
 import math
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hafs_jax.architectures import ARCHITECTURES, slots
 from hafs_jax.config import TrainConfig
-from hafs_jax.products import matmul, row_blocks
+from hafs_jax.products import blocks_of, matmul, row_blocks
 from hafs_jax.selection import Entries
 
 _LEAST_RATIO = {"float32": 64.0, "bfloat16": math.inf}  # F / slots from which it is the faster on a CPU: see `pays`
@@ -45,9 +46,10 @@ class Kept(struct.PyTreeNode):
 def pays(config: TrainConfig) -> bool:
     """Whether a training of `config` multiplies by kept entries alone: as its `products` says, or by measurement.
 
-    `auto` takes dense products but where `benchmarks/products.py` measured the kept entries to be faster: on a CPU, in
-    float32, from 64 latents a slot on; and, of architectures that do not fix L0, where a controller brings it to k. In
-    bfloat16 they were not at any ratio up to 256; off the CPU nothing was measured.
+    `auto` takes dense products but where `benchmarks/products.py` measured the kept entries to be faster, with
+    BatchTopK: on a CPU, in float32, from 64 latents a slot on. ReLU, whose slots are more than k, goes by the same
+    number, where a controller brings L0 to k. In bfloat16 they were not at any ratio up to 256; off the CPU nothing was
+    measured.
     """
     architecture = ARCHITECTURES[config.sae.architecture]
     asks_for_all = config.penalty.sharing == "cofiring" or config.sparsity.pre_activation > 0
@@ -79,11 +81,10 @@ def find(
         filled = jnp.max(jnp.where(entries.real_N, jnp.arange(1, len(values_N) + 1, dtype=jnp.int32), 0))
         return Kept(values_N, entries.rows_N, entries.columns_N, filled, entries.whole)
 
-    blocks_PND = row_blocks(acts_BD, W_enc.shape[1]) if architecture.by_row else acts_BD[None]
-    P = len(blocks_PND)
+    P = blocks_of(len(acts_BD), W_enc.shape[1]) if architecture.by_row else 1
     if P == 1:
         return of_rows(acts_BD)
-    kept = jax.lax.map(of_rows, blocks_PND)
+    kept = jax.lax.map(of_rows, row_blocks(acts_BD, P))
     rows_PN = kept.rows_N * P + jnp.arange(P, dtype=jnp.int32)[:, None]
     kept = Kept(kept.values_N.reshape(-1), rows_PN.reshape(-1), kept.latents_N.reshape(-1), kept.filled, kept.whole)
     if architecture.keeps_any_number:  # each block ends in empty slots, which are to come after all others

@@ -15,7 +15,7 @@ from hafs_jax.architectures import ARCHITECTURES
 from hafs_jax.config import TrainConfig
 from hafs_jax.controllers import SparsityControl, update_gate, update_sparsity
 from hafs_jax.loss import Metrics, Weights, loss_and_gradients
-from hafs_jax.penalty import Structure, assign_parents, hinge_pull, noise_floor_margin, penalty
+from hafs_jax.penalty import Structure, assign_parents, noise_floor_margin, penalty_pull, tangent
 from hafs_jax.products import Params
 from hafs_jax.resample import resample
 from hafs_jax.sae import InputScale, unit_rows
@@ -68,7 +68,7 @@ def train_step(
     rate_F = _RATE_DECAY * state.rate_F + (1 - _RATE_DECAY) * forward.firing_F / B
 
     # A unit row can only turn: what points along it would be undone by `unit_rows` but stay in Adam's moments.
-    grads["W_dec"] = _tangent(grads["W_dec"], state.params["W_dec"])
+    grads["W_dec"] = tangent(grads["W_dec"], state.params["W_dec"])
     metrics = {"penalty": jnp.zeros(()), "loss_orthogonality": jnp.zeros(()), "penalty_gradient_share": jnp.zeros(())}
     pull, groups_F, alpha = state.pull, state.groups_F, jnp.float32(alpha_schedule(config.penalty, config.steps)(step))
     if config.penalty.kind != "none":
@@ -218,12 +218,7 @@ def _pull(
     W_dec, every = state.params["W_dec"], config.penalty.every_steps
 
     def anew(_: Params) -> Params:
-        given = (W_dec, alpha, structure, mu0, config.penalty, key)
-        if config.penalty.kind == "hinge":
-            value, pull_FD = hinge_pull(*given)
-        else:
-            value, pull_FD = jax.value_and_grad(penalty)(*given)
-            pull_FD = _tangent(pull_FD, W_dec)
+        value, pull_FD = penalty_pull(W_dec, alpha, structure, mu0, config.penalty, key)
         pull, rest = state.gate.lam * optax.global_norm(pull_FD), optax.global_norm(grad_FD)
         return {"W_dec": pull_FD, "value": value, "share": pull / jnp.maximum(pull + rest, 1e-30)}
 
@@ -241,11 +236,6 @@ def _regrouped(state: TrainState, config: TrainConfig, axis: str | None) -> Int[
         lambda: assign_parents(state.params["W_dec"], settings.parents),
         lambda: state.groups_F,
     )
-
-
-def _tangent(gradient_FD: Float[Array, "F D"], unit_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
-    """The gradient without its component along the unit rows."""
-    return gradient_FD - jnp.sum(gradient_FD * unit_FD, axis=1, keepdims=True) * unit_FD
 
 
 def compile_steps(state_shardings: Any = None, members: str | None = None) -> Callable[..., tuple[Any, Metrics]]:

@@ -11,6 +11,7 @@ from stores import write_store
 from extract.format.errors import UserError
 from extract.format.store import Store
 from hafs_jax import budget as module
+from hafs_jax import products
 from hafs_jax.budget import available_bytes, budget, size
 from hafs_jax.config import TrainConfig
 from hafs_jax.data import input_scale
@@ -51,6 +52,16 @@ def test_what_is_counted(stores: Stores) -> None:
     assert (many.parameters, many.step, many.batches) == (3 * found.parameters, 3 * found.step, found.batches)
     assert (one_by_one.optimizer, one_by_one.step) == (3 * found.optimizer, found.step)
     assert budget(config_of(), Stores(stores.train, stores.train)).batches == 2 * found.batches  # a transcoder
+
+
+def test_blocks_are_counted_only_where_the_batch_divides(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = 4 * B * F
+    monkeypatch.setitem(products._BLOCK_BYTES, "cpu", whole // 4)
+    parameters = budget(config_of(), stores).parameters
+    assert budget(config_of(), stores).step == 3 * parameters + 3 * whole // 4 + whole // 4
+    prime = dataclasses.replace(config_of(), batch_size=67)
+    assert budget(prime, stores).step == 3 * parameters + (3 + 1) * 4 * 67 * F
+    assert budget(config_of("jumprelu"), stores).step > 5 * whole
 
 
 @pytest.mark.parametrize(("architecture", "products"), [("relu", "dense"), ("topk", "sparse"), ("gated", "dense")])

@@ -360,8 +360,9 @@ def test_blocks_are_compiled_where_it_is_asked_for_or_pays(
     monkeypatch.setattr(run, "COMPILED_FROM_TOKENS", least)
     monkeypatch.setattr(run.LanguageModel, "compile_blocks", lambda _, *asked: found.append(asked))
     root = _extract(inputs.config(compile=asked), tmp_path)
-    assert found == [(("blocks.3.hook_resid_post",), (16, 17))] * calls  # 256 tokens in contexts of 17
-    assert ("compile" in read_json(root / "train" / "timing.json", "timing")["seconds_by_stage"]) == bool(calls)
+    assert found == [(("blocks.3.hook_resid_post",), (15, 17))] * calls  # 256 tokens in contexts of 17
+    timing = read_json(root / "train" / "timing.json", "timing")
+    assert timing["compiled"] == ("compile" in timing["seconds_by_stage"]) == bool(calls)
 
 
 def test_what_cannot_be_compiled_is_an_error_only_where_it_was_asked_for(
@@ -372,12 +373,28 @@ def test_what_cannot_be_compiled_is_an_error_only_where_it_was_asked_for(
 
     monkeypatch.setattr(run, "COMPILED_FROM_TOKENS", 1)
     monkeypatch.setattr(run.LanguageModel, "compile_blocks", fail)
-    with pytest.raises(UserError, match="no compiler"):
+    with pytest.raises(UserError, match="compile=on: no compiler; say --compile auto"):
         _extract(inputs.config(compile="on"), tmp_path / "asked")
+    with pytest.raises(UserError, match="batch_tokens=33 are not two contexts of 17"):
+        _extract(inputs.config(compile="on", batch_tokens=33), tmp_path / "long")
     with pytest.raises(UserError, match=r"compile=on: hook point blocks.1.mlp.hook_post is not of the residual stream"):
         _extract(inputs.config(compile="on", hook_point="blocks.1.mlp.hook_post"), tmp_path / "bridge")
-    _extract(inputs.config(), tmp_path / "auto")
-    assert "going on uncompiled: no compiler" in capsys.readouterr().err
+    root = _extract(inputs.config(), tmp_path / "auto")
+    assert "the model's blocks are not compiled: no compiler" in capsys.readouterr().err
+    assert read_json(root / "train" / "timing.json", "timing")["compiled"] is False
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rows_are_stored_beside_the_models_next_batch_where_it_has_a_device_of_its_own(
+    inputs: Inputs, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    monkeypatch.setattr(passes, "_overlaps", lambda _: True)
+    if fails:
+        monkeypatch.setattr(passes, "_records", lambda *_: (_ for _ in ()).throw(UserError("a row that is not finite")))
+        with pytest.raises(UserError, match="a row that is not finite"):
+            _extract(inputs.config(), tmp_path)
+    else:
+        assert _digests(_extract(inputs.config(), tmp_path)) == _digests(made)
 
 
 @pytest.mark.parametrize(

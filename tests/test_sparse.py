@@ -13,7 +13,7 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.loss import Weights, loss_and_gradients
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.sae import init_params, pre_bias
-from hafs_jax.selection import batch_threshold, count_threshold, largest_of_all, largest_of_rows
+from hafs_jax.selection import batch_threshold, count_threshold, largest_of_all, largest_of_rows, positive
 
 B, D, F = 24, 16, 200
 
@@ -50,7 +50,7 @@ def test_a_batch_in_blocks_of_rows_is_the_whole_one(
     config = dataclasses.replace(config_of(architecture), products=products_)
     (loss, whole), grads = outcome(config, dead=-1, l0=l0)
     monkeypatch.setitem(products._BLOCK_BYTES, "cpu", 4 * F * B // 3)
-    assert len(products.row_blocks(jnp.zeros((B, D)), F)) == 3
+    assert products.blocks_of(B, F) == 3
     jax.clear_caches()
     (loss_in_blocks, forward), grads_in_blocks = outcome(config, dead=-1, l0=l0)
     jax.clear_caches()
@@ -121,6 +121,12 @@ def test_latents_that_are_few_or_many_give_the_same_by_either(architecture: str,
     for name, grad in plain_grads.items():
         assert float(jnp.max(jnp.abs(grad))) > 0, name
         np.testing.assert_allclose(grads[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_an_input_that_is_no_number_is_seen() -> None:
+    values = jnp.full((3, 40), -1.0).at[1, 7].set(2.0)
+    assert positive(values, jnp.zeros(40), 6).whole
+    assert not positive(values.at[2].set(jnp.nan), jnp.zeros(40), 6).whole
 
 
 @pytest.mark.parametrize(("l0", "taken"), [(7.0, True), (7.1, False)])

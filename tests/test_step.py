@@ -16,7 +16,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 
 from extract.format.errors import UserError
 from hafs_jax import products
-from hafs_jax.architectures import OperatingPoint
+from hafs_jax.architectures import OperatingPoint, slots
 from hafs_jax.config import TrainConfig
 from hafs_jax.loss import add_aux
 from hafs_jax.presets import ARCHITECTURES, preset
@@ -214,14 +214,21 @@ def test_counters_saturate_instead_of_wrapping() -> None:
 
 
 @pytest.mark.parametrize("how", ["vmap", "map"])
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-def test_many_saes_in_one_program_equal_their_solo_runs(architecture: str, how: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "products"), [*((name, "dense") for name in ARCHITECTURES), ("topk", "sparse"), ("relu", "sparse")]
+)
+def test_many_saes_in_one_program_equal_their_solo_runs(architecture: str, products: str, how: str) -> None:
     """Two steps of three SAEs with other weights and hyperparameters on the same batches."""
-    config = small("adaptive", architecture, sparsity={"dead_after_tokens": 1, "pre_activation": 0.1})
+    pre_activation = 0.1 if products == "dense" else 0.0
+    sparsity = {"dead_after_tokens": 1, "pre_activation": pre_activation}
+    config = dataclasses.replace(small("adaptive", architecture, sparsity=sparsity), products=products)
     hyper = hyperparameters(config)
     hypers = jax.tree.map(lambda value: jnp.stack([value, value * 0.5, value * 2]), hyper)
     apart = [jax.tree.map(lambda value, i=i: value[i], hypers) for i in range(3)]
     states = [init_state(config, D, jax.random.key(seed), apart[seed]) for seed in range(3)]
+    if (architecture, products) == ("relu", "sparse"):
+        for state, shift in zip(states, (9.0, 3.0, 0.0), strict=True):
+            state.params["b_enc"] -= shift
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     scale, acts = fresh(config)[1], jnp.stack([batch(0), batch(1)])
     both = (stacked, hypers) if how == "vmap" else (tuple(states), tuple(apart))
@@ -230,6 +237,9 @@ def test_many_saes_in_one_program_equal_their_solo_runs(architecture: str, how: 
     if how == "map":
         together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *together)
     assert metrics["loss"].shape == (2, 3)
+    if (architecture, products) == ("relu", "sparse"):  # two have a slot for each active latent, the last has not
+        assert (metrics["l0"][:, :2] < slots(config.sae)).all() and (metrics["l0"][:, 2] > slots(config.sae)).all()
+        assert (metrics["l0"][1, :2] > 0).any()
     solo = compile_steps()
     for index, state in enumerate(states):
         alone, own = solo(state, acts, scale, apart[index], config)
