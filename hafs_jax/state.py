@@ -3,19 +3,15 @@
 Scalars are written `...`: under `vmap` over many SAEs every leaf has one leading axis more.
 """
 
-import inspect
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-from extract.format.config import did_you_mean
-from extract.format.errors import UserError
 from hafs_jax.config import TrainConfig
 from hafs_jax.controllers import ErrorGate, SparsityControl, init_gate, init_sparsity
+from hafs_jax.moves import optimizer
 from hafs_jax.penalty import first_groups
 from hafs_jax.products import Params
 from hafs_jax.sae import init_params, unit_rows
@@ -71,29 +67,6 @@ def hyperparameters(config: TrainConfig) -> Hyperparameters:
     tau = 1.0 if config.penalty.tau is None else config.penalty.tau
     numbers = (config.optimizer.learning_rate, config.sparsity.coefficient, config.penalty.lam_max, tau)
     return Hyperparameters(*map(jnp.float32, numbers))
-
-
-def optimizer(config: TrainConfig, d_out: int) -> optax.GradientTransformation:
-    """Gradient clipping and the named optax optimizer at a learning rate of 1: the step multiplies by the rate.
-
-    The loss is in FVU, a squared error over `d_out`, and so is the norm at which its gradient is clipped.
-
-    Raises `UserError` where optax has no optimizer of that name.
-    """
-    settings = config.optimizer
-    make: Any = getattr(optax, settings.name, None)
-    takes = inspect.signature(make).parameters if callable(make) else {}
-    if "learning_rate" not in takes:
-        known = [name for name in dir(optax) if name.islower()]
-        raise UserError(
-            f"optimizer.name={settings.name}: expected an optimizer of optax that takes a learning rate"
-            f"{did_you_mean(settings.name, known)}"
-        )
-    given = {"b1": settings.beta1, "b2": settings.beta2, "eps": settings.epsilon}
-    update = make(1.0, **{name: value for name, value in given.items() if name in takes})
-    if settings.clip_norm is None:
-        return update
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm / d_out), update)
 
 
 def init_state(

@@ -4,6 +4,7 @@ It descends on `loss` + lambda * O. The penalty O reads the decoder alone, so it
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
@@ -15,12 +16,13 @@ from hafs_jax.architectures import ARCHITECTURES
 from hafs_jax.config import TrainConfig
 from hafs_jax.controllers import SparsityControl, update_gate, update_sparsity
 from hafs_jax.loss import Metrics, Weights, loss_and_gradients
+from hafs_jax.moves import move
 from hafs_jax.penalty import Structure, assign_parents, noise_floor_margin, penalty_pull, tangent
 from hafs_jax.products import Params
 from hafs_jax.resample import resample
-from hafs_jax.sae import InputScale, unit_rows
+from hafs_jax.sae import InputScale
 from hafs_jax.schedules import alpha_schedule, coefficient_schedule, k_schedule, learning_rate_schedule, settled_step
-from hafs_jax.state import Hyperparameters, TrainState, largest_of_members, optimizer
+from hafs_jax.state import Hyperparameters, TrainState, largest_of_members
 
 Batch = Array | tuple[Array, Array]
 """Raw activations of any float dtype, [B, D]; for a transcoder those of its input and of its target, [B, D_out]."""
@@ -80,8 +82,7 @@ def train_step(
     ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
     learning_rate = hyper.learning_rate * learning_rate_schedule(config.optimizer, config.steps)(step)
-    params, opt_state = _moved(state, grads, learning_rate, config)
-    params, opt_state = _where(ok, (params, opt_state), (state.params, state.opt_state))
+    params, opt_state = move(state.params, state.opt_state, grads, gradient_norm, learning_rate, ok, config)
 
     l0 = jnp.sum(forward.firing_F) / B
     since_F = jnp.where(ok & (forward.firing_F > 0), 0, jnp.minimum(state.steps_since_fired_F + 1, _NEVER))
@@ -139,20 +140,6 @@ def train_step(
         key=state.key,
     )
     return new_state, metrics
-
-
-def _moved(
-    state: TrainState, grads: Params, learning_rate: Array, config: TrainConfig
-) -> tuple[Params, optax.OptState]:
-    """The parameters after one move of the optimizer, within their bounds, and its state."""
-    moves, opt_state = optimizer(config, state.params["W_dec"].shape[-1]).update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda value, move: value + learning_rate * move, state.params, moves)
-    params["W_dec"] = unit_rows(params["W_dec"])
-    if "threshold" in params:  # below zero the gate would let negative pre-activations through
-        params["threshold"] = jnp.maximum(params["threshold"], 0.0)
-    if config.frozen == "decoder":
-        params["W_dec"] = state.params["W_dec"]
-    return (dict(state.params) if config.frozen == "everything" else params), opt_state
 
 
 def _followed(ema: Array, smallest: Float[Array, ""], ok: Array, decay: float) -> Float[Array, ""]:
@@ -266,19 +253,34 @@ def compile_steps(state_shardings: Any = None, members: str | None = None) -> Ca
     if members != "map":
         return program
 
-    def in_turn(
+    return _InTurn(program)
+
+
+@dataclass(frozen=True)
+class _InTurn:
+    """One program for each of a tuple of states in turn, called and compiled as if it were one for all."""
+
+    program: Any
+
+    def __call__(
+        self,
         states: tuple[TrainState, ...],
         batches: Batch,
         scale: InputScale,
         hypers: tuple[Hyperparameters, ...],
-        config: Any,
+        config: TrainConfig,
     ) -> tuple[tuple[TrainState, ...], Metrics]:
-        done = [program(state, batches, scale, hyper, config) for state, hyper in zip(states, hypers, strict=True)]
+        pairs = zip(states, hypers, strict=True)
+        done = [self.program(state, batches, scale, hyper, config) for state, hyper in pairs]
         states, metrics = zip(*done, strict=True)
         return states, jax.tree.map(lambda *values: jnp.stack(values, axis=1), *metrics)
 
-    return in_turn
-
-
-def _where(condition: Array, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+    def lower(
+        self,
+        states: tuple[TrainState, ...],
+        batches: Batch,
+        scale: InputScale,
+        hypers: tuple[Hyperparameters, ...],
+        config: TrainConfig,
+    ) -> Any:
+        return self.program.lower(states[0], batches, scale, hypers[0], config)
