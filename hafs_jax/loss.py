@@ -187,7 +187,7 @@ def _forward_sparse(
 ) -> Forward:
     """The same of an architecture that `sparse` knows, by products with the latents that it keeps."""
     architecture, W_dec, dtype = ARCHITECTURES[config.sae.architecture], params["W_dec"], config.sae.compute_dtype
-    kept = sparse.encode(kept, acts_BD, params["W_enc"], pre_bias(params, config.sae), dtype)
+    kept = sparse.encode(kept, acts_BD, params, config.sae)
     if architecture.nested:
         ends = prefix_ends(config.sae, key)
         bands = [kept.within(start, end) for start, end in zip((0, *ends), ends, strict=False)]
@@ -237,27 +237,34 @@ def add_aux(
             dead_NM = jnp.where(dead_NM >= smallest_N1, dead_NM, 0.0)
         return weight * jnp.sum((target_ND - matmul(dead_NM, W_dec, dtype)) ** 2)
 
-    def of_few(params: Params, acts_ND: Array, target_ND: Array) -> Array:
+    def of_few(params: Params, is_dead_F: Array, acts_ND: Array, target_ND: Array) -> Array:
         ids_M = jnp.nonzero(is_dead_F, size=few, fill_value=0)[0]
         is_real_M = jnp.arange(few) < dead
         bias_M = pre_bias(params, config.sae)[ids_M]
         return revived(params["W_enc"][:, ids_M], bias_M, params["W_dec"][ids_M], is_real_M, acts_ND, target_ND)
 
-    def of_many(params: Params, acts_ND: Array, target_ND: Array) -> Array:
+    def of_many(params: Params, is_dead_F: Array, acts_ND: Array, target_ND: Array) -> Array:
         bias_F = pre_bias(params, config.sae)
         return revived(params["W_enc"], bias_F, params["W_dec"], is_dead_F, acts_ND, target_ND)
 
-    def added(error: Callable[..., Array], width: int) -> Callable[[Params], tuple[Array, Params]]:
-        def add(sums: tuple[Array, Params], rows: list[Array]) -> tuple[tuple[Array, Params], None]:
-            return jax.tree.map(jnp.add, sums, jax.value_and_grad(error)(params, *rows)), None
+    def added(
+        sums: tuple[Array, Params], error: Callable[..., Array], width: int, wanted: Array
+    ) -> tuple[Array, Params]:
+        """The sums and, if `wanted`, those of all blocks: a loop of as many turns, whose sums stay where they are."""
+        P = blocks_of(len(acts_BD), width)
+        rows_NPD = [rows_BD.reshape(-1, P, rows_BD.shape[1]) for rows_BD in (acts_BD, residual_BD)]  # every P-th row
 
-        blocks = [row_blocks(rows_BD, blocks_of(len(rows_BD), width)) for rows_BD in (acts_BD, residual_BD)]
-        return lambda grads: jax.lax.scan(add, (jnp.zeros(()), grads), blocks)[0]
+        def add(block: Array, sums: tuple[Array, Params]) -> tuple[Array, Params]:
+            rows_ND = (jax.lax.dynamic_index_in_dim(rows, block, axis=1, keepdims=False) for rows in rows_NPD)
+            # Without the barrier XLA computes what is the same in all turns ahead of them, even where there are none.
+            held, held_dead_F, _ = jax.lax.optimization_barrier((params, is_dead_F, block))
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(error)(held, held_dead_F, *rows_ND))
+
+        return jax.lax.fori_loop(0, jnp.where(wanted, P, 0), add, sums)
 
     which = largest_of_members(jnp.where(dead == 0, 0, jnp.where(dead <= few, 1, 2)), axis)
-    nothing = lambda grads: (jnp.zeros(()), grads)  # noqa: E731
-    branches = (nothing, added(of_few, few), added(of_many, F))
-    return cast(tuple[Array, Params], jax.lax.switch(which, branches, grads))
+    sums = added((jnp.zeros(()), grads), of_few, few, which == 1)
+    return added(sums, of_many, F, which == 2)
 
 
 def pre_activation_loss(params: Params, pre_BF: Float[Array, "B F"], is_dead_F: Bool[Array, " F"]) -> Float[Array, ""]:

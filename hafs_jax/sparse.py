@@ -3,7 +3,7 @@
 Of the five products of B x D x F in a step, four multiply by latents of which few are not zero: the decoder's, its
 gradient with respect to the latents, and the gradients of both matrices. Here they are sums over the active entries, of
 which there are B k or, with ReLU, as many as there happen to be; values and gradients are those of the dense form
-(`sae.SAE`), which tests hold them to.
+(`sae.SAE`), in bfloat16 up to its rounding, which tests hold them to.
 """
 
 import math
@@ -15,8 +15,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hafs_jax.architectures import ARCHITECTURES, slots
-from hafs_jax.config import TrainConfig
-from hafs_jax.products import blocks_of, matmul, row_blocks
+from hafs_jax.config import SAEConfig, TrainConfig
+from hafs_jax.products import Params, blocks_of, matmul, row_blocks
 from hafs_jax.selection import Entries
 
 _LEAST_RATIO = {"float32": 64.0, "bfloat16": math.inf}  # F / slots from which it is the faster on a CPU: see `pays`
@@ -94,27 +94,30 @@ def find(
     return kept.replace(filled=jnp.int32(len(kept.values_N)), whole=jnp.all(kept.whole))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def encode(
-    kept: Kept, acts_BD: Float[Array, "B D"], W_enc: Float[Array, "D F"], bias_F: Float[Array, " F"], dtype: str
-) -> Kept:
-    """`kept`, which is `find`'s, with the gradient of relu(acts @ W_enc + bias) at its entries."""
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def encode(kept: Kept, acts_BD: Float[Array, "B D"], params: Params, config: SAEConfig) -> Kept:
+    """`kept`, which is `find`'s, with the gradient for `params` of relu(acts @ W_enc + pre_bias) at its entries."""
     return kept
 
 
 def _encode_forward(
-    kept: Kept, acts_BD: Array, W_enc: Array, bias_F: Array, dtype: str
-) -> tuple[Kept, tuple[Kept, Array, Array]]:
-    return kept, (kept, acts_BD, W_enc)
+    kept: Kept, acts_BD: Array, params: Params, config: SAEConfig
+) -> tuple[Kept, tuple[Kept, Array, Params]]:
+    return kept, (kept, acts_BD, params)
 
 
-def _encode_backward(dtype: str, saved: tuple[Kept, Array, Array], cotangent: Kept) -> tuple[None, Array, Array, Array]:
-    kept, acts_BD, W_enc = saved
-    B, F = len(acts_BD), W_enc.shape[1]
+def _encode_backward(
+    config: SAEConfig, saved: tuple[Kept, Array, Params], cotangent: Kept
+) -> tuple[None, None, dict[str, Array | None]]:
+    kept, acts_BD, params = saved
     pulls = kept.replace(values_N=jnp.where(kept.values_N > 0, cotangent.values_N, 0.0))
-    onto_acts = _onto_rows(pulls, W_enc.T, B, dtype)  # dropped where nobody asks
-    onto_bias_F = jnp.zeros(F).at[kept.latents_N].add(pulls.values_N)
-    return None, onto_acts, _onto_latents(pulls, acts_BD, F, dtype).T, onto_bias_F
+    onto_bias_F = jnp.zeros(config.F).at[kept.latents_N].add(pulls.values_N)
+    grads: dict[str, Array | None] = {**dict.fromkeys(params), "b_enc": onto_bias_F}  # None: 0
+    if not config.transcode:
+        grads["b_dec"] = -(params["W_enc"] @ onto_bias_F)
+        acts_BD = acts_BD - params["b_dec"][None]  # so that b_enc - b_dec @ W_enc needs no pass over W_enc of its own
+    grads["W_enc"] = _onto_latents(pulls, acts_BD, config.F, config.compute_dtype).T
+    return None, None, grads
 
 
 encode.defvjp(_encode_forward, _encode_backward)
@@ -166,7 +169,8 @@ def _gather_add(
     On a CPU one row after the other: XLA's scatter there takes three times as long and materialises what it adds.
     """
     weights_N, source = weights_N.astype(dtype).astype(jnp.float32), source.astype(dtype)
-    out = jnp.zeros((size, source.shape[1]), jnp.float32)
+    zero = jnp.minimum(jnp.abs(weights_N[0]), 0.0)  # not a constant, of which XLA fills one array and copies it
+    out = jnp.full((size, source.shape[1]), zero)
     if jax.default_backend() != "cpu":
         return out.at[into_N].add(weights_N[:, None] * source[from_N].astype(jnp.float32))
     into_N, weights_N, from_N = (_filled_up(array, _UNROLLED) for array in (into_N, weights_N, from_N))
