@@ -4,9 +4,7 @@ There is one store for each hook point. Their rows go through the shuffle togeth
 """
 
 import contextlib
-import ctypes
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +22,7 @@ from extract.contexts import SPLITS, Batches, plan_batches
 from extract.format.config import to_dict
 from extract.format.errors import UserError
 from extract.format.files import sha256_of, write_atomic
+from extract.format.memory import give_back_memory
 from extract.format.shards import ShardWriter
 from extract.format.shuffle import Spill, n_buckets, norms, shuffle_keys, spilled, taken
 from extract.format.store import (
@@ -104,7 +103,7 @@ def spill_rows(
         if index + 1 == len(split.batches) or time.monotonic() - saved >= save_seconds:
             spill.sync()
             save(index + 1, spill.counts)
-            _give_back_memory()
+            give_back_memory()
             saved = time.monotonic()
 
     with contextlib.closing(Spill(spill_folder, split.record, counts)) as spill, ThreadPoolExecutor(1) as thread:
@@ -125,12 +124,6 @@ def spill_rows(
 def _overlaps(model: LanguageModel) -> bool:
     """Whether rows are stored while the model runs: on the model's own cores that costs it more than it saves."""
     return model.device.type != "cpu"
-
-
-def _give_back_memory() -> None:
-    """Returns to the system what is free: glibc keeps a thread's blocks of up to 32 MB, in time gigabytes of them."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
-        trim(0)
 
 
 @dataclass(frozen=True)

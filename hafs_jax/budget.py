@@ -17,12 +17,14 @@ from hafs_jax.loss import blocks_of_rows
 from hafs_jax.products import blocks_of
 from hafs_jax.state import hyperparameters, init_state
 
-# What a compiled step holds at once on a CPU, beside its state, as XLA's own analysis of temporary memory has it: three
-# times the parameters (gradients, the optimizer's moves, a transpose), these many arrays [B, F] of float32 (of a block
-# of rows, where the architecture can be taken so), and of the dead latents' auxiliary loss one of a block of rows.
-_PARAMETERS = 3
-_DENSE_ARRAYS, _SPARSE_ARRAYS = {"gated": 4, "jumprelu": 5}, 1
+# What a compiled step holds at once on a CPU, beside its state, as XLA's own analysis of temporary memory has it: the
+# gradients and one array as large as either matrix, with a penalty two, and copies where the optimizer does not move in
+# place; and these many arrays [B, F] of float32 (of a block of rows, where the architecture can be taken so), or those
+# of the dead latents' auxiliary loss for a block.
+_GRADIENTS, _PULL, _COPIES = 1.5, 0.5, 1.5  # times the parameters
+_DENSE_ARRAYS, _SPARSE_ARRAYS = {"gated": 5, "jumprelu": 5, "matryoshka_relu": 5}, 1
 _OTHERS = 3  # of _DENSE_ARRAYS
+_AUX_ARRAYS = 3
 _DISPATCHES = 4  # being filled, two waiting, in use
 
 
@@ -62,14 +64,17 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
     if sparse.pays(config) and not ARCHITECTURES[config.sae.architecture].keeps_any_number:
         arrays = _SPARSE_ARRAYS
     activations = arrays * whole // blocks_of_rows(config, B)
-    activations += whole // blocks_of(B, config.sae.F) if config.sparsity.aux > 0 else 0
+    if config.sparsity.aux > 0:
+        activations = max(activations, _AUX_ARRAYS * whole // blocks_of(B, config.sae.F))
+    copies = _COPIES if together == "vmap" or config.optimizer.name != "adam" else 0.0
+    gradients = round((_GRADIENTS + _PULL * (config.penalty.kind != "none") + copies) * parameters)
     dispatched = [store for store in (stores.train, stores.target) if store is not None]
     row_bytes = sum(store.manifest.d_model * KEPT_AS[store.manifest.dtype].itemsize for store in dispatched)
     batches = _DISPATCHES * config.steps_per_dispatch * B * row_bytes
     return Budget(
         parameters=members * parameters // shards,
         optimizer=members * (_bytes(state) - parameters) // shards,
-        step=at_once * (_PARAMETERS * parameters // shards + activations),
+        step=at_once * (gradients // shards + activations),
         batches=batches * shards // devices,
     )
 

@@ -14,11 +14,17 @@ from hafs_jax.state import TrainState, hyperparameters, init_state
 
 
 class Checkpoints:
-    """The checkpoints of one run. Use as a context manager."""
+    """The checkpoints of one run. Use as a context manager.
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    Orbax compresses all of a checkpoint in memory before it writes it; given a `state` of the shapes that are saved,
+    one array's worth at a time.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, state: Any = None) -> None:
+        sizes = [leaf.nbytes for leaf in jax.tree.leaves(state)]
+        limit = {"save_concurrent_gb": (max(sizes) + 1) / 1e9} if sizes else {}  # to be above the largest array
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
-        handler = ocp.StandardCheckpointHandler()
+        handler = ocp.StandardCheckpointHandler(**limit)
         self._manager = ocp.CheckpointManager(folder.absolute(), item_handlers=handler, options=options)
 
     def __enter__(self) -> "Checkpoints":

@@ -59,7 +59,7 @@ class Heldout:
         rows = len(self._rows[0])
         fvu = squares / rows / float(variance)
         if self._note(int(state.step), fvu):
-            with Checkpoints(self._run.best, keep=1) as checkpoints:
+            with Checkpoints(self._run.best, keep=1, state=state) as checkpoints:
                 checkpoints.save(state, scale)
         return {"heldout_fvu": fvu, "heldout_l0": active / rows}
 

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from extract.format.errors import UserError
 from extract.format.files import write_json
+from extract.format.memory import give_back_memory
 from extract.format.store import MANIFEST, Store
 from hafs_jax import shardings
 from hafs_jax.checkpoint import Checkpoints
@@ -108,9 +109,9 @@ class _Fit:
             state, hyper = _stacked(states), _stacked(hypers) if self.together == "vmap" else tuple(hypers)
             spread = None
         del states  # else they stay beside what training makes of them
-        state = state if spread is None else jax.device_put(state, spread)
+        state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()) if spread is None else spread)
         with ExitStack() as stack:
-            checkpoints = stack.enter_context(Checkpoints(self.folder))
+            checkpoints = stack.enter_context(Checkpoints(self.folder, state=state))
             stopped = stack.enter_context(_stop_signals())
             if checkpoints.latest_step() is not None:
                 state, scale = checkpoints.restore(state, scale)
@@ -136,8 +137,13 @@ class _Fit:
             self.batches.dispatches(step, config.steps, config.steps_per_dispatch),
             NamedSharding(self.mesh, shardings.BATCHES),
         )
+        compiled: set[int] = set()  # numbers of steps in a call
         try:
             for block in blocks:
+                if (steps := len(jax.tree.leaves(block)[0])) not in compiled:
+                    train_steps.lower(state, block, scale, hyper, config).compile()
+                    give_back_memory()  # compiling took hundreds of MB, which would stay
+                    compiled.add(steps)
                 state, stacked = train_steps(state, block, scale, hyper, config)
                 metrics = {name: value.reshape(len(value), -1) for name, value in jax.device_get(stacked).items()}
                 before, step = step, int(metrics["step"][-1, 0])
@@ -175,7 +181,7 @@ class _Fit:
                 if self.together is None:
                     checkpoints.save(own, scale)
                 else:
-                    with Checkpoints(member.run.checkpoints) as own_checkpoints:
+                    with Checkpoints(member.run.checkpoints, state=own) as own_checkpoints:
                         own_checkpoints.save(own, scale)
                 write_json(member.run.result_path, self._result(member, log, own, heldout[index]))
         finally:

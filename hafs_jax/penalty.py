@@ -237,7 +237,7 @@ def noise_floor_margin(n_latents: int, d_model: int, floor: float) -> float:
     return high
 
 
-def coherence(W_dec: Float[Array, "F D"], chunk: int = 1024) -> dict[str, Float[Array, ""]]:
+def coherence(W_dec: Float[Array, "F D"], chunk: int = 256) -> dict[str, Float[Array, ""]]:
     """Mean and maximum over latents of the nearest other latent's cosine, and the Frobenius excess.
 
     coherence_mean = mean_i max_{j != i} u_i . u_j, coherence_max its maximum over i, and frobenius_excess =

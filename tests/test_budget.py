@@ -41,13 +41,15 @@ def test_what_is_counted(stores: Stores) -> None:
     found = budget(config_of(), stores)
     assert found.parameters == 4 * (2 * D * F + F + D)
     assert 2 * found.parameters < found.optimizer < 2 * found.parameters + 4 * 4 * F  # Adam's moments, and counters
-    assert found.step == 3 * found.parameters + (3 + 1) * 4 * B * F
+    assert found.step == 1.5 * found.parameters + 3 * 4 * B * F
     assert found.batches == 4 * 5 * B * D * 2
     assert found.total == found.parameters + found.optimizer + found.step + found.batches
-    kept = budget(config_of("topk", "sparse"), stores)
-    assert kept.step == found.step - 2 * 4 * B * F
-    without = dataclasses.replace(config_of(), sparsity=dataclasses.replace(config_of().sparsity, aux=0.0))
-    assert budget(without, stores).step == found.step - 4 * B * F
+    kept = config_of("topk", "sparse")
+    assert budget(kept, stores).step == found.step  # the auxiliary loss takes as much
+    without = dataclasses.replace(kept, sparsity=dataclasses.replace(kept.sparsity, aux=0.0))
+    assert budget(without, stores).step == found.step - 2 * 4 * B * F
+    penalised = dataclasses.replace(config_of(), penalty=dataclasses.replace(config_of().penalty, kind="hinge"))
+    assert budget(penalised, stores).step == found.step + 0.5 * found.parameters
     many, one_by_one = (budget(config_of(), stores, 3, together) for together in ("vmap", "map"))
     assert (many.parameters, many.step, many.batches) == (3 * found.parameters, 3 * found.step, found.batches)
     assert (one_by_one.optimizer, one_by_one.step) == (3 * found.optimizer, found.step)
@@ -58,9 +60,9 @@ def test_blocks_are_counted_only_where_the_batch_divides(stores: Stores, monkeyp
     whole = 4 * B * F
     monkeypatch.setitem(products._BLOCK_BYTES, "cpu", whole // 4)
     parameters = budget(config_of(), stores).parameters
-    assert budget(config_of(), stores).step == 3 * parameters + 3 * whole // 4 + whole // 4
+    assert budget(config_of(), stores).step == 1.5 * parameters + 3 * whole // 4
     prime = dataclasses.replace(config_of(), batch_size=67)
-    assert budget(prime, stores).step == 3 * parameters + (3 + 1) * 4 * 67 * F
+    assert budget(prime, stores).step == 1.5 * parameters + 3 * 4 * 67 * F
     assert budget(config_of("jumprelu"), stores).step > 5 * whole
 
 

@@ -93,7 +93,12 @@ def test_jit_equals_no_jit(variant: str, architecture: str, store: Store) -> Non
 
 @pytest.mark.parametrize(("variant", "architecture"), WHOLE, ids=["-".join(pair) for pair in WHOLE])
 def test_trains_saves_loads_and_exports(
-    variant: str, architecture: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variant: str,
+    architecture: str,
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One run each: the loss falls, L0 is as promised, rows keep unit norm, it compiles once, torch agrees."""
     config = config_of(variant, architecture)
@@ -101,8 +106,10 @@ def test_trains_saves_loads_and_exports(
     monkeypatch.setattr(
         "hafs_jax.loop.compile_steps", lambda *args: programs.append(compile_steps(*args)) or programs[-1]
     )
-    run = train(config, store.folder, tmp_path)
+    with jax.log_compiles():
+        run = train(config, store.folder, tmp_path)
     assert [program._cache_size() for program in programs] == [1]
+    assert sum("Finished XLA compilation of jit(train_steps)" in message for message in caplog.messages) == 1
     records = run.metrics()
     first, final = records[0], run.result()["final"]
     if variant != "random_init":
