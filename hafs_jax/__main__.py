@@ -21,7 +21,7 @@ GRID is a list of axes, NAME=VALUE,VALUE or NAME=FIRST..LAST; every combination 
 l1 (the sparsity coefficient), lr, lam (lam_max), tau, k, or any flag of `train` (sparsity.aux=0,0.03). Other flags of
 `train` hold for all. What differs in variant, seed, l1, lr, lam and tau alone, and computes the same, trains in one
 program on the same batches. `;` joins grids.
-  --grid "seed=0..3 l1=0.5,1,2"     --grid "arch=relu,batchtopk variant=baseline,strict,adaptive seed=0..4"
+  --grid "arch=relu seed=0..3 l1=0.5,1,2"     --grid "arch=relu,batchtopk variant=baseline,strict,adaptive seed=0..4"
   --grid "variant=baseline k=20,40; variant=strict k=20,40 lam=0.3,1,3"
 """
 
@@ -126,6 +126,7 @@ def _add_grid(parser: argparse.ArgumentParser, default: str | None = None) -> No
     parser.add_argument(
         "--grid", default=default, required=default is None, help=f"the SAEs to train, see below{shown}"
     )
+    parser.add_argument("--tag", default="", help="what every run's tag begins with; the grid's values follow")
     parser.add_argument(
         "--together",
         choices=("auto", "vmap", "map"),
@@ -170,7 +171,7 @@ def _sweep(parsed: argparse.Namespace, extra: tuple[str, ...] = ()) -> None:
     from hafs_jax.training import open_stores
 
     points = parse_grid(parsed.grid)
-    configs = [_run_config([*extra, *parsed.unknown, *arguments_of(point)]) for point in points]
+    configs = [_run_config([*extra, *parsed.unknown, *arguments_of(point, parsed.tag)]) for point in points]
     _use_compilation_cache()
     store, runs = _places(parsed)
     _trained(configs, open_stores(store, parsed.target), runs, parsed)

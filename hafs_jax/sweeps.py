@@ -15,8 +15,9 @@ import jax
 from extract.format.config import to_dict
 from extract.format.errors import UserError
 from extract.format.files import write_text
+from hafs_jax.architectures import ARCHITECTURES
 from hafs_jax.budget import check_memory
-from hafs_jax.config import TrainConfig
+from hafs_jax.config import PenaltyConfig, TrainConfig
 from hafs_jax.loop import Member, Stores, fit, shared_config
 from hafs_jax.runs import Run
 from hafs_jax.training import describe, prepare, resolve
@@ -67,10 +68,10 @@ def _product(text: str) -> list[dict[str, str]]:
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
-def arguments_of(point: dict[str, str]) -> list[str]:
+def arguments_of(point: dict[str, str], tag_of_all: str = "") -> list[str]:
     """The flags of `train` that a grid's point stands for, with a tag that names what a run's name lacks."""
     flags: list[str] = []
-    tag = []
+    tag = [tag_of_all] if tag_of_all else []
     for name, value in point.items():
         path = ALIASES.get(name, name)
         if value in ("true", "false"):
@@ -107,6 +108,18 @@ def sweep(
     names = [config.run_name for config in configs]
     if len(set(names)) < len(names):
         raise UserError(f"the grid gives {next(n for n in names if names.count(n) > 1)} twice; expected distinct runs")
+    first: dict[str, str] = {}
+    for config, name in zip(configs, names, strict=True):
+        if (other := first.setdefault(_in_effect(config), name)) != name:
+            unused = [
+                *(["a coefficient"] if ARCHITECTURES[config.sae.architecture].cost is None else []),
+                *(["a penalty"] if config.penalty.kind == "none" else []),
+            ]
+            why = f", which has not {' or '.join(unused)}" if unused else ""
+            raise UserError(
+                f"the grid's {other} and {name} train the same SAE{why}; expected axes that change it, each value once "
+                "(`;` joins grids of other axes)"
+            )
     done: list[Run] = []
     failures: list[str] = []
     for gated in (False, True):
@@ -131,6 +144,16 @@ def sweep(
                     failures += fit(part, stores, runs / f".together-{_digest(part)}", together)
     order = {name: index for index, name in enumerate(names)}
     return sorted(done, key=lambda run: order[run.folder.name]), failures
+
+
+def _in_effect(config: TrainConfig) -> str:
+    """The config as JSON, without names and without numbers that nothing reads."""
+    same: dict[str, Any] = {"variant": "", "tag": ""}
+    if ARCHITECTURES[config.sae.architecture].cost is None:
+        same["sparsity"] = dataclasses.replace(config.sparsity, coefficient=1.0)
+    if config.penalty.kind == "none":
+        same["penalty"] = PenaltyConfig(kind="none")
+    return json.dumps(to_dict(dataclasses.replace(config, **same)))
 
 
 def write_table(runs: list[Run], path: Path) -> list[dict[str, Any]]:

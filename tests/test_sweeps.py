@@ -50,13 +50,15 @@ def test_a_grid_is_every_combination_the_last_axis_fastest() -> None:
         "--arch", "relu", "--sparsity.coefficient", "0.5", "--sae.k", "4", "--penalty.ramp",
         "--tag", "l1=0.5,k=4,ramp=true",
     ]  # fmt: skip
+    assert arguments_of({"seed": "1", "k": "4"}, "mine") == ["--seed", "1", "--sae.k", "4", "--tag", "mine,k=4"]
+    assert arguments_of({"seed": "1"}, "mine") == ["--seed", "1", "--tag", "mine"]
 
 
 @pytest.mark.parametrize("together", ["vmap", "map"])
 def test_members_equal_their_solo_runs_and_share_programs(
-    folder: Path, tmp_path: Path, together: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, together: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Four seeds and strengths in two programs; weights to float tolerance, and the files of a solo run."""
+    """Four seeds and strengths in two programs, each compiled once; weights to float tolerance, a solo run's files."""
     groups: list[int] = []
     fit = loop.fit
     monkeypatch.setattr(
@@ -67,7 +69,9 @@ def test_members_equal_their_solo_runs_and_share_programs(
         for seed in (0, 1)
         for lam in (0.3, 3.0)
     ] + [small("baseline", "relu", seed=seed) for seed in (0, 1)]
-    runs, failures = sweep(configs, open_stores(folder), tmp_path, together)
+    with jax.log_compiles():
+        runs, failures = sweep(configs, open_stores(folder), tmp_path, together)
+    assert sum("Finished XLA compilation of jit(train_steps)" in message for message in caplog.messages) == 2
     assert groups == [4, 2] and not failures and [run.folder.name for run in runs] == [c.run_name for c in configs]
     assert not list(tmp_path.glob(".together-*"))
     for config, run in list(zip(configs, runs, strict=True))[1::3]:
@@ -132,6 +136,16 @@ def test_a_member_that_diverges_does_not_stop_the_others(folder: Path, tmp_path:
 
 
 def test_what_a_sweep_refuses(folder: Path, tmp_path: Path) -> None:
+    twins = [with_fields(small(), {"sparsity": {"coefficient": c}, "tag": f"l1={c}"}) for c in (1.0, 2.0)]
+    why = r"baseline-s0-l1=1.0 and baseline-s0-l1=2.0 train the same SAE, which has not a coefficient or a penalty; exp"
+    with pytest.raises(UserError, match=why):
+        sweep(twins, open_stores(folder), tmp_path, "map")
+    twins = [with_fields(small("strict", "relu"), {"tag": f"l1={text}"}) for text in ("1", "1.0")]
+    with pytest.raises(UserError, match=r"strict-relu-s0-l1=1.0 train the same SAE; expected"):
+        sweep(twins, open_stores(folder), tmp_path, "map")
+    twins = [with_fields(small(), {"penalty": {"lam_max": lam}, "tag": f"lam={lam}"}) for lam in (1.0, 2.0)]
+    with pytest.raises(UserError, match="train the same SAE"):
+        sweep(twins, open_stores(folder), tmp_path, "map")
     with pytest.raises(UserError, match="gives baseline-s0 twice"):
         sweep([small(), small()], open_stores(folder), tmp_path, "map")
     patient = dataclasses.replace(small(), evaluate_every_steps=8, patience=1)
