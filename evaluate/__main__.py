@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from evaluate.config import DATASETS, OFFLINE_TASKS, STAGES, EvalConfig
 from evaluate.workspace import FinishedRun, Workspace, finished_runs, open_workspace
@@ -60,6 +61,22 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="python -m evaluate", description="Evaluate trained SAEs.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (
+        _run_flags,
+        _synth_flags,
+        _agreement_flags,
+        _report_flags,
+        _experiment_flags,
+        _export_flags,
+        _import_flags,
+        _neuronpedia_flags,
+        _upload_flags,
+    ):
+        add(commands)
+    return parser
+
+
+def _run_flags(commands: Any) -> None:
     run = commands.add_parser(
         "run",
         help="measure all finished runs",
@@ -87,6 +104,9 @@ def _parser() -> Parser:
     )
     add_flags(run, EvalConfig())
     run.set_defaults(command=_run)
+
+
+def _synth_flags(commands: Any) -> None:
     synth = commands.add_parser(
         "synth",
         help="score all finished runs of a synthetic world against its truth",
@@ -98,6 +118,9 @@ def _parser() -> Parser:
     synth.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that have finished]")
     synth.add_argument("--device", default="auto", help="torch device; auto takes CUDA where there is one [auto]")
     synth.set_defaults(command=_synth)
+
+
+def _agreement_flags(commands: Any) -> None:
     agreement = commands.add_parser(
         "agreement",
         help="compare hole, absorption and probing with a synthetic world's truth",
@@ -109,9 +132,15 @@ def _parser() -> Parser:
         "--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that are scored]"
     )
     agreement.set_defaults(command=_agreement)
+
+
+def _report_flags(commands: Any) -> None:
     report = commands.add_parser("report", help="write the report", description=REPORT)
     _add_place(report)
     report.set_defaults(command=_report)
+
+
+def _experiment_flags(commands: Any) -> None:
     experiment = commands.add_parser(
         "experiment",
         help="train, measure and compare every SAE of an experiment",
@@ -125,6 +154,9 @@ def _parser() -> Parser:
         "--stages", nargs="+", default=EXPERIMENT_STAGES, choices=EXPERIMENT_STAGES, help="only these [all]"
     )
     experiment.set_defaults(command=_experiment)
+
+
+def _export_flags(commands: Any) -> None:
     export = commands.add_parser(
         "export",
         help="write one run for other libraries",
@@ -134,6 +166,9 @@ def _parser() -> Parser:
     export.add_argument("run_folder", type=Path, metavar="RUN_DIR", help=RUN_DIR)
     export.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="whose format to write [saelens]")
     export.set_defaults(command=_export)
+
+
+def _import_flags(commands: Any) -> None:
     imported = commands.add_parser(
         "import",
         help="write another library's SAE as a SAELens folder",
@@ -144,6 +179,9 @@ def _parser() -> Parser:
     imported.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="the SOURCE's format [auto]")
     imported.add_argument("--hook-point", help="where the SAE belongs, e.g. blocks.3.hook_resid_post [the SOURCE's]")
     imported.set_defaults(command=_import)
+
+
+def _neuronpedia_flags(commands: Any) -> None:
     neuronpedia = commands.add_parser(
         "neuronpedia",
         help="write a run's latents for Neuronpedia and SAEDashboard",
@@ -155,6 +193,9 @@ def _parser() -> Parser:
     neuronpedia.add_argument("--set", dest="set_name", metavar="NAME", help="the source set's name [the run's]")
     neuronpedia.add_argument("--creator", default="", metavar="NAME", help="who made the SAE [nobody]")
     neuronpedia.set_defaults(command=_neuronpedia)
+
+
+def _upload_flags(commands: Any) -> None:
     upload = commands.add_parser(
         "upload",
         help="put one run on the model hub",
@@ -166,7 +207,6 @@ def _parser() -> Parser:
     upload.add_argument("--license", dest="licence", help="the licence that the card names, e.g. apache-2.0 [none]")
     upload.add_argument("--dry-run", type=Path, metavar="DIR", help="write what would be uploaded to DIR instead")
     upload.set_defaults(command=_upload)
-    return parser
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
