@@ -26,6 +26,7 @@ from benchmarks.harness import Row, interleaved
 from hafs_jax.config import TrainConfig
 from hafs_jax.loop import shared_config
 from hafs_jax.loss import Weights, loss_and_gradients
+from hafs_jax.penalty import tangent
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.sae import InputScale, init_params
 from hafs_jax.state import hyperparameters, state_of
@@ -203,16 +204,12 @@ def check_same(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarray)
     their_grads = peers.gradients(sae, "sae_lens", config.sae.architecture)
     found |= {name: (np.asarray(grads[name]), their_grads[name]) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     if config.sae.architecture == "relu":  # theirs is L1 x decoder norm: it has a part along the decoder's rows
-        found["W_dec"] = (tangent(found["W_dec"][0], weights["W_dec"]), tangent(found["W_dec"][1], weights["W_dec"]))
+        tangents = [np.asarray(tangent(jnp.asarray(grad_FD), params["W_dec"])) for grad_FD in found["W_dec"]]
+        found["W_dec"] = (tangents[0], tangents[1])
     for name, (mine, other) in found.items():
         off = float(np.linalg.norm(mine - other) / max(float(np.linalg.norm(other)), 1e-30))
         if off > _TOO_FAR:
             raise RuntimeError(f"{config.sae.architecture}: {name} differs from sae_lens's by {off:.1e} of its norm")
-
-
-def tangent(grad_FD: np.ndarray, W_dec: np.ndarray) -> np.ndarray:
-    """The part of a gradient that turns the decoder's unit rows."""
-    return grad_FD - np.sum(grad_FD * W_dec, axis=1, keepdims=True) * W_dec
 
 
 def _sae_lens_settings(config: TrainConfig) -> dict[str, Any]:
