@@ -28,7 +28,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
-	@echo "Variables: PROFILE=auto|offline|pythia70m SEED=0 OUT=artifacts GRID='seed=0..3 l1=1,2' WORLD=toy-0 EXPERIMENT=FILE.toml"
+	@echo "Variables: PROFILE=auto|offline|pythia70m SEED=0 OUT=artifacts GRID='seed=0..3 k=20,40' WORLD=toy-0 EXPERIMENT=FILE.toml"
 	@echo "           VARIANT=baseline|strict|adaptive|ramp_only|gate_only|ortsae|frob|random_init|frozen_decoder"
 	@echo "           ARCH=batchtopk|topk|relu|jumprelu|gated|matryoshka|matryoshka_relu"
 	@echo "           ACCEL=cpu|cuda12|cuda13 ARGS='flags passed to the stage' (make train ARGS=--help lists them)"
