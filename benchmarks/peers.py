@@ -146,12 +146,11 @@ def fit_dictionary_learning(
     by_k = {"k": config.sae.k, "threshold_beta": config.sparsity.threshold_decay, "threshold_start_step": 0}
     by_l1 = {"l1_penalty": config.sparsity.coefficient, "sparsity_warmup_steps": at["sparsity"]}
     by_l0 = {"sparsity_penalty": variance, "target_l0": config.sae.k, "sparsity_warmup_steps": at["sparsity"]}
-    inner = [(end - start + 0.5) / config.sae.F for start, end in zip((0, *widths), widths[:-1], strict=False)]
     special: dict[str, dict[str, Any]] = {
         "relu": by_l1,
         "gated": by_l1,
         "jumprelu": {**by_l0, "bandwidth": config.sae.bandwidth},
-        "matryoshka": {**by_k, "group_fractions": [*inner, 1 - sum(inner)]},
+        "matryoshka": {**by_k, "group_fractions": group_fractions(widths)},
     }
     if architecture == "jumprelu":  # its encoder does not subtract b_dec
         weights = {**weights, "b_enc": weights["b_enc"] - weights["b_dec"] @ weights["W_enc"]}
@@ -172,6 +171,12 @@ def fit_dictionary_learning(
     for step, rows in enumerate(batches):
         made.update(first + step, rows)
     return made.ae.double()
+
+
+def group_fractions(widths: tuple[int, ...]) -> list[float]:
+    """dictionary_learning's groups, as fractions of F, whose prefixes are `widths`: it rounds down all but the last."""
+    inner = [(end - start + 0.5) / widths[-1] for start, end in zip((0, *widths), widths[:-1], strict=False)]
+    return [*inner, 1 - sum(inner)]
 
 
 def _steps_of(config: TrainConfig) -> dict[str, int]:

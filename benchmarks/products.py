@@ -1,25 +1,41 @@
-"""From which ratio F / k on kept entries beat dense products: what `hafs_jax.sparse.pays` goes by."""
+"""From which ratio of latents to slots kept entries beat dense products: what `hafs_jax.sparse.pays` goes by."""
 
 from collections.abc import Iterator
 
 from benchmarks.harness import Row, interleaved
-from benchmarks.steps import D, config_of, our_steps, planted_rows
+from benchmarks.steps import D, config_of, our_steps, planted_rows, random_weights
+from hafs_jax.architectures import ARCHITECTURES, slots
 
 _BATCH, _K, _STEPS = 512, 32, 4
-_RATIOS = (16, 32, 64, 128, 256)
+_RATIOS = (16, 32, 48, 64, 128, 256)
+_OTHERS = ("topk", "matryoshka", "relu", "matryoshka_relu")
+_OTHERS_RATIO = 48
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """Rows a second of BatchTopK's training step, by ratio and dtype; 1 is where the two are equally fast."""
-    rows_BD = planted_rows(_BATCH, seed=0)
+    """Rows a second of a training step: BatchTopK's by ratio and dtype, the others' at the ratio of the rule.
+
+    1 is where the two are equally fast. ReLU's biases leave k latents active.
+    """
     for dtype in ("float32", "bfloat16"):
         for ratio in _RATIOS[1::2] if quick else _RATIOS:
-            F, runs = ratio * _K, {}
-            for products in ("sparse", "dense"):
-                sae = {"n_latents": F, "k": _K, "compute_dtype": dtype}
-                runs[products] = our_steps(config_of("batchtopk", F, sae=sae, products=products), rows_BD, _STEPS)
-            times = interleaved(runs, 3 if quick else 7, warm_ups=1)
-            (ours, spread), (theirs, _) = (times[name].rate(_STEPS * _BATCH) for name in ("sparse", "dense"))
-            sizes = {"B": _BATCH, "D": D, "F": F, "k": _K, "dtype": dtype}
-            name = f"kept entries, F / k = {ratio}, {dtype}"
-            yield Row(name, "dense products", ours, theirs, "tokens/s", ours / theirs, None, sizes=sizes, spread=spread)
+            yield _row("batchtopk", ratio, dtype, quick)
+    if not quick:
+        for architecture in _OTHERS:
+            yield _row(architecture, _OTHERS_RATIO, "float32", quick)
+
+
+def _row(architecture: str, ratio: int, dtype: str, quick: bool) -> Row:
+    rows_BD, any_number = planted_rows(_BATCH, seed=0), ARCHITECTURES[architecture].keeps_any_number
+    per_row = slots(config_of(architecture, ratio * _K).sae)
+    sae = {"n_latents": ratio * per_row, "k": _K, "compute_dtype": dtype}
+    runs = {}
+    for products in ("sparse", "dense"):
+        config = config_of(architecture, ratio * per_row, sae=sae, products=products)
+        weights = random_weights(config, rows_BD, l0=_K if any_number else None)
+        runs[products] = our_steps(config, rows_BD, _STEPS, weights)
+    times = interleaved(runs, 3 if quick else 7, warm_ups=1)
+    (ours, spread), (theirs, _) = (times[name].rate(_STEPS * _BATCH) for name in ("sparse", "dense"))
+    sizes = {"B": _BATCH, "D": D, "F": ratio * per_row, "k": _K, "slots": per_row, "dtype": dtype}
+    name = f"kept entries of {architecture}, F / slots = {ratio}, {dtype}"
+    return Row(name, "dense products", ours, theirs, "tokens/s", ours / theirs, None, sizes=sizes, spread=spread)

@@ -26,6 +26,7 @@ from benchmarks.harness import Row, interleaved
 from hafs_jax.config import TrainConfig
 from hafs_jax.loop import shared_config
 from hafs_jax.loss import Weights, loss_and_gradients
+from hafs_jax.nested import fixed_ends
 from hafs_jax.penalty import tangent
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.sae import InputScale, init_params
@@ -60,6 +61,7 @@ CASES = (
     Case("relu", 16_384, "baseline", sparse=True, sae_lens=2.0, dictionary_learning=1.5),
     Case("topk", 4_608, sae_lens=2.5, dictionary_learning=2.5),
     Case("batchtopk", 4_608, sae_lens=2.5, dictionary_learning=2.5),
+    Case("matryoshka", 4_608, sae_lens=2.5, dictionary_learning=2.5),
     Case("topk", 16_384, sae_lens=6.0, dictionary_learning=6.0),
     Case("batchtopk", 16_384, sae_lens=6.0, dictionary_learning=6.0),
 )
@@ -76,10 +78,7 @@ def _rows(case: Case, rounds: int, peers_too: bool) -> Iterator[Row]:
     products = "sparse" if case.sparse else "auto"
     config = config_of(case.architecture, case.n_latents, case.variant, products=products)
     rows_BD = planted_rows(B, seed=0)
-    weights = {name: np.array(value) for name, value in init_params(config.sae, D, jax.random.key(0)).items()}
-    if case.sparse:
-        pre = np.sort((rows_BD @ weights["W_enc"]).reshape(-1))
-        weights["b_enc"] -= pre[-K * B]
+    weights = random_weights(config, rows_BD, l0=K if case.sparse else None)
     check_same(config, weights, rows_BD[:_CHECKED])
     runs: dict[str, Callable[[], Any]] = {"ours": our_steps(config, rows_BD, weights=weights)}
     targets: dict[str, float | None] = {"sae_lens": case.sae_lens}
@@ -126,6 +125,15 @@ def planted_rows(rows: int, seed: int, d_model: int = D, features: int = 2_000) 
     return rows_BD * np.float32(np.sqrt(d_model / np.mean(np.sum(rows_BD**2, axis=1))))
 
 
+def random_weights(config: TrainConfig, rows_BD: np.ndarray, l0: int | None = None) -> peers.Weights:
+    """Random weights; with `l0`, biases that leave so many positive pre-activations of a row on average."""
+    weights = {name: np.array(value) for name, value in init_params(config.sae, D, jax.random.key(0)).items()}
+    if l0 is not None:
+        pre = np.sort((rows_BD @ weights["W_enc"]).reshape(-1))
+        weights["b_enc"] -= pre[-l0 * len(rows_BD)]
+    return weights
+
+
 def our_steps(
     config: TrainConfig, rows_BD: np.ndarray, steps: int = _DISPATCH, weights: peers.Weights | None = None
 ) -> Callable[[], Any]:
@@ -163,7 +171,9 @@ def sae_lens_step(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarr
 
 def dictionary_learning_step(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarray) -> Callable[[], Any]:
     """One update of dictionary_learning's trainer."""
-    special = {"l1_penalty": _L1} if config.sae.architecture == "relu" else {"k": config.sae.k}
+    special: dict[str, Any] = {"l1_penalty": _L1} if config.sae.architecture == "relu" else {"k": config.sae.k}
+    if config.sae.architecture == "matryoshka":
+        special["group_fractions"] = peers.group_fractions(fixed_ends(config.sae))
     trainer = peers.trainer(config.sae.architecture, weights, steps=10**6, lr=config.optimizer.learning_rate, **special)
     rows = torch.from_numpy(rows_BD)
     return lambda: trainer.update(1, rows)
@@ -200,9 +210,13 @@ def check_same(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarray)
     step = TrainStepInput(torch.from_numpy(rows_BD), {"l1": _L1}, dead, 0, False)
     theirs = sae.training_forward_pass(step).loss
     theirs.backward()
-    found = {"loss": (np.asarray(loss), theirs.detach().numpy())}
+    # Matryoshka's prefixes: it adds them up, ours is a mean
+    terms = len(config.sae.prefixes) if config.sae.architecture == "matryoshka" else 1
+    found = {"loss": (terms * np.asarray(loss), theirs.detach().numpy())}
     their_grads = peers.gradients(sae, "sae_lens", config.sae.architecture)
-    found |= {name: (np.asarray(grads[name]), their_grads[name]) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    found |= {
+        name: (terms * np.asarray(grads[name]), their_grads[name]) for name in ("W_enc", "W_dec", "b_enc", "b_dec")
+    }
     if config.sae.architecture == "relu":  # theirs is L1 x decoder norm: it has a part along the decoder's rows
         tangents = [np.asarray(tangent(jnp.asarray(grad_FD), params["W_dec"])) for grad_FD in found["W_dec"]]
         found["W_dec"] = (tangents[0], tangents[1])
@@ -215,4 +229,5 @@ def check_same(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarray)
 def _sae_lens_settings(config: TrainConfig) -> dict[str, Any]:
     if config.sae.architecture == "relu":
         return {"l1_coefficient": _L1, "l1_warm_up_steps": 0}
-    return {"k": config.sae.k}
+    widths = {"matryoshka_widths": list(fixed_ends(config.sae))} if config.sae.architecture == "matryoshka" else {}
+    return {"k": config.sae.k, **widths}

@@ -189,11 +189,9 @@ def _forward_sparse(
     architecture, W_dec, dtype = ARCHITECTURES[config.sae.architecture], params["W_dec"], config.sae.compute_dtype
     kept = sparse.encode(kept, acts_BD, params, config.sae)
     if architecture.nested:
-        ends = prefix_ends(config.sae, key)
-        bands = [kept.within(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+        changes = _changes_by_band(kept, W_dec, prefix_ends(config.sae, key), len(acts_BD), dtype)
     else:
-        bands = [kept]
-    changes = [sparse.decode(band, W_dec, len(acts_BD), dtype) for band in bands]
+        changes = [sparse.decode(kept, W_dec, len(acts_BD), dtype)]
     errors_G, residual_BD = prefix_errors(changes, target_BD, params["b_dec"])
     parts = {"fvu": errors_G[-1] / variance, "loss_reconstruction": jnp.mean(errors_G) / variance}
     assert architecture.cost in (None, l1)
@@ -207,6 +205,15 @@ def _forward_sparse(
         smallest=jnp.min(jnp.where(kept.values_N > 0, kept.values_N, jnp.inf)),
         encoding=None,
     )
+
+
+def _changes_by_band(
+    kept: sparse.Kept, W_dec: Float[Array, "F D"], ends_G: Int[Array, " G"], rows: int, dtype: str
+) -> list[Float[Array, "B D"]]:
+    """`prefix_changes` for the kept entries of B = `rows` rows: each is added to its band's copy of its row."""
+    band_N = jnp.searchsorted(ends_G, kept.latents_N, side="right")
+    banded = kept.replace(rows_N=(band_N * rows + kept.rows_N).astype(jnp.int32))
+    return list(sparse.decode(banded, W_dec, len(ends_G) * rows, dtype).reshape(len(ends_G), rows, -1))
 
 
 def add_aux(

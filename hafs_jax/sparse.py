@@ -6,7 +6,6 @@ which there are B k or, with ReLU, as many as there happen to be; values and gra
 (`sae.SAE`), in bfloat16 up to its rounding, which tests hold them to.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -19,7 +18,7 @@ from hafs_jax.config import SAEConfig, TrainConfig
 from hafs_jax.products import Params, blocks_of, matmul, row_blocks
 from hafs_jax.selection import Entries
 
-_LEAST_RATIO = {"float32": 64.0, "bfloat16": math.inf}  # F / slots from which it is the faster on a CPU: see `pays`
+_LEAST_RATIO = {"float32": 48, "bfloat16": 256}  # F / slots from which it is the faster on a CPU: see `pays`
 _UNROLLED = 4  # entries added per turn of the loop
 _CHUNK = 4096  # entries whose rows are gathered at a time
 
@@ -37,19 +36,13 @@ class Kept(struct.PyTreeNode):
         """In how many of the rows each latent fires."""
         return jnp.zeros(n_latents).at[self.latents_N].add(self.values_N > 0)
 
-    def within(self, start: Array | int, end: Array | int) -> "Kept":
-        """The latents numbered `start` up to `end`; the others' slots are empty."""
-        inside_N = (self.latents_N >= start) & (self.latents_N < end)
-        return self.replace(values_N=jnp.where(inside_N, self.values_N, 0.0))
-
 
 def pays(config: TrainConfig) -> bool:
     """Whether a training of `config` multiplies by kept entries alone: as its `products` says, or by measurement.
 
-    `auto` takes dense products but where `benchmarks/products.py` measured the kept entries to be faster, with
-    BatchTopK: on a CPU, in float32, from 64 latents a slot on. ReLU, whose slots are more than k, goes by the same
-    number, where a controller brings L0 to k. In bfloat16 they were not at any ratio up to 256; off the CPU nothing was
-    measured.
+    `auto` takes dense products but where `benchmarks/products.py` measured the kept entries to be faster: on a CPU,
+    from 48 latents a slot on in float32, from 256 on in bfloat16. ReLU has more slots than k, and goes by them only
+    where a controller brings L0 to k. Off the CPU nothing was measured.
     """
     architecture = ARCHITECTURES[config.sae.architecture]
     asks_for_all = config.penalty.sharing == "cofiring" or config.sparsity.pre_activation > 0

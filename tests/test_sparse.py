@@ -144,14 +144,23 @@ def test_kept_entries_alone_are_multiplied_where_there_is_a_slot_for_each(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "F", "pays"), [("relu", 960, True), ("relu", 959, False), ("topk", 640, True)]
+    ("architecture", "F", "dtype", "pays"),
+    [
+        ("relu", 720, "float32", True),
+        ("relu", 719, "float32", False),
+        ("topk", 480, "float32", True),
+        ("topk", 479, "float32", False),
+        ("topk", 2560, "bfloat16", True),
+        ("topk", 2559, "bfloat16", False),
+    ],
 )
-def test_the_ratio_from_which_kept_entries_pay_counts_every_slot(architecture: str, F: int, pays: bool) -> None:
-    config = config_of(architecture, n_latents=F, k=10)
+def test_the_ratio_from_which_kept_entries_pay_counts_every_slot(
+    architecture: str, F: int, dtype: str, pays: bool
+) -> None:
+    config = config_of(architecture, n_latents=F, k=10, compute_dtype=dtype)
     assert sparse.pays(config) == pays
-    assert not sparse.pays(with_fields(config, {"sae": {"compute_dtype": "bfloat16"}}))
     unmatched = with_fields(config, {"sparsity": {"match_l0": False}})
-    assert sparse.pays(unmatched) == (architecture == "topk")
+    assert sparse.pays(unmatched) == (pays and architecture == "topk")
     assert sparse.pays(dataclasses.replace(unmatched, products="sparse"))
 
 
