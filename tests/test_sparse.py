@@ -143,21 +143,22 @@ def test_kept_entries_alone_are_multiplied_where_there_is_a_slot_for_each(
     assert bool(calls) == taken
 
 
+@pytest.mark.parametrize("pays", [True, False])
 @pytest.mark.parametrize(
-    ("architecture", "F", "dtype", "pays"),
+    ("architecture", "dtype", "cores", "least"),
     [
-        ("relu", 720, "float32", True),
-        ("relu", 719, "float32", False),
-        ("topk", 480, "float32", True),
-        ("topk", 479, "float32", False),
-        ("topk", 2560, "bfloat16", True),
-        ("topk", 2559, "bfloat16", False),
+        ("topk", "float32", 1, 320),
+        ("topk", "float32", 2, 480),
+        ("relu", "float32", 2, 720),
+        ("topk", "float32", 16, 2720),
+        ("topk", "bfloat16", 2, 2550),
     ],
 )
-def test_the_ratio_from_which_kept_entries_pay_counts_every_slot(
-    architecture: str, F: int, dtype: str, pays: bool
+def test_from_which_ratio_kept_entries_pay_counts_slots_and_cores(
+    architecture: str, dtype: str, cores: int, least: int, pays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(architecture, n_latents=F, k=10, compute_dtype=dtype)
+    monkeypatch.setattr(sparse, "_cores", lambda: cores)
+    config = config_of(architecture, n_latents=least - (not pays), k=10, compute_dtype=dtype)
     assert sparse.pays(config) == pays
     unmatched = with_fields(config, {"sparsity": {"match_l0": False}})
     assert sparse.pays(unmatched) == (pays and architecture == "topk")
