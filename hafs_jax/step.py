@@ -98,15 +98,9 @@ def train_step(
             params["b_enc"] -= jnp.log2(sparsity.coefficient / state.sparsity.coefficient)
     if settings.resample_every_steps:
         now = (step + 1) % settings.resample_every_steps == 0
-        now &= step < round(settings.resample_until * config.steps)
+        now &= ok & (step < round(settings.resample_until * config.steps))
         rows = (acts_BD, forward.residual_BD)
-        params, opt_state, since_F = resample(
-            params, opt_state, since_F, dead_steps, rows, now & ok, row_key, config, axis
-        )
-    average = state.average
-    if config.optimizer.average is not None:
-        decay = jnp.minimum(config.optimizer.average, (1.0 + step) / (10.0 + step))
-        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, params)
+        params, opt_state, since_F = resample(params, opt_state, since_F, dead_steps, rows, now, row_key, config, axis)
 
     metrics = {
         "step": step + 1,
@@ -128,7 +122,7 @@ def train_step(
     new_state = TrainState(
         step=step + 1,
         params=params,
-        average=average,
+        average=_averaged(state, params, config),
         pull=pull,
         opt_state=opt_state,
         steps_since_fired_F=since_F,
@@ -163,6 +157,14 @@ def _scaled(batch: Batch, scale: InputScale) -> tuple[Array, Array]:
         return scale(batch[0]), scale.target(batch[1])
     acts_BD = scale(batch)
     return acts_BD, acts_BD
+
+
+def _averaged(state: TrainState, params: Params, config: TrainConfig) -> Params:
+    """The moving average of the weights where the config asks for one; its window grows over the first steps."""
+    if config.optimizer.average is None:
+        return state.average
+    decay = jnp.minimum(config.optimizer.average, (1.0 + state.step) / (10.0 + state.step))
+    return cast(Params, jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, params))
 
 
 def _penalised(

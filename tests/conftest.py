@@ -41,3 +41,13 @@ def _forget_compiled_programs() -> Iterator[None]:
     """Hundreds of configs compile hundreds of programs: kept for the whole session they take gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny synthetic world, made once; not to be written to."""
+    from tiny_world import TINY
+
+    from extract.synthetic import generate
+
+    return generate(TINY, tmp_path_factory.mktemp("out"))
