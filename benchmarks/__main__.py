@@ -37,10 +37,14 @@ def main() -> int:
     parser = Parser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, under three minutes")
     parser.add_argument("--only", nargs="+", choices=SUITES, metavar="SUITE", help=f"of {', '.join(SUITES)} [all]")
-    parser.add_argument("--write", type=Path, help="JSON file for the table [benchmarks/results/<device>.json]")
+    parser.add_argument(
+        "--write", type=Path, help="JSON file for the table [benchmarks/results/<device>.json; none with --only]"
+    )
     options = parser.parse_args()
     names = options.only or (QUICK if options.quick else SUITES)
-    path = options.write or Path(__file__).parent / "results" / f"{device()}.json"
+    path = options.write
+    if path is None and not options.only:  # a part of the table would replace the whole
+        path = Path(__file__).parent / "results" / f"{device()}.json"
     rows: list[Row] = []
     limits: dict[str, float] = {}
     with tqdm(names, unit="suite") as bar:
@@ -52,10 +56,12 @@ def main() -> int:
                     limits[row.name] = row.ours
                 tqdm.write(show([row]).splitlines()[-1])
             command = f"python -m benchmarks {' '.join(sys.argv[1:])}".strip()
-            write_table(path, rows, command, limits)
-    write_text(path.with_suffix(".md"), show(rows) + "\n")
+            if path is not None:
+                write_table(path, rows, command, limits)
     print(show(rows))
-    print(f"\n{path}")
+    if path is not None:
+        write_text(path.with_suffix(".md"), show(rows) + "\n")
+        print(f"\n{path}")
     return 0
 
 

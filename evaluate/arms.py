@@ -84,7 +84,7 @@ def build_arms(results: dict[str, Any], summary: dict[str, Any]) -> dict[str, di
             "tag": tag,
             "seeds": [results["variants"][name]["seed"] for name in names],
             "runs": names,
-            "measures": {**_known_elsewhere(summary, identity, list(members)), **found},
+            "measures": {**_known_elsewhere(summary, identity), **found},
         }
     return arms
 
@@ -158,14 +158,15 @@ def _k(k: float | None) -> str:
     return "?" if k is None else f"{k:g}"
 
 
-def _known_elsewhere(
-    summary: dict[str, Any], identity: tuple[Any, ...], every: list[tuple[Any, ...]]
-) -> dict[str, dict[str, Any]]:
-    """The arm's measures in the experiment's summary; nothing where several tags share its place there."""
-    if sum(other[:3] == identity[:3] for other in every) > 1:
-        return {}
+def _known_elsewhere(summary: dict[str, Any], identity: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
+    """The arm's measures in the experiment's summary."""
     for arm in summary.get("arms") or []:
-        if (arm.get("architecture"), arm.get("variant"), arm.get("k")) == identity[:3]:
+        variant, *options = str(
+            arm.get("variant")
+        ).split()  # "adaptive penalty.yielding=rarer": its tag lacks "penalty."
+        axes = (option.partition("=") for option in options)
+        tag = ",".join(f"{axis.rpartition('.')[2]}={value}" for axis, _, value in axes)
+        if (arm.get("architecture"), variant, arm.get("k"), tag) == identity:
             fields = ("mean", "sd", "low", "high", "values")
             return {
                 measure: {field: values.get(field) for field in fields}

@@ -1,7 +1,7 @@
 """Room two: training sparse autoencoders on activation stores in JAX, and HAFS (never torch).
 
     from hafs_jax import load, preset, train
-    run = train(preset("adaptive", "matryoshka"), store_folder, runs_folder)
+    run = train(preset("baseline", "matryoshka"), store_folder, runs_folder)
     sae = load(run.folder)
     latents = sae.encode(acts)
 

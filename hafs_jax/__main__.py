@@ -12,6 +12,7 @@ from typing import Any
 from extract.format.config import Parser, add_flags, with_flags
 from extract.format.errors import UserError, one_line_errors
 from hafs_jax.config import TrainConfig
+from hafs_jax.health import INACTIVE_LAMBDA
 from hafs_jax.presets import ARCHITECTURES, VARIANTS, preset
 
 _SKIP = ("variant", "seed", "sae.architecture", "sae.transcode")
@@ -162,7 +163,7 @@ def _train(parsed: argparse.Namespace) -> None:
     if result["stopped_early"]:
         print(f"{run.folder.name}: stopped at step {result['steps']}; best held-out FVU {result['best']}")
     if result["tau_reached"] is False:
-        said = "adaptive inactive: " if final["lambda"] < 0.05 else ""
+        said = "adaptive inactive: " if final["lambda"] < INACTIVE_LAMBDA else ""
         print(f"{run.folder.name}: {said}the error never fell to tau; lambda ended at {final['lambda']:.2f}")
 
 

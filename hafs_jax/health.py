@@ -5,6 +5,9 @@ from typing import Any
 from hafs_jax.config import TrainConfig
 
 DEAD_SHARE, L0_OFF = 0.05, 0.02  # above these a run deserves a look
+INACTIVE_LAMBDA = (
+    0.05  # a gate that ends below it has done nothing; above, the penalty acted though tau was not reached
+)
 
 
 def health(config: TrainConfig, metrics: list[dict[str, Any]]) -> list[tuple[bool, str]]:
@@ -31,7 +34,8 @@ def health(config: TrainConfig, metrics: list[dict[str, Any]]) -> list[tuple[boo
         found.append((share < 0.95, f"the penalty's share of W_dec's gradient is {share:.0%}"))
     if config.penalty.kind != "none" and config.penalty.gate:
         reached = bool(last["tau_reached"])
-        said = "reached" if reached else "never reached: adaptive inactive"
+        inactive = not reached and last["lambda"] < INACTIVE_LAMBDA
+        said = "reached" if reached else f"never reached{': adaptive inactive' if inactive else ''}"
         found.append((reached, f"tau {config.penalty.tau} {said}; lambda {last['lambda']:.2f}"))
     held = [record["heldout_fvu"] for record in metrics if record.get("heldout_fvu") is not None]
     if held:

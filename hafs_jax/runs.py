@@ -80,7 +80,7 @@ class Run:
             path, before, after = difference
             raise UserError(
                 f"{self.folder} holds a run with {path}={before}, this one has {after}; "
-                "pass --force to replace it, or choose another SEED or OUT"
+                "pass --tag NAME to keep both, --force to replace it, or choose another SEED or OUT"
             )
         found, expected = self.store_record(), store
         if "target" in expected and found["fingerprint"] == expected["fingerprint"]:

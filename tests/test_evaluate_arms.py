@@ -98,6 +98,17 @@ def test_an_arms_name_holds_only_what_tells_it_apart(tmp_path):
     assert arms["adaptive-lam=1"]["measures"] == {}
 
 
+def test_the_summary_names_an_arm_with_its_options(tmp_path):
+    folder = make_workspace(tmp_path, ())
+    for run in ("adaptive-s0", "adaptive-s0-lam=0.3,yielding=rarer"):
+        write_run(folder, run, k_or_target_l0=40)
+    arm = {"architecture": "batchtopk", "variant": "adaptive lam=0.3 penalty.yielding=rarer", "k": 40}
+    arms = build_arms(build_results(folder), {"arms": [{**arm, "measures": {"stability": {"mean": 0.61}}}]})
+    assert list(arms) == ["adaptive", "adaptive-lam=0.3,yielding=rarer"]
+    assert arms["adaptive-lam=0.3,yielding=rarer"]["measures"]["stability"]["mean"] == 0.61
+    assert "stability" not in arms["adaptive"]["measures"]
+
+
 @pytest.mark.parametrize(
     ("run", "seed", "tag"),
     [

@@ -21,7 +21,8 @@ GOOD = {
         ({"bad_batches": 3}, "3 batches"),
         ({"loss_reconstruction": 0.4}, "reconstruction loss 0.4000, rising"),
         ({"penalty_gradient_share": 0.99}, "gradient is 99%"),
-        ({"tau_reached": False}, "never reached: adaptive inactive"),
+        ({"tau_reached": False}, "never reached; lambda 2.00"),
+        ({"tau_reached": False, "lambda": 0.01}, "never reached: adaptive inactive; lambda 0.01"),
         ({"heldout_fvu": 0.3}, "held-out FVU 0.3000, best 0.2000"),
     ],
 )
