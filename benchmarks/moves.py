@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from benchmarks.harness import Row, interleaved
-from benchmarks.steps import D, config_of
+from benchmarks.workloads import D, config_of
 from hafs_jax.config import TrainConfig
 from hafs_jax.moves import move, optimizer, plain_move
 from hafs_jax.products import Params

@@ -19,10 +19,8 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import nn
 
+from benchmarks.workloads import Weights
 from hafs_jax.config import TrainConfig
-
-Weights = dict[str, np.ndarray]
-"""float32 arrays under our names."""
 
 SAE_LENS: dict[str, str] = {
     "relu": "Standard",

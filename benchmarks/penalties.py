@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import Row, interleaved
-from benchmarks.steps import D, K, config_of, our_steps, planted_rows
+from benchmarks.workloads import D, K, config_of, our_steps, planted_rows
 from hafs_jax.config import PenaltyConfig, TrainConfig
 from hafs_jax.penalty import Structure, first_groups, hinge_pull, penalty_pull
 from hafs_jax.presets import preset

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from benchmarks.harness import Row, interleaved
-from benchmarks.steps import D, config_of, our_steps, planted_rows, random_weights
+from benchmarks.workloads import D, config_of, our_steps, planted_rows, random_weights
 from hafs_jax.architectures import ARCHITECTURES, slots
 
 _BATCH, _K, _STEPS = 512, 32, 4

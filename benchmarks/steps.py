@@ -23,20 +23,24 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from benchmarks import peers
 from benchmarks.harness import Row, interleaved
+from benchmarks.workloads import (
+    DISPATCH,
+    L1,
+    B,
+    D,
+    K,
+    config_of,
+    five_products,
+    our_steps,
+    planted_rows,
+    random_weights,
+)
 from hafs_jax.config import TrainConfig
-from hafs_jax.loop import shared_config
 from hafs_jax.loss import Weights, loss_and_gradients
 from hafs_jax.nested import fixed_ends
 from hafs_jax.penalty import tangent
-from hafs_jax.presets import preset, with_fields
-from hafs_jax.sae import InputScale, init_params
-from hafs_jax.state import hyperparameters, state_of
-from hafs_jax.step import compile_steps
 
-D, B, K = 576, 2_048, 32
-_DISPATCH = 4  # steps of ours in one call, as the training loop makes them
 _CHECKED = 64  # rows on which losses and gradients are compared
-_L1 = 1.0
 _TOO_FAR = 2e-3  # largest relative difference of a loss or a gradient
 
 
@@ -90,66 +94,13 @@ def _rows(case: Case, rounds: int, peers_too: bool) -> Iterator[Row]:
         targets["its five products"] = case.of_limit
         runs["its five products"] = five_products(rows_BD, weights)
     times = interleaved(runs, rounds, warm_ups=1)
-    ours, spread = times["ours"].rate(_DISPATCH * B)
+    ours, spread = times["ours"].rate(DISPATCH * B)
     name = f"{case.architecture} step, F={case.n_latents:,}" + (", adaptive" if case.variant == "adaptive" else "")
     name += f", L0 {K}" if case.sparse else ""
     sizes = {"B": B, "D": D, "F": case.n_latents, "k": config.sae.k, "dtype": "float32"}
     for peer, target in targets.items():
         theirs = times[peer].rate(B)[0]
         yield Row(name, peer, ours, theirs, "tokens/s", ours / theirs, target, sizes=sizes, spread=spread)
-
-
-def config_of(architecture: str, n_latents: int, variant: str = "baseline", **fields: Any) -> TrainConfig:
-    """A training of the library's defaults but for the fixed coefficient that the peers have too."""
-    fixed = {"coefficient": _L1, "match_l0": False} if architecture == "relu" else {}
-    config = with_fields(
-        preset(variant, architecture),
-        {
-            "sae": {"n_latents": n_latents, "k": K, "encoder_scale": 1.0},
-            "sparsity": fixed,
-            "batch_size": B,
-            "tokens": 100_000 * B,
-            **fields,
-        },
-    )
-    return with_fields(config, {"penalty": {"tau": 0.1, "mu0": 0.1}}) if config.penalty.gate else config
-
-
-def planted_rows(rows: int, seed: int, d_model: int = D, features: int = 2_000) -> np.ndarray:
-    """Rows of mean 0 and mean square norm d_model, sparse sums of random directions: [rows, d_model] float32."""
-    random = np.random.default_rng(seed)
-    directions = random.standard_normal((features, d_model), dtype=np.float32)
-    active = random.random((rows, features), dtype=np.float32) < 20 / features
-    rows_BD = (active * random.random((rows, features), dtype=np.float32)) @ directions
-    rows_BD -= rows_BD.mean(0)
-    return rows_BD * np.float32(np.sqrt(d_model / np.mean(np.sum(rows_BD**2, axis=1))))
-
-
-def random_weights(config: TrainConfig, rows_BD: np.ndarray, l0: int | None = None) -> peers.Weights:
-    """Random weights; with `l0`, biases that leave so many positive pre-activations of a row on average."""
-    weights = {name: np.array(value) for name, value in init_params(config.sae, D, jax.random.key(0)).items()}
-    if l0 is not None:
-        pre = np.sort((rows_BD @ weights["W_enc"]).reshape(-1))
-        weights["b_enc"] -= pre[-l0 * len(rows_BD)]
-    return weights
-
-
-def our_steps(
-    config: TrainConfig, rows_BD: np.ndarray, steps: int = _DISPATCH, weights: peers.Weights | None = None
-) -> Callable[[], Any]:
-    """`steps` training steps in one call, as the training loop makes them; from `weights`, or from fresh ones."""
-    hyper, d_model = hyperparameters(config), rows_BD.shape[1]
-    fresh = init_params(config.sae, d_model, jax.random.key(0))
-    params = fresh if weights is None else {name: jnp.asarray(value) for name, value in weights.items()}
-    state = [state_of(config, params, jax.random.key(1), hyper)]
-    scale = InputScale(jnp.zeros(d_model), jnp.float32(1.0), jnp.float32(d_model))
-    batches, train_steps, static = jnp.asarray(np.stack([rows_BD] * steps)), compile_steps(), shared_config(config)
-
-    def run() -> None:
-        state[0], metrics = train_steps(state[0], batches, scale, hyper, static)
-        jax.block_until_ready(metrics)
-
-    return run
 
 
 def sae_lens_step(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarray) -> Callable[[], Any]:
@@ -171,7 +122,7 @@ def sae_lens_step(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarr
 
 def dictionary_learning_step(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarray) -> Callable[[], Any]:
     """One update of dictionary_learning's trainer."""
-    special: dict[str, Any] = {"l1_penalty": _L1} if config.sae.architecture == "relu" else {"k": config.sae.k}
+    special: dict[str, Any] = {"l1_penalty": L1} if config.sae.architecture == "relu" else {"k": config.sae.k}
     if config.sae.architecture == "matryoshka":
         special["group_fractions"] = peers.group_fractions(fixed_ends(config.sae))
     trainer = peers.trainer(config.sae.architecture, weights, steps=10**6, lr=config.optimizer.learning_rate, **special)
@@ -179,35 +130,15 @@ def dictionary_learning_step(config: TrainConfig, weights: peers.Weights, rows_B
     return lambda: trainer.update(1, rows)
 
 
-def five_products(rows_BD: np.ndarray, weights: peers.Weights, dtype: str = "float32") -> Callable[[], Any]:
-    """The matrix products that a dense step cannot do without, of arrays that are in `dtype` already."""
-    acts_BD, W_enc, W_dec = (jnp.asarray(array, dtype) for array in (rows_BD, weights["W_enc"], weights["W_dec"]))
-    latents_BF = jnp.ones((len(acts_BD), len(W_dec)), dtype)
-    sums = {"preferred_element_type": jnp.float32}
-    products = (
-        (jax.jit(lambda x, w: jnp.matmul(x, w, **sums)), acts_BD, W_enc),
-        (jax.jit(lambda f, w: jnp.matmul(f, w, **sums)), latents_BF, W_dec),
-        (jax.jit(lambda r, w: jnp.matmul(r, w.T, **sums)), acts_BD, W_dec),
-        (jax.jit(lambda f, r: jnp.matmul(f.T, r, **sums)), latents_BF, acts_BD),
-        (jax.jit(lambda x, g: jnp.matmul(x.T, g, **sums)), acts_BD, latents_BF),
-    )
-
-    def run() -> None:
-        for product, left, right in products:
-            jax.block_until_ready(product(left, right))
-
-    return run
-
-
 def check_same(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarray) -> None:
     """Raises `RuntimeError` where our loss or a gradient is not sae_lens's; the penalty is not part of it."""
-    at = Weights(jnp.int32(config.sae.k), jnp.float32(_L1), jnp.zeros(config.sae.F, bool))
+    at = Weights(jnp.int32(config.sae.k), jnp.float32(L1), jnp.zeros(config.sae.F, bool))
     params, acts = {name: jnp.asarray(value) for name, value in weights.items()}, jnp.asarray(rows_BD)
     ours = jax.jit(loss_and_gradients, static_argnums=6)
     (loss, _), grads = ours(params, acts, acts, at, jnp.float32(1.0), jax.random.key(0), config)
     sae = peers.training_sae(config.sae.architecture, weights, **_sae_lens_settings(config))
     dead = torch.zeros(config.sae.F, dtype=torch.bool)
-    step = TrainStepInput(torch.from_numpy(rows_BD), {"l1": _L1}, dead, 0, False)
+    step = TrainStepInput(torch.from_numpy(rows_BD), {"l1": L1}, dead, 0, False)
     theirs = sae.training_forward_pass(step).loss
     theirs.backward()
     # Matryoshka's prefixes: it adds them up, ours is a mean
@@ -228,6 +159,6 @@ def check_same(config: TrainConfig, weights: peers.Weights, rows_BD: np.ndarray)
 
 def _sae_lens_settings(config: TrainConfig) -> dict[str, Any]:
     if config.sae.architecture == "relu":
-        return {"l1_coefficient": _L1, "l1_warm_up_steps": 0}
+        return {"l1_coefficient": L1, "l1_warm_up_steps": 0}
     widths = {"matryoshka_widths": list(fixed_ends(config.sae))} if config.sae.architecture == "matryoshka" else {}
     return {"k": config.sae.k, **widths}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import Row, interleaved
-from benchmarks.steps import config_of, our_steps, planted_rows
+from benchmarks.workloads import config_of, our_steps, planted_rows
 from hafs_jax.loop import shared_config
 from hafs_jax.sae import InputScale, init_params
 from hafs_jax.state import hyperparameters, state_of

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from hafs_jax.config import SAEConfig
 from hafs_jax.products import Params, matmul
-from hafs_jax.selection import Entries, batch_threshold, largest_of_all, largest_of_rows, positive
+from hafs_jax.selection import Entries, batch_threshold, largest_of_all, largest_of_rows, positive, top_of_rows
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -74,7 +74,7 @@ def topk(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: Ope
     Ties at a row's smallest kept value are all kept; entries that are not positive never are.
     """
     positive_BF = jax.nn.relu(pre_BF)
-    largest_BK = jax.lax.top_k(jax.lax.stop_gradient(positive_BF), config.largest_k)[0]
+    largest_BK, _ = top_of_rows(jax.lax.stop_gradient(positive_BF), config.largest_k)
     smallest_B1 = jax.lax.dynamic_slice_in_dim(largest_BK, at.k - 1, 1, axis=1)
     return jnp.where(positive_BF >= jnp.maximum(smallest_B1, _TINY), positive_BF, 0.0)
 

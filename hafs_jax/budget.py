@@ -88,7 +88,7 @@ def check_memory(config: TrainConfig, stores: Stores, members: int = 1, together
         raise UserError(
             f"{config.sae.architecture} F={config.sae.F} with batch_size={config.batch_size} needs about {needed}; "
             f"found {size(free)} free on {jax.local_devices()[0]}; lower {fewer}--batch-size, --sae.expansion or "
-            "--sae.n-latents, or split the latents over more devices with --dictionary-shards"
+            f"--sae.n-latents, or split the latents over more devices with --dictionary-shards{_more_of_the_pool()}"
         )
 
 
@@ -105,6 +105,11 @@ def available_bytes() -> int | None:
         return None
     kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     return 1024 * kilobytes[0] if kilobytes else None
+
+
+def _more_of_the_pool() -> str:
+    """What else an accelerator's user can do: JAX takes three quarters of its memory unless told otherwise."""
+    return "" if jax.default_backend() == "cpu" else ", or give JAX more of it with XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
 
 
 def size(count: int) -> str:

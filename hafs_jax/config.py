@@ -249,7 +249,9 @@ class TrainConfig:
     checkpoint_every_steps: int = option(400, "steps between checkpoints")
     log_every_steps: int = option(8, "steps between lines of metrics.jsonl")
     max_bad_fraction: float = option(0.01, "share of non-finite batches (skipped) above which the run stops")
-    coherence_every_steps: int = option(80, "steps between measurements of the decoder's coherence")
+    coherence_every_steps: int = option(
+        80, "steps between measurements of the decoder's coherence: of 4,096 latents, at the end of all"
+    )
     products: str = option(
         "auto",
         "multiply by all latents, or by the active ones alone (not jumprelu, gated); auto: the faster, as measured",

@@ -32,6 +32,7 @@ from hafs_jax.state import TrainState, hyperparameters, init_state, state_of
 from hafs_jax.step import compile_steps
 
 _MEDIAN_ROWS = 16_384  # for the geometric median
+_COHERENCE_LATENTS = 4_096  # of which coherence is measured while training
 
 
 class TrainingStopped(Exception):
@@ -109,7 +110,9 @@ class _Fit:
             state, hyper = _stacked(states), _stacked(hypers) if self.together == "vmap" else tuple(hypers)
             spread = None
         del states  # else they stay beside what training makes of them
-        state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()) if spread is None else spread)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        state = jax.device_put(state, everywhere if spread is None else spread)
+        scale = jax.device_put(scale, everywhere)  # a checkpoint's comes back to where this one is
         with ExitStack() as stack:
             checkpoints = stack.enter_context(Checkpoints(self.folder, state=state))
             stopped = stack.enter_context(_stop_signals())
@@ -159,7 +162,8 @@ class _Fit:
                     if (measured or held) and index not in self.failed:
                         own = self._member(state, index)
                         if measured:
-                            extra |= {name: float(value) for name, value in _coherence(own.params["W_dec"]).items()}
+                            found = _coherence(own.params["W_dec"], None if at_end else _COHERENCE_LATENTS)
+                            extra |= {name: float(value) for name, value in found.items()}
                         if held:
                             extra |= heldout[index].measure(own, scale, member.config)
                     own_metrics = {name: values[:, index] for name, values in metrics.items()}
@@ -290,7 +294,7 @@ def _passed(before: int, now: int, every: int) -> bool:
     return before // every < now // every
 
 
-_coherence = jax.jit(coherence)
+_coherence = jax.jit(coherence, static_argnames="most")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.nested import prefix_changes, prefix_ends, prefix_errors, prefix_shares
 from hafs_jax.products import Params, blocks_of, matmul, row_blocks, whole_rows
 from hafs_jax.sae import SAE, pre_bias
+from hafs_jax.selection import top_of_rows
 from hafs_jax.state import largest_of_members
 
 Metrics = dict[str, Array]
@@ -240,7 +241,7 @@ def add_aux(
     def revived(W_enc: Array, bias_M: Array, W_dec: Array, is_dead_M: Array, acts_ND: Array, target_ND: Array) -> Array:
         dead_NM = jnp.where(is_dead_M[None], jax.nn.relu(matmul(acts_ND, W_enc, dtype) + bias_M[None]), 0.0)
         if aux_k < dead_NM.shape[1]:
-            smallest_N1 = jax.lax.top_k(jax.lax.stop_gradient(dead_NM), aux_k)[0][:, -1:]
+            smallest_N1 = top_of_rows(jax.lax.stop_gradient(dead_NM), aux_k)[0][:, -1:]
             dead_NM = jnp.where(dead_NM >= smallest_N1, dead_NM, 0.0)
         return weight * jnp.sum((target_ND - matmul(dead_NM, W_dec, dtype)) ** 2)
 

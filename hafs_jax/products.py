@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-_BLOCK_BYTES = {"cpu": 32 << 20, "accelerator": 512 << 20}
+_BLOCK_BYTES = {"cpu": 32 << 20, "accelerator": 2 << 30}
 
 Params = dict[str, Array]
 """W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and what the architecture adds, all float32."""
@@ -63,7 +63,8 @@ def _laid_out(matrix: Array) -> Array:
 def blocks_of(rows: int, width: int) -> int:
     """The fewest equal blocks of rows of which an array [rows of a block, width] of float32 takes 32 MB at most.
 
-    512 MB on an accelerator. One block where the number of rows has no divisor from there to four times as many.
+    2 GB on an accelerator, where adding up the gradients of smaller blocks would cost as much as their products (by
+    arithmetic, not measured). One block where the number of rows has no divisor from there to four times as many.
     """
     wanted = -(-4 * rows * width // _BLOCK_BYTES["cpu" if jax.default_backend() == "cpu" else "accelerator"])
     return next((parts for parts in range(wanted, 4 * wanted) if rows % parts == 0), 1)

@@ -1,5 +1,7 @@
 """Choosing the largest entries of an array without sorting it. Pure functions."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,25 +28,35 @@ def largest_of_rows(
 ) -> Entries:
     """The `count` largest positive entries of each row of values + offset, `count` <= `most`; N = B * most.
 
-    They lie in the `most` groups of neighbours with the largest maxima: one pass over all values finds those, and the
-    rest is done on 16 entries of each. The sum is never written. Of ties the first are taken.
+    Of ties the first are taken.
     """
-    B, F = values_BF.shape
-    if 4 * _GROUP * most > F:
-        largest_BK, columns_BK = jax.lax.top_k(values_BF + offset_F[None], most)
-    else:
-        maxima_BT = jnp.max(_grouped(values_BF) + _grouped(offset_F)[None], axis=2)
-        groups_BK = jax.lax.top_k(maxima_BT, most)[1]
-        near_BKG = jnp.take_along_axis(_grouped(values_BF), groups_BK[:, :, None], axis=1)
-        near_BKG += _grouped(offset_F)[groups_BK]
-        largest_BK, at_BK = jax.lax.top_k(near_BKG.reshape(B, -1), most)
-        columns_BK = jnp.take_along_axis(groups_BK, at_BK // _GROUP, axis=1) * _GROUP + at_BK % _GROUP
+    largest_BK, columns_BK = top_of_rows(values_BF, most, offset_F)
     return Entries(
-        rows_N=jnp.repeat(jnp.arange(B, dtype=jnp.int32), most),
+        rows_N=jnp.repeat(jnp.arange(len(values_BF), dtype=jnp.int32), most),
         columns_N=columns_BK.astype(jnp.int32).reshape(-1),
         real_N=((largest_BK > 0) & (jnp.arange(most) < count)[None]).reshape(-1),
         whole=jnp.bool_(True),
     )
+
+
+def top_of_rows(
+    values_BF: Float[Array, "B F"], most: int, offset_F: Float[Array, " F"] | None = None
+) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
+    """`jax.lax.top_k` of values + offset, K = `most`: the largest of each row, falling, and their columns.
+
+    They lie in the `most` groups of neighbours with the largest maxima: one pass over all values finds those, and the
+    rest is done on 16 entries of each. The sum is never written.
+    """
+    B, F = values_BF.shape
+    offset_F = jnp.zeros(F, values_BF.dtype) if offset_F is None else offset_F
+    if 4 * _GROUP * most > F:
+        return cast(tuple[Array, Array], tuple(jax.lax.top_k(values_BF + offset_F[None], most)))
+    maxima_BT = jnp.max(_grouped(values_BF) + _grouped(offset_F)[None], axis=2)
+    groups_BK = jax.lax.top_k(maxima_BT, most)[1]
+    near_BKG = jnp.take_along_axis(_grouped(values_BF), groups_BK[:, :, None], axis=1)
+    near_BKG += _grouped(offset_F)[groups_BK]
+    largest_BK, at_BK = jax.lax.top_k(near_BKG.reshape(B, -1), most)
+    return largest_BK, jnp.take_along_axis(groups_BK, at_BK // _GROUP, axis=1) * _GROUP + at_BK % _GROUP
 
 
 def largest_of_all(

@@ -87,7 +87,7 @@ ELSEWHERE = {
     "coherence_every_steps": "test_train: logging does not change training",
     "tensorboard": "test_train: logging does not change training",
     "max_bad_fraction": "test_train: a run on bad data stops",
-    "dictionary_shards": "test_step: a sharded step",
+    "dictionary_shards": "test_devices: a sharded step",
     "products": "test_sparse: the sparse step is the dense one",
     "passes": "below",
     "data_seed": "test_sweeps: members share the order of the batches",

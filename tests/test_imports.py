@@ -71,6 +71,18 @@ def test_the_check_can_fail(room: str, path: str, source: str) -> None:
     assert violations(room, source, path)
 
 
+def test_the_accelerators_suite_needs_no_other_library() -> None:
+    """It is carried to machines that have JAX and little else."""
+    known = {*sys.stdlib_module_names, "jax", "numpy", "tqdm", "extract", "hafs_jax", "benchmarks"}
+    waiting, seen = {"__main__", "accelerator"}, set[str]()
+    while waiting - seen:
+        seen.add(module := (waiting - seen).pop())
+        for name in imports((ROOT / "benchmarks" / f"{module}.py").read_text()):
+            assert name.split(".")[0] in known, f"benchmarks/{module}.py imports {name}"
+            waiting |= {name.split(".")[1]} if name.startswith("benchmarks.") else set()
+    assert {"harness", "workloads"} <= seen
+
+
 def test_our_evaluate_and_extract_are_the_ones_that_run() -> None:
     import evaluate
     import extract

@@ -152,6 +152,17 @@ def test_coherence_against_the_full_gram(W_dec: jax.Array) -> None:
     np.testing.assert_allclose(ours["frobenius_excess"], off / (F * (F - 1) / D), rtol=1e-4)
 
 
+def test_coherence_of_some_latents_is_with_all_others(W_dec: jax.Array) -> None:
+    U = np.asarray(W_dec / jnp.linalg.norm(W_dec, axis=1, keepdims=True), np.float64)
+    nearest_F = (U @ U.T - 2 * np.eye(F)).max(1)
+    ours, whole = coherence(W_dec, most=7, chunk=3), coherence(W_dec)
+    some = np.arange(7) * F // 7
+    np.testing.assert_allclose(ours["coherence_mean"], nearest_F[some].mean(), rtol=1e-5)
+    np.testing.assert_allclose(ours["coherence_max"], nearest_F[some].max(), rtol=1e-5)
+    np.testing.assert_allclose(ours["frobenius_excess"], whole["frobenius_excess"], rtol=1e-5)
+    np.testing.assert_allclose(coherence(W_dec, most=F + 1)["coherence_mean"], whole["coherence_mean"], rtol=1e-5)
+
+
 def test_levels_are_the_prefixes_bands_and_parents_the_nearest_of_the_first(W_dec: jax.Array) -> None:
     level = PenaltyConfig(kind="hinge", sharing="level", chunk_size=64)
     sae = SAEConfig(n_latents=F, k=3, prefixes=(0.25, 0.5, 1.0))  # 5.5 rounds to 6: bands of 6, 5 and 11

@@ -1,10 +1,6 @@
 """One training step against PyTorch's autograd and Adam; bad batches; many SAEs; sharding; the golden step."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -311,53 +307,3 @@ GOLDEN = {
     "l0": [3.0, 3.0],
     "loss": [6.5849, 9.0969],
 }
-
-
-def test_a_sharded_step_equals_the_step_on_one_device(tmp_path: Path) -> None:
-    """Four host devices, in a process of its own: the device count is fixed. Batch and dictionary both split; and the
-    batch alone, by active latents (where they fit their slots and where they do not) and by blocks of rows."""
-    script = tmp_path / "sharded.py"
-    script.write_text(
-        "import jax, numpy as np, jax.numpy as jnp, dataclasses\n"
-        "from test_step import small, fresh, batch\n"
-        "from hafs_jax import products, shardings\n"
-        "from hafs_jax.loss import blocks_of_rows\n"
-        "from hafs_jax.state import hyperparameters\n"
-        "from hafs_jax.step import compile_steps\n"
-        "acts = jnp.stack([batch(0), batch(1)])\n"
-        "def check(config, over, shift=0.0):\n"
-        "    outs = []\n"
-        "    for split in (False, True):\n"
-        "        state, scale = fresh(config)\n"
-        "        state.params['b_enc'] += shift\n"
-        "        block, spread = acts, None\n"
-        "        if split:\n"
-        "            mesh = shardings.make_mesh(over)\n"
-        "            spread = shardings.state_shardings(state, mesh)\n"
-        "            state = jax.device_put(state, spread)\n"
-        "            block = jax.device_put(acts, jax.NamedSharding(mesh, shardings.BATCHES))\n"
-        "            assert state.params['W_dec'].addressable_shards[0].data.shape == (12 // over, 5)\n"
-        "        state, metrics = compile_steps(spread)(state, block, scale, hyperparameters(config), config)\n"
-        "        outs.append(jax.device_get((state.params, metrics)))\n"
-        "    for one, other in zip(jax.tree.leaves(outs[0]), jax.tree.leaves(outs[1])):\n"
-        "        np.testing.assert_allclose(one, other, atol=2e-5)\n"
-        "    return float(outs[0][1]['l0'][0])\n"
-        "check(small('adaptive', sae={'n_latents': 12, 'k': 3}), 2)\n"
-        "relu = small('adaptive', 'relu', sae={'n_latents': 12, 'k': 3})\n"
-        "by_active = dataclasses.replace(relu, products='sparse')\n"
-        "assert check(by_active, 1) > 4.5 > check(by_active, 1, shift=-1.0) > 0\n"
-        "products._BLOCK_BYTES['cpu'] = 4 * 12 * 4\n"
-        "assert blocks_of_rows(relu, acts.shape[1]) > 1\n"
-        "check(dataclasses.replace(relu, products='dense'), 1)\n"
-        "check(by_active, 1, shift=-1.0)\n"
-        "print('equal on', jax.device_count())\n"
-    )
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert "equal on 4" in done.stdout, done.stderr[-2000:]
