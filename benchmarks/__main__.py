@@ -18,6 +18,7 @@ from extract.format.files import write_text
 SUITES = (
     "limits",
     "steps",
+    "dead",
     "moves",
     "penalties",
     "products",

@@ -6,9 +6,10 @@ in units of FVU: the batch's residual over the store's variance. For relu that i
 divided by the constant variance; a Matryoshka's reconstruction is the mean over its prefixes.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.nested import prefix_changes, prefix_ends, prefix_errors, prefix_shares
 from hafs_jax.products import Params, blocks_of, matmul, row_blocks, whole_rows
 from hafs_jax.sae import SAE, pre_bias
-from hafs_jax.selection import top_of_rows
+from hafs_jax.selection import kth_largest_of_rows
 from hafs_jax.state import largest_of_members
 
 Metrics = dict[str, Array]
@@ -229,50 +230,61 @@ def add_aux(
     """`sparsity.aux` |e - e_hat|^2 / |e|^2 and `grads` with its gradient added.
 
     e is the residual (a constant), e_hat its reconstruction by the top `aux_k` dead latents (Gao et al. 2024, arXiv
-    2406.04093, appendix A.2). While no latent is dead that is 0, and `grads` are not touched; where few are, only their
-    columns of the encoder and rows of the decoder are multiplied; a large batch is taken in blocks of rows. SAEs that
-    are trained together along `axis` all do what the one with the most dead latents needs.
+    2406.04093, appendix A.2). While no latent is dead that is 0, and `grads` are not touched. Only the dead latents'
+    columns of the encoder and rows of the decoder are multiplied, as far as there is `_rooms` for them; a large batch
+    is taken in blocks of rows. SAEs that are trained together along `axis` all do what the one with the most dead
+    latents needs.
     """
     aux_k, dtype, F = config.sparsity.aux_k, config.sae.compute_dtype, len(is_dead_F)
-    few = min(4 * aux_k, -(-F // 8))
     dead = jnp.sum(is_dead_F)
     weight = jnp.where(dead > 0, config.sparsity.aux, 0.0) / jnp.maximum(jnp.sum(residual_BD**2), 1e-20)
 
-    def revived(W_enc: Array, bias_M: Array, W_dec: Array, is_dead_M: Array, acts_ND: Array, target_ND: Array) -> Array:
-        dead_NM = jnp.where(is_dead_M[None], jax.nn.relu(matmul(acts_ND, W_enc, dtype) + bias_M[None]), 0.0)
+    def revived(params: Params, is_dead_M: Array, acts_ND: Array, target_ND: Array) -> Array:
+        pre_NM = matmul(acts_ND, params["W_enc"], dtype) + pre_bias(params, config.sae)[None]
+        dead_NM = jnp.where(is_dead_M[None], jax.nn.relu(pre_NM), 0.0)
         if aux_k < dead_NM.shape[1]:
-            smallest_N1 = top_of_rows(jax.lax.stop_gradient(dead_NM), aux_k)[0][:, -1:]
-            dead_NM = jnp.where(dead_NM >= smallest_N1, dead_NM, 0.0)
-        return weight * jnp.sum((target_ND - matmul(dead_NM, W_dec, dtype)) ** 2)
+            smallest_N = kth_largest_of_rows(jax.lax.stop_gradient(dead_NM), aux_k)
+            dead_NM = jnp.where(dead_NM >= smallest_N[:, None], dead_NM, 0.0)
+        return weight * jnp.sum((target_ND - matmul(dead_NM, params["W_dec"], dtype)) ** 2)
 
-    def of_few(params: Params, is_dead_F: Array, acts_ND: Array, target_ND: Array) -> Array:
-        ids_M = jnp.nonzero(is_dead_F, size=few, fill_value=0)[0]
-        is_real_M = jnp.arange(few) < dead
-        bias_M = pre_bias(params, config.sae)[ids_M]
-        return revived(params["W_enc"][:, ids_M], bias_M, params["W_dec"][ids_M], is_real_M, acts_ND, target_ND)
+    def add(sums: tuple[Array, Params], room: int, is_dead_F: Array, params: Params, *rows: Array) -> Any:
+        """The sums with a block's error and gradient added, for which only `room` latents are looked at."""
+        loss, grads = sums
+        if room == F:
+            error, more = jax.value_and_grad(revived)(params, is_dead_F, *rows)
+            return loss + error, jax.tree.map(jnp.add, grads, more)
+        ids_M = jnp.nonzero(is_dead_F, size=room, fill_value=F)[0]
+        of_dead = {name: (..., ids_M) if name == "W_enc" else ids_M for name in ("W_enc", "b_enc", "W_dec")}
+        some = {name: params[name].at[at].get(mode="clip") for name, at in of_dead.items()}
+        error, more = jax.value_and_grad(revived)({**some, "b_dec": params["b_dec"]}, ids_M < F, *rows)
+        added = {name: grads[name].at[at].add(more[name], mode="drop") for name, at in of_dead.items()}
+        return loss + error, {**grads, **added, "b_dec": grads["b_dec"] + more["b_dec"]}
 
-    def of_many(params: Params, is_dead_F: Array, acts_ND: Array, target_ND: Array) -> Array:
-        bias_F = pre_bias(params, config.sae)
-        return revived(params["W_enc"], bias_F, params["W_dec"], is_dead_F, acts_ND, target_ND)
-
-    def added(
-        sums: tuple[Array, Params], error: Callable[..., Array], width: int, wanted: Array
-    ) -> tuple[Array, Params]:
+    def added(sums: tuple[Array, Params], room: int, wanted: Array) -> tuple[Array, Params]:
         """The sums and, if `wanted`, those of all blocks: a loop of as many turns, whose sums stay where they are."""
-        P = blocks_of(len(acts_BD), width)
+        P = blocks_of(len(acts_BD), room)
         rows_NPD = [rows_BD.reshape(-1, P, rows_BD.shape[1]) for rows_BD in (acts_BD, residual_BD)]  # every P-th row
 
-        def add(block: Array, sums: tuple[Array, Params]) -> tuple[Array, Params]:
+        def turn(block: Array, sums: tuple[Array, Params]) -> tuple[Array, Params]:
             rows_ND = (jax.lax.dynamic_index_in_dim(rows, block, axis=1, keepdims=False) for rows in rows_NPD)
             # Without the barrier XLA computes what is the same in all turns ahead of them, even where there are none.
             held, held_dead_F, _ = jax.lax.optimization_barrier((params, is_dead_F, block))
-            return jax.tree.map(jnp.add, sums, jax.value_and_grad(error)(held, held_dead_F, *rows_ND))
+            return cast(tuple[Array, Params], add(sums, room, held_dead_F, held, *rows_ND))
 
-        return jax.lax.fori_loop(0, jnp.where(wanted, P, 0), add, sums)
+        return jax.lax.fori_loop(0, jnp.where(wanted, P, 0), turn, sums)
 
-    which = largest_of_members(jnp.where(dead == 0, 0, jnp.where(dead <= few, 1, 2)), axis)
-    sums = added((jnp.zeros(()), grads), of_few, few, which == 1)
-    return added(sums, of_many, F, which == 2)
+    most = largest_of_members(dead, axis)
+    sums, enough = (jnp.zeros(()), grads), 0
+    for room in _rooms(F):
+        sums = added(sums, room, (most > enough) & (most <= room))
+        enough = room
+    return sums
+
+
+def _rooms(n_latents: int) -> list[int]:
+    """For how many dead latents there are programs: 32, 128, 512, ... as far as half of all, and all."""
+    powers = (32 * 4**n for n in range(16))
+    return [*itertools.takewhile(lambda room: room <= n_latents // 2, powers), n_latents]
 
 
 def pre_activation_loss(params: Params, pre_BF: Float[Array, "B F"], is_dead_F: Bool[Array, " F"]) -> Float[Array, ""]:

@@ -8,8 +8,8 @@ from test_step import B, D, F, K, batch, fresh, one_step, small
 
 from hafs_jax import products
 from hafs_jax.architectures import OperatingPoint
-from hafs_jax.loss import add_aux, pre_activation_loss
-from hafs_jax.sae import SAE
+from hafs_jax.loss import _rooms, add_aux, pre_activation_loss
+from hafs_jax.sae import SAE, init_params
 from hafs_jax.state import hyperparameters, init_state
 from hafs_jax.step import compile_steps
 
@@ -26,31 +26,38 @@ def test_dead_latents_are_revived_by_their_own_gradient() -> None:
     assert float(without["loss_aux"]) == 0 and float(without["fvu"]) == float(metrics["fvu"])
 
 
-@pytest.mark.parametrize("share", [0.1, 0.6], ids=["few dead", "many dead"])
-def test_aux_loss_against_a_plain_one(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small(sparsity={"aux_k": 2, "aux": 1.0})
-    params = fresh(config)[0].params
+@pytest.mark.parametrize("transcode", [False, True])
+@pytest.mark.parametrize("aux_k", [2, 64])
+@pytest.mark.parametrize("dead", [1, 20, 100, 300])
+def test_the_aux_loss_and_its_gradient_are_the_plain_ones(
+    dead: int, aux_k: int, transcode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the room that is made for so many dead latents, with fewer and with more of them than `aux_k`."""
+    n_latents = 600
+    assert _rooms(n_latents) == [32, 128, 600]
+    config = small(sae={"n_latents": n_latents, "transcode": transcode}, sparsity={"aux_k": aux_k, "aux": 1.0})
+    params = init_params(config.sae, D, jax.random.key(0))
     random = np.random.default_rng(0)
+    params |= {name: jnp.asarray(random.normal(size=params[name].shape), jnp.float32) for name in ("b_enc", "b_dec")}
     acts, residual = random.normal(size=(B, D)).astype(np.float32), random.normal(size=(B, D)).astype(np.float32)
-    dead = np.arange(F) < round(share * F)
-    W_enc, W_dec, bias = (np.asarray(params[name]) for name in ("W_enc", "W_dec", "b_enc"))
-    pre = (acts - np.asarray(params["b_dec"])) @ W_enc + bias
-    expected = 0.0
-    for row in range(B):
-        values = np.where(dead, np.maximum(pre[row], 0), 0)
-        values[np.argsort(-values)[2:]] = 0
-        expected += ((residual[row] - values @ W_dec) ** 2).sum()
-    rows = (jnp.asarray(acts), jnp.asarray(residual), jnp.asarray(dead))
-    before = jax.tree.map(jnp.ones_like, params)
-    ours, grads = add_aux(before, params, *rows, config)
-    np.testing.assert_allclose(ours, expected / (residual**2).sum(), rtol=1e-5)
-    monkeypatch.setitem(products._BLOCK_BYTES, "cpu", 4 * F * B // 3)
-    in_blocks, grads_in_blocks = add_aux(before, params, *rows, config)
-    np.testing.assert_allclose(in_blocks, ours, rtol=1e-5)
-    for name, grad in grads.items():
-        assert name in ("b_dec", "b_enc", "W_enc", "W_dec")
-        assert float(jnp.abs(grad - 1).max()) > 1e-5
-        np.testing.assert_allclose(grads_in_blocks[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
+    is_dead = np.isin(np.arange(n_latents), random.choice(n_latents, dead, replace=False))
+
+    def plain(params: dict) -> jax.Array:
+        pre = (acts if transcode else acts - params["b_dec"][None]) @ params["W_enc"] + params["b_enc"][None]
+        values = jnp.where(is_dead[None], jax.nn.relu(pre), 0.0)
+        kth = jax.lax.stop_gradient(jnp.sort(values, axis=1)[:, -aux_k])
+        values = jnp.where(values >= kth[:, None], values, 0.0)
+        return jnp.sum((residual - values @ params["W_dec"]) ** 2) / jnp.sum(residual**2)
+
+    expected, expected_grads = jax.value_and_grad(plain)(params)
+    rows = (jnp.asarray(acts), jnp.asarray(residual), jnp.asarray(is_dead))
+    for blocks in (1, 3):
+        monkeypatch.setitem(products._BLOCK_BYTES, "cpu", 4 * n_latents * B // blocks)
+        ours, grads = add_aux(jax.tree.map(jnp.ones_like, params), params, *rows, config)
+        assert float(ours) == pytest.approx(float(expected), rel=1e-5)
+        for name, grad in expected_grads.items():
+            assert float(jnp.abs(grad).max()) > 1e-3 or (transcode and name == "b_dec")
+            np.testing.assert_allclose(grads[name] - 1, grad, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_members_without_dead_latents_are_left_alone_by_those_with_some() -> None:

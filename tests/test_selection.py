@@ -1,11 +1,13 @@
-"""The threshold that keeps exactly n entries, against a sort."""
+"""The threshold that keeps exactly n entries, and the largest of each row, against a sort."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hafs_jax.selection import count_threshold
+from hafs_jax.selection import count_threshold, kth_largest_of_rows, top_of_rows
 
 
 @pytest.mark.parametrize("count", [1, 7, 300, 4999, 89_999])
@@ -44,3 +46,22 @@ def test_the_count_may_be_traced() -> None:
     values = jnp.abs(jax.random.normal(jax.random.key(0), (40, 17)))
     kept = jax.jit(lambda count: jnp.sum(values >= count_threshold(values, count)))
     assert [int(kept(count)) for count in (1, 50, 679, 680, 900)] == [1, 50, 679, 680, 680]
+
+
+@pytest.mark.parametrize("k", [1, 3, 17, 40])
+def test_the_kth_largest_of_each_row_is_that_of_a_sort(k: int) -> None:
+    values = np.maximum(np.random.default_rng(0).normal(size=(50, 40)), 0).astype(np.float32)
+    values[3] = 0.0
+    values[4] = np.round(values[4])  # ties
+    values[5] *= 1e30
+    values[6] *= 1e-30
+    np.testing.assert_array_equal(jax.jit(kth_largest_of_rows, static_argnums=1)(values, k), np.sort(values)[:, -k])
+
+
+def test_a_part_of_the_largest_does_not_cost_a_sort_of_whole_rows() -> None:
+    def compiled(last: Callable[[jax.Array], jax.Array]) -> str:
+        return jax.jit(last).lower(jnp.zeros((8, 300))).compile().as_text()
+
+    assert "sort(" in compiled(lambda values: jax.lax.top_k(values, 40)[0][:, -1]), "what it is kept from"
+    assert "sort(" not in compiled(lambda values: top_of_rows(values, 40)[0][:, -1])
+    assert "sort(" not in compiled(lambda values: top_of_rows(values, 3)[0][:, -1])
