@@ -209,7 +209,7 @@ def test_another_config_in_the_same_folder_is_refused_and_force_replaces_it(out:
     train(small(), store, tmp_path)
     faster = dataclasses.replace(small(), optimizer=dataclasses.replace(small().optimizer, learning_rate=0.5))
     with pytest.raises(
-        UserError, match=r"holds a run with optimizer\.learning_rate=0\.003, this one has 0\.5; pass --force"
+        UserError, match=r"holds a run with optimizer\.learning_rate=0\.003, this one has 0\.5; pass --tag NAME"
     ):
         train(faster, store, tmp_path)
     assert train(faster, store, tmp_path, force=True).config().optimizer.learning_rate == 0.5
