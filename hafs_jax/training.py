@@ -66,7 +66,11 @@ def prepare(config: TrainConfig, stores: Stores, runs: Path, force: bool = False
 
 
 def train(
-    config: TrainConfig, store_folder: Path, runs: Path, force: bool = False, target_folder: Path | None = None
+    config: TrainConfig,
+    store_folder: Path | str,
+    runs: Path | str,
+    force: bool = False,
+    target_folder: Path | str | None = None,
 ) -> Run:
     """Trains to the end, or goes on where an earlier call was stopped, and returns the finished run.
 
@@ -74,7 +78,8 @@ def train(
     for a config that does not fit the store or the memory and for a folder that holds another run, `Terminated` after
     SIGTERM or SIGINT (checkpointed), `TrainingStopped` when too many batches were not finite.
     """
-    stores = open_stores(store_folder, target_folder)
+    stores = open_stores(Path(store_folder), None if target_folder is None else Path(target_folder))
+    runs = Path(runs)
     config, notes = resolve(config, stores.train, runs, stores.target)
     member, finished = prepare(config, stores, runs, force)
     if not finished:

@@ -206,7 +206,7 @@ def test_a_run_on_bad_data_stops_names_the_step_and_keeps_the_checkpoint(tmp_pat
 
 def test_another_config_in_the_same_folder_is_refused_and_force_replaces_it(out: Path, tmp_path: Path) -> None:
     store = out / "tiny" / "store" / "train"
-    train(small(), store, tmp_path)
+    train(small(), str(store), str(tmp_path))
     faster = dataclasses.replace(small(), optimizer=dataclasses.replace(small().optimizer, learning_rate=0.5))
     with pytest.raises(
         UserError, match=r"holds a run with optimizer\.learning_rate=0\.003, this one has 0\.5; pass --tag NAME"
