@@ -250,7 +250,7 @@ class TrainConfig:
     log_every_steps: int = option(8, "steps between lines of metrics.jsonl")
     max_bad_fraction: float = option(0.01, "share of non-finite batches (skipped) above which the run stops")
     coherence_every_steps: int = option(
-        80, "steps between measurements of the decoder's coherence: of 4,096 latents, at the end of all"
+        80, "steps between measurements of the decoder's coherence: of 4,096 latents, at the last step of all"
     )
     products: str = option(
         "auto",

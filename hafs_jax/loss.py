@@ -9,7 +9,7 @@ divided by the constant variance; a Matryoshka's reconstruction is the mean over
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -247,7 +247,9 @@ def add_aux(
             dead_NM = jnp.where(dead_NM >= smallest_N[:, None], dead_NM, 0.0)
         return weight * jnp.sum((target_ND - matmul(dead_NM, params["W_dec"], dtype)) ** 2)
 
-    def add(sums: tuple[Array, Params], room: int, is_dead_F: Array, params: Params, *rows: Array) -> Any:
+    def add(
+        sums: tuple[Array, Params], room: int, is_dead_F: Array, params: Params, *rows: Array
+    ) -> tuple[Array, Params]:
         """The sums with a block's error and gradient added, for which only `room` latents are looked at."""
         loss, grads = sums
         if room == F:
@@ -269,7 +271,7 @@ def add_aux(
             rows_ND = (jax.lax.dynamic_index_in_dim(rows, block, axis=1, keepdims=False) for rows in rows_NPD)
             # Without the barrier XLA computes what is the same in all turns ahead of them, even where there are none.
             held, held_dead_F, _ = jax.lax.optimization_barrier((params, is_dead_F, block))
-            return cast(tuple[Array, Params], add(sums, room, held_dead_F, held, *rows_ND))
+            return add(sums, room, held_dead_F, held, *rows_ND)
 
         return jax.lax.fori_loop(0, jnp.where(wanted, P, 0), turn, sums)
 

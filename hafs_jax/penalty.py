@@ -244,7 +244,7 @@ def coherence(W_dec: Float[Array, "F D"], most: int | None = None, chunk: int = 
     coherence_mean = mean_i max_{j != i} u_i . u_j, coherence_max its maximum over i, and frobenius_excess =
     (|U^T U|_F^2 - F) / (F (F-1) / D): the mean squared cosine of distinct pairs relative to random rows' 1/D.
     With `most` the first two are over so many latents i, evenly spaced, where there are more: all of them cost F / 5 B
-    training steps. Chunked: `chunk` x F cosines at a time.
+    dense steps. Chunked: `chunk` x F cosines at a time.
     """
     F, D = W_dec.shape
     units_FD = unit_rows(W_dec)
