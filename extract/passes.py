@@ -5,7 +5,6 @@ There is one store for each hook point. Their rows go through the shuffle togeth
 
 import contextlib
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from extract.contexts import SPLITS, Batches, plan_batches
 from extract.format.config import to_dict
 from extract.format.errors import UserError
 from extract.format.files import sha256_of, write_atomic
-from extract.format.memory import give_back_memory
 from extract.format.shards import ShardWriter
 from extract.format.shuffle import Spill, n_buckets, norms, shuffle_keys, spilled, taken
 from extract.format.store import (
@@ -38,6 +36,7 @@ from extract.format.store import (
     to_float32,
 )
 from extract.models import LanguageModel
+from extract.saving import Saver
 
 TEXT_FILES = ("contexts.npy", "tokens.npy", "documents.jsonl")
 
@@ -89,24 +88,22 @@ def spill_rows(
 ) -> Spill:
     """Runs the model over the split's batches from `batches_done` on and appends every row to its bucket.
 
-    Every `save_seconds` and at the end, `save(batches done, rows by bucket)` is called, once all of it is synced.
+    `save(batches done, rows by bucket)` is called every `save_seconds` and at the end, as `Saver` does it.
     """
     counts = counts or [0] * n_buckets(split.rows, split.record)
-    stream, saved = SPLITS.index(split.name), time.monotonic()
+    stream = SPLITS.index(split.name)
 
     def store(index: int, batch: _Batch) -> None:
-        nonlocal saved
         records = _records(split, config, batch)
         records["key"] = shuffle_keys(config.seed, stream, spill.rows, len(records))
         spill.append(records)
         bar.update(len(records))
-        if index + 1 == len(split.batches) or time.monotonic() - saved >= save_seconds:
-            spill.sync()
-            save(index + 1, spill.counts)
-            give_back_memory()
-            saved = time.monotonic()
+        saver.appended(index + 1)
 
-    with contextlib.closing(Spill(spill_folder, split.record, counts)) as spill, ThreadPoolExecutor(1) as thread:
+    with contextlib.ExitStack() as opened:
+        spill = opened.enter_context(contextlib.closing(Spill(spill_folder, split.record, counts)))
+        saver = opened.enter_context(contextlib.closing(Saver(spill, save, save_seconds)))
+        thread = opened.enter_context(ThreadPoolExecutor(1))
         storing: Future[None] | None = None
         for index in range(batches_done, len(split.batches)):
             batch = _run(split, model, config, split.batches[index])
@@ -118,6 +115,8 @@ def spill_rows(
             storing = thread.submit(store, index, batch)  # while the model runs over the next one
         if storing is not None:
             storing.result()
+        if batches_done < len(split.batches):
+            saver.finish(len(split.batches))
     return spill
 
 
@@ -216,8 +215,8 @@ def write_stores(
             writers.append(threads.enter_context(contextlib.closing(writer)))
         for records in spill.shuffled():
             kept = records
-            if limits is not None:
-                kept = taken(records, np.flatnonzero((records["norm"].astype(np.float64) <= limits).all(1)))
+            if limits is not None and not (is_near := (records["norm"].astype(np.float64) <= limits).all(1)).all():
+                kept = taken(records, np.flatnonzero(is_near))
             for kind, writer in enumerate(writers):
                 writer.add(kept[f"acts{kind}"], kept["row"])
             bar.update(len(records))

@@ -322,7 +322,7 @@ class Killed(BaseException):
 
 STEPS: list[tuple[object, str]] = [
     (shuffle.Spill, "append"),
-    (shuffle.Spill, "sync"),
+    (shuffle.Spill, "flush"),
     (descriptions.Descriptions, "add"),
     (shards, "write_npy"),
     (arrays, "write_manifest"),

@@ -249,7 +249,7 @@ class ArrayImport:
                 spill.append(records)
             progress("reading", stop - start, self.rows)
         for spill, described in zip(spills, descriptions, strict=True):
-            spill.sync()
+            spill.flush()  # an import that is killed begins anew
             described.sync()
         return {place: digest.hexdigest() for place, digest in digests.items()}
 

@@ -9,7 +9,7 @@ import numpy as np
 from extract.format.files import sha256_of, write_npy
 from extract.format.store import KEPT_AS, ROW, ShardInfo, rows_name, shard_name, to_float32
 
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 256  # whose float64 values stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Statistics:
 class ShardWriter:
     """Collects rows in their final order and writes them to shards, all of `shard_rows` rows but the last.
 
-    A full shard is written, summed up and hashed by a thread while the next one fills; `shards` and `rows_by_source`
-    are complete after `finish`, which ends the thread, as `close` does where something fails before.
+    A full shard is written and hashed by one thread, and summed up by another, while the next one fills; `shards` and
+    `rows_by_source` are complete after `finish`, which ends the threads, as `close` does where something fails before.
     """
 
     def __init__(self, folder: Path, d_model: int, dtype: str, shard_rows: int, n_sources: int) -> None:
@@ -35,8 +35,8 @@ class ShardWriter:
         self.rows_by_source = np.zeros(n_sources, np.int64)
         self._sum_D = np.zeros(d_model, np.float64)
         self._squares_D = np.zeros(d_model, np.float64)
-        self._thread = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
+        self._threads = ThreadPoolExecutor(2)
+        self._at_work: list[Future[None]] = []
         self._acts, self._rows, self._filled = self._empty()
 
     def add(self, acts_BD: np.ndarray, rows_B: np.ndarray) -> None:
@@ -63,32 +63,35 @@ class ShardWriter:
         return Statistics(mean_D, mean_squared_norm, mean_squared_norm - float(mean_D @ mean_D))
 
     def close(self) -> None:
-        """Ends the thread, once it has written what it was given; a failure of that is not told."""
-        self._thread.shutdown()
+        """Ends the threads, once they have done what they were given; a failure of that is not told."""
+        self._threads.shutdown()
 
     def _empty(self) -> tuple[np.ndarray, np.ndarray, int]:
         return np.empty((self.shard_rows, self.d_model), KEPT_AS[self.dtype]), np.empty(self.shard_rows, ROW), 0
 
     def _hand_over(self) -> None:
-        """Gives what is collected to the thread, once that has written the shard before."""
+        """Gives what is collected to the threads, once they are done with the shard before."""
         self._wait()
         self.rows += self._filled
-        self._writing = self._thread.submit(self._write, self._acts[: self._filled], self._rows[: self._filled])
+        acts, rows = self._acts[: self._filled], self._rows[: self._filled]
+        self._at_work = [self._threads.submit(self._write, acts, rows), self._threads.submit(self._sum, acts, rows)]
         self._acts, self._rows, self._filled = self._empty()
 
     def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
+        for work in self._at_work:
+            work.result()
 
     def _write(self, acts: np.ndarray, rows: np.ndarray) -> None:
-        # summed shard by shard, so that the sums are the same anywhere
-        for start in range(0, len(acts), _ROWS_AT_ONCE):
-            values = to_float32(acts[start : start + _ROWS_AT_ONCE], self.dtype).astype(np.float64)
-            self._sum_D += values.sum(0)
-            self._squares_D += np.square(values).sum(0)
-        self.rows_by_source += np.bincount(rows["source"], minlength=len(self.rows_by_source))
         index = len(self.shards)
         paths = self.folder / shard_name(index), self.folder / rows_name(index)
         write_npy(paths[0], acts)
         write_npy(paths[1], rows)
         self.shards.append(ShardInfo(len(acts), sha256_of(paths[0]), sha256_of(paths[1])))
+
+    def _sum(self, acts: np.ndarray, rows: np.ndarray) -> None:
+        # shard by shard and in order, so that the sums are the same anywhere
+        for start in range(0, len(acts), _ROWS_AT_ONCE):
+            values = to_float32(acts[start : start + _ROWS_AT_ONCE], self.dtype).astype(np.float64)
+            self._sum_D += values.sum(0)
+            self._squares_D += np.square(values, out=values).sum(0)
+        self.rows_by_source += np.bincount(rows["source"], minlength=len(self.rows_by_source))
