@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,15 +36,16 @@ def measure(quick: bool) -> Iterator[Row]:
         sizes = {"MB": megabytes, "D": D, "B": B, "dtype": "float16", "shards": len(store.shard_sizes)}
         yield from _reading(store, 3 if quick else 7, sizes)
         yield _memory(store, sizes)
-        yield _waiting(store, 2 if quick else 6, sizes)
+        yield waiting(store, 2 if quick else 6, sizes)
 
 
-def make_store(folder: Path, size: int) -> Store:
+def make_store(folder: Path, size: int, d_model: int = D) -> Store:
     """A store of `size` bytes of random rows, in shards of the usual number of rows."""
     random = np.random.default_rng(0)
     files = []
     for number in range(max(1, size >> 27)):
-        acts_ND = random.standard_normal((min(size, 1 << 27) // (2 * D), D), np.float32).astype(np.float16)
+        rows = min(size, 1 << 27) // (2 * d_model)
+        acts_ND = random.standard_normal((rows, d_model), np.float32).astype(np.float16)
         files.append(folder / f"acts-{number}.npy")
         np.save(files[-1], acts_ND)
     made = write_array_store(folder / "made", files, heldout_fraction=0.01)
@@ -90,17 +92,18 @@ def _reading(store: Store, rounds: int, sizes: dict) -> Iterator[Row]:
         yield Row("shuffled batches", name, ours, theirs, "GB/s", ours / theirs, target, ">=", sizes, spread, note)
 
 
-def _waiting(store: Store, dispatches: int, sizes: dict) -> Row:
+def waiting(store: Store, dispatches: int, sizes: dict, batch_size: int = B, **sae: Any) -> Row:
     """The share of a relu step's time in which it waits for its batch; the first dispatch, which compiles, apart."""
     config = with_fields(
         preset("baseline", "relu"),
-        {"batch_size": B, "steps_per_dispatch": STEPS_PER_DISPATCH, "sae": {"n_latents": N_LATENTS}},
+        {"batch_size": batch_size, "steps_per_dispatch": STEPS_PER_DISPATCH, "sae": {"n_latents": N_LATENTS, **sae}},
     )
     config, _ = resolve(dataclasses.replace(config, passes=100.0), store, store.folder)
     scale, hyper = input_scale(store), hyperparameters(config)
-    state = first_state(config, Stores(store), scale, hyper)
+    # put where the batches are, as a training does: else the second dispatch, which is timed, would compile once more
+    state, scale = jax.device_put((first_state(config, Stores(store), scale, hyper), scale), _here())
     train_steps = compile_steps()
-    blocks = _blocks(Batches(store, B, seed=0), (1 + dispatches) * STEPS_PER_DISPATCH)
+    blocks = _blocks(Batches(store, batch_size, seed=0), (1 + dispatches) * STEPS_PER_DISPATCH)
     state, metrics = train_steps(state, next(blocks), scale, hyper, config)
     jax.block_until_ready(metrics)
     waited, started = 0.0, time.perf_counter()
@@ -113,7 +116,7 @@ def _waiting(store: Store, dispatches: int, sizes: dict) -> Row:
     steps = dispatches * STEPS_PER_DISPATCH
     per_step, waited = (time.perf_counter() - started) / steps, waited / steps
     blocks.close()
-    sizes = {**sizes, "F": N_LATENTS, "steps": steps}
+    sizes = {**sizes, "F": config.sae.F, "steps": steps}
     share = waited / per_step
     return Row(
         "waiting for a batch", "a relu step", waited * 1e3, per_step * 1e3, "ms", share, WAIT_TARGET, "<=", sizes
@@ -134,8 +137,11 @@ def _memory(store: Store, sizes: dict) -> Row:
 
 
 def _blocks(batches: Batches, stop: int, start: int = 0) -> Generator[Batch, None, None]:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return prefetch(batches.dispatches(start, stop, STEPS_PER_DISPATCH), here)
+    return prefetch(batches.dispatches(start, stop, STEPS_PER_DISPATCH), _here())
+
+
+def _here() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def _resident_bytes() -> int:
