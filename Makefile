@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps sae-bench sae-probes dictionary-learning
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps sae-bench sae-probes dictionary-learning eai-sparsify
 	@touch $@
 
 demo: setup  ## the whole pipeline, offline: a packaged model and text, four SAEs, evaluation, report

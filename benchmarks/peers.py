@@ -1,11 +1,14 @@
-"""Other libraries' own training classes, holding our weights: sae_lens's training SAEs, dictionary_learning's trainers.
+"""Other libraries' own training classes, holding our weights: sae_lens's training SAEs, dictionary_learning's trainers,
+sparsify's sparse coder. Each library is imported where it is used: any may be absent.
 
 Weights go by our names: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D], and an architecture's threshold, r_mag, b_mag
-[F]. Also trains with them, as their trainers do, by our config. Numpy and torch; no jax.
+[F]. Also trains with them, as their trainers do, by our config.
 """
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import sys
 import tempfile
 import types
@@ -13,10 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import sae_lens
 import torch
-from sae_lens.config import SAETrainerConfig
-from sae_lens.training.sae_trainer import SAETrainer
 from torch import nn
 
 from benchmarks.workloads import Weights
@@ -47,6 +47,7 @@ _LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder
 _NAMES: dict[tuple[str, str], dict[str, str]] = {
     ("sae_lens", "jumprelu"): {**_PLAIN, "threshold": "threshold"},
     ("sae_lens", "gated"): {**_PLAIN, "b_enc": "b_gate", "r_mag": "r_mag", "b_mag": "b_mag"},
+    ("sparsify", "topk"): {**_PLAIN, "W_enc": "encoder.weight", "b_enc": "encoder.bias"},
     ("dictionary_learning", "relu"): {**_LINEAR, "b_dec": "bias"},
     ("dictionary_learning", "topk"): _LINEAR,
     ("dictionary_learning", "batchtopk"): _LINEAR,
@@ -58,26 +59,40 @@ _NAMES: dict[tuple[str, str], dict[str, str]] = {
 }  # a matrix named "...weight" is torch's Linear's: the transpose of ours
 
 
-def training_sae(architecture: str, weights: Weights, **settings: Any) -> Any:
-    """sae_lens's training SAE of an architecture, in float32 on the CPU; `settings` are fields of its config."""
+def training_sae(architecture: str, weights: Weights, device: str = "cpu", **settings: Any) -> Any:
+    """sae_lens's training SAE of an architecture, in float32; `settings` are fields of its config."""
+    import sae_lens
+
     D, F = weights["W_enc"].shape
     name = SAE_LENS[architecture]
-    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=D, d_sae=F, dtype="float32", device="cpu", **settings)
+    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=D, d_sae=F, dtype="float32", device=device, **settings)
     sae = getattr(sae_lens, f"{name}TrainingSAE")(config)
     _put(sae, "sae_lens", architecture, weights)
     return sae
 
 
-def trainer(architecture: str, weights: Weights, steps: int = 10, warmup_steps: int = 0, **settings: Any) -> Any:
-    """dictionary_learning's trainer of an architecture, on the CPU; `settings` are further arguments of it."""
+def trainer(
+    architecture: str, weights: Weights, steps: int = 10, warmup_steps: int = 0, device: str = "cpu", **settings: Any
+) -> Any:
+    """dictionary_learning's trainer of an architecture; `settings` are further arguments of it."""
     D, F = weights["W_enc"].shape
     module, name = DICTIONARY_LEARNING[architecture]
-    size = {"activation_dim": D, "dict_size": F, "layer": 0, "lm_name": "", "device": "cpu"}
+    size = {"activation_dim": D, "dict_size": F, "layer": 0, "lm_name": "", "device": device}
     made = getattr(dictionary_learning(f"trainers.{module}"), name)(
         steps=steps, warmup_steps=warmup_steps, **size, **settings
     )
     _put(made.ae, "dictionary_learning", architecture, weights)
     return made
+
+
+def sparse_coder(weights: Weights, k: int, device: str = "cpu") -> Any:
+    """sparsify's SparseCoder, whose activation is TopK, in float32."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it says there whether it has triton
+        from sparsify import SparseCoder, SparseCoderConfig
+    D, F = weights["W_enc"].shape
+    coder = SparseCoder(D, SparseCoderConfig(num_latents=F, k=k), device, torch.float32)
+    _put(coder, "sparsify", "topk", weights)
+    return coder
 
 
 def dictionary_learning(module: str) -> Any:
@@ -106,6 +121,10 @@ def fit_sae_lens(
     config: TrainConfig, weights: Weights, widths: tuple[int, ...], batches: Iterator[torch.Tensor]
 ) -> Any:
     """sae_lens's SAETrainer by our config; its SAE as saved for inference, in float64. `widths`: Matryoshka's."""
+    import sae_lens
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
     architecture, at, B = config.sae.architecture, _steps_of(config), config.batch_size
     l1 = {"l1_coefficient": config.sparsity.coefficient, "l1_warm_up_steps": at["sparsity"]}
     l0 = {"l0_coefficient": config.sparsity.coefficient, "l0_warm_up_steps": at["sparsity"]}
@@ -198,8 +217,8 @@ def _parameters(module: nn.Module, library: str, architecture: str) -> list[tupl
 def _put(module: nn.Module, library: str, architecture: str, weights: Weights) -> None:
     for name, parameter, flip in _parameters(module, library, architecture):
         value = np.asarray(weights[name], np.float32)
-        parameter.data = torch.tensor(value.T if flip else value).contiguous()
+        parameter.data = torch.tensor(value.T if flip else value).contiguous().to(parameter.device)
 
 
 def _array(value: torch.Tensor, flip: bool) -> np.ndarray:
-    return (value.T if flip else value).numpy().copy()
+    return (value.T if flip else value).cpu().numpy().copy()

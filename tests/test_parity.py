@@ -1,9 +1,9 @@
 """Our loss and gradients against the peers' own training classes, from the same weights on the same batch.
 
-The peers are sae_lens 6.54 (training SAEs) and dictionary_learning 0.1.0 (trainers). Our loss times the store's
-variance V is in their units. Gradients are those before our projection onto the tangent of the decoder's unit rows;
-both sides' rows have unit norm. Where definitions differ, a test adds the difference to one side, exactly, and compares
-all the rest:
+The peers are sae_lens 6.54 (training SAEs), dictionary_learning 0.1.0 (trainers) and sparsify 1.3 (sparse coder). Our
+loss times the store's variance V is in their units. Gradients are those before our projection onto the tangent of the
+decoder's unit rows; both sides' rows have unit norm. Where definitions differ, a test adds the difference to one side,
+exactly, and compares all the rest:
 
 | what | ours | sae_lens | dictionary_learning |
 |---|---|---|---|
@@ -26,7 +26,8 @@ all the rest:
 | first moment of Adam | .9 | .9 | .9; gated, jumprelu 0 |
 | clipping of the gradient's norm | 1, of the loss over V | 1 | 1; relu, gated none |
 
-matryoshka_relu has no peer in either.
+sparsify has topk alone: FVU over the batch's own variance; its aux loss is sae_lens's over the same variance, but
+reaches the decoder alone. matryoshka_relu has no peer.
 """
 
 import dataclasses
@@ -370,6 +371,28 @@ def groups(architecture: str, weight: float | None) -> dict[str, Any]:
         return {}
     fractions = [0.28, 0.28, 0.44]  # of 11, rounded down, and the rest: groups of 3, 3 and 5
     return {"group_fractions": fractions, "group_weights": None if weight is None else [weight] * len(ENDS)}
+
+
+# sparsify
+
+
+@pytest.mark.parametrize("dead", [(), (1, 4, 7, 9)])
+def test_topk_is_sparsifys_but_for_the_encoder_in_the_aux_loss(dead: tuple[int, ...]) -> None:
+    """Its encoder's backward pass leaves out what the aux loss asks of the pre-activations."""
+    config = config_of("topk", {"aux": AUX})
+    weights = weights_of(config, dead, 0.2) if dead else weights_of(config)
+    loss, grads, forward = ours(config, weights, mask(dead))
+    without = ours(config_of("topk"), weights, mask(dead))[1]
+    coder = peers.sparse_coder(weights, K)
+    out = coder(torch.tensor(ROWS), dead_mask=torch.tensor(mask(dead)))
+    spread = float(((ROWS - ROWS.mean(0)) ** 2).sum(1).mean())
+    total = spread * (out.fvu + aux_scale(forward) * out.auxk_loss)
+    total.backward()
+    theirs = (float(total.detach()), peers.gradients(coder, "sparsify", "topk"))
+    reached = {name: grads[name] if name == "W_dec" else without[name] for name in grads}
+    assert_same((loss, reached), theirs)
+    for name, value in grads.items():
+        assert np.allclose(value, without[name]) == (not dead), name
 
 
 @pytest.mark.parametrize("architecture", ["relu", "gated", "topk", "batchtopk", "matryoshka"])
