@@ -1,4 +1,4 @@
-"""Putting a pass's rows on disk while the model runs over the next ones. Standard library only."""
+"""Putting a pass's rows on disk while the model runs over the next ones. No torch here."""
 
 import time
 from collections.abc import Callable
