@@ -13,6 +13,8 @@ from hafs_jax.config import PenaltyConfig, SAEConfig
 from hafs_jax.nested import bands
 from hafs_jax.sae import unit_rows
 
+_CHUNKS_A_TURN = 4  # of a CPU's loop; one a turn takes 8% longer
+
 
 class Structure(struct.PyTreeNode):
     """What the penalty knows of the latents beside their directions; constants of differentiation."""
@@ -150,8 +152,12 @@ def hinge_pull(
         along_M = jnp.sum(slopes_MM * cosines_MM, axis=1)
         return scale * total, scale * (slopes_MM - jnp.diag(along_M)) @ rows_MD
 
-    at_once = None if jax.default_backend() == "cpu" else len(chunks.ids_CM)
-    totals_C, pulls_CMD = jax.lax.map(of_chunk, (chunks.ids_CM, chunks.real_CM), batch_size=at_once)
+    each = chunks.ids_CM, chunks.real_CM
+    if jax.default_backend() == "cpu":
+        _, of_each = jax.lax.scan(lambda _, chunk: (None, of_chunk(chunk)), None, each, unroll=_CHUNKS_A_TURN)
+    else:
+        of_each = jax.vmap(of_chunk)(each)
+    totals_C, pulls_CMD = of_each
     numbers_F = jnp.arange(F, dtype=jnp.int32)
     places_F = jnp.zeros_like(numbers_F).at[chunks.ids_CM.reshape(-1)[:F]].set(numbers_F, unique_indices=True)
     return jnp.sum(totals_C), pulls_CMD.reshape(-1, D)[places_F]
