@@ -35,7 +35,7 @@ from extract.passes import Split, open_split, spill_rows, write_stores
 from extract.profiles import Resolved
 
 WORK = ".work"
-JOURNAL_SECONDS = 2.0  # a kill may cost twice as much
+JOURNAL_SECONDS = 2.0  # a kill costs this, and what a sync takes
 COMPILED_FROM_TOKENS = 1_000_000  # where it pays: 20 seconds the first time, for 30 a million tokens on two cores
 SPARE_BYTES = 64 << 20  # of disk space, for what is not activations
 

@@ -12,7 +12,8 @@ class Saver:
     """Syncs a spill every `seconds`, in a thread, as a disk may take as long for it as the model for its rows.
 
     `save(batches, rows by bucket)` is called in that thread, once what had been appended when the sync began is on
-    disk. One that is still under way when the next is due is waited for, so that a kill costs twice `seconds` at most.
+    disk. One that is still under way when the next is due is waited for, so that a kill costs what a sync takes, and
+    the longer of that and `seconds`.
     """
 
     def __init__(self, spill: Spill, save: Callable[[int, list[int]], None], seconds: float) -> None:
