@@ -1,10 +1,13 @@
 """The rooms and the direction of imports, and proof that the check can fail."""
 
 import ast
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import accelerator
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
@@ -17,10 +20,14 @@ ALLOWED_ACROSS = {
 }
 
 
-def imports(source: str) -> set[str]:
-    """The absolute names of all modules that the source imports, wherever in it."""
+def imports(source: str, in_functions: bool = True) -> set[str]:
+    """The absolute names of all modules that the source imports, wherever in it or only as it is itself imported."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    nodes: list[ast.AST] = [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        if in_functions or not isinstance(node, ast.FunctionDef):
+            nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -72,15 +79,23 @@ def test_the_check_can_fail(room: str, path: str, source: str) -> None:
 
 
 def test_the_accelerators_suite_needs_no_other_library() -> None:
-    """It is carried to machines that have JAX and little else."""
+    """It is carried to machines that have JAX and little else: what the peers need, it imports once it found them."""
     known = {*sys.stdlib_module_names, "jax", "numpy", "tqdm", "extract", "hafs_jax", "benchmarks"}
     waiting, seen = {"__main__", "accelerator"}, set[str]()
     while waiting - seen:
         seen.add(module := (waiting - seen).pop())
-        for name in imports((ROOT / "benchmarks" / f"{module}.py").read_text()):
+        for name in imports((ROOT / "benchmarks" / f"{module}.py").read_text(), in_functions=False):
             assert name.split(".")[0] in known, f"benchmarks/{module}.py imports {name}"
             waiting |= {name.split(".")[1]} if name.startswith("benchmarks.") else set()
     assert {"harness", "workloads"} <= seen
+    assert imports("import a\ndef f():\n    import b\nif x:\n    import c", in_functions=False) == {"a", "c"}
+
+
+def test_the_accelerators_suite_compares_with_no_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    for name in ("torch", "benchmarks.peer_steps"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises
+    assert accelerator._installed(accelerator._config("topk", 128)) == []
 
 
 def test_our_evaluate_and_extract_are_the_ones_that_run() -> None:
