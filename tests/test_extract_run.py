@@ -285,7 +285,7 @@ def test_a_run_killed_in_both_passes_ends_with_the_same_bytes(inputs: Inputs, ma
     def attempt(step: str, at: int) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", CHILD, step, str(at), *inputs.flags(tmp_path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(run.__file__).parents[1])}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=1200)
 
     work = tmp_path / "pythia70m" / "store" / ".work"
     assert attempt("sync", 5).returncode == -signal.SIGKILL
