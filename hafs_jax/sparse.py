@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hafs_jax.architectures import ARCHITECTURES, slots
 from hafs_jax.config import SAEConfig, TrainConfig
 from hafs_jax.products import Params, blocks_of, matmul, row_blocks
-from hafs_jax.selection import Entries
+from hafs_jax.selection import Entries, where_true
 
 _LEAST_RATIO = {"float32": 16, "bfloat16": 85}  # F / slots, per core and one more, from which it pays: see `pays`
 _UNROLLED = 4  # entries added per turn of the loop
@@ -90,9 +90,9 @@ def find(
     rows_PN = kept.rows_N * P + jnp.arange(P, dtype=jnp.int32)[:, None]
     kept = Kept(kept.values_N.reshape(-1), rows_PN.reshape(-1), kept.latents_N.reshape(-1), kept.filled, kept.whole)
     if architecture.keeps_any_number:  # each block ends in empty slots, which are to come after all others
-        order_N = jnp.argsort(kept.values_N == 0, stable=True)
-        arrays = (kept.values_N[order_N], kept.rows_N[order_N], kept.latents_N[order_N])
-        return Kept(*arrays, jnp.sum(kept.values_N > 0, dtype=jnp.int32), jnp.all(kept.whole))
+        order_N, filled = where_true(kept.values_N > 0, len(kept.values_N)), jnp.sum(kept.values_N > 0, dtype=jnp.int32)
+        values_N = jnp.where(jnp.arange(len(order_N)) < filled, kept.values_N[order_N], 0.0)
+        return Kept(values_N, kept.rows_N[order_N], kept.latents_N[order_N], filled, jnp.all(kept.whole))
     return kept.replace(filled=jnp.int32(len(kept.values_N)), whole=jnp.all(kept.whole))
 
 
@@ -188,13 +188,18 @@ def _gather_add(
 
 
 def _dots(kept: Kept, of_rows: Float[Array, "B D"], of_latents: Float[Array, "F D"], dtype: str) -> Float[Array, " N"]:
-    """of_rows[row] . of_latents[latent] for each filled slot, `_CHUNK` of them at a time; 0 for the others."""
+    """of_rows[row] . of_latents[latent] for each filled slot, `_CHUNK` of them at a time; 0 for the others.
+
+    The sum is a product with ones: as a sum over a row, which XLA's CPU takes one after the other, it is twice as long.
+    """
     of_rows, of_latents = of_rows.astype(dtype), of_latents.astype(dtype)
     rows_N, latents_N = _filled_up(kept.rows_N, _CHUNK), _filled_up(kept.latents_N, _CHUNK)
+    ones_D = jnp.ones(of_rows.shape[1])
 
     def dots(chunk: Array, out_N: Array) -> Array:
         left, right = (jax.lax.dynamic_slice_in_dim(ids_N, chunk * _CHUNK, _CHUNK) for ids_N in (rows_N, latents_N))
-        found = jnp.sum(of_rows[left].astype(jnp.float32) * of_latents[right].astype(jnp.float32), axis=1)
+        products_ND = of_rows[left].astype(jnp.float32) * of_latents[right].astype(jnp.float32)
+        found = jnp.matmul(products_ND, ones_D, precision="highest")
         return jax.lax.dynamic_update_slice_in_dim(out_N, found, chunk * _CHUNK, 0)
 
     out_N = jnp.zeros(len(rows_N))

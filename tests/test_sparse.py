@@ -13,7 +13,14 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.loss import Weights, loss_and_gradients
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.sae import init_params, pre_bias
-from hafs_jax.selection import batch_threshold, count_threshold, largest_of_all, largest_of_rows, positive
+from hafs_jax.selection import (
+    batch_threshold,
+    count_threshold,
+    largest_of_all,
+    largest_of_rows,
+    positive,
+    where_true,
+)
 
 B, D, F = 24, 16, 200
 
@@ -172,6 +179,18 @@ def test_in_bfloat16_the_two_differ_by_its_rounding() -> None:
     assert float(loss) == pytest.approx(float(plain_loss), rel=2e-3)
     for name, grad in plain_grads.items():
         assert float(jnp.linalg.norm(grads[name] - grad)) < 2e-2 * float(jnp.linalg.norm(grad)), name
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 1000])
+def test_the_places_of_what_is_true_are_numpys(length: int, share: float) -> None:
+    """With a slot for each, with slots to spare, with too few; where words are empty, full, and cut off."""
+    mask_T = np.random.default_rng(length).random(length) < share
+    for size in (1, length // 3 + 1, length + 7):
+        expected_N = np.zeros(size, int)
+        found_N = np.flatnonzero(mask_T)[:size]
+        expected_N[: len(found_N)] = found_N
+        np.testing.assert_array_equal(where_true(jnp.asarray(mask_T), size), expected_N)
 
 
 def test_a_row_without_positive_entries_keeps_nothing() -> None:
