@@ -13,14 +13,14 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.harness import Row
+from benchmarks.harness import Row, interleaved
 from extract.contexts import mixed
 from extract.format.files import read_json
 from extract.format.store import TIMING, Store
@@ -48,6 +48,7 @@ def measure(quick: bool) -> Iterator[Row]:
 
     with tempfile.TemporaryDirectory(prefix="hafs-extraction-") as temporary:
         tokens_NL = packed(model, tokens)
+        products = interleaved({"products": matrix_products(model)}, rounds=5)["products"].rate(BATCH * LENGTH)[0]
         model.compile_blocks((OFFLINE.hook_point,), (BATCH, LENGTH))
         bare = {"bare forward": truncated(compiled=False), "bare forward, compiled": truncated(compiled=True)}
         for name, run in bare.items():
@@ -58,6 +59,8 @@ def measure(quick: bool) -> Iterator[Row]:
             theirs = 2 / (1 / before[name] + 1 / _bare_rate(run, tokens_NL))
             note = f"ours has tokenising, padding, shuffling and writing besides: {stages}"
             yield row(name, ours, theirs, BARE_TARGET, note)
+        note = "the weights' products of all layers as far as the hooked one, for a batch, and nothing else"
+        yield row("the pass's matrix products", ours, products, None, note)
         theirs = _sae_lens_rate(Path(temporary) / "sae_lens", model, tokens)
         again, _ = _our_rate(Path(temporary) / "again", tokens)
         note = (
@@ -96,6 +99,25 @@ def truncated(compiled: bool) -> Any:
     @torch.no_grad()
     def run(tokens_BL: torch.Tensor) -> torch.Tensor:
         return base(tokens_BL, use_cache=False).last_hidden_state
+
+    return run
+
+
+def matrix_products(model: LanguageModel) -> Callable[[], Any]:
+    """The products of a batch's rows with each weight matrix of the layers as far as the hooked one, in their dtype.
+
+    No pass that computes what the model does can be faster, whatever it fuses.
+    """
+    layers = model.hf.base_model.layers[: LAYER + 1]
+    weights = [module.weight for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    rows = {
+        width: torch.randn(BATCH * LENGTH, width, dtype=weights[0].dtype) for width in {w.shape[1] for w in weights}
+    }
+
+    @torch.no_grad()
+    def run() -> None:
+        for weight in weights:
+            torch.nn.functional.linear(rows[weight.shape[1]], weight)
 
     return run
 

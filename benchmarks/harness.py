@@ -6,6 +6,7 @@ A suite is a module with `measure(quick: bool) -> Iterator[Row]`.
 import dataclasses
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -91,11 +92,13 @@ def in_fresh_process(arguments: Iterable[str], environment: Mapping[str, str] | 
 
 
 def device() -> str:
-    """A name for the machine's device, fit for a file's name: cpu-<cores> or the accelerator's."""
+    """A name for the machine's device, fit for a file's name: the accelerator's, or a CPU's and how many cores."""
     import jax
 
-    kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    return kind if jax.default_backend() != "cpu" else f"cpu-{len(os.sched_getaffinity(0))}"
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() == "cpu":
+        kind = f"{_model_name()} {len(os.sched_getaffinity(0))} cores"
+    return "-".join(re.findall(r"[a-z0-9]+", re.sub(r"\(r\)|\(tm\)", "", kind.lower())))
 
 
 def versions() -> dict[str, str]:
@@ -126,14 +129,24 @@ def write_table(path: Path, rows: Iterable[Row], command: str, limits: Mapping[s
 
 def processor() -> str:
     """The CPU's own name for itself, and what of its instructions matters here."""
+    flags = [
+        flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in _cpuinfo().get("flags", "").split()
+    ]
+    return f"{_model_name()} ({', '.join(flags)})"
+
+
+def _model_name() -> str:
+    return _cpuinfo().get("model name") or platform.processor() or "cpu"
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return platform.processor()
+        return {}
     pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    lines = {name.strip(): value.strip() for name, _, value in pairs}
-    flags = [flag for flag in ("avx2", "avx512f", "amx_bf16") if flag in lines.get("flags", "").split()]
-    return f"{lines.get('model name', platform.processor())} ({', '.join(flags)})"
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def show(rows: Iterable[Row]) -> str:

@@ -1,6 +1,8 @@
 """Peak resident memory, each in a process of its own: of a training, against what it must hold, and of extractions.
 
-python -m benchmarks.memory train STORE OUT ARCHITECTURE LATENTS | extract OUT ROWS     prints bytes (the suite's own)
+An extraction's does not depend on the model but by its weights, so that of millions of rows takes a tiny one.
+
+python -m benchmarks.memory train STORE OUT ARCHITECTURE LATENTS | extract MODEL OUT ROWS     prints bytes (the suite's)
 """
 
 import contextlib
@@ -16,6 +18,8 @@ from benchmarks.harness import Row, in_fresh_process
 D, F, B, K, STEPS, ROWS = 576, 16_384, 2_048, 32, 6, 20_000
 TRAIN_TARGET, EXTRACT_TARGET = 1.5, 0.25
 _FEW = 64  # latents, of a training that needs next to nothing of its own
+_TINY_D = 64
+_WORDS, _DOCUMENT_WORDS = 5_000, 1_000
 
 
 def measure(quick: bool) -> Iterator[Row]:
@@ -24,15 +28,17 @@ def measure(quick: bool) -> Iterator[Row]:
         store = _store(Path(temporary))
         for architecture in ("topk",) if quick else ("topk", "relu"):
             yield from _training(architecture, store, Path(temporary))
-        few, many = (168_000, 252_000) if quick else (168_000, 420_000)  # two, three, five buckets of the shuffle
-        peaks = [_peak("extract", str(Path(temporary) / f"rows-{rows}"), str(rows)) for rows in (few, many)]
+        few, many = 1_500_000, 3_000_000 if quick else 10_000_000  # three, five, seventeen buckets of the shuffle
+        model = _tiny_model(Path(temporary) / "model")
+        peaks = [_peak("extract", str(model), str(Path(temporary) / f"rows-{rows}"), str(rows)) for rows in (few, many)]
         yield _extracting(few, many, *peaks)
 
 
 def _extracting(few: int, many: int, peak_few: float, peak_many: float) -> Row:
     """What the peak grows by from `few` rows to `many`, against the bytes of the rows that came to it."""
-    growth, added = peak_many - peak_few, (many - few) * D * 2 / 1e6
+    growth, added = peak_many - peak_few, (many - few) * _TINY_D * 2 / 1e6
     sizes = {"rows": many, "rows of the first": few, "peak MB": round(peak_many), "first MB": round(peak_few)}
+    sizes["D"] = _TINY_D
     name = f"growth from {few:,} to {many:,} rows extracted"
     note = "a peak in two processes differs by some MB of itself, so that it may seem to shrink"
     return Row(name, "those rows", growth, added, "MB", growth / added, EXTRACT_TARGET, "<=", sizes, None, note)
@@ -87,13 +93,53 @@ def _train(store: str, out: str, architecture: str, latents: str) -> None:
     train(_config(architecture, int(latents)), Path(store), Path(out))
 
 
-def _extract(out: str, rows: str) -> None:
+def _tiny_model(folder: Path) -> Path:
+    """A folder with a random model of Pythia's architecture, D=64, under the packaged model's tokenizer."""
+    from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from extract.packaged import model_folder
+    from extract.profiles import OFFLINE
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(OFFLINE.model))
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": _TINY_D, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    return folder
+
+
+def _words(path: Path, words: int) -> Path:
+    """A file of documents of random words, `words` in all."""
+    import json
+
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    known = ["".join(map(chr, random.integers(97, 123, 5))) for _ in range(_WORDS)]
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(-(-words // _DOCUMENT_WORDS)):
+            text = " ".join(known[number] for number in random.integers(_WORDS, size=_DOCUMENT_WORDS))
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def _extract(model: str, out: str, rows: str) -> None:
+    from extract.config import SourceConfig
     from extract.profiles import OFFLINE, Resolved, prepare_hub
     from extract.run import extract
 
-    prepare_hub(OFFLINE)
-    config = dataclasses.replace(OFFLINE, max_rows=int(rows))
-    extract(config, Resolved("offline", "offline", "a benchmark"), Path(out))
+    Path(out).mkdir()
+    text = _words(Path(out) / "words.jsonl", int(rows))  # of a token or more each
+    config = dataclasses.replace(
+        OFFLINE,
+        model=model,
+        hook_point="blocks.0.hook_resid_post",
+        sources=(SourceConfig("words", str(text)),),
+        max_rows=int(rows),
+        batch_tokens=32_768,
+        compile="off",
+    )
+    prepare_hub(config)
+    extract(config, Resolved("words", "words", "a benchmark"), Path(out))
 
 
 def _most_held() -> int:
