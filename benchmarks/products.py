@@ -7,9 +7,9 @@ from benchmarks.workloads import D, config_of, our_steps, planted_rows, random_w
 from hafs_jax.architectures import ARCHITECTURES, slots
 
 _BATCH, _K, _STEPS = 512, 32, 4
-_RATIOS = (16, 32, 48, 64, 128, 256)
+_RATIOS = (8, 16, 24, 32, 48, 64, 128, 256)
 _OTHERS = ("topk", "matryoshka", "relu", "matryoshka_relu")
-_OTHERS_RATIO = 48
+_OTHERS_RATIO = 32
 
 
 def measure(quick: bool) -> Iterator[Row]:

@@ -7,7 +7,8 @@ which there are B k or, with ReLU, as many as there happen to be; values and gra
 """
 
 import os
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from hafs_jax.config import SAEConfig, TrainConfig
 from hafs_jax.products import Params, blocks_of, matmul, row_blocks
 from hafs_jax.selection import Entries, where_true
 
-_LEAST_RATIO = {"float32": 16, "bfloat16": 85}  # F / slots, per core and one more, from which it pays: see `pays`
+_LEAST_RATIO, _LEAST_RATIO_AMX = 11, 85  # F / slots, per core and one more, from which it pays: see `pays`
 _UNROLLED = 4  # entries added per turn of the loop
 _CHUNK = 4096  # entries whose rows are gathered at a time
 
@@ -42,10 +43,10 @@ def pays(config: TrainConfig) -> bool:
     """Whether a training of `config` multiplies by kept entries alone: as its `products` says, or by measurement.
 
     `auto` takes dense products but where `benchmarks/products.py` measured the kept entries to be faster, by F over
-    slots: on a CPU of one core from 32 on in float32 and 170 in bfloat16, of two cores from 48 and 255. Dense products
-    run on all cores and the sums over kept entries on one, so with more cores the ratio is taken to rise as it does
-    from one to two. ReLU has more slots than k, and goes by them only where a controller brings L0 to k. Off the CPU
-    nothing was measured.
+    slots: on a CPU of one core from 22 on, of two cores from 33; in bfloat16, where that is fast (AMX), 170 and 255.
+    Dense products run on all cores and the sums over kept entries on one, so with more cores the ratio is taken to rise
+    as it does from one to two. ReLU has more slots than k, and goes by them only where a controller brings L0 to k. Off
+    the CPU nothing was measured.
     """
     architecture = ARCHITECTURES[config.sae.architecture]
     asks_for_all = config.penalty.sharing == "cofiring" or config.sparsity.pre_activation > 0
@@ -55,13 +56,23 @@ def pays(config: TrainConfig) -> bool:
         return config.products == "sparse"
     ratio = config.sae.F / slots(config.sae)
     comes_to_k = config.sparsity.match_l0 or not architecture.keeps_any_number
-    least = _LEAST_RATIO[config.sae.compute_dtype] * (_cores() + 1)
+    fast_products = config.sae.compute_dtype == "bfloat16" and _has_amx()
+    least = (_LEAST_RATIO_AMX if fast_products else _LEAST_RATIO) * (_cores() + 1)
     return comes_to_k and jax.default_backend() == "cpu" and ratio >= least
 
 
 def _cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _has_amx() -> bool:
+    """Whether Linux says that the processor multiplies tiles of bfloat16."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def find(

@@ -152,18 +152,20 @@ def test_kept_entries_alone_are_multiplied_where_there_is_a_slot_for_each(
 
 @pytest.mark.parametrize("pays", [True, False])
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "cores", "least"),
+    ("architecture", "dtype", "amx", "cores", "least"),
     [
-        ("topk", "float32", 1, 320),
-        ("topk", "float32", 2, 480),
-        ("relu", "float32", 2, 720),
-        ("topk", "float32", 16, 2720),
-        ("topk", "bfloat16", 2, 2550),
+        ("topk", "float32", True, 1, 220),
+        ("topk", "float32", True, 2, 330),
+        ("relu", "float32", False, 2, 495),
+        ("topk", "float32", False, 16, 1870),
+        ("topk", "bfloat16", True, 2, 2550),
+        ("topk", "bfloat16", False, 2, 330),
     ],
 )
 def test_from_which_ratio_kept_entries_pay_counts_slots_and_cores(
-    architecture: str, dtype: str, cores: int, least: int, pays: bool, monkeypatch: pytest.MonkeyPatch
+    architecture: str, dtype: str, amx: bool, cores: int, least: int, pays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sparse, "_has_amx", lambda: amx)
     monkeypatch.setattr(sparse, "_cores", lambda: cores)
     config = config_of(architecture, n_latents=least - (not pays), k=10, compute_dtype=dtype)
     assert sparse.pays(config) == pays
