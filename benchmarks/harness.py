@@ -129,10 +129,9 @@ def write_table(path: Path, rows: Iterable[Row], command: str, limits: Mapping[s
 
 def processor() -> str:
     """The CPU's own name for itself, and what of its instructions matters here."""
-    flags = [
-        flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in _cpuinfo().get("flags", "").split()
-    ]
-    return f"{_model_name()} ({', '.join(flags)})"
+    found = _cpuinfo().get("flags", "").split()
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in found]
+    return f"{_model_name()} ({', '.join(flags)})" if flags else _model_name()
 
 
 def _model_name() -> str:

@@ -13,7 +13,7 @@ _OTHERS_RATIO = 32
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """Rows a second of a training step: BatchTopK's by ratio and dtype, the others' at the ratio of the rule.
+    """Rows a second of a training step: BatchTopK's by ratio and dtype, the others' at the two-core rule's.
 
     1 is where the two are equally fast. ReLU's biases leave k latents active.
     """

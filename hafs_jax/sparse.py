@@ -42,8 +42,8 @@ class Kept(struct.PyTreeNode):
 def pays(config: TrainConfig) -> bool:
     """Whether a training of `config` multiplies by kept entries alone: as its `products` says, or by measurement.
 
-    `auto` takes dense products but where `benchmarks/products.py` measured the kept entries to be faster, by F over
-    slots: on a CPU of one core from 22 on, of two cores from 33; in bfloat16, where that is fast (AMX), 170 and 255.
+    `auto` takes dense products but where `benchmarks/products.py` measured the kept entries to be faster or, with AMX,
+    about as fast, by F over slots: on a CPU of one core from 22 on, of two from 33; in bfloat16 with AMX 170 and 255.
     Dense products run on all cores and the sums over kept entries on one, so with more cores the ratio is taken to rise
     as it does from one to two. ReLU has more slots than k, and goes by them only where a controller brings L0 to k. Off
     the CPU nothing was measured.

@@ -1,6 +1,7 @@
 """The products with kept entries alone: values and every gradient are the dense form's."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +194,8 @@ def test_the_places_of_what_is_true_are_numpys(length: int, share: float) -> Non
         found_N = np.flatnonzero(mask_T)[:size]
         expected_N[: len(found_N)] = found_N
         np.testing.assert_array_equal(where_true(jnp.asarray(mask_T), size), expected_N)
+        both = jax.vmap(partial(where_true, size=size))(jnp.stack([mask_T, ~mask_T]))  # as in a sweep
+        np.testing.assert_array_equal(both[0], expected_N)
 
 
 def test_a_row_without_positive_entries_keeps_nothing() -> None:
