@@ -189,13 +189,15 @@ def test_in_bfloat16_the_two_differ_by_its_rounding() -> None:
 def test_the_places_of_what_is_true_are_numpys(length: int, share: float) -> None:
     """With a slot for each, with slots to spare, with too few; where words are empty, full, and cut off."""
     mask_T = np.random.default_rng(length).random(length) < share
+    masks_2T = np.stack([mask_T, ~mask_T])
     for size in (1, length // 3 + 1, length + 7):
-        expected_N = np.zeros(size, int)
-        found_N = np.flatnonzero(mask_T)[:size]
-        expected_N[: len(found_N)] = found_N
-        np.testing.assert_array_equal(where_true(jnp.asarray(mask_T), size), expected_N)
-        both = jax.vmap(partial(where_true, size=size))(jnp.stack([mask_T, ~mask_T]))  # as in a sweep
-        np.testing.assert_array_equal(both[0], expected_N)
+        together_2N = jax.vmap(partial(where_true, size=size))(jnp.asarray(masks_2T))  # as in a sweep
+        for mask_T, together_N in zip(masks_2T, together_2N, strict=True):
+            expected_N = np.zeros(size, int)
+            found_N = np.flatnonzero(mask_T)[:size]
+            expected_N[: len(found_N)] = found_N
+            np.testing.assert_array_equal(where_true(jnp.asarray(mask_T), size), expected_N)
+            np.testing.assert_array_equal(together_N, expected_N)
 
 
 def test_a_row_without_positive_entries_keeps_nothing() -> None:
