@@ -1,4 +1,4 @@
-# One line per target over `python -m extract`, `python -m hafs_jax`, `python -m evaluate`; ARGS is passed through.
+# One line per target over the command `hafs`; ARGS is passed through.
 PYTHON  ?= python3
 VENV    ?= .venv
 ACCEL   ?= cpu
@@ -13,14 +13,13 @@ EXPERIMENT ?= experiments/reduced.toml
 ARGS    ?=
 
 PY     := $(VENV)/bin/python
+HAFS   := $(VENV)/bin/hafs
 PLACE   = --out $(OUT) --profile $(PROFILE)
 DEMO    = --out $(OUT) --profile offline
 STAMP  := $(VENV)/.set-up-$(ACCEL)
 EXTRAS  = extract,evaluate,dev$(if $(filter-out cpu,$(ACCEL)),$(comma)$(ACCEL))
 comma  := ,
 
-# `evaluate` and `extract` are also names of other packages: the repository's own come first.
-export PYTHONPATH := $(CURDIR)
 # On busy cores OpenMP threads that spin while they wait cost more than they save.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -43,13 +42,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## the whole pipeline, offline: a packaged model and text, four SAEs, evaluation, report
-	$(PY) -m extract $(DEMO)
-	$(PY) -m hafs_jax train $(DEMO) --variant baseline
-	$(PY) -m hafs_jax train $(DEMO) --variant strict
-	$(PY) -m hafs_jax train $(DEMO) --variant adaptive
-	$(PY) -m hafs_jax train $(DEMO) --variant baseline --arch relu
-	$(PY) -m evaluate run $(DEMO)
-	$(PY) -m evaluate report $(DEMO)
+	$(HAFS) extract $(DEMO)
+	$(HAFS) train $(DEMO) --variant baseline
+	$(HAFS) train $(DEMO) --variant strict
+	$(HAFS) train $(DEMO) --variant adaptive
+	$(HAFS) train $(DEMO) --variant baseline --arch relu
+	$(HAFS) evaluate $(DEMO)
+	$(HAFS) report $(DEMO)
 
 test: setup  ## all tests, on the CPU and without a model hub
 	$(PY) -m pytest -n 2 $(ARGS)
@@ -58,25 +57,25 @@ lint: setup  ## ruff and mypy
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 extract: setup  ## text -> activation store
-	$(PY) -m extract $(PLACE) $(ARGS)
+	$(HAFS) extract $(PLACE) $(ARGS)
 
 train: setup  ## activation store -> SAE (VARIANT, ARCH, SEED)
-	$(PY) -m hafs_jax train $(PLACE) --variant $(VARIANT) --arch $(ARCH) --seed $(SEED) $(ARGS)
+	$(HAFS) train $(PLACE) --variant $(VARIANT) --arch $(ARCH) --seed $(SEED) $(ARGS)
 
 sweep: setup  ## activation store -> many SAEs over one pass of the data (GRID)
-	$(PY) -m hafs_jax sweep $(PLACE) --grid "$(GRID)" $(ARGS)
+	$(HAFS) sweep $(PLACE) --grid "$(GRID)" $(ARGS)
 
 synth: setup  ## ground truth: a synthetic world, SAEs on it, their scores (WORLD, GRID)
-	$(PY) -m hafs_jax synth --out $(OUT) --world $(WORLD) $(if $(filter file,$(origin GRID)),,--grid "$(GRID)") $(ARGS)
+	$(HAFS) synth --out $(OUT) --world $(WORLD) $(if $(filter file,$(origin GRID)),,--grid "$(GRID)") $(ARGS)
 
 eval: setup  ## SAEs -> SAELens folders and evaluations
-	$(PY) -m evaluate run $(PLACE) $(ARGS)
+	$(HAFS) evaluate $(PLACE) $(ARGS)
 
 experiment: setup  ## arms x architectures x L0 x seeds, compared with uncertainty (EXPERIMENT=experiments/reduced.toml)
-	$(PY) -m evaluate experiment $(EXPERIMENT) --out $(OUT) $(ARGS)
+	$(HAFS) experiment $(EXPERIMENT) --out $(OUT) $(ARGS)
 
 report: setup  ## evaluations -> report/index.html, report.md, results.json
-	$(PY) -m evaluate report $(PLACE) $(ARGS)
+	$(HAFS) report $(PLACE) $(ARGS)
 
 bench: setup  ## all benchmarks: against other libraries and the machine's limits (benchmarks/README.md)
 	$(PY) -m benchmarks $(ARGS)

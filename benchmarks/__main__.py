@@ -12,9 +12,9 @@ import importlib
 from tqdm import tqdm
 
 from benchmarks.harness import Row, device, show, write_table
-from extract.format.config import Parser
-from extract.format.errors import one_line_errors
-from extract.format.files import write_text
+from hafs_jax.base.errors import one_line_errors
+from hafs_jax.base.files import write_text
+from hafs_jax.base.options import Parser
 
 SUITES = (
     "limits",

@@ -19,7 +19,7 @@ from benchmarks import loading
 from benchmarks.harness import Row, interleaved
 from benchmarks.workloads import config_of, five_products, our_steps, planted_rows
 from hafs_jax.config import TrainConfig
-from hafs_jax.sae import init_params
+from hafs_jax.method.sae import init_params
 
 _D, _B, _DENSE_F, _WIDE_F, _K = 2_048, 8_192, 32_768, 131_072, 64
 _STEPS = 4

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Row
-from evaluate.config import EvalConfig
-from evaluate.probing import ProbeSettings, probe_sae
-from evaluate.probing_cache import fill_cache
-from extract.format.store import Manifest, Store
-from extract.models import load_for_manifest
-from extract.profiles import OFFLINE, Resolved, prepare_hub
-from extract.run import extract
+from hafs_evaluate.config import EvalConfig
+from hafs_evaluate.saebench.probing import ProbeSettings, probe_sae
+from hafs_evaluate.saebench.probing_cache import fill_cache
+from hafs_extract.models import load_for_manifest
+from hafs_extract.profiles import OFFLINE, Resolved, prepare_hub
+from hafs_extract.run import extract
+from hafs_jax.store.store import Manifest, Store
 
 TASKS = ("117_us_state_FL", "21_headline_istrump", "105_click_bait", "96_spam_is")
 N_LATENTS = 2_304

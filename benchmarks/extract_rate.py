@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from extract.models import LanguageModel, load_model
-from extract.profiles import OFFLINE
+from hafs_extract.models import LanguageModel, load_model
+from hafs_extract.profiles import OFFLINE
 
 BATCH_TOKENS = (2_048, 4_096, 8_192)
 ROUNDS = 3

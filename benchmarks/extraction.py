@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Row, interleaved
-from extract.contexts import mixed
-from extract.format.files import read_json
-from extract.format.store import TIMING, Store
-from extract.models import LanguageModel, load_model
-from extract.packaged import model_folder
-from extract.profiles import OFFLINE, Resolved, prepare_hub
-from extract.run import extract
+from hafs_extract.contexts import mixed
+from hafs_extract.models import LanguageModel, load_model
+from hafs_extract.packaged import model_folder
+from hafs_extract.profiles import OFFLINE, Resolved, prepare_hub
+from hafs_extract.run import extract
+from hafs_jax.base.files import read_json
+from hafs_jax.store.store import TIMING, Store
 
 BARE_TARGET, SAE_LENS_TARGET = 0.95, 1.5
 TOLERANCE = 2e-2  # bfloat16 has 8 bits; float32 is 1.0e-2 from the model as it is, 0.8e-2 from the compiled one

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from extract.format.files import write_json
+from hafs_jax.base.files import write_json
 
 PACKAGES = ("jax", "jaxlib", "torch", "sae-lens", "dictionary-learning", "eai-sparsify", "transformers", "numpy")
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Row, interleaved
-from hafs_jax.products import matmul
+from hafs_jax.ops.products import matmul
 
 B, D, F = 2_048, 576, 4_608
 _COPIED = 1 << 28  # bytes

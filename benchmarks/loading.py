@@ -14,14 +14,14 @@ import jax
 import numpy as np
 
 from benchmarks.harness import Row, interleaved
-from extract.format.arrays import write_array_store
-from extract.format.store import Store, shard_name
-from hafs_jax.data import Batches, input_scale, prefetch
-from hafs_jax.loop import Stores, first_state
 from hafs_jax.presets import preset, with_fields
-from hafs_jax.state import hyperparameters
-from hafs_jax.step import Batch, compile_steps
-from hafs_jax.training import resolve
+from hafs_jax.store.arrays import write_array_store
+from hafs_jax.store.store import Store, shard_name
+from hafs_jax.training.data import Batches, input_scale, prefetch
+from hafs_jax.training.loop import Stores, first_state
+from hafs_jax.training.state import hyperparameters
+from hafs_jax.training.step import Batch, compile_steps
+from hafs_jax.training.train import resolve
 
 D, B, STEPS_PER_DISPATCH = 576, 2048, 8
 N_LATENTS = 4608

@@ -49,9 +49,9 @@ def _training(architecture: str, store: Path, folder: Path) -> Iterator[Row]:
 
     The base is the peak of the same training of 64 latents with 64 rows a step: imports, compiling, checkpoints.
     """
-    from extract.format.store import Store
-    from hafs_jax.budget import budget
-    from hafs_jax.loop import Stores
+    from hafs_jax.store.store import Store
+    from hafs_jax.training.budget import budget
+    from hafs_jax.training.loop import Stores
 
     base, peak = (_peak("train", str(store), str(folder / f"of-{n}"), architecture, str(n)) for n in (_FEW, F))
     needed = (3 * (2 * D * F + F + D) * 4 + 2 * B * D * 2) / 1e6
@@ -66,7 +66,7 @@ def _training(architecture: str, store: Path, folder: Path) -> Iterator[Row]:
 def _store(folder: Path):
     import numpy as np
 
-    from extract.format.arrays import write_array_store
+    from hafs_jax.store.arrays import write_array_store
 
     acts_ND = np.random.default_rng(0).standard_normal((ROWS, D), np.float32).astype(np.float16)
     return write_array_store(folder / "made", acts_ND, heldout_fraction=0.01)["train"]
@@ -88,7 +88,7 @@ def _peak(*arguments: str) -> float:
 
 
 def _train(store: str, out: str, architecture: str, latents: str) -> None:
-    from hafs_jax.training import train
+    from hafs_jax.training.train import train
 
     train(_config(architecture, int(latents)), Path(store), Path(out))
 
@@ -97,8 +97,8 @@ def _tiny_model(folder: Path) -> Path:
     """A folder with a random model of Pythia's architecture, D=64, under the packaged model's tokenizer."""
     from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from extract.packaged import model_folder
-    from extract.profiles import OFFLINE
+    from hafs_extract.packaged import model_folder
+    from hafs_extract.profiles import OFFLINE
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder(OFFLINE.model))
     tokenizer.save_pretrained(folder)
@@ -123,9 +123,9 @@ def _words(path: Path, words: int) -> Path:
 
 
 def _extract(model: str, out: str, rows: str) -> None:
-    from extract.config import SourceConfig
-    from extract.profiles import OFFLINE, Resolved, prepare_hub
-    from extract.run import extract
+    from hafs_extract.config import SourceConfig
+    from hafs_extract.profiles import OFFLINE, Resolved, prepare_hub
+    from hafs_extract.run import extract
 
     Path(out).mkdir()
     text = _words(Path(out) / "words.jsonl", int(rows))  # of a token or more each

@@ -11,9 +11,9 @@ import optax
 from benchmarks.harness import Row, interleaved
 from benchmarks.workloads import D, config_of
 from hafs_jax.config import TrainConfig
-from hafs_jax.moves import move, optimizer, plain_move
-from hafs_jax.products import Params
-from hafs_jax.sae import init_params
+from hafs_jax.fast.adam import move, optimizer, plain_move
+from hafs_jax.method.sae import init_params
+from hafs_jax.ops.products import Params
 
 _STEPS, _RATE = 4, 1e-5
 Move = Callable[[Params, optax.OptState, Params, jax.Array, jax.Array, jax.Array, TrainConfig], Any]

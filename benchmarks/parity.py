@@ -36,19 +36,19 @@ import torch
 from sae_lens import SAE
 
 from benchmarks import peers
-from evaluate.bridge import export_run
-from extract.format.arrays import write_array_store
-from extract.format.config import Parser
-from extract.format.errors import UserError, one_line_errors
-from extract.format.files import write_text
-from extract.format.store import Store, to_float32
+from hafs_evaluate.exchange.bridge import export_run
+from hafs_jax.base.errors import UserError, one_line_errors
+from hafs_jax.base.files import write_text
+from hafs_jax.base.options import Parser
 from hafs_jax.config import TrainConfig
-from hafs_jax.data import Batches, input_scale
-from hafs_jax.loop import first_state
-from hafs_jax.nested import fixed_ends
+from hafs_jax.method.matryoshka import fixed_ends
 from hafs_jax.presets import preset, with_fields
-from hafs_jax.state import hyperparameters
-from hafs_jax.training import open_stores, train
+from hafs_jax.store.arrays import write_array_store
+from hafs_jax.store.store import Store, to_float32
+from hafs_jax.training.data import Batches, input_scale
+from hafs_jax.training.loop import first_state
+from hafs_jax.training.state import hyperparameters
+from hafs_jax.training.train import open_stores, train
 
 ARCHITECTURES = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 COEFFICIENTS = {"relu": 1.5, "gated": 1.5, "jumprelu": 0.6}

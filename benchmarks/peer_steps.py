@@ -18,10 +18,10 @@ import torch
 from benchmarks import peers
 from benchmarks.workloads import L1, Weights
 from hafs_jax.config import TrainConfig
-from hafs_jax.loss import Weights as At
-from hafs_jax.loss import loss_and_gradients
-from hafs_jax.nested import fixed_ends
-from hafs_jax.penalty import tangent
+from hafs_jax.method.loss import Weights as At
+from hafs_jax.method.loss import loss_and_gradients
+from hafs_jax.method.matryoshka import fixed_ends
+from hafs_jax.method.penalties import tangent
 
 _TOO_FAR = 2e-3  # largest relative difference of a loss or a gradient
 

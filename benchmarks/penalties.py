@@ -18,9 +18,9 @@ import numpy as np
 from benchmarks.harness import Row, interleaved
 from benchmarks.workloads import D, K, config_of, our_steps, planted_rows
 from hafs_jax.config import PenaltyConfig, TrainConfig
-from hafs_jax.penalty import Structure, first_groups, hinge_pull, penalty_pull
+from hafs_jax.method.penalties import Structure, first_groups, hinge_pull, penalty_pull
+from hafs_jax.method.sae import init_params
 from hafs_jax.presets import preset
-from hafs_jax.sae import init_params
 
 _MOST = 1.05  # a step with the penalty, as a multiple of one without
 _BATCH = 2_048

@@ -1,10 +1,10 @@
-"""From which ratio of latents to slots kept entries beat dense products: what `hafs_jax.sparse.pays` goes by."""
+"""From which ratio of latents to slots kept entries beat dense products: what `hafs_jax.fast.entries.pays` goes by."""
 
 from collections.abc import Iterator
 
 from benchmarks.harness import Row, interleaved
 from benchmarks.workloads import D, config_of, our_steps, planted_rows, random_weights
-from hafs_jax.architectures import ARCHITECTURES, slots
+from hafs_jax.method.architectures import ARCHITECTURES, slots
 
 _BATCH, _K, _STEPS = 512, 32, 4
 _RATIOS = (8, 16, 24, 32, 48, 64, 128, 256)

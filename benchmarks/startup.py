@@ -1,4 +1,4 @@
-"""Seconds from the start of `python -m hafs_jax train` to its first logged step: an empty compilation cache, then not.
+"""Seconds from the start of `hafs train` to its first logged step: an empty compilation cache, then not.
 
 Each time in a process of its own, with the cache in a temporary folder. The first logged step is the first line of
 metrics.jsonl, which is looked for every `POLL_SECONDS`.
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import Row, Times
-from extract.format.arrays import write_array_store
+from hafs_jax.store.arrays import write_array_store
 
 D, F, B, ROWS = 576, 2_304, 1_024, 20_000
 TARGET = 0.6

@@ -9,11 +9,11 @@ import numpy as np
 
 from benchmarks.harness import Row, interleaved
 from benchmarks.workloads import config_of, our_steps, planted_rows
-from hafs_jax.loop import shared_config
-from hafs_jax.sae import InputScale, init_params
-from hafs_jax.state import hyperparameters, state_of
-from hafs_jax.step import compile_steps
-from hafs_jax.sweeps import automatic
+from hafs_jax.method.sae import InputScale, init_params
+from hafs_jax.training.loop import shared_config
+from hafs_jax.training.state import hyperparameters, state_of
+from hafs_jax.training.step import compile_steps
+from hafs_jax.training.sweeps import automatic
 
 _MEMBERS, _STEPS = 4, 8  # steps of a dispatch, as by default
 _D = 576

@@ -118,7 +118,7 @@ def run(out: Path, world: str, arms: dict[str, list[Arm]]) -> None:
     """Makes the world, trains the arms with every seed, and scores them; what is there already is kept."""
     profile = f"synth-{world}"
     place = ("--out", str(out), "--profile", profile)
-    command("extract", "synthetic", "--out", str(out), "--world", world, "--samples", "1000000")
+    command("synth-world", "--out", str(out), "--world", world, "--samples", "1000000")
     truth = json.loads((out / profile / "truth.json").read_text())
     size = ("--sae.n-latents", str(truth["features"]), "--sae.k", str(round(truth["true_l0"]["train"])))
     ends = np.cumsum(LEVELS[world]) / sum(LEVELS[world])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.format.arrays import write_array_store
 from hafs_jax import load, preset, train, with_fields
+from hafs_jax.store.arrays import write_array_store
 
 
 def planted(rows: int = 60_000, d_model: int = 32, features: int = 64) -> tuple[np.ndarray, np.ndarray]:

@@ -19,8 +19,8 @@ _PUBLIC = {
     "VARIANTS": "hafs_jax.presets",
     "load": "hafs_jax.api",
     "preset": "hafs_jax.presets",
-    "sweep": "hafs_jax.sweeps",
-    "train": "hafs_jax.training",
+    "sweep": "hafs_jax.training.sweeps",
+    "train": "hafs_jax.training.train",
     "with_fields": "hafs_jax.presets",
 }
 __all__ = sorted(_PUBLIC)

@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from extract.format.errors import UserError
-from extract.format.store import read_manifest
-from hafs_jax.architectures import OperatingPoint
-from hafs_jax.checkpoint import load_checkpoint
+from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
-from hafs_jax.products import Params
+from hafs_jax.method.architectures import OperatingPoint
+from hafs_jax.method.sae import SAE, InputScale
+from hafs_jax.ops.products import Params
 from hafs_jax.runs import Run
-from hafs_jax.sae import SAE, InputScale
+from hafs_jax.store.store import read_manifest
+from hafs_jax.training.checkpoint import load_checkpoint
 
 
 @dataclass(frozen=True)
 class TrainedSAE:
-    """What training left behind, at inference. `params` and `threshold` are in scaled units (see `hafs_jax.sae`)."""
+    """What training left behind, at inference. `params` and `threshold` are in scaled units (see `method.sae`)."""
 
     config: TrainConfig
     params: Params

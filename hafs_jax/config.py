@@ -4,8 +4,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from extract.format.config import check_choices, option
-from extract.format.errors import UserError
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.options import check_choices, option
 
 
 def _require(condition: bool, message: str) -> None:
@@ -30,7 +30,7 @@ def _require_knots(name: str, fractions: tuple[float, ...], values: tuple[float,
 class SAEConfig:
     """The autoencoder: its architecture, width and what its activation needs."""
 
-    architecture: str = option("batchtopk", "activation and sparsity: see `hafs_jax.architectures`")
+    architecture: str = option("batchtopk", "activation and sparsity: see `hafs_jax.method.architectures`")
     n_latents: int | None = option(None, "F, latents in the dictionary; none: expansion x D")
     expansion: int = option(4, "F as a multiple of D, where n_latents is none")
     k: int = option(40, "active latents per row: L0 of topk, mean L0 of batchtopk, target L0 of the others")
@@ -66,7 +66,7 @@ class SAEConfig:
 
     @property
     def F(self) -> int:
-        """The resolved number of latents; `hafs_jax.training.resolve` fills n_latents in from the store's D."""
+        """The resolved number of latents; `hafs_jax.training.train.resolve` fills n_latents in from the store's D."""
         assert self.n_latents is not None
         return self.n_latents
 

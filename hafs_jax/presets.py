@@ -6,8 +6,8 @@ A new arm or architecture joins by one line here.
 import dataclasses
 from typing import Any
 
-from extract.format.config import did_you_mean
-from extract.format.errors import UserError
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.options import did_you_mean
 from hafs_jax.config import TrainConfig
 
 Fields = dict[str, Any]

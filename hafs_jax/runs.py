@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from extract.format.config import from_dict, to_dict
-from extract.format.errors import UserError
-from extract.format.files import read_json, read_jsonl, write_json
-from extract.format.store import MANIFEST
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import read_json, read_jsonl, write_json
+from hafs_jax.base.options import from_dict, to_dict
 from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset
+from hafs_jax.store.store import MANIFEST
 
 
 @dataclass(frozen=True)

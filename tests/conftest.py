@@ -1,7 +1,6 @@
 """Shared set-up of the tests: array shapes are checked at run time, rank promotion raises, JAX stays on the CPU."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +23,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hafs-jax" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-sys.path.insert(0, str(Path(__file__).parent))
 
 import flax.struct
 import pytest
@@ -50,8 +48,7 @@ def _forget_compiled_programs() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny synthetic world, made once; not to be written to."""
-    from tiny_world import TINY
-
-    from extract.synthetic import generate
+    from hafs_extract.synthetic.samples import generate
+    from tests.support.worlds import TINY
 
     return generate(TINY, tmp_path_factory.mktemp("out"))

@@ -20,7 +20,7 @@ def test_train_on_array(given: bool, tmp_path: Path) -> None:
         arguments = [str(tmp_path / "acts.npy")]
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "train_on_array.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=1200,

@@ -1,0 +1,88 @@
+"""What an evaluation depends on: one frozen config, saved with every result. Standard library only."""
+
+from dataclasses import dataclass, replace
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.options import check_choices, option
+
+STAGES = ("splice", "probing", "hierarchy", "latents", "domains", "across")  # core always runs: it takes seconds
+
+OFFLINE_TASKS = (
+    "60_wikidata_occupation_isathlete",
+    "62_wikidata_occupation_ispolitician",
+    "64_wikidata_occupation_isresearcher",
+    "92_glue_sst2",
+    "139_news_class_Politics",
+    "21_headline_istrump",
+    "22_headline_isobama",
+    "96_spam_is",
+    "105_click_bait",
+    "95_toxic_is",
+    "123_world_country_United_Kingdom",
+)
+"""Professions, sentiment, news, headlines, spam, places: 0.75 million tokens."""
+
+DATASETS = (
+    "LabHC/bias_in_bios_class_set1",
+    "LabHC/bias_in_bios_class_set2",
+    "LabHC/bias_in_bios_class_set3",
+    "canrager/amazon_reviews_mcauley_1and5",
+    "canrager/amazon_reviews_mcauley_1and5_sentiment",
+    "codeparrot/github-code",
+    "fancyzhx/ag_news",
+    "Helsinki-NLP/europarl",
+)
+"""SAE-Bench's eight."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Everything that decides the figures of an evaluation."""
+
+    heldout_rows: int | None = option(None, "held-out rows of the core metrics; none takes all")
+    contexts: int = option(64, "held-out contexts on which the SAE is spliced into the model")
+    seed: int = option(0, "seed of the draw of those contexts")
+    suite: str = option(
+        "auto",
+        "sae_probes: the tasks of its wheel; standard: SAE-Bench's eight hub datasets; auto: by the store's profile",
+        choices=("auto", "sae_probes", "standard"),
+    )
+    tasks: tuple[str, ...] = option((), "tasks of sae_probes or datasets of standard; none named: those below")
+    ks: tuple[int, ...] = option((1, 2, 5, 10, 20, 50), "latents a sparse probe may use")
+    # SAE-Bench's own default is l1: four times the seconds (saga), accuracies .005 apart on average
+    penalty: str = option("l2", "regularisation of sae_probes' sparse probes", choices=("l1", "l2"))
+    probe_seed: int = option(42, "seed of the probes' train and test splits")
+    trees: tuple[str, ...] = option((), "label trees, by name or path of a .json file; none named: all bundled ones")
+    hierarchy_ks: tuple[int, ...] = option((1, 2, 5, 10, 20, 50), "latents a probe of a tree's node may use")
+    hierarchy_folds: int = option(5, "folds of the trees' cross-validation, documents kept whole")
+    hierarchy_tokens: int = option(64, "tokens of a labelled text that are read, BOS included")
+    hierarchy_seed: int = option(0, "seed of the trees' folds")
+    device: str = option("auto", "torch device; auto takes CUDA where there is one")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.heldout_rows is not None and self.heldout_rows < 2:
+            raise UserError(f"heldout_rows={self.heldout_rows}: expected at least 2")
+        if self.contexts < 1:
+            raise UserError(f"contexts={self.contexts}: expected at least 1")
+        if self.hierarchy_folds < 3:
+            raise UserError(f"hierarchy_folds={self.hierarchy_folds}: expected at least 3, for C is chosen inside")
+        if self.hierarchy_tokens < 2:
+            raise UserError(f"hierarchy_tokens={self.hierarchy_tokens}: expected at least 2, BOS and one more")
+        for name in ("seed", "probe_seed", "hierarchy_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise UserError(f"{name}={getattr(self, name)}: expected 0 to 2^32 - 1")
+        for name in ("ks", "hierarchy_ks"):
+            ks = getattr(self, name)
+            if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
+                raise UserError(f"{name}={ks}: expected different numbers of at least 1")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise UserError(f"tasks={self.tasks}: expected different names")
+
+
+def resolved(config: EvalConfig, profile: str) -> EvalConfig:
+    """`config` with the suite and the tasks that `auto` and none stand for on a store of `profile`."""
+    suite = config.suite
+    if suite == "auto":
+        suite = "sae_probes" if profile == "offline" else "standard"
+    return replace(config, suite=suite, tasks=config.tasks or (OFFLINE_TASKS if suite == "sae_probes" else DATASETS))

@@ -1,0 +1,1 @@
+"""Reconstruction, sparsity, geometry, and the language model with the SAE spliced in."""

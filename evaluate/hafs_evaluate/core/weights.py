@@ -1,0 +1,66 @@
+"""What an SAE's weights say of it without any data: geometry of the dictionary, norms, alignments. Torch; no jax."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hafs_evaluate.latents.neighbours import nearest_vectors
+
+
+def frobenius_excess(W_dec: Float[Tensor, "F D"]) -> float:
+    """(|U^T U|_F^2 - F) / (F (F-1) / D), U the unit rows: the mean squared cosine of pairs, over random rows' 1/D."""
+    unit_FD = torch.nn.functional.normalize(W_dec.double(), dim=1)
+    n_latents, d_model = unit_FD.shape
+    squares = float((unit_FD.T @ unit_FD).square().sum())
+    return (squares - n_latents) / (n_latents * (n_latents - 1) / d_model)
+
+
+def weight_metrics(sae: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Geometry and weights, which need no data: ({"geometry": ..., "weights": ...}, arrays of each latent).
+
+    u_i is row i of W_dec and e_i column i of W_enc, normalised. geometry: max_coherence and mean_coherence are the
+    maximum and the mean over i of max_{j != i} u_i.u_j (signed); frobenius_excess has its own docstring. weights: means
+    over i of b_enc, |W_enc column i|, e_i.u_i, max_{j != i} e_i.e_j, |W_dec row i| (with minimum and maximum), the
+    JumpReLU threshold; and |b_dec|.
+    """
+    W_enc, W_dec = sae.W_enc.detach(), sae.W_dec.detach()
+    biases = (getattr(sae, name, None) for name in ("b_enc", "b_mag"))  # a gated SAE's b_enc is None
+    bias_F = next((bias for bias in biases if bias is not None), None)
+    bias_F = torch.zeros(len(W_dec)) if bias_F is None else bias_F.detach()
+    threshold_F = getattr(sae, "threshold", None)
+    norm_F = W_dec.double().norm(dim=1)
+    aligned_F = torch.nn.functional.cosine_similarity(W_enc.double().T, W_dec.double(), dim=1)
+    decoder_nearest_F = nearest_vectors(W_dec)[1].astype(np.float64)
+    encoder_nearest_F = nearest_vectors(W_enc.T)[1].astype(np.float64)
+    encoder_norm_F = W_enc.double().norm(dim=0)
+    values = {
+        "geometry": {
+            "max_coherence": float(decoder_nearest_F.max()),
+            "mean_coherence": float(decoder_nearest_F.mean()),
+            "frobenius_excess": frobenius_excess(W_dec),
+        },
+        "weights": {
+            "encoder_bias_mean": float(bias_F.double().mean()),
+            "encoder_norm_mean": float(encoder_norm_F.mean()),
+            "encoder_decoder_cosine_mean": float(aligned_F.mean()),
+            "encoder_nearest_cosine_mean": float(encoder_nearest_F.mean()),
+            "decoder_norm_mean": float(norm_F.mean()),
+            "decoder_norm_min": float(norm_F.min()),
+            "decoder_norm_max": float(norm_F.max()),
+            "decoder_bias_norm": float(sae.b_dec.detach().double().norm()),
+            "threshold_mean": None if threshold_F is None else float(threshold_F.detach().double().mean()),
+        },
+    }
+    arrays = {
+        "encoder_bias": bias_F,
+        "encoder_norm": encoder_norm_F,
+        "encoder_decoder_cosine": aligned_F,
+        "decoder_nearest_cosine": decoder_nearest_F,
+        "encoder_nearest_cosine": encoder_nearest_F,
+    }
+    return values, {
+        name: np.asarray(array.cpu() if torch.is_tensor(array) else array) for name, array in arrays.items()
+    }

@@ -1,0 +1,1 @@
+"""Other libraries' formats and the model hub."""

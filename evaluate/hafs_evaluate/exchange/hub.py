@@ -1,0 +1,182 @@
+"""A run on the model hub: the folder that is uploaded (SAELens folder, model card, training config) and its upload."""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hafs_evaluate.report.markdown import table
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, write_text
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_CARD = """\
+---
+{front_matter}
+---
+
+# {title}
+
+A sparse autoencoder on the activations of {model} at `{hook}`: {d_sae:,} latents over {d_in} dimensions, architecture
+`{architecture}`, variant `{variant}`, seed {seed}, trained with hafs-jax on {tokens:,} activations.
+
+## Load it
+
+    from sae_lens import SAE
+    sae = SAE.from_pretrained("{repo_id}", "{run}")
+
+It takes raw activations: their centring and scale are folded into the weights.
+
+## Metrics
+
+{metrics}
+
+## Training
+
+The whole resolved config is in `{run}/training_config.json`.
+
+{training}
+"""
+
+_TRAINING = ("tokens", "batch_size", "sae.architecture", "sae.k", "penalty.kind", "penalty.lam_max", "penalty.tau",
+             "sparsity.coefficient", "optimizer.learning_rate")  # fmt: skip
+
+
+def upload(
+    run_folder: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    licence: str | None = None,
+    dry_run: Path | None = None,
+) -> str:
+    """Uploads a finished run's SAELens folder and model card to the hub in one commit, and returns the page's address.
+
+    The repository is made where there is none; one that exists keeps its visibility. `dry_run`: write the folder that
+    would be uploaded there instead, touch no network, and return its path. `UserError` for a bad repo_id, without a
+    token, where the hub cannot be reached, and for whatever it refuses.
+    """
+    if not _REPO_ID.fullmatch(repo_id):
+        raise UserError(f"--repo-id {repo_id!r}: expected USER/NAME of letters, digits, '-', '_' and '.'")
+    if dry_run is not None:
+        return str(write_upload(run_folder, dry_run, repo_id, licence))
+
+    from huggingface_hub import HfApi, get_token
+
+    from hafs_extract.hub import hub_problem
+
+    if get_token() is None:
+        raise UserError("expected a hub token, found none; run `hf auth login` or set HF_TOKEN (or give --dry-run DIR)")
+    if problem := hub_problem():
+        raise UserError(f"cannot upload: {problem}; try again with the hub in reach, or give --dry-run DIR")
+    with tempfile.TemporaryDirectory() as temporary, _hub_errors(repo_id):
+        folder = write_upload(run_folder, Path(temporary), repo_id, licence)
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Add {run_folder.resolve().name}")
+    return f"https://huggingface.co/{repo_id}"
+
+
+def write_upload(run_folder: Path, target: Path, repo_id: str, licence: str | None = None) -> Path:
+    """Writes what `upload` uploads into `target` and returns it: README.md, and <run>/ with the SAE and its config."""
+    from hafs_evaluate.exchange.bridge import export_run
+
+    sae, run = export_run(run_folder), run_folder.resolve().name
+    for name in ("sae_weights.safetensors", "sparsity.safetensors", "cfg.json"):
+        if (sae / name).exists():
+            with open(sae / name, "rb") as original:
+                write_atomic(target / run / name, partial(shutil.copyfileobj, original))
+    config = read_json(run_folder / "config.json", "a run's config.json")["config"]
+    write_json(target / run / "training_config.json", config)
+    write_text(target / "README.md", model_card(run_folder, sae, repo_id, licence))
+    return target
+
+
+def model_card(run_folder: Path, sae: Path, repo_id: str, licence: str | None = None) -> str:
+    """README.md of the run: YAML for the hub, how to load it, and the metrics that are of exactly these weights."""
+    cfg = read_json(sae / "cfg.json", "a SAELens folder's cfg.json")
+    result = read_json(run_folder / "run.json", "a finished run's run.json")
+    config = read_json(run_folder / "config.json", "a run's config.json")["config"]
+    known, run = cfg["metadata"], run_folder.resolve().name
+    front = ["library_name: saelens", "tags:", "- sparse-autoencoder", "- mechanistic-interpretability", "- saelens"]
+    front += ["- hafs-jax"] + ([f"license: {json.dumps(licence)}"] if licence else [])
+    if known.get("model_revision") and "/" in str(known.get("model_name")):  # a model of the hub's
+        front.append(f"base_model: {json.dumps(known['model_name'])}")
+    found = metrics(run_folder, sae, result)
+    settings = [[name, str(_at(config, name))] for name in _TRAINING if _at(config, name) is not None]
+    return _CARD.format(
+        front_matter="\n".join(front),
+        title=f"{repo_id.split('/')[1]}: {run}",
+        model=known.get("model_name"),
+        hook=known.get("hook_name"),
+        d_sae=cfg["d_sae"],
+        d_in=cfg["d_in"],
+        architecture=known.get("training_architecture"),
+        variant=known.get("variant"),
+        seed=known.get("seed"),
+        tokens=result["tokens"],
+        repo_id=repo_id,
+        run=run,
+        metrics=table(["metric", "value", "of"], [[name, f"{value:.4g}", of] for name, value, of in found]),
+        training=table(["setting", "value"], settings),
+    )
+
+
+def metrics(run_folder: Path, sae: Path, result: dict[str, Any]) -> list[tuple[str, float, str]]:
+    """(name, value, where it was measured): of run.json, and of eval/<run>/ where that is of the same weights."""
+    final = result["final"]
+    names = {"fvu_ema": "FVU", "l0": "L0", "dead_fraction": "dead latents, fraction"}
+    found = [(label, final.get(name), "training, last step") for name, label in names.items()]
+    evaluated = run_folder.resolve().parents[1] / "eval" / run_folder.resolve().name
+    weights_sha256 = sha256_of(sae / "sae_weights.safetensors")
+    core = _optional(evaluated / "core.json")
+    if core.get("sae_sha256") == weights_sha256:
+        paths = {
+            "reconstruction.fvu": "FVU",
+            "sparsity.l0": "L0",
+            "sparsity.dead_fraction": "dead latents, fraction",
+            "model.ce_score": "cross-entropy recovered",
+            "model.kl_score": "KL divergence recovered",
+            "geometry.mean_coherence": "mean coherence",
+            "geometry.max_coherence": "max coherence",
+        }
+        found += [(label, _at(core, path), "held-out rows") for path, label in paths.items()]
+    probing = _optional(evaluated / "probing.json")
+    if (probing.get("eval_result_unstructured") or {}).get("sae_sha256") == weights_sha256:
+        scores = (probing.get("eval_result_metrics") or {}).get("sae") or {}
+        for name, value in scores.items():
+            if match := re.fullmatch(r"sae_top_(\d+)_test_accuracy", name):
+                found.append((f"sparse probing, top-{match[1]} accuracy", value, "SAE-Bench, mean over tasks"))
+    return [(name, float(value), of) for name, value, of in found if value is not None]
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """What the hub's client raises as one line: refusals, validation, connections cut."""
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (HFValidationError, HTTPError, LocalTokenNotFoundError, ConnectionError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"the hub did not take {repo_id}: {reason}; check the name and the token's rights") from None
+
+
+def _at(values: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path, None where a part of it is absent."""
+    found: Any = values
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path, "an evaluation's result") if path.exists() else {}

@@ -1,0 +1,236 @@
+"""What an experiment shows: comparisons with uncertainty, falsifiers, and the verdict in words. Numpy; no torch.
+
+Comparisons are made within an architecture, at each L0 level and over all of them (k none). One family of Holm's
+correction: the primaries of every comparison over all levels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hafs_evaluate.experiment.config import ExperimentConfig
+from hafs_evaluate.experiment.measurements import BETTER, Values
+from hafs_evaluate.results.paired import Difference, difference, holm, mean_interval
+
+METHOD, PLAIN, CONSTANT, RAMP, GATE, FROZEN = (
+    "adaptive",
+    "baseline",
+    "strict",
+    "ramp_only",
+    "gate_only",
+    "frozen_decoder",
+)
+NAMES = {
+    "hierarchy_parent_top_1": "top-1 probing of parents (balanced accuracy)",
+    "hole": "worst-child hole",
+    "fvu": "FVU",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arm a against arm b in one measure."""
+
+    architecture: str
+    k: int | None
+    measure: str
+    a: str
+    b: str
+    found: Difference
+    p_holm: float | None
+    verdict: str  # better, worse, not resolved; for FVU with a margin also "non-inferior" and "inferior"
+
+    def plain(self) -> dict[str, Any]:
+        """As summary.json holds it."""
+        found = self.found
+        return {
+            "architecture": self.architecture,
+            "k": self.k,
+            "measure": self.measure,
+            "a": self.a,
+            "b": self.b,
+            "difference": found.mean,
+            "low": found.low,
+            "high": found.high,
+            "p": found.p,
+            "p_holm": self.p_holm,
+            "reseed_sd": found.reseed_sd,
+            "seeds": found.seeds,
+            "verdict": self.verdict,
+        }
+
+
+def arms_of(values: Values, config: ExperimentConfig) -> list[dict[str, Any]]:
+    """Each arm's measures at each level: mean over datasets, then mean, SD and Student's interval over seeds."""
+    found = []
+    seeds = list(range(config.seeds))
+    for architecture in config.architectures:
+        for arm in config.arms:
+            for k in config.ks:
+                measures = {}
+                for measure in values.measures:
+                    values_S = values.array(measure, architecture, [k], arm, seeds)[0]
+                    if values_S.size:
+                        measures[measure] = _spread(values_S.mean(1).tolist())
+                found.append(
+                    {"architecture": architecture, "variant": arm, "k": k, "seeds": seeds, "measures": measures}
+                )
+    return found
+
+
+def comparisons_of(values: Values, config: ExperimentConfig) -> list[Comparison]:
+    """Every pair of `pairs_of`, in every measure, at every level and over all."""
+    raw = []
+    for architecture in config.architectures:
+        for a, b in pairs_of(config.arms):
+            for measure in (*config.primaries, *config.secondaries):
+                for k in (None, *config.ks):
+                    found = _compared(values, config, architecture, k, measure, a, b)
+                    if found is not None:
+                        raw.append((architecture, k, measure, a, b, found))
+    family = [index for index, (_, k, measure, *_) in enumerate(raw) if k is None and measure in config.primaries]
+    adjusted = dict(zip(family, holm([raw[index][-1].p for index in family]), strict=True))
+    return [
+        Comparison(*entry, adjusted.get(index), _verdict(entry[2], entry[5], adjusted.get(index)))
+        for index, entry in enumerate(raw)
+    ]
+
+
+def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """The comparisons: adaptive against every other arm; every other method, and each variation, against baseline."""
+    pairs = [(METHOD, other) for other in arms if other != METHOD and METHOD in arms]
+    return pairs + [(arm, PLAIN) for arm in arms if arm not in (METHOD, PLAIN) and PLAIN in arms]
+
+
+def falsifiers_of(comparisons: Sequence[Comparison], config: ExperimentConfig) -> list[dict[str, str]]:
+    """The conditions, fixed beforehand, under which a claim is dropped, an outcome for each architecture."""
+    found = []
+    for architecture in config.architectures:
+        own = {(c.measure, c.a, c.b): c for c in comparisons if c.architecture == architecture and c.k is None}
+        found += [
+            _gate_adds(own, config, architecture),
+            _hierarchy_adds(own, config, architecture),
+            _beats_tuned_strict(own, config, architecture),
+            _beats_frozen(own, config, architecture),
+            _keeps_reconstruction(own, config, architecture),
+        ]
+    return found
+
+
+def verdict_of(
+    comparisons: Sequence[Comparison], falsifiers: Sequence[dict[str, str]], config: ExperimentConfig, n_saes: int
+) -> list[str]:
+    """Three sentences: what adaptive does to the primaries, what it costs, and which claims fall."""
+    first, second = [], []
+    for architecture in config.architectures:
+        own = [c for c in comparisons if c.architecture == architecture and c.k is None and c.a == METHOD]
+        for c in own:
+            if c.b in (PLAIN, CONSTANT) and c.measure in config.primaries:
+                first.append(
+                    f"{architecture}: {NAMES.get(c.measure, c.measure)} {_shown(c.found)} against {c.b} ({c.verdict})"
+                )
+            if c.b in (PLAIN, CONSTANT) and c.measure == "fvu":
+                second.append(f"{architecture}: {_shown(c.found)} against {c.b} ({c.verdict})")
+    triggered = [f"{f['name']} ({f['architecture']})" for f in falsifiers if f["outcome"] == "triggered"]
+    undecided = [f"{f['name']} ({f['architecture']})" for f in falsifiers if f["outcome"] == "not decided"]
+    third = f"Falsifiers triggered: {', '.join(triggered) or 'none'}"
+    third += f"; not decided: {', '.join(undecided)}." if undecided else "."
+    return [
+        f"Adaptive over {n_saes} SAEs and {config.seeds} seeds: {'; '.join(first) or 'no primary was measured'}.",
+        f"Held-out FVU: {'; '.join(second) or 'not measured'}.",
+        third,
+    ]
+
+
+def _compared(
+    values: Values, config: ExperimentConfig, architecture: str, k: int | None, measure: str, a: str, b: str
+) -> Difference | None:
+    seeds = list(range(config.seeds))
+    ks = config.ks if k is None else [k]
+    a_ST, names_a = values.array(measure, architecture, ks, a, seeds)
+    b_ST, names_b = values.array(measure, architecture, ks, b, seeds)
+    shared = [name for name in names_a if name in set(names_b)]
+    if not shared:
+        return None
+    columns_a, columns_b = ([names.index(name) for name in shared] for names in (names_a, names_b))
+    return difference(a_ST[:, columns_a], b_ST[:, columns_b], config.bootstrap)
+
+
+def _verdict(measure: str, found: Difference, p_holm: float | None) -> str:
+    if not found.is_resolved or (p_holm is not None and p_holm > 0.05) or measure not in BETTER:
+        return "not resolved"
+    return "better" if (found.mean > 0) == (BETTER[measure] == "higher") else "worse"
+
+
+def _falsifier(name: str, claim: str, architecture: str, outcome: str, why: str) -> dict[str, str]:
+    return {"name": name, "claim": claim, "architecture": architecture, "outcome": outcome, "why": why}
+
+
+def _gate_adds(own: dict[Any, Comparison], config: ExperimentConfig, architecture: str) -> dict[str, str]:
+    name, claim = "adaptive = ramp_only", "the error-adaptive weight adds to the ramp alone"
+    rivals = [own.get((measure, METHOD, RAMP)) for measure in (*config.primaries, "fvu")]
+    return _must_beat(name, claim, architecture, [c for c in rivals if c is not None], "the ramp alone")
+
+
+def _hierarchy_adds(own: dict[Any, Comparison], config: ExperimentConfig, architecture: str) -> dict[str, str]:
+    name, claim = "parent = global", "sharing by parents adds to sharing by all"
+    arm = next((arm for arm in config.arms if "sharing=parent" in arm), "")
+    rivals = [own.get((measure, METHOD, arm)) for measure in config.primaries]
+    known = [c for c in rivals if c is not None]
+    if not known:
+        return _falsifier(name, claim, architecture, "not decided", "no arm shares by parents here")
+    better = [c for c in known if c.verdict == "worse"]  # adaptive (global) is the worse one
+    why = "; ".join(f"{c.measure} global - parent {_shown(c.found)}" for c in known)
+    return _falsifier(name, claim, architecture, "pass" if better else "triggered", why)
+
+
+def _beats_tuned_strict(own: dict[Any, Comparison], config: ExperimentConfig, architecture: str) -> dict[str, str]:
+    name, claim = "best strict ties", "adaptive beats a constant penalty of the best strength"
+    strengths = [arm for arm in config.arms if arm.split()[0] == CONSTANT]
+    costs = {arm: own[("fvu", METHOD, arm)].found for arm in strengths if ("fvu", METHOD, arm) in own}
+    # matched: a strength whose FVU is not resolvably above adaptive's
+    matched = [arm for arm, cost in costs.items() if cost.high >= 0]
+    if len(strengths) < 2 or not matched:
+        return _falsifier(name, claim, architecture, "not decided", "no second strength at adaptive's FVU or below")
+    rivals = [own[key] for arm in matched for measure in config.primaries if (key := (measure, METHOD, arm)) in own]
+    if not rivals:
+        return _falsifier(name, claim, architecture, "not decided", "no primary was measured")
+    ties = sorted({c.b for c in rivals} - {c.b for c in rivals if c.verdict == "better"})
+    why = "; ".join(f"{c.measure} against {c.b} {_shown(c.found)}" for c in rivals)
+    return _falsifier(name, claim, architecture, "triggered" if ties else "pass", why)
+
+
+def _beats_frozen(own: dict[Any, Comparison], config: ExperimentConfig, architecture: str) -> dict[str, str]:
+    name, claim = "gains vanish against frozen_decoder", "what adaptive finds is more than a random dictionary's"
+    rivals = [own.get((measure, METHOD, FROZEN)) for measure in config.primaries]
+    return _must_beat(name, claim, architecture, [c for c in rivals if c is not None], "a decoder that never trained")
+
+
+def _keeps_reconstruction(own: dict[Any, Comparison], config: ExperimentConfig, architecture: str) -> dict[str, str]:
+    margin = config.fvu_margin
+    name, claim = "FVU inferior", f"adaptive's FVU is at most {margin:g} above the baseline's"
+    cost = own.get(("fvu", METHOD, PLAIN))
+    if cost is None:
+        return _falsifier(name, claim, architecture, "not decided", "FVU was not measured")
+    outcome = "pass" if cost.found.high <= margin else "triggered" if cost.found.low > margin else "not decided"
+    return _falsifier(name, claim, architecture, outcome, _shown(cost.found))
+
+
+def _must_beat(name: str, claim: str, architecture: str, rivals: Sequence[Comparison], whom: str) -> dict[str, str]:
+    if not rivals:
+        return _falsifier(name, claim, architecture, "not decided", f"{whom} was not trained or not measured")
+    why = "; ".join(f"{c.measure} {_shown(c.found)} ({c.verdict})" for c in rivals)
+    is_better = any(c.verdict == "better" for c in rivals)
+    return _falsifier(name, claim, architecture, "pass" if is_better else "triggered", why)
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    import numpy as np
+
+    low, high = mean_interval(values) or (None, None)
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "sd": deviation, "low": low, "high": high, "values": values}
+
+
+def _shown(found: Difference) -> str:
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"

@@ -1,0 +1,93 @@
+"""One experiment: arms x architectures x L0 x seeds, from one TOML file. Standard library only."""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hafs_evaluate.experiment.measurements import Cell
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.options import from_dict, option
+
+DEFAULT_ARCHITECTURE = "batchtopk"  # the one that a run's name leaves out
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """What an experiment trains, measures and compares."""
+
+    name: str = option("experiment", "its folder: OUT/<name>/<profile>")
+    profile: str = option("auto", "what is extracted: a profile of `hafs extract`")
+    arms: tuple[str, ...] = option(
+        ("baseline", "strict", "adaptive"), "variants, each with further axes of a sweep's grid: 'strict lam=0.3'"
+    )
+    architectures: tuple[str, ...] = option(("batchtopk",), "architectures that every arm is trained on")
+    ks: tuple[int, ...] = option((32,), "L0 levels, the same for all arms")
+    seeds: int = option(5, "seeds 0 up to it, shared by all arms; each has its own weights and data order")
+    extract: tuple[str, ...] = option((), "further flags of `hafs extract`")
+    train: tuple[str, ...] = option((), "further flags of `hafs sweep`")
+    evaluate: tuple[str, ...] = option((), "further flags of `hafs evaluate`")
+    latents_seeds: int = option(1, "seeds whose latents are shown in the report, from 0 on")
+    latents_ks: tuple[int, ...] = option((), "L0 levels whose latents are shown; none: all")
+    primaries: tuple[str, ...] = option(("hierarchy_parent_top_1", "hole"), "the measures that the verdict is about")
+    secondaries: tuple[str, ...] = option(
+        ("fvu", "top_1", "top_5", "absorption_fraction", "absorption_full", "mean_coherence", "ce_score"),
+        "further measures compared, without a claim",
+    )
+    references: tuple[str, ...] = option(("random_init", "frozen_decoder"), "arms that are references, not methods")
+    fvu_margin: float = option(0.02, "a method is non-inferior where the interval of its FVU's rise ends below it")
+    l0_margin: float = option(0.02, "largest share by which a run's held-out L0 may be off its level")
+    bootstrap: int = option(10_000, "samples of the hierarchical bootstrap")
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise UserError(f"name={self.name!r}: expected letters, digits and any of _ . -")
+        for field in ("arms", "architectures", "ks"):
+            values = getattr(self, field)
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"{field}={values}: expected at least one, each once")
+        for arm in self.arms:
+            variant, *axes = arm.split() or [""]
+            if (
+                "=" in variant
+                or not variant
+                or any(not re.fullmatch(r"[\w.]+=[^,.\s]+(\.\d+)?", axis) for axis in axes)
+            ):
+                raise UserError(f"arm {arm!r}: expected a variant and axes of one value, like 'strict lam=0.3'")
+        if self.seeds < 1:
+            raise UserError(f"seeds={self.seeds}: expected at least 1")
+
+    def cells(self) -> Iterator[Cell]:
+        """Every SAE of the experiment, architecture by architecture, seed by seed."""
+        for architecture in self.architectures:
+            for seed in range(self.seeds):
+                for arm in self.arms:
+                    for k in self.ks:
+                        yield Cell(run_name(arm, architecture, k, seed), architecture, arm, k, seed)
+
+    def grid(self) -> str:
+        """The arms and L0 levels as a grid of `hafs sweep`."""
+        levels = ",".join(map(str, self.ks))
+        return "; ".join(f"variant={arm} k={levels}" for arm in self.arms)
+
+
+def run_name(arm: str, architecture: str, k: int, seed: int) -> str:
+    """The name that a sweep gives the run: `<variant>[-<architecture>]-s<seed>-[<axes>,]k=<k>`."""
+    variant, *axes = arm.split()
+    middle = "" if architecture == DEFAULT_ARCHITECTURE else f"-{architecture}"
+    tags = [axis.rpartition("=")[0].rpartition(".")[2] + "=" + axis.rpartition("=")[2] for axis in axes]
+    return f"{variant}{middle}-s{seed}-{','.join([*tags, f'k={k}'])}"
+
+
+def read_experiment(path: Path) -> ExperimentConfig:
+    """The experiment in the TOML file `path`; `UserError` for an unknown key or a value of the wrong type."""
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"expected an experiment's TOML file at {path}, found none") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected TOML, found {error}") from None
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return from_dict(ExperimentConfig, values, str(path))

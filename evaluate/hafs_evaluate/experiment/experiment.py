@@ -1,0 +1,210 @@
+"""`hafs experiment FILE`: trains, measures and compares every SAE of an experiment. No torch, no jax.
+
+Each stage is a command of its own, so that a killed experiment goes on where it stopped:
+
+    OUT/<name>/<profile>/store, runs, eval                  as `hafs extract`, `sweep` and `evaluate` leave them
+    OUT/<name>/<profile>/experiment/results.{parquet,csv}   one row per SAE, measure and dataset (`measurements`)
+    OUT/<name>/<profile>/experiment/summary.json            arms, comparisons, falsifiers, verdict (`comparisons`)
+    OUT/<name>/<profile>/experiment/logs/                   what the commands printed
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+from tqdm import tqdm
+
+from hafs_evaluate.experiment import comparisons as claims
+from hafs_evaluate.experiment.config import ExperimentConfig
+from hafs_evaluate.experiment.measurements import Cell, Values, rows_of
+from hafs_evaluate.workspace import RUN, Workspace, open_workspace
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import read_json, write_atomic, write_json, write_text
+from hafs_jax.base.options import to_dict
+
+FOLDER, TABLE, SUMMARY = "experiment", "results", "summary.json"
+STAGES = ("extract", "train", "evaluate", "table")
+
+
+def run_experiment(config: ExperimentConfig, out: Path, workers: int, stages: Sequence[str] = STAGES) -> Workspace:
+    """Runs `stages` of the experiment, `workers` commands at a time; the workspace that holds all of it."""
+    root = out / config.name
+    if "extract" in stages:
+        command = ["extract", "--out", str(root), "--profile", config.profile, *config.extract]
+        _command(command, root / "extract.log", cores=None)
+    workspace = open_workspace(root, config.profile)
+    if "train" in stages:
+        train(config, workspace, workers)
+    if "evaluate" in stages:
+        evaluate(config, workspace, workers)
+    if "table" in stages:
+        summarise(config, workspace)
+    return workspace
+
+
+def train(config: ExperimentConfig, workspace: Workspace, workers: int) -> None:
+    """Trains what has not finished. Seed 0 comes first: its baselines give the gates of all seeds their tau."""
+    missing = [cell for cell in config.cells() if not (workspace.runs / cell.run / RUN).exists()]
+    jobs = sorted({(cell.seed > 0, cell.architecture, cell.seed) for cell in missing})
+    total, n_arms = len(list(config.cells())), len(config.arms) * len(config.ks)
+    with tqdm(total=total, initial=total - len(missing), desc="training", unit="SAE") as bar:
+        for is_later in (False, True):
+            commands = {
+                f"train-{architecture}-s{seed}": [
+                    *["sweep", *_place(workspace), "--grid", config.grid(), "--arch", architecture],
+                    *["--seed", str(seed), *config.train],
+                ]
+                for later, architecture, seed in jobs
+                if later == is_later
+            }
+            _run_all(commands, workspace, workers, lambda: bar.update(n_arms))
+    for cell in config.cells():
+        _check(cell, workspace)
+
+
+def evaluate(config: ExperimentConfig, workspace: Workspace, workers: int) -> None:
+    """Measures every SAE: the first one alone, which fills the caches of the language model's activations."""
+    cells = list(config.cells())
+    names = [cell.run for cell in cells]
+    shown = {
+        cell.run for cell in cells if cell.seed < config.latents_seeds and cell.k in (config.latents_ks or config.ks)
+    }
+    base = ["evaluate", *_place(workspace), *config.evaluate]
+    parts = [part for start in range(workers) if (part := names[1:][start::workers])]
+    with tqdm(total=len(names) + len(shown), desc="evaluating", unit="SAE") as bar:
+
+        def run_all(commands: dict[str, list[str]], saes: int) -> None:
+            _run_all(commands, workspace, workers, lambda: bar.update(saes))
+
+        for_all = [*base, "--skip", "latents", "domains", "across", "--runs"]
+        run_all({"evaluate-first": [*for_all, names[0]]}, 1)
+        run_all({f"evaluate-{index}": [*for_all, *part] for index, part in enumerate(parts)}, len(names) // workers)
+        run_all({"evaluate-latents": [*base, "--runs", *(shown or names[:1])]}, len(shown))
+
+
+def summarise(config: ExperimentConfig, workspace: Workspace) -> dict[str, Any]:
+    """Writes the tidy table and summary.json, and returns the summary; `UserError` where nothing was measured."""
+    import pandas
+
+    cells = list(config.cells())
+    rows = [row for cell in cells for row in rows_of(cell, workspace.eval / cell.run)]
+    rows += _stability(cells, workspace)
+    if not rows:
+        raise UserError(f"{workspace.eval}: expected evaluated runs of {config.name}, found none; run its other stages")
+    table = pandas.DataFrame(rows)
+    folder = workspace.folder / FOLDER
+    write_atomic(folder / f"{TABLE}.parquet", lambda file: table.to_parquet(file, index=False))
+    write_text(folder / f"{TABLE}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    values = Values(rows)
+    comparisons = claims.comparisons_of(values, config)
+    falsifiers = claims.falsifiers_of(comparisons, config)
+    summary = {
+        "config": to_dict(config),
+        "saes": int(table.run.nunique()),
+        "arms": claims.arms_of(values, config),
+        "comparisons": [comparison.plain() for comparison in comparisons],
+        "falsifiers": falsifiers,
+        "verdict": claims.verdict_of(comparisons, falsifiers, config, int(table.run.nunique())),
+        "off_level": off_level(table, config.l0_margin),
+        "missing": [cell.run for cell in cells if cell.run not in set(table.run)],
+    }
+    write_json(folder / SUMMARY, _finite(summary))
+    return summary
+
+
+def off_level(table: Any, margin: float) -> dict[str, float]:
+    """{run: its held-out L0} of the runs whose L0 is off their level by more than the share `margin`."""
+    l0 = table[table.measure == "l0"]
+    off = l0[(l0.value / l0.k - 1).abs() > margin]
+    return dict(zip(off.run, off.value, strict=True))
+
+
+def _stability(cells: Sequence[Cell], workspace: Workspace) -> list[dict[str, Any]]:
+    """A row per run: the mean over its pairs with other seeds, from eval/stability.json."""
+    path = workspace.eval / "stability.json"
+    if not path.exists():
+        return []
+    found = read_json(path, "the runs' stability")["runs"]
+    return [
+        {**vars(cell), "measure": "stability", "dataset": "", "value": found[cell.run]["mean_max_cosine"]}
+        for cell in cells
+        if cell.run in found and found[cell.run]["mean_max_cosine"] is not None
+    ]
+
+
+def _check(cell: Cell, workspace: Workspace) -> None:
+    path = workspace.runs / cell.run / RUN
+    if not path.exists():
+        raise UserError(f"expected the sweep to leave {path}, found none; see {workspace.folder / FOLDER / 'logs'}")
+    result = read_json(path, "a finished run")
+    found = (result["architecture"], result["k_or_target_l0"], result["seed"])
+    if found != (cell.architecture, cell.k, cell.seed):
+        raise UserError(f"{path}: expected {cell.architecture}, k={cell.k}, seed {cell.seed}, found {found}")
+
+
+def _place(workspace: Workspace) -> list[str]:
+    return ["--out", str(workspace.folder.parent), "--profile", workspace.folder.name]
+
+
+def _run_all(commands: dict[str, list[str]], workspace: Workspace, workers: int, done: Any) -> None:
+    logs, cores = workspace.folder / FOLDER / "logs", Queue[set[int] | None]()
+    for share in _shares(workers):
+        cores.put(share)
+
+    def run(name: str, command: list[str]) -> None:
+        share = cores.get()
+        try:
+            _command(command, logs / f"{name}.log", share)
+        finally:
+            cores.put(share)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        started = [pool.submit(run, name, command) for name, command in commands.items()]
+        for future in started:
+            future.result()
+            done()
+
+
+def _shares(workers: int) -> list[set[int] | None]:
+    """The cores of each of `workers` commands at a time: all for one alone, None where the system has no say in it.
+
+    Two programs whose threads share cores wait for each other's: here that took three times as long.
+    """
+    if workers <= 1 or not hasattr(os, "sched_setaffinity"):
+        return [None] * max(1, workers)
+    ours = sorted(os.sched_getaffinity(0))
+    return [set(ours[start::workers]) or {ours[start % len(ours)]} for start in range(workers)]
+
+
+def _command(command: list[str], log: Path, cores: set[int] | None) -> None:
+    """Runs `hafs COMMAND` on `cores`, its output into `log`; `UserError` with its last line where it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if cores is not None:
+        environment |= {"OMP_NUM_THREADS": str(len(cores)), "OMP_WAIT_POLICY": "PASSIVE"}
+    with (
+        open(log, "a", encoding="utf-8") as file,
+        subprocess.Popen(
+            [sys.executable, "-m", "hafs_jax", *command], stdout=file, stderr=file, env=environment
+        ) as process,
+    ):
+        if cores is not None:
+            os.sched_setaffinity(process.pid, cores)  # its threads, all still to come, inherit it
+        code = process.wait()
+    if code:
+        last = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()[-1:]
+        raise UserError(f"`hafs {command[0]}` failed with exit code {code}: {''.join(last)} (see {log})")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a bound that one seed cannot give is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value

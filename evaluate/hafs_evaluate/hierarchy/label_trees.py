@@ -1,0 +1,254 @@
+"""Label trees: data files that say which texts carry which label, and the labelled texts that they give. No torch.
+
+A tree is a JSON file, bundled in evaluate/trees/ or a user's own:
+
+    {"about": "...", "cap": 100, "seed": 0,
+     "sources": {NAME: {"kind": "packaged", "name": "packaged/wikipedia-summaries", "text": FIELD, "group": FIELD}
+                     | {"kind": "sae_probes"}
+                     | {"kind": "jsonl", "path": FILE}},
+     "leaves": [{"path": "people/arts/actor", "source": NAME, "where": {FIELD: REGEX, ...}, "cap": N},
+                {"path": "films/positive", "source": NAME, "task": TASK, "label": 0 or 1}]}
+
+A path names a text's labels from the root down. Its parts are the tree's nodes. The empty path is the background: text
+of no node, which the nodes are told from. Of a packaged source's leaves, the first whose regular expressions all
+match (anywhere in the field, in any case) takes a record; `where: {}` takes every record left. Of sae_probes, a leaf
+takes the texts of a task that have the label. A jsonl source needs no leaves: its lines are {"text", "label": PATH,
+"group": optional}, its path is relative to the tree's file. A group is the document a text comes from, the text itself
+unless the source says: cross-validation keeps it on one side.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hafs_extract import packaged
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import jsonl_records, read_json, sha256_of
+from hafs_jax.base.options import did_you_mean
+
+FOLDER = Path(__file__).parent / "trees"
+MIN_TEXTS = 20  # fewer texts make no leaf: four a fold, of which one more or less right is a quarter
+
+_KEYS = {
+    "tree": {"about", "cap", "seed", "sources", "leaves"},
+    "packaged": {"kind", "name", "text", "group"},
+    "sae_probes": {"kind"},
+    "jsonl": {"kind", "path"},
+}
+_LEAF_KEYS = {"packaged": {"path", "source", "where", "cap"}, "sae_probes": {"path", "source", "task", "label", "cap"}}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One text, the path of its labels (empty: background) and the document it comes from."""
+
+    text: str
+    path: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A tree's file, checked."""
+
+    name: str
+    file: Path
+    about: str
+    cap: int  # texts a leaf
+    seed: int
+    sources: dict[str, dict[str, Any]]
+    leaves: tuple[dict[str, Any], ...]
+
+    def cap_of(self, path: str) -> int:
+        """The most texts that the leaf `path` keeps."""
+        return next((leaf["cap"] for leaf in self.leaves if leaf["path"] == path and "cap" in leaf), self.cap)
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """A tree's texts, at most its cap a leaf, and what was left out on the way."""
+
+    tree: str
+    items: tuple[Labelled, ...]
+    in_training: int = 0  # texts that the store was trained on
+    ambiguous: int = 0  # texts that the sources give two different paths
+    dropped: dict[str, int] = field(default_factory=dict)  # leaves left with under MIN_TEXTS texts, and with how many
+
+    @property
+    def leaves(self) -> list[str]:
+        """The paths that have texts, the background's among them, sorted."""
+        return sorted({item.path for item in self.items})
+
+
+def find_trees(names: Sequence[str] = ()) -> list[Tree]:
+    """The trees `names`, each a bundled one's name or a file's path; none named: all bundled ones."""
+    bundled = {path.stem: path for path in sorted(FOLDER.glob("*.json"))}
+    found = []
+    for name in dict.fromkeys(names) or bundled:
+        if name not in bundled and not name.endswith(".json"):
+            near = did_you_mean(name, bundled)
+            raise UserError(f"tree {name!r}: expected {', '.join(bundled)}, or the path of a .json file{near}")
+        found.append(read_tree(bundled.get(name, Path(name))))
+    stems = Counter(tree.name for tree in found)
+    if twice := [name for name, count in stems.items() if count > 1]:
+        raise UserError(f"trees: two are called {twice[0]!r}; rename one of the files")
+    return found
+
+
+def read_tree(path: Path) -> Tree:
+    """The tree in the file `path`; `UserError` naming what is wrong in it."""
+    values = read_json(path, "a label tree")
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    _check_keys(values, _KEYS["tree"], str(path))
+    sources, leaves = values.get("sources") or {}, values.get("leaves") or []
+    for name, source in sources.items():
+        if source.get("kind") not in _KEYS:
+            raise UserError(
+                f"{path}: source {name!r}: expected kind packaged, sae_probes or jsonl, found {source.get('kind')!r}"
+            )
+        _check_keys(source, _KEYS[source["kind"]], f"{path}: source {name!r}")
+        if source["kind"] == "packaged" and source.get("name") not in packaged.TEXTS:
+            near = did_you_mean(source.get("name"), packaged.TEXTS)
+            raise UserError(f"{path}: source {name!r}: expected a packaged text, found {source.get('name')!r}{near}")
+    for leaf in leaves:
+        _check_leaf(leaf, sources, path)
+    cap, seed = values.get("cap", 100), values.get("seed", 0)
+    if not isinstance(cap, int) or cap < MIN_TEXTS:
+        raise UserError(f"{path}: cap={cap!r}: expected at least {MIN_TEXTS} texts a leaf")
+    return Tree(path.stem, path, values.get("about", ""), cap, seed, sources, tuple(leaves))
+
+
+def tree_sha256(tree: Tree) -> list[str]:
+    """Hashes of the tree's file and of the jsonl files it reads: its texts change only if one of them does."""
+    own = [tree.file.parent / source["path"] for source in tree.sources.values() if source["kind"] == "jsonl"]
+    return [sha256_of(path) if path.exists() else "none" for path in (tree.file, *own)]
+
+
+def labelled_texts(tree: Tree, training_sha256: Collection[str] = ()) -> LabelledTexts:
+    """The tree's texts, capped, without those whose SHA-256 is in `training_sha256` (documents.jsonl's, UTF-8 text).
+
+    A text given several times counts once; one given two different paths is left out as ambiguous. The cap's draw
+    takes the texts with the smallest hash of seed and text, so that it is the same whatever else is in the leaf. A
+    leaf that its sources give under MIN_TEXTS texts is a `UserError`; one left with so few by the exclusion is dropped.
+    """
+    by_text: dict[str, Labelled] = {}
+    ambiguous: set[str] = set()
+    for item in _items(tree):
+        known = by_text.setdefault(item.text, item)
+        if known.path != item.path:
+            ambiguous.add(item.text)
+    offered = Counter(item.path for text, item in by_text.items() if text not in ambiguous)
+    for path in dict.fromkeys([*(leaf["path"] for leaf in tree.leaves), *offered]):
+        if offered[path] < MIN_TEXTS:
+            raise UserError(
+                f"{tree.file}: leaf {path!r}: expected at least {MIN_TEXTS} texts, found {offered[path]};"
+                " widen its rule or take the leaf out"
+            )
+    kept: dict[str, list[Labelled]] = {path: [] for path in offered}
+    in_training = 0
+    for text, item in by_text.items():
+        if text in ambiguous:
+            continue
+        if _sha256(text) in training_sha256:
+            in_training += 1
+        else:
+            kept[item.path].append(item)
+    dropped = {path: len(items) for path, items in sorted(kept.items()) if len(items) < MIN_TEXTS}
+    drawn: list[Labelled] = []
+    for path in sorted(kept.keys() - dropped.keys()):
+        drawn += sorted(kept[path], key=lambda item: _sha256(f"{tree.seed}\0{item.text}"))[: tree.cap_of(path)]
+    return LabelledTexts(tree.name, tuple(drawn), in_training, len(ambiguous), dropped)
+
+
+def _items(tree: Tree) -> Iterator[Labelled]:
+    for name, source in tree.sources.items():
+        leaves = [leaf for leaf in tree.leaves if leaf["source"] == name]
+        if source["kind"] == "jsonl":
+            yield from _jsonl_items(tree.file.parent / source["path"])
+        elif source["kind"] == "packaged":
+            yield from _packaged_items(tree, source, leaves)
+        else:
+            for leaf in leaves:
+                yield from _task_items(leaf)
+
+
+def _packaged_items(tree: Tree, source: dict[str, Any], leaves: Sequence[dict[str, Any]]) -> Iterator[Labelled]:
+    rules = [
+        (leaf["path"], {name: re.compile(found, re.I) for name, found in leaf["where"].items()}) for leaf in leaves
+    ]
+    for record in packaged.read_records(packaged.TEXTS[source["name"]]):
+        for name in (source["text"], source.get("group"), *(name for _, where in rules for name in where)):
+            if name is not None and name not in record:
+                raise UserError(f"{tree.file}: {source['name']} has no field {name!r}; it has {', '.join(record)}")
+        for path, where in rules:
+            if all(rule.search(record[name] or "") for name, rule in where.items()):
+                text = record[source["text"]]
+                if text and text.strip():
+                    yield Labelled(text, path, str(record[source["group"]]) if "group" in source else text)
+                break
+
+
+def _task_items(leaf: dict[str, Any]) -> Iterator[Labelled]:
+    import pandas
+
+    from hafs_evaluate.saebench.probing_cache import task_path
+
+    table = pandas.read_csv(task_path(leaf["task"]), compression="zstd")
+    for text in table["prompt"][table["target"] == leaf["label"]]:
+        if isinstance(text, str) and text.strip():
+            yield Labelled(text, leaf["path"], text)
+
+
+def _jsonl_items(path: Path) -> Iterator[Labelled]:
+    if not path.exists():
+        raise UserError(f"expected labelled texts at {path}, found no such file")
+    for number, record in enumerate(jsonl_records(path), start=1):
+        text, label = record.get("text"), record.get("label")
+        if not isinstance(text, str) or not text.strip() or not isinstance(label, str) or not _is_path(label):
+            raise UserError(f'{path}, record {number}: expected {{"text": "...", "label": "parent/child"}}')
+        yield Labelled(text, label, str(record.get("group") or text))
+
+
+def _check_leaf(leaf: dict[str, Any], sources: dict[str, dict[str, Any]], path: Path) -> None:
+    where = f"{path}: leaf {leaf.get('path')!r}"
+    if not isinstance(leaf.get("path"), str) or not _is_path(leaf["path"]):
+        raise UserError(f"{where}: expected a path like people/arts/actor, without empty parts")
+    if leaf.get("source") not in sources:
+        near = did_you_mean(leaf.get("source"), sources)
+        raise UserError(
+            f"{where}: expected one of the sources {', '.join(sources)}, found {leaf.get('source')!r}{near}"
+        )
+    kind = sources[leaf["source"]]["kind"]
+    if kind == "jsonl":
+        raise UserError(f"{where}: a jsonl source's lines name their own labels; take the leaf out")
+    _check_keys(leaf, _LEAF_KEYS[kind], where)
+    if kind == "sae_probes" and not {"task", "label"} <= leaf.keys():
+        raise UserError(f"{where}: expected a task of sae-probes and the label whose texts are taken")
+    if kind == "packaged":
+        for name, expression in leaf.get("where", {"": None}).items():
+            try:
+                re.compile(expression)
+            except (re.error, TypeError) as error:
+                raise UserError(f"{where}: expected where: {{field: regular expression}}, {name!r}: {error}") from None
+
+
+def _check_keys(values: dict[str, Any], known: set[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"{where}: unknown key {key!r}, expected {', '.join(sorted(known))}{did_you_mean(key, known)}"
+            )
+
+
+def _is_path(path: str) -> bool:
+    return path == "" or all(part.strip() == part and part for part in path.split("/"))
+
+
+def _sha256(text: str) -> str:
+    """As documents.jsonl has it."""
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()

@@ -1,0 +1,210 @@
+"""Latents as detectors of one text source against the others: the question of unlearning, asked without ablating.
+
+With the hub the source of interest is WMDP-bio against WikiText, offline biology against the rest of Wikipedia; every
+source of the held-out store is measured against all others. No language model is needed. Torch; no jax.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hafs_evaluate.latents.firing import documents_of
+from hafs_evaluate.latents.neighbours import rounded
+from hafs_evaluate.latents.selectivity import auroc
+from hafs_evaluate.latents.top_rows import batch_rows, batches
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.options import option
+from hafs_jax.store.store import Store
+
+
+@dataclass(frozen=True)
+class DomainsConfig:
+    """How latents are judged as detectors of a source."""
+
+    documents: int = option(4096, "held-out documents looked at, at most, drawn with the seed [documents]")
+    seed: int = option(0, "seed of that draw and of the halves of the documents")
+    precision: float = option(0.8, "a detector's precision by documents, at least")
+    recall: float = option(0.2, "a detector's recall by documents, at least")
+    union: int = option(5, "latents of which a detector fires where any does [latents]")
+    shown: int = option(50, "latents listed, of the highest F1 by documents [latents]")
+
+    def __post_init__(self) -> None:
+        for name, least in {"documents": 4, "seed": 0, "union": 1, "shown": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: expected at least {least}")
+        for name in ("precision", "recall"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)}: expected 0 to 1")
+
+
+@dataclass(frozen=True)
+class Detections:
+    """On which rows and documents each latent fires. S sources, N documents."""
+
+    rows_S: np.ndarray  # int64, rows of each source
+    fired_FS: np.ndarray  # int64, of those, rows on which the latent fires
+    maximum_FN: np.ndarray  # float32, highest activation on each document; 0 where silent
+    source_N: np.ndarray  # int64, the documents' sources
+
+
+@torch.no_grad()
+def detections(sae: Any, store: Store, config: DomainsConfig) -> Detections:
+    """One pass over all rows of the store's drawn documents, in memory of F x documents floats."""
+    n_latents, n_sources = sae.W_dec.shape[0], len(store.manifest.sources)
+    documents_N = documents_of(store, None)
+    if len(documents_N) > config.documents:
+        drawn = np.random.default_rng(config.seed).choice(documents_N, config.documents, replace=False)
+        documents_N = np.sort(drawn)
+    rows_S, source_N = np.zeros(n_sources, np.int64), np.zeros(len(documents_N), np.int64)
+    fired_FS = np.zeros((n_latents, n_sources), np.int64)
+    maximum_FN = np.zeros((n_latents, len(documents_N)), np.float32)
+    for _, acts_BD, table_B in batches(store, len(store), batch_rows(store, n_latents)):
+        place_B = np.minimum(np.searchsorted(documents_N, table_B["document"]), len(documents_N) - 1)
+        kept = np.flatnonzero(documents_N[place_B] == table_B["document"])
+        place_K, source_K = place_B[kept], table_B["source"][kept].astype(np.int64)
+        acts = torch.from_numpy(acts_BD[kept]).to(sae.device, sae.dtype)
+        latents_KF = sae.encode(acts).float().cpu().numpy()
+        row, latent = np.divmod(np.flatnonzero(latents_KF > 0), n_latents)
+        np.maximum.at(maximum_FN, (latent, place_K[row]), latents_KF[row, latent])
+        fired = np.bincount(latent * n_sources + source_K[row], minlength=n_latents * n_sources)
+        fired_FS += fired.reshape(n_latents, n_sources)
+        rows_S += np.bincount(source_K, minlength=n_sources)
+        source_N[place_K] = source_K
+    return Detections(rows_S, fired_FS, maximum_FN, source_N)
+
+
+def domain_metrics(found: Detections, sources: list[str], config: DomainsConfig) -> dict[str, dict[str, Any]]:
+    """{source: its detectors}, of every source with at least 4 documents inside and 4 outside it.
+
+    A document counts as detected where the latent fires on any of its rows. precision = detected and of the source /
+    detected; recall = detected and of the source / of the source; F1 their harmonic mean; all three also by rows.
+    `prevalence` is the source's share of the documents: the precision of a latent that fires everywhere, whose F1 is
+    `always_f1`. auroc is of the latent's highest activation on the document. best_1 and best_<union>: F1 of the best
+    latent and of a union grown greedily by F1, chosen on one half of the documents and measured on the other, both ways
+    round, and the mean of the two; best_1_threshold likewise of one latent over a threshold, both chosen.
+    """
+    values = {}
+    for index, source in enumerate(sources):
+        of_N = found.source_N == index
+        if min(of_N.sum(), (~of_N).sum()) >= 4:
+            values[source] = _one_source(found, index, of_N, config)
+    return values
+
+
+def _one_source(found: Detections, index: int, of_N: np.ndarray, config: DomainsConfig) -> dict[str, Any]:
+    fired_FN = found.maximum_FN > 0
+    by_document = scores(fired_FN @ of_N.astype(np.float32), fired_FN.sum(1), of_N.sum())
+    by_row = scores(found.fired_FS[:, index], found.fired_FS.sum(1), found.rows_S[index])
+    auroc_F = auroc(found.maximum_FN, of_N[None])[:, 0]
+    precision_F, recall_F, f1_F = by_document
+    is_detector_F = (precision_F >= config.precision) & (recall_F >= config.recall)
+    prevalence = float(of_N.mean())
+    best = np.argsort(-f1_F, kind="stable")[: config.shown]
+    top = int(np.argmax(auroc_F))
+    return {
+        "documents": int(of_N.sum()),
+        "documents_outside": int((~of_N).sum()),
+        "rows": int(found.rows_S[index]),
+        "rows_outside": int(found.rows_S.sum() - found.rows_S[index]),
+        "prevalence": prevalence,
+        "always_f1": 2 * prevalence / (1 + prevalence),
+        "detectors": int(is_detector_F.sum()),
+        "best_auroc": {"latent": top, "auroc": float(auroc_F[top])},
+        "best_1_threshold": _cross_threshold(found.maximum_FN, of_N, config.seed),
+        "best_1": _cross_chosen(fired_FN, of_N, 1, config.seed),
+        f"best_{config.union}": _cross_chosen(fired_FN, of_N, config.union, config.seed),
+        "latents": [
+            {
+                "index": int(latent),
+                "precision": rounded(precision_F[latent]),
+                "recall": rounded(recall_F[latent]),
+                "f1": rounded(f1_F[latent]),
+                "auroc": rounded(auroc_F[latent]),
+                "row_precision": rounded(by_row[0][latent]),
+                "row_recall": rounded(by_row[1][latent]),
+                "row_f1": rounded(by_row[2][latent]),
+            }
+            for latent in best
+        ],
+    }
+
+
+def scores(hits: Any, detected: Any, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(precision, recall, F1) of detectors with so many hits among so many detected of so many wanted; 0 where none."""
+    hits = np.asarray(hits, np.float64)
+    precision = np.divide(hits, detected, out=np.zeros_like(hits), where=np.asarray(detected) > 0)
+    return precision, hits / max(wanted, 1), 2 * hits / np.maximum(detected + wanted, 1)
+
+
+def grow_union(fired_FN: np.ndarray, of_N: np.ndarray, size: int) -> list[int]:
+    """At most `size` latents, each the one that raises the F1 of "any of them fires" the most; stops when none does."""
+    chosen: list[int] = []
+    any_N, best = np.zeros(len(of_N), bool), 0.0
+    for _ in range(size):
+        # hits and detected of the union with each latent: what the union has, and what the latent adds to it
+        added_FN = fired_FN[:, ~any_N]
+        hits_F = any_N[of_N].sum() + added_FN @ of_N[~any_N].astype(np.float32)
+        f1_F = scores(hits_F, any_N.sum() + added_FN.sum(1), int(of_N.sum()))[2]
+        latent = int(np.argmax(f1_F))
+        if f1_F[latent] <= best:
+            break
+        best = float(f1_F[latent])
+        chosen.append(latent)
+        any_N |= fired_FN[latent]
+    return chosen
+
+
+def _cross_chosen(fired_FN: np.ndarray, of_N: np.ndarray, size: int, seed: int) -> dict[str, Any]:
+    """{"f1": mean, "by_half": [F1 of each half], "latents": [what was chosen for it on the other half]}."""
+    by_half, latents = [], []
+    for chosen_on, measured_on in _halves(of_N, seed):
+        union = grow_union(fired_FN[:, chosen_on], of_N[chosen_on], size)
+        fires_N = fired_FN[union][:, measured_on].max(0, initial=False)
+        by_half.append(_f1(fires_N, of_N[measured_on]))
+        latents.append(union)
+    return {"f1": float(np.mean(by_half)), "by_half": by_half, "latents": latents}
+
+
+def best_threshold(maximum_FN: np.ndarray, of_N: np.ndarray) -> tuple[int, float, float]:
+    """(latent, threshold, F1) of the highest F1 of "its maximum on the document is at least the threshold".
+
+    The threshold lies half-way between two activations that occur.
+    """
+    best = (0, np.inf, -1.0)
+    rank_N = np.arange(1, len(of_N) + 1)
+    for latent, maximum_N in enumerate(maximum_FN):
+        order = np.argsort(-maximum_N, kind="stable")
+        value_N = maximum_N[order]
+        f1_N = scores(np.cumsum(of_N[order]), rank_N, int(of_N.sum()))[2]
+        f1_N[:-1][value_N[:-1] == value_N[1:]] = 0  # a threshold can't part equal activations
+        f1_N[value_N <= 0] = 0
+        at = int(np.argmax(f1_N))
+        if f1_N[at] > best[2]:
+            lower = max(float(value_N[at + 1]), 0.0) if at + 1 < len(value_N) else 0.0
+            best = (latent, (float(value_N[at]) + lower) / 2, float(f1_N[at]))
+    return best
+
+
+def _cross_threshold(maximum_FN: np.ndarray, of_N: np.ndarray, seed: int) -> dict[str, Any]:
+    by_half, latents, thresholds = [], [], []
+    for chosen_on, measured_on in _halves(of_N, seed):
+        latent, threshold, _ = best_threshold(maximum_FN[:, chosen_on], of_N[chosen_on])
+        by_half.append(_f1(maximum_FN[latent, measured_on] >= threshold, of_N[measured_on]))
+        latents.append(latent)
+        thresholds.append(rounded(threshold))
+    return {"f1": float(np.mean(by_half)), "by_half": by_half, "latents": latents, "thresholds": thresholds}
+
+
+def _halves(of_N: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(documents to choose on, documents to measure on), each half once; both classes are halved."""
+    generator = np.random.default_rng(seed)
+    first_N: np.ndarray = np.zeros(len(of_N), bool)
+    for group in (np.flatnonzero(of_N), np.flatnonzero(~of_N)):
+        first_N[generator.permutation(group)[: len(group) // 2]] = True
+    return [(first_N, ~first_N), (~first_N, first_N)]
+
+
+def _f1(detected_N: np.ndarray, of_N: np.ndarray) -> float:
+    return float(scores((detected_N & of_N).sum(), detected_N.sum(), int(of_N.sum()))[2])

@@ -1,0 +1,206 @@
+"""The report: results.json, report.md with PNG figures, and index.html, one page that loads nothing. No torch, no jax.
+
+Everything comes from the files that the stages left in the workspace; what is missing is said to be "not evaluated".
+Equal workspaces give equal bytes, under equal versions of the libraries.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hafs_evaluate.report import figures, frontiers, histograms, panels, tables
+from hafs_evaluate.report.embedded import chosen_runs, embed
+from hafs_evaluate.report.markdown import markdown
+from hafs_evaluate.report.page import page
+from hafs_evaluate.report.provenance import configs, sources, store_note, versions
+from hafs_evaluate.report.styles import styles_of
+from hafs_evaluate.report.tree_view import tree_data, tree_tables
+from hafs_evaluate.report.verdict import DEFINITIONS, verdict, what_ran
+from hafs_evaluate.results.arms import compared, groups
+from hafs_evaluate.results.results import build_results, published, training_lines
+from hafs_jax.base.files import read_json, write_json, write_text
+from hafs_jax.store.store import Manifest, read_manifest
+
+FEW_RUNS = 12  # more runs than this have no config of their own on the page: an arm's first seed's stands for all
+
+
+def write_report(workspace_folder: Path) -> None:
+    """Writes report/results.json, report/report.md with report/figures/*.png, and report/index.html."""
+    folder = Path(workspace_folder)
+    report = folder / "report"
+    results = build_results(folder)
+    view = _view(folder, results, read_manifest(folder / "store" / "train"))
+    write_json(report / "results.json", published(results))
+    drawn = {}
+    for name, (shown, columns) in _pngs(view).items():
+        figures.write_png(report / "figures" / f"{name}.png", shown, view["styles"], columns)
+        drawn[name] = f"figures/{name}.png"
+    write_text(report / "report.md", markdown(view, drawn))
+    write_text(report / "index.html", page(view))
+
+
+def _view(folder: Path, results: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """Everything that the page and the Markdown show, as plain values and panels."""
+    arms = results["arms"]
+    have = [
+        name
+        for name, values in results["variants"].items()
+        if (folder / "eval" / values["run"] / "latents.json").exists()
+    ]
+    shown = chosen_runs(arms, have)
+    histogrammed, embedded = _latents(folder, results, have, shown)
+    run_names = {name: results["variants"][run]["run"] for name, run in shown.items()}
+    strings, records = embed(embedded, run_names)
+    kept = [record["name"] for record in records]
+    grouped = _groups(folder, results, histogrammed)
+    frontier = frontiers.frontier_panels(results)
+    main = next((group for group in grouped if group["is_main"]), None)
+    return {
+        "title": f"{_short_name(results['model'])}, {results['hook']}",
+        "what_ran": what_ran(results, [vars(source) for source in manifest.sources]),
+        "verdict": verdict(results),
+        "unfinished": results["unfinished_runs"],
+        "names": list(arms),
+        "styles": styles_of(arms),
+        "columns": [vars(column) for column in tables.shown_columns(results)],
+        "rows": tables.arm_rows(results),
+        "n_tasks": len(tables.task_table(results, list(arms))["rows"]),
+        "many_seeds": any(len(arm["seeds"]) > 1 for arm in arms.values()),
+        "has_intervals": any(
+            "fvu" in arm["measures"] and arm["measures"]["fvu"]["low"] is not None for arm in arms.values()
+        ),
+        "comparisons": _comparisons(results, grouped),
+        "falsifiers": tables.falsifiers(results),
+        "frontiers": frontier,
+        "frontier_legend": {key: label for label, key in _labels(frontier).items()},
+        "groups": grouped,
+        "main": main,
+        "tree": tree_data(results),
+        "tree_tables": tree_tables(results, main["names"] if main else []),
+        "strings": strings,
+        "records": records,
+        "seeds_shown": {name: run_names[name] for name in kept},
+        "left_out": [name for name in shown if name not in kept],
+        "latents": {name: embedded[name] for name in kept},
+        "definitions": DEFINITIONS,
+        "sources": sources(manifest),
+        "store_note": store_note(manifest),
+        "by_source": tables.by_source(results),
+        "seconds": _seconds(results["seconds"], len(results["variants"])),
+        "versions": versions(),
+        "configs": configs(folder, _configured(results), manifest),
+    }
+
+
+def _comparisons(results: dict[str, Any], grouped: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The experiment's comparisons, each with the key of the group that it is shown with, None for always."""
+    by_title = {group["title"]: group for group in grouped}
+    found = []
+    for block in tables.comparison_groups(results):
+        group = by_title.get(block["title"], {})
+        found.append({**block, "key": group.get("key"), "is_main": group.get("is_main", True)})
+    return found
+
+
+def _labels(some: list[figures.Panel]) -> dict[str, str]:
+    """{a curve's label: the key of its style}."""
+    labels: dict[str, str] = {}
+    for panel in some:
+        for series in panel.series:
+            labels.setdefault(series.label, series.key)
+    return labels
+
+
+def _latents(
+    folder: Path, results: dict[str, Any], have: list[str], shown: dict[str, str]
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:
+    """({arm: each seed's arrays over latents}, {arm: all of latents.json of its chosen run}), in the page's order."""
+    arrays: dict[str, list[dict[str, Any]]] = {}
+    whole: dict[str, dict[str, Any]] = {}
+    for name, arm in results["arms"].items():
+        for run in arm["runs"]:
+            if run not in have:
+                continue
+            values = read_json(folder / "eval" / results["variants"][run]["run"] / "latents.json", "an SAE's latents")
+            arrays.setdefault(name, []).append({key: value for key, value in values.items() if key != "latents"})
+            if shown.get(name) == run:
+                whole[name] = values
+    return arrays, {name: whole[name] for name in shown}
+
+
+def _groups(folder: Path, results: dict[str, Any], latents: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What is drawn of each group of arms that share axes; `is_main` is the one that the page opens with."""
+    arms = results["arms"]
+    lines = {name: training_lines(folder / "runs" / values["run"]) for name, values in results["variants"].items()}
+    found = []
+    grouped = groups(arms)
+    for number, (title, names) in enumerate(grouped.items()):
+        prefix = f"g{number}-" if len(grouped) > 1 else ""
+        mean, per_task = panels.probing_panels(results, names, prefix)
+        own = {name: latents[name] for name in names if name in latents}
+        first = arms[names[0]]
+        found.append(
+            {
+                "key": str(number),
+                "title": title,
+                "names": names,
+                "is_main": len(grouped) == 1 or (first["architecture"], first["k"]) == compared(arms),
+                "training": panels.training_panels(lines, results, names, prefix),
+                "probing_mean": mean,
+                "probing_tasks": per_task,
+                "probing_names": [one.key for one in mean[0].series if one.key in arms] if mean else [],
+                "probing_llm": ([one.key for one in mean[0].series if one.key not in arms] if mean else [])
+                + ([key for key, _, _ in mean[0].levels] if mean else []),
+                "task_table": tables.task_table(results, names),
+                "dictionary": histograms.latent_panels(own, prefix),
+                "latent_names": list(own),
+            }
+        )
+    return found
+
+
+def _configured(results: dict[str, Any]) -> dict[str, str]:
+    """{title: run} of the configs that the page shows."""
+    if len(results["variants"]) <= FEW_RUNS:
+        return {name: values["run"] for name, values in results["variants"].items()}
+    return {
+        f"{name} ({results['variants'][arm['runs'][0]]['run']})": results["variants"][arm["runs"][0]]["run"]
+        for name, arm in results["arms"].items()
+    }
+
+
+def _seconds(seconds: dict[str, float | None], n_runs: int) -> list[tuple[str, str]]:
+    """Each stage and its time; of many runs, the sum of a stage over them."""
+    if n_runs <= FEW_RUNS:
+        return [(stage, f"{taken:,.1f}") for stage, taken in seconds.items() if taken is not None]
+    sums: dict[str, float] = {}
+    for stage, taken in seconds.items():
+        parts = stage.split("/")
+        name = "/".join(parts[:-1]) + f", {n_runs} runs" if len(parts) > 1 and parts[0] == "train" else stage
+        name = "/".join(parts[:2]) + ", all runs" if len(parts) > 2 else name
+        sums[name] = sums.get(name, 0.0) + (taken or 0.0)
+    return [(stage, f"{taken:,.1f}") for stage, taken in sums.items()]
+
+
+def _pngs(view: dict[str, Any]) -> dict[str, tuple[list[figures.Panel], int]]:
+    """The figures beside report.md: {name: (panels, columns)}; of several groups, the one that the page opens with."""
+    main = view["main"]
+    shown: dict[str, tuple[list[figures.Panel], int]] = {}
+    if main:
+        by_key = {panel.key.split("-")[-1]: panel for panel in main["training"]}
+        overview = [by_key[key] for key in ("fvu_ema", "coherence_mean") if key in by_key] + main["probing_mean"]
+        shown = {
+            "overview": (overview, 3),
+            "training": (main["training"], 3),
+            "probing": (main["probing_mean"] + main["probing_tasks"], 3),
+            "dictionary": (main["dictionary"], 2),
+        }
+    per_frontier: dict[str, int] = {}
+    for panel in view["frontiers"]:
+        label = panel.x_label + panel.y_label
+        per_frontier[label] = per_frontier.get(label, 0) + 1
+    shown["frontiers"] = (view["frontiers"], max(2, *per_frontier.values()) if per_frontier else 1)
+    return {name: (some, min(columns, len(some))) for name, (some, columns) in shown.items() if some}
+
+
+def _short_name(model: str) -> str:
+    return model.split("/")[-1]

@@ -1,0 +1,250 @@
+"""The report's tables as plain values: arms, comparisons, falsifiers, tasks, sources. Pure: no files, no markup."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hafs_evaluate.report.verdict import DEFINITIONS
+from hafs_evaluate.results.arms import groups
+from hafs_evaluate.results.probing_means import mean_probing
+
+NOT_EVALUATED = "not evaluated"
+PRIMARY = ("hierarchy_parent_top_1", "hole", "fvu")  # the protocol's primaries: first, and open
+MARKS = {"better": "▲", "worse": "▼", "not resolved": "○", "non-inferior": "≈"}
+OUTCOMES = {"pass": "✓", "triggered": "✗"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the arms' table."""
+
+    name: str
+    key: str  # of the arm's measures
+    digits: int
+    meaning: str
+    better: str = ""  # "lower", "higher", or neither
+    is_optional: bool = False  # left out where no arm has it
+
+
+COLUMNS = (
+    Column("FVU", "fvu", 3, DEFINITIONS["FVU"], "lower"),
+    Column("L0", "l0", 1, DEFINITIONS["L0"]),
+    Column("dead", "dead_fraction", 3, DEFINITIONS["dead"], "lower"),
+    Column("CE score", "ce_score", 3, DEFINITIONS["CE score"], "higher"),
+    Column("KL score", "kl_score", 3, DEFINITIONS["KL score"], "higher"),
+    Column("mean coherence", "mean_coherence", 3, DEFINITIONS["mean coherence"], "lower"),
+    Column("max coherence", "max_coherence", 3, DEFINITIONS["max coherence"], "lower"),
+    Column("tau", "tau", 3, DEFINITIONS["tau"]),
+    Column("top-1 probing", "top_1", 3, DEFINITIONS["top-k probing"], "higher"),
+    Column("top-5 probing", "top_5", 3, DEFINITIONS["top-k probing"], "higher"),
+    Column("parent probing", "hierarchy_parent_top_1", 3, DEFINITIONS["parent probing"], "higher", True),
+    Column("hole", "hole", 3, DEFINITIONS["hole"], "lower", True),
+    Column("absorption", "absorption_fraction", 3, DEFINITIONS["absorption"], "lower", True),
+    Column("absorption, full", "absorption_full", 3, DEFINITIONS["absorption"], "lower", True),
+    Column("stability", "stability", 3, "mean over latents of the largest cosine to another seed's.", "higher", True),
+)
+LOWER = {column.key for column in COLUMNS if column.better == "lower"}
+MEASURE_NAMES = {column.key: column.name for column in COLUMNS}
+
+
+def shown_columns(results: dict[str, Any]) -> list[Column]:
+    """The columns of the arms' table: the optional ones only where an arm has a figure."""
+    return [
+        column
+        for column in COLUMNS
+        if not column.is_optional or any(column.key in arm["measures"] for arm in results["arms"].values())
+    ]
+
+
+def arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row an arm, its cells in the order of `shown_columns`, then the language model's probes.
+
+    A cell's small figure is the half width of the 95% interval where there is one, else the difference from the
+    baseline arm of the same architecture and k. `group` is set on the first row of a group where there are several.
+    """
+    arms, columns = results["arms"], shown_columns(results)
+    grouped = groups(arms)
+    rows: list[dict[str, Any]] = []
+    for title, names in grouped.items():
+        for name in names:
+            arm = arms[name]
+            cells = [
+                _tau_cell([results["variants"][run] for run in arm["runs"]])
+                if column.key == "tau"
+                else _cell(arm, _baseline(arms, name), column)
+                for column in columns
+            ]
+            head = title if len(grouped) > 1 and name == names[0] else ""
+            rows.append({"name": name, "key": name, "group": head, "seeds": len(arm["seeds"]), "cells": cells})
+    _, means = mean_probing(results)
+    llm = means.get(None, {})
+    for label, key, found in (
+        ("LM, top-k activations", "llm-top-k", {column: llm.get(column) for column in ("top_1", "top_5")}),
+        ("LM, top-k PCA", "llm-pca", {"top_1": llm.get("pca_1"), "top_5": llm.get("pca_5")}),
+        ("LM, full probe", "llm-full", {"top_1": llm.get("full"), "top_5": llm.get("full")}),
+    ):
+        if any(value is not None for value in found.values()):
+            values = [found.get(column.key) for column in columns]
+            cells = [
+                {"text": "" if value is None else f"{value:.3f}", "change": "", "missing": False} for value in values
+            ]
+            rows.append({"name": label, "key": key, "group": "", "seeds": None, "cells": cells})
+    return rows
+
+
+def comparison_groups(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The experiment's comparisons: [{title, measures: [{name, is_primary, limits, rows}]}], primaries first.
+
+    A row's `low`, `high`, `difference` are numbers; `limits` is the range that a measure's rows are drawn over.
+    """
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    comparisons = results["experiment"].get("comparisons") or []
+    many_ks = len({one.get("k") for one in comparisons}) > 1
+    for one in comparisons:
+        title = str(one.get("architecture")) + (f", k = {one['k']:g}" if many_ks and one.get("k") is not None else "")
+        found.setdefault(title, {}).setdefault(one["measure"], []).append(_comparison(one))
+    return [
+        {
+            "title": title,
+            "measures": [
+                {
+                    "name": MEASURE_NAMES.get(measure, measure.replace("_", "-")),
+                    "better": "" if measure == "l0" else "lower is better" if measure in LOWER else "higher is better",
+                    "is_primary": measure in PRIMARY,
+                    "limits": _limits(by_measure[measure]),
+                    "rows": by_measure[measure],
+                }
+                for measure in sorted(by_measure, key=_measure_order)
+            ],
+        }
+        for title, by_measure in found.items()
+    ]
+
+
+def falsifiers(results: dict[str, Any]) -> list[dict[str, str]]:
+    """The experiment's falsifiers, each with a mark beside its outcome."""
+    return [
+        {
+            **{key: str(one.get(key) or "") for key in ("claim", "outcome", "why")},
+            "name": ", ".join(str(one[key]) for key in ("architecture", "name") if one.get(key)),
+            "mark": OUTCOMES.get(one.get("outcome", ""), "○"),
+        }
+        for one in results["experiment"].get("falsifiers") or []
+    ]
+
+
+def task_table(results: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Top-1 test accuracy a task (rows) of the arms `names`, means over seeds, and of the language model."""
+    tasks, _ = mean_probing(results)
+    llm = results["llm"]["probing"]
+    columns = [(name, [results["variants"][run]["probing"] for run in results["arms"][name]["runs"]]) for name in names]
+    columns = [(name, seeds) for name, seeds in columns if any(seeds)]
+    rows = []
+    for task in tasks:
+        values: list[float | None] = []
+        for _, seeds in columns:
+            known = [by_task[task]["top_1"] for by_task in seeds if "top_1" in by_task.get(task, {})]
+            values.append(sum(known) / len(known) if known else None)
+        if llm:
+            values += [llm.get(task, {}).get(column) for column in ("top_1", "full")]
+        rows.append({"task": task, "cells": [NOT_EVALUATED if value is None else f"{value:.3f}" for value in values]})
+    return {"names": [name for name, _ in columns] + (["LM top-1", "LM full"] if llm else []), "rows": rows}
+
+
+def by_source(results: dict[str, Any]) -> dict[str, Any] | None:
+    """FVU by source of text, a row an arm, means over seeds; None where no run has it."""
+    found = {
+        name: [results["variants"][run]["core"].get("by_source") or {} for run in arm["runs"]]
+        for name, arm in results["arms"].items()
+    }
+    sources = sorted({source for seeds in found.values() for one in seeds for source in one})
+    if not sources:
+        return None
+    rows = []
+    for name, seeds in found.items():
+        cells = []
+        for source in sources:
+            known = [one[source]["fvu"] for one in seeds if one.get(source, {}).get("fvu") is not None]
+            cells.append(f"{sum(known) / len(known):.3f}" if known else NOT_EVALUATED)
+        rows.append({"name": name, "cells": cells})
+    return {"sources": sources, "rows": rows}
+
+
+def _baseline(arms: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The arm that `name` is compared with: the baseline of its architecture and k, of its tag where that matters."""
+    own = arms[name]
+    near = [
+        arm
+        for other, arm in arms.items()
+        if other != name
+        and (arm["architecture"], arm["variant"], arm["k"]) == (own["architecture"], "baseline", own["k"])
+    ]
+    same = [arm for arm in near if arm["tag"] == own["tag"]]
+    found = same or (near if len(near) == 1 else [])
+    return found[0] if found and own["variant"] != "baseline" else None
+
+
+def _cell(arm: dict[str, Any], baseline: dict[str, Any] | None, column: Column) -> dict[str, Any]:
+    own = arm["measures"].get(column.key)
+    if own is None:
+        return {"text": NOT_EVALUATED, "change": "", "missing": True}
+    other = baseline["measures"].get(column.key) if baseline else None
+    change = ""
+    if own["low"] is not None:
+        change = f"± {(own['high'] - own['low']) / 2:.{column.digits}f}"
+    elif other is not None:
+        change = signed(own["mean"] - other["mean"], column.digits)
+    return {"text": f"{own['mean']:.{column.digits}f}", "change": change, "missing": False}
+
+
+def _tau_cell(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    gated = [run for run in runs if run["tau_reached"] is not None and run["tau"] is not None]
+    if not gated:
+        return {"text": "no gate", "change": "", "missing": True}
+    reached = sum(bool(run["tau_reached"]) for run in gated)
+    taus = sorted({f"{run['tau']:.3f}" for run in gated})
+    said = "reached" if reached == len(gated) else "never reached" if reached == 0 else f"{reached} of {len(gated)}"
+    return {"text": f"{' to '.join(dict.fromkeys((taus[0], taus[-1])))} {said}", "change": "", "missing": False}
+
+
+def _comparison(one: dict[str, Any]) -> dict[str, Any]:
+    low, high = one.get("low"), one.get("high")
+    interval = "" if low is None or high is None else f"{signed(low, 3)} to {signed(high, 3)}"
+    difference = one.get("difference")
+    said = str(one.get("verdict") or "not decided")
+    return {
+        "pair": f"{one['a']} − {one['b']}",
+        "a": one["a"],
+        "difference": difference,
+        "low": low,
+        "high": high,
+        "text": NOT_EVALUATED if difference is None else signed(difference, 3),
+        "interval": interval,
+        "p": "" if one.get("p_holm") is None else _p(one["p_holm"]),
+        "reseed_sd": "" if one.get("reseed_sd") is None else f"{one['reseed_sd']:.3f}",
+        "verdict": said,
+        "mark": MARKS.get(said, "○"),
+        "class": said.replace(" ", "-"),
+    }
+
+
+def _limits(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """A range about 0 that every row's interval lies in."""
+    ends = [abs(row[key]) for row in rows for key in ("low", "high", "difference") if row[key] is not None]
+    most = 1.05 * max(ends, default=0.0) or 1.0
+    return -most, most
+
+
+def _measure_order(measure: str) -> tuple[int, int]:
+    keys = [column.key for column in COLUMNS]
+    primary = PRIMARY.index(measure) if measure in PRIMARY else len(PRIMARY)
+    return primary, keys.index(measure) if measure in keys else len(keys)
+
+
+def _p(value: float) -> str:
+    return "< .001" if value < 1e-3 else f"{value:.3f}"
+
+
+def signed(change: float, digits: int) -> str:
+    """A difference with its sign; a true minus, and ± where it rounds to nothing."""
+    text = f"{change:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else f"±{0:.{digits}f}"

@@ -1,0 +1,1 @@
+"""Every result read into one object, seeds taken together as arms."""

@@ -1,0 +1,176 @@
+"""Arms: what was trained, seeds taken together, with the uncertainty of their means. Pure: no files, no drawing.
+
+An arm is an architecture, a variant, a k (or target L0) and, where several were tried, a tag; its runs are its seeds.
+Imports nothing of torch or jax.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from scipy import stats
+
+from hafs_evaluate.results.probing_means import mean_probing
+
+VARIANT_ORDER = ("baseline", "strict", "adaptive")
+ABLATIONS = ("ramp_only", "gate_only", "ortsae", "frob")
+DEFAULT_ARCHITECTURE = "batchtopk"
+DEFAULT_K = 40  # the training's own default: not part of a name
+LEAST_SEEDS = 3  # with fewer, a t interval says nothing that the points do not
+CONFIDENCE = 0.95
+REFERENCES = ("random_init", "frozen_decoder")  # variants that no claim is made for
+GROUP_ARMS = 8  # more arms than this are shown by architecture and k, one group at a time
+
+HIERARCHY = {  # measure: its key in hierarchy.json's macro means
+    "hierarchy_parent_top_1": "parents_top_1",
+    "hole": "hole",
+    "absorption_fraction": "absorption_fraction",
+    "absorption_full": "absorption_full",
+}
+OWN = ("fvu", "l0", "dead_fraction", "ce_score", "kl_score", "mean_coherence", "max_coherence")
+_K_TAG = re.compile(r"(k|l0)=?\d+(\.\d+)?$")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds. `low` and `high` bound its 95% confidence interval, None with fewer than three seeds."""
+
+    mean: float
+    sd: float | None
+    low: float | None
+    high: float | None
+    values: list[float]
+
+
+def estimate(values: list[float]) -> Estimate:
+    """Mean, sample SD, and mean -+ t(.975, n - 1) SD / sqrt(n): Student's t interval of the mean of `values`."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return Estimate(mean, None, None, None, values)
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    if n < LEAST_SEEDS:
+        return Estimate(mean, sd, None, None, values)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / math.sqrt(n)
+    return Estimate(mean, sd, mean - half, mean + half, values)
+
+
+def build_arms(results: dict[str, Any], summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{arm: {architecture, variant, k, tag, seeds, runs, measures}} of results' variants, in their order.
+
+    `runs` are keys of results["variants"]; `measures` is {measure: the fields of an Estimate}. What the experiment's
+    `summary` alone knows (stability) is taken from it.
+    """
+    members: dict[tuple[Any, ...], list[str]] = {}
+    for name, values in results["variants"].items():
+        members.setdefault(_identity(values), []).append(name)
+    _, means = mean_probing(results)
+    arms = {}
+    for identity in sorted(members, key=_order):
+        architecture, variant, k, tag = identity
+        names = members[identity]
+        per_run = [measures(results["variants"][name], means.get(name, {})) for name in names]
+        known: dict[str, list[float]] = {}
+        for run in per_run:
+            for measure, value in run.items():
+                if value is not None:
+                    known.setdefault(measure, []).append(value)
+        found = {measure: vars(estimate(values)) for measure, values in known.items()}
+        arms[_name(identity, list(members))] = {
+            "architecture": architecture,
+            "variant": variant,
+            "k": k,
+            "tag": tag,
+            "seeds": [results["variants"][name]["seed"] for name in names],
+            "runs": names,
+            "measures": {**_known_elsewhere(summary, identity), **found},
+        }
+    return arms
+
+
+def measures(values: dict[str, Any], probing: dict[str, float]) -> dict[str, float | None]:
+    """Every measure of one run that arms are compared on; `probing` is its mean over the tasks that all runs have."""
+    macro = (values.get("hierarchy") or {}).get("macro") or {}
+    return {
+        **{measure: values.get(measure) for measure in OWN},
+        **{column: value for column, value in probing.items() if column.startswith("top_")},
+        **{measure: macro.get(key) for measure, key in HIERARCHY.items()},
+    }
+
+
+def groups(arms: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """{a group's title: its arms}, which share axes: all arms where they are few, else by architecture and k."""
+    if len(arms) <= GROUP_ARMS:
+        return {"all": list(arms)} if arms else {}
+    ks = {arm["k"] for arm in arms.values()}
+    found: dict[str, list[str]] = {}
+    for name, arm in arms.items():
+        title = arm["architecture"] + (f", k = {_k(arm['k'])}" if len(ks) > 1 else "")
+        found.setdefault(title, []).append(name)
+    return found
+
+
+def compared(arms: dict[str, dict[str, Any]]) -> tuple[str, float | None] | None:
+    """The architecture and k that the verdict is about: the defaults where they were trained, else the commonest k."""
+    architectures = [arm["architecture"] for arm in arms.values()]
+    if not architectures:
+        return None
+    chosen = DEFAULT_ARCHITECTURE if DEFAULT_ARCHITECTURE in architectures else architectures[0]
+    ks = [arm["k"] for arm in arms.values() if arm["architecture"] == chosen]
+    return chosen, DEFAULT_K if DEFAULT_K in ks else max(ks, key=ks.count)
+
+
+def is_reference(arm: dict[str, Any]) -> bool:
+    """Whether the arm is there to be compared with, not to be claimed for."""
+    return arm["variant"] in REFERENCES
+
+
+def tag_of(run: str, seed: int) -> str:
+    """What follows the seed in a run's name, the parts that only say k left out: "baseline-s0-lam=1,k=16": "lam=1"."""
+    tail = run.partition(f"-s{seed}-")[2]
+    return ",".join(part for part in tail.split(",") if part and not _K_TAG.fullmatch(part))
+
+
+def _identity(values: dict[str, Any]) -> tuple[Any, ...]:
+    return values["architecture"], values["variant"], values["k"], tag_of(values["run"], values["seed"])
+
+
+def _order(identity: tuple[Any, ...]) -> tuple[Any, ...]:
+    architecture, variant, k, tag = identity
+    known = (*VARIANT_ORDER, *ABLATIONS)
+    place = known.index(variant) if variant in known else len(known) + (variant in REFERENCES)
+    return architecture != DEFAULT_ARCHITECTURE, architecture, k is not None, k or 0, place, variant, tag
+
+
+def _name(identity: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
+    """`<variant>[-<architecture>][-k<k>][-<tag>]`, each part only where it is needed to tell arms apart."""
+    architecture, variant, k, tag = identity
+    name = variant if architecture == DEFAULT_ARCHITECTURE else f"{variant}-{architecture}"
+    if k != DEFAULT_K and len({other[2] for other in every if other[0] == architecture}) > 1:
+        name += f"-k{_k(k)}"
+    if len({other[3] for other in every if other[:3] == identity[:3]}) > 1 and tag:
+        name += f"-{tag}"
+    return name
+
+
+def _k(k: float | None) -> str:
+    return "?" if k is None else f"{k:g}"
+
+
+def _known_elsewhere(summary: dict[str, Any], identity: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
+    """The arm's measures in the experiment's summary."""
+    for arm in summary.get("arms") or []:
+        variant, *options = str(
+            arm.get("variant")
+        ).split()  # "adaptive penalty.yielding=rarer": its tag lacks "penalty."
+        axes = (option.partition("=") for option in options)
+        tag = ",".join(f"{axis.rpartition('.')[2]}={value}" for axis, _, value in axes)
+        if (arm.get("architecture"), variant, arm.get("k"), tag) == identity:
+            fields = ("mean", "sd", "low", "high", "values")
+            return {
+                measure: {field: values.get(field) for field in fields}
+                for measure, values in (arm.get("measures") or {}).items()
+                if values and values.get("mean") is not None
+            }
+    return {}

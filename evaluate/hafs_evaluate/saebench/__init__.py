@@ -1,0 +1,1 @@
+"""SAE-Bench's sparse probing and first-letter absorption, run through its own code."""

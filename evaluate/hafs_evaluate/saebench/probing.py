@@ -1,0 +1,209 @@
+"""SAE-Bench's sparse probing on sae-probes' tasks, of SAEs and of the language model itself. Torch; no jax.
+
+The code that scores is SAE-Bench 0.6.0's `sparse_probing_sae_probes.run_eval`, unchanged; `probing_cache` has
+given it the activations. Its traps are closed here: the SAE's name carries a hash of its weights (a known name gets
+its old scores back), every folder is one that a hash of the settings names (results are aggregated over whatever lies
+in a folder), and what is aggregated is checked to be complete.
+"""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from hafs_evaluate.saebench.probing_cache import ActivationCache
+from hafs_evaluate.workspace import fingerprint
+from hafs_jax.base.errors import UserError
+from hafs_jax.store.store import Manifest
+
+METRICS = ("test_accuracy", "test_auc", "test_f1")
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What decides the scores, beside the SAE and the activations."""
+
+    tasks: tuple[str, ...]
+    ks: tuple[int, ...]
+    penalty: str
+    seed: int
+
+
+def probe_sae(
+    unique_name: str, sae: Any, hook_point: str, cache: ActivationCache, settings: ProbeSettings, root: Path
+) -> dict[str, Any]:
+    """SAE-Bench's own result for one SAE, as the JSON of its output file; SAE-Bench's files are kept under `root`.
+
+    Top-k probes on the SAE's latents at each text's last token, and the full probe on the activations themselves
+    (`llm_test_*`), which is trained once for all SAEs. An interrupted run goes on at the task where it stopped.
+    Raises `UserError` for a hook point whose name SAE-Bench cannot read.
+    """
+    check_hook_point(hook_point)
+    # Its logistic regressions are small: on busy cores, BLAS threads waiting for each other made them 20 times slower.
+    with logged(root / "saebench.log"), threadpool_limits(1, user_api="blas"):
+        from sae_bench.evals.sparse_probing_sae_probes import SparseProbingSaeProbesEvalConfig, run_eval
+
+        results = root / "results" / _settings_key(cache, settings)
+        _drop_torn(results)
+        run_eval(
+            SparseProbingSaeProbesEvalConfig(
+                model_name=cache.model_name,
+                random_seed=settings.seed,
+                dataset_names=list(settings.tasks),
+                reg_type=settings.penalty,
+                ks=list(settings.ks),
+                results_path=str(results),
+                model_cache_path=str(cache.folder),
+                include_llm_baseline=True,
+            ),
+            [(unique_name, sae)],
+            device=str(sae.device),
+            output_path=str(results / "output"),
+            force_rerun=True,
+        )
+        values = read_output(results / "output", unique_name)
+    _check_complete(values, settings)
+    return values
+
+
+def probe_language_model(
+    manifest: Manifest, cache: ActivationCache, settings: ProbeSettings, root: Path
+) -> dict[str, Any]:
+    """The language model's own probes: {"model", "hook_point", "tasks": {task: {"full": ..., "top_1": ..., ...}}}.
+
+    `full` is sae-probes' logistic regression on all D activations. `top_k` is the sparse probe of `probe_sae` on the
+    identity in the place of an SAE: the k residual-stream dimensions that tell the classes apart best. `pca_k` is that
+    of `pca_probes`.
+    """
+    layer = check_hook_point(manifest.hook_point)
+    with logged(root / "saebench.log"):
+        from sae_bench.custom_saes.identity_sae import IdentitySAE
+
+        identity = IdentitySAE(
+            manifest.d_model,
+            cache.model_name,
+            layer,
+            torch.device("cpu"),
+            torch.float32,
+            hook_name=manifest.hook_point,
+        )
+    values = probe_sae("identity", identity, manifest.hook_point, cache, settings, root)
+    tasks = {}
+    for task in settings.tasks:
+        components = pca_probes(task, manifest.hook_point, cache, settings, root)
+        tasks[task] = {"full": full_probe(values, task), **top_probes(values, task), **components}
+    return {"model": manifest.model.name, "hook_point": manifest.hook_point, "tasks": tasks}
+
+
+def pca_probes(
+    task: str, hook_point: str, cache: ActivationCache, settings: ProbeSettings, root: Path
+) -> dict[str, dict[str, float]]:
+    """{"pca_<k>": {metric: value}}: probes on the first k principal components of the task's training activations.
+
+    The k come from the variance alone, not from the classes: what any k directions of the activations are worth. Split,
+    logistic regression, choice of C and metrics are sae-probes' own (`get_xy_traintest`, `find_best_reg`), as is the
+    standardisation of each dimension before the components are taken (`find_best_pcareg`). Of a k beyond the number of
+    components, all of them are taken.
+    """
+    with logged(root / "saebench.log"), threadpool_limits(1, user_api="blas"):
+        from sae_probes.run_baselines import DATASET_SIZES
+        from sae_probes.utils_data import get_xy_traintest
+        from sae_probes.utils_training import find_best_reg
+        from sklearn.decomposition import PCA
+        from sklearn.preprocessing import StandardScaler
+
+        n_train = min(DATASET_SIZES[task] - 100, 1024)  # as sae-probes has it for both its baselines and its SAEs
+        place = {"model_name": cache.model_name, "model_cache_path": str(cache.folder), "seed": settings.seed}
+        train_ND, train_y, test_ND, test_y = get_xy_traintest(n_train, task, hook_point, **place)
+        scaler = StandardScaler().fit(train_ND)
+        pca = PCA(min(*train_ND.shape, max(settings.ks)), random_state=settings.seed).fit(scaler.transform(train_ND))
+        train_NK, test_NK = (pca.transform(scaler.transform(acts_ND)) for acts_ND in (train_ND, test_ND))
+        found = {}
+        for k in settings.ks:
+            of_k = train_NK[:, :k], train_y, test_NK[:, :k], test_y
+            metrics = find_best_reg(*of_k, penalty=settings.penalty, seed=settings.seed).metrics
+            values = (metrics.test_acc, metrics.test_auc, metrics.test_f1)
+            found[f"pca_{k}"] = dict(zip(METRICS, map(float, values), strict=True))
+    return found
+
+
+def read_output(folder: Path, unique_name: str) -> dict[str, Any]:
+    """SAE-Bench's output file for `unique_name`, with its version in the place of the commit that it wrote.
+
+    SAE-Bench takes the HEAD of whatever repository the working directory is in for its own.
+    """
+    (path,) = folder.glob(f"{unique_name}_*_eval_results.json")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return {**values, "sae_bench_commit_hash": f"sae-bench=={version('sae-bench')}"}
+
+
+def full_probe(values: dict[str, Any], task: str) -> dict[str, float]:
+    """Of a SAE-Bench result, the full probe on the language model's activations."""
+    detail = _detail(values, task)
+    return {metric: detail[f"llm_{metric}"] for metric in METRICS}
+
+
+def top_probes(values: dict[str, Any], task: str) -> dict[str, dict[str, float]]:
+    """Of a SAE-Bench result, {"top_<k>": {metric: value}}."""
+    return {f"top_{k}": metrics for k, metrics in _detail(values, task)["sae_metrics_by_k"].items()}
+
+
+def _detail(values: dict[str, Any], task: str) -> dict[str, Any]:
+    return next(detail for detail in values["eval_result_details"] if detail["dataset_name"] == task)
+
+
+def _check_complete(values: dict[str, Any], settings: ProbeSettings) -> None:
+    """Raises where SAE-Bench left out a task or a k: it averages over what it finds, and says nothing."""
+    found = {detail["dataset_name"]: detail for detail in values["eval_result_details"]}
+    if set(found) != set(settings.tasks):
+        raise RuntimeError(f"SAE-Bench returned the tasks {sorted(found)}, asked for {sorted(settings.tasks)}")
+    for task, detail in found.items():
+        ks = {int(k) for k in detail["sae_metrics_by_k"] or {}}
+        if ks != set(settings.ks) or detail["llm_test_accuracy"] is None:
+            raise RuntimeError(f"SAE-Bench returned k={sorted(ks)} for {task}, asked for {sorted(settings.ks)}")
+
+
+def _settings_key(cache: ActivationCache, settings: ProbeSettings) -> str:
+    versions = [version("sae-bench"), version("sae-probes")]
+    tasks = sorted(settings.tasks)
+    return fingerprint([cache.key, tasks, list(settings.ks), settings.penalty, settings.seed, versions])
+
+
+def _drop_torn(results: Path) -> None:
+    """Removes what a kill left half-written: sae-probes takes any file that exists for a finished task."""
+    for path in results.rglob("*.json"):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Sends SAE-Bench's prints and progress bars to a log and hides its libraries' warnings."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(path, "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def check_hook_point(hook_point: str) -> int:
+    """The layer of a hook point; `UserError` for a name that SAE-Bench cannot read."""
+    parts = hook_point.split(".")
+    if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
+        raise UserError(
+            f"hook point {hook_point}: SAE-Bench's probing reads only blocks.<layer>.<name>; --skip probing"
+        )
+    return int(parts[1])

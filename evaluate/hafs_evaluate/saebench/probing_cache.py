@@ -1,0 +1,230 @@
+"""The language model's activations on sae-probes' labelled texts, computed once for all SAEs. Torch; no jax.
+
+sae-probes reads `<folder>/model_activations_<model>/<task>_<hook>.pt`, [texts, D], and runs a model only where that
+file is missing. This module makes the file with the model that made the store: same weights, dtype, tokenizer and BOS;
+of each text, cut on the left to `max_tokens`, the last token's activation, as sae-probes' `_process_activations` does.
+
+    <root>/tasks/<key>.pt                        one task's activations; the key is a hash of all they depend on
+    <root>/<key of all the tasks' keys>/...      what sae-probes is given: links to those files under its names
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from hafs_evaluate.workspace import fingerprint
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import sha256_of, write_atomic
+from hafs_jax.base.options import did_you_mean
+from hafs_jax.store.store import Manifest
+
+FORMAT = 1  # raise it when the same key would hold other numbers
+BATCH_TEXTS = 256
+
+
+@dataclass(frozen=True)
+class Task:
+    """A labelled task of the sae-probes wheel."""
+
+    name: str
+    path: Path
+    sha256: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ActivationCache:
+    """What sae-probes is pointed at: a `model_cache_path`, the model's name in it, and a key of its contents."""
+
+    folder: Path
+    model_name: str
+    key: str
+    tokens: int  # run through the model to fill it this time; 0 where all was there
+
+
+def task_path(name: str) -> Path:
+    """The data file of task `name`; `UserError` naming a near task where there is none."""
+    folder = _data_folder() / "cleaned_data"
+    path = folder / f"{name}.csv.zst"
+    if not path.exists():
+        known = [other.name.removesuffix(".csv.zst") for other in folder.glob("*.csv.zst")]
+        raise UserError(f"task {name!r}: sae-probes carries no such task{did_you_mean(name, known)}")
+    return path
+
+
+def read_task(name: str) -> Task:
+    """The texts of task `name`, in file order; `UserError` where it is no binary task of sae-probes."""
+    import pandas
+
+    path = task_path(name)
+    table = pandas.read_csv(path, compression="zstd")
+    if "prompt" not in table or table["target"].nunique() != 2:
+        raise UserError(f"task {name}: expected a column of texts and two labels in {path}; leave the task out")
+    texts = tuple(table["prompt"])
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"task {name}: row {row} of {path} has no text, so no activation; leave the task out")
+    return Task(name, path, sha256_of(path), texts)
+
+
+def model_short_name(manifest: Manifest) -> str:
+    """The last part of the model's name: SAE-Bench puts it into file names, where a slash would be a folder."""
+    return manifest.model.name.rstrip("/").split("/")[-1]
+
+
+def task_key(task: Task, manifest: Manifest, max_tokens: int) -> str:
+    """A hash of all that a task's activations depend on."""
+    return fingerprint(
+        {
+            "format": FORMAT,
+            "model": asdict(manifest.model),
+            "tokenizer": asdict(manifest.tokenizer),
+            "hook_point": manifest.hook_point,
+            "task": task.name,
+            "task_sha256": task.sha256,
+            "rows": len(task.texts),
+            "max_tokens": max_tokens,
+        }
+    )
+
+
+def fill_cache(
+    tasks: Sequence[str],
+    manifest: Manifest,
+    root: Path,
+    model: Callable[[], Any],
+    max_tokens: int = 1024,
+    batch_tokens: int = 4096,
+) -> ActivationCache:
+    """A cache of all `tasks` at the manifest's hook point; what is missing is computed with `model()`.
+
+    A text that several tasks share is run once. Each task's file is written as soon as it is done, atomically.
+    """
+    read = [read_task(name) for name in tasks]
+    keys = [task_key(task, manifest, max_tokens) for task in read]
+    files = [root / "tasks" / f"{key}.pt" for key in keys]
+    pairs = list(zip(read, files, strict=True))
+    missing = [pair for pair in pairs if not pair[1].exists()]
+    tokens = 0
+    if missing:
+        known: dict[str, Tensor] = {}
+        for task, file in pairs:
+            if file.exists():
+                known.update(zip(task.texts, torch.load(file, weights_only=True), strict=True))
+        tokens = _compute(missing, known, manifest, model(), max_tokens, batch_tokens)
+    name = model_short_name(manifest)
+    view = root / fingerprint(sorted(keys))
+    (view / f"model_activations_{name}").mkdir(parents=True, exist_ok=True)
+    for task, file in pairs:
+        _link(file, view / f"model_activations_{name}" / f"{task.name}_{manifest.hook_point}.pt")
+    return ActivationCache(view, name, view.name, tokens)
+
+
+def _compute(
+    missing: list[tuple[Task, Path]],
+    known: dict[str, Tensor],
+    manifest: Manifest,
+    model: Any,
+    max_tokens: int,
+    batch_tokens: int,
+) -> int:
+    """Writes the files of the `missing` tasks; the tokens run. `known`: activations already had, by text."""
+    new_texts, seen = [], set(known)
+    for task, _ in missing:
+        new_texts.append([text for text in dict.fromkeys(task.texts) if text not in seen])
+        seen.update(new_texts[-1])
+    ids = [
+        _encode(model, manifest, task, texts, max_tokens) for (task, _), texts in zip(missing, new_texts, strict=True)
+    ]
+    total = sum(len(each) for of_task in ids for each in of_task)
+    interval = 0.5 if sys.stderr.isatty() else 15.0
+    with tqdm(total=total, desc="probing texts", unit="tok", unit_scale=True, mininterval=interval) as bar:
+        for (task, file), texts, of_task in zip(missing, new_texts, ids, strict=True):
+            acts_ND = last_activations(model, of_task, manifest.hook_point, batch_tokens, bar.update)
+            known.update(zip(texts, acts_ND, strict=True))
+            of_all_ND = torch.stack([known[text] for text in task.texts])
+            write_atomic(file, partial(torch.save, of_all_ND))
+    return total
+
+
+@torch.no_grad()
+def last_activations(
+    model: Any,
+    ids: Sequence[np.ndarray],
+    hook_point: str,
+    batch_tokens: int,
+    progress: Callable[[int], Any] = lambda tokens: None,
+) -> Float[Tensor, "N D"]:
+    """The activation at the last token of each of `ids`, float32, in the order given.
+
+    Texts of near lengths are run together, padded on the right, so that padding is nearly nothing.
+    """
+    found: list[Tensor] = [torch.empty(0)] * len(ids)
+    for batch in by_length([len(each) for each in ids], batch_tokens):
+        tokens_BL = torch.zeros(len(batch), len(ids[batch[-1]]), dtype=torch.long)
+        for row, index in enumerate(batch):
+            tokens_BL[row, : len(ids[index])] = torch.from_numpy(ids[index].astype(np.int64))
+        acts_BLD = model.activations(tokens_BL, hook_point)
+        for row, index in enumerate(batch):
+            found[index] = acts_BLD[row, len(ids[index]) - 1].float().cpu()
+        progress(sum(len(ids[index]) for index in batch))
+    return torch.stack(found) if found else torch.empty(0, 0)
+
+
+def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of at most `batch_tokens` with padding (or one text), shortest first, so with little of it."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        if batch and (len(batch) == BATCH_TEXTS or (len(batch) + 1) * lengths[index] > batch_tokens):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _encode(model: Any, manifest: Manifest, task: Task, texts: list[str], max_tokens: int) -> list[np.ndarray]:
+    """Token ids as the store's contexts have them, BOS first where it has one, cut on the left to `max_tokens`."""
+    if not texts:
+        return []
+    bos = [manifest.tokenizer.bos_token_id] if manifest.tokenizer.prepend_bos else []
+    room = max_tokens - len(bos)
+    encoded = [np.concatenate([bos, ids[-room:]]).astype(np.int32) for ids in model.tokenize(texts)]
+    for text, ids in zip(texts, encoded, strict=True):
+        if not len(ids):
+            raise UserError(
+                f"task {task.name}: the text {text!r} has no token, so it has no activation; leave the task"
+            )
+    return encoded
+
+
+def _link(file: Path, name: Path) -> None:
+    """Makes `name` the same file as `file`, or a copy where the file system has no links."""
+    if name.exists():
+        return
+    try:
+        os.link(file, name)
+    except OSError:
+        with open(file, "rb") as source:
+            write_atomic(name, lambda handle: shutil.copyfileobj(source, handle))
+
+
+def _data_folder() -> Path:
+    """Where sae-probes keeps its data, found without importing it, which would read all 113 tasks."""
+    from importlib.util import find_spec
+
+    spec = find_spec("sae_probes")
+    if spec is None or spec.origin is None:
+        raise UserError("sae-probes is not installed; run `make setup`, or pip install --no-deps sae-bench sae-probes")
+    return Path(spec.origin).parent / "data"

@@ -1,0 +1,265 @@
+"""SAE-Bench's sparse probing on its eight datasets from the hub, by name, with its own config. Torch; no jax.
+
+The code that scores is SAE-Bench 0.6.0's `sparse_probing.run_eval`: 4,000 training and 1,000 test texts a class pair,
+128 tokens, seed 42, mean over tokens. Three things of it are replaced while it runs, in this process and no installed
+file: the model (the one that made the store, with its tokenizer, rather than a second download), the reading of
+`codeparrot/github-code` (a script dataset, which `datasets` refuses from version 4 on), and jaxtyping's checks, which
+one of its own functions fails. Its cache is keyed by dataset, model and hook alone, and a hit skips random draws, so
+that an SAE scores differently with and without one: here its folder is named by a hash of everything, each dataset is
+filled once with nothing of interest, and every SAE is scored from the cache.
+"""
+
+import contextlib
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hafs_evaluate.saebench.probing import check_hook_point, logged, read_output
+from hafs_evaluate.saebench.probing_cache import model_short_name
+from hafs_evaluate.workspace import fingerprint
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.options import did_you_mean
+from hafs_jax.store.store import Manifest
+
+GITHUB_CODE = "codeparrot/github-code"
+GITHUB_CODE_FILES = "hf://datasets/codeparrot/github-code/data/train-*.parquet"
+LANGUAGES = {
+    "C": (".c", ".h"),
+    "HTML": (".html",),
+    "Java": (".java",),
+    "PHP": (".php", ".php3", ".php4", ".php5", ".phps", ".phpt"),
+    "Python": (".py",),
+}
+"""How a file's name says its language, of the five that SAE-Bench asks for."""
+
+
+class StandardProbing:
+    """The suite for one model, hook point and set of datasets."""
+
+    def __init__(
+        self, manifest: Manifest, model: Any, datasets: tuple[str, ...], ks: tuple[int, ...], seed: int, root: Path
+    ) -> None:
+        """`model`: a `LanguageModel`; `root`: SAE-Bench's folders. `UserError` for a dataset unknown.
+
+        The SAE and the cached activations are float32, whatever dtype the model computes in.
+        """
+        check_hook_point(manifest.hook_point)
+        with logged(root / "saebench.log"), _patched(_Adapter(model)):
+            from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+            from sae_bench.sae_bench_utils import activation_collection, dataset_info
+
+        self.manifest, self.model, self.root, self.ks = manifest, _Adapter(model), root, ks
+        self._classes = dataset_info.chosen_classes_per_dataset
+        for name in datasets:
+            if name not in self._classes:
+                raise UserError(f"dataset {name!r}: SAE-Bench has none of that name{did_you_mean(name, self._classes)}")
+        name = model_short_name(manifest)
+        self.config = SparseProbingEvalConfig(
+            model_name=name,
+            dataset_names=list(datasets),
+            random_seed=seed,
+            k_values=list(ks),
+            llm_batch_size=activation_collection.LLM_NAME_TO_BATCH_SIZE.get(name, 64),
+            llm_dtype="float32",
+        )
+
+    def score(self, unique_name: str, sae: Any) -> dict[str, Any]:
+        """SAE-Bench's own result for one SAE, as the JSON of its output file. `sae` is moved to float32."""
+        for dataset in self.config.dataset_names:
+            self._fill(dataset)
+        output = self._folder / "output"
+        with logged(self.root / "saebench.log"), _patched(self.model):
+            self._run(self.config.dataset_names, unique_name, sae, output, self._folder)
+            return read_output(output, unique_name)
+
+    def language_model(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The language model's own probes: what SAE-Bench puts into every SAE's result (`values`), and components."""
+        tasks = {}
+        for dataset, detail in zip(self.config.dataset_names, values["eval_result_details"], strict=True):
+            probes = {"full": {"test_accuracy": detail["llm_test_accuracy"]}}
+            probes |= {f"top_{k}": {"test_accuracy": detail[f"llm_top_{k}_test_accuracy"]} for k in self.ks}
+            tasks[detail["dataset_name"]] = probes | self._components(dataset)
+        return {"model": self.manifest.model.name, "hook_point": self.manifest.hook_point, "tasks": tasks}
+
+    def _components(self, dataset: str) -> dict[str, dict[str, float]]:
+        """{"pca_<k>": ...}: SAE-Bench's probes on the first k principal components of the texts' mean activations.
+
+        The components are of the training texts of all classes, each dimension standardised: as `probing.pca_probes`.
+        """
+        from sklearn.decomposition import PCA
+        from sklearn.preprocessing import StandardScaler
+
+        self._fill(dataset)
+        with logged(self.root / "saebench.log"), _patched(self.model):
+            from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
+            from sae_bench.sae_bench_utils.activation_collection import create_meaned_model_activations
+
+            seed, acts = self.config.random_seed, torch.load(self._cached(dataset), map_location="cpu")
+            means = [create_meaned_model_activations(acts.pop(split)) for split in ("train", "test")]
+            train_ND = torch.cat(list(means[0].values())).numpy()
+            scaler = StandardScaler().fit(train_ND)
+            pca = PCA(min(*train_ND.shape, max(self.ks)), random_state=seed).fit(scaler.transform(train_ND))
+            train, test = (
+                {label: torch.from_numpy(pca.transform(scaler.transform(acts_ND))) for label, acts_ND in split.items()}
+                for split in means
+            )
+            found = {}
+            for k in self.ks:
+                random.seed(seed)  # which texts of the other classes are the negatives
+                torch.manual_seed(seed)
+                of_k = ({label: acts_NK[:, :k] for label, acts_NK in split.items()} for split in (train, test))
+                _, accuracies = train_probe_on_activations(*of_k)
+                found[f"pca_{k}"] = {"test_accuracy": float(np.mean(list(accuracies.values())))}
+        return found
+
+    def bytes_needed(self) -> int:
+        """Disk space of the activations that are not cached yet: every token of every text is kept."""
+        rows = (self.config.probe_train_set_size + self.config.probe_test_set_size) // 2 * self.config.context_length
+        missing = [name for name in self.config.dataset_names if not self._cached(name).exists()]
+        return sum(len(self._classes[name]) * rows * self.manifest.d_model * 4 for name in missing)
+
+    @property
+    def _folder(self) -> Path:
+        values = asdict(self.config) | {"dataset_names": None}  # each dataset is a file of its own
+        model, tokenizer = asdict(self.manifest.model), asdict(self.manifest.tokenizer)
+        versions = [version("sae-bench"), version("datasets")]
+        return self.root / fingerprint([values, model, tokenizer, self.manifest.hook_point, versions])
+
+    def _cached(self, dataset: str, folder: Path | None = None) -> Path:
+        """Where SAE-Bench keeps the activations of `dataset`."""
+        place = (folder or self._folder) / "sparse_probing" / self.config.model_name / self.manifest.hook_point
+        return place / f"{dataset}_activations.pt".replace("/", "_")
+
+    def _fill(self, dataset: str) -> None:
+        """Makes the cache of one dataset, in a folder beside, moved into its place when it is whole."""
+        path = self._cached(dataset)
+        if path.exists():
+            return
+        shutil.rmtree(filling := self._folder / "filling", ignore_errors=True)
+        try:
+            with logged(self.root / "saebench.log"), _patched(self.model):
+                self._run([dataset], "identity", self._identity(), filling / "output", filling)
+        except OSError as error:
+            raise UserError(
+                f"dataset {dataset} cannot be had from the hub ({' '.join(str(error).split())[:200]});"
+                " take --suite sae_probes, whose tasks need no hub"
+            ) from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._cached(dataset, filling).rename(path)
+        shutil.rmtree(filling)
+
+    def _run(self, datasets: list[str], name: str, sae: Any, output: Path, artifacts: Path) -> None:
+        from sae_bench.evals.sparse_probing import main
+
+        config = type(self.config)(**(asdict(self.config) | {"dataset_names": datasets}))
+        main.run_eval(
+            config,
+            [(name, sae)],
+            device=str(self.model.device),
+            output_path=str(output),
+            force_rerun=True,
+            artifacts_path=str(artifacts),
+        )
+
+    def _identity(self) -> Any:
+        from sae_bench.custom_saes.identity_sae import IdentitySAE
+
+        layer = check_hook_point(self.manifest.hook_point)
+        name, hook = self.config.model_name, self.manifest.hook_point
+        return IdentitySAE(self.manifest.d_model, name, layer, self.model.device, torch.float32, hook_name=hook)
+
+
+class _Adapter:
+    """A `LanguageModel` as SAE-Bench calls a HookedTransformer, for what sparse probing needs of one."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.device = model.device
+        self.tokenizer = _Tokenizer(model)
+
+    def run_with_hooks(self, tokens_BL: Tensor, stop_at_layer: int, fwd_hooks: list[tuple[str, Any]]) -> None:
+        ((hook_point, keep),) = fwd_hooks
+        keep(self._model.activations(tokens_BL, hook_point).float(), None)
+
+    def to(self, device: Any) -> "_Adapter":
+        return self
+
+
+class _Tokenizer:
+    """The store's tokenizer as a HookedTransformer has it: BOS first, padded and cut on the right."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        of_model = model.tokenizer
+        self.bos_token_id, self.eos_token_id = of_model.bos_token_id, of_model.eos_token_id
+        self.pad_token_id = of_model.pad_token_id if of_model.pad_token_id is not None else of_model.eos_token_id
+
+    def __call__(
+        self, texts: list[str], padding: str, truncation: bool, max_length: int, return_tensors: str
+    ) -> "_Tokenized":
+        input_ids = np.full((len(texts), max_length), self.pad_token_id, np.int64)
+        bos = [self.bos_token_id] if self._model.prepend_bos else []
+        for row, ids in enumerate(self._model.tokenize(texts)):
+            kept = np.concatenate([bos, ids])[:max_length]
+            input_ids[row, : len(kept)] = kept
+        return _Tokenized({"input_ids": torch.from_numpy(input_ids)})
+
+
+class _Tokenized:
+    def __init__(self, data: dict[str, Tensor]) -> None:
+        self.data = data
+
+    def to(self, device: Any) -> "_Tokenized":
+        return _Tokenized({name: tensor.to(device) for name, tensor in self.data.items()})
+
+
+@contextlib.contextmanager
+def _patched(model: _Adapter) -> Iterator[None]:
+    """SAE-Bench with `model`, with a reader for GitHub code and without jaxtyping's checks; all undone afterwards."""
+    import jaxtyping
+
+    checked = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)  # before sae_bench is imported
+    try:
+        from sae_bench.evals.sparse_probing import main
+        from sae_bench.sae_bench_utils import dataset_utils
+
+        loader = SimpleNamespace(from_pretrained_no_processing=lambda *args, **kwargs: model)
+        transformer, load_dataset = main.HookedTransformer, dataset_utils.load_dataset
+        main.HookedTransformer, dataset_utils.load_dataset = loader, _github_code_or(load_dataset)
+        try:
+            with torch.enable_grad():  # its probe training leaves gradients on
+                yield
+        finally:
+            main.HookedTransformer, dataset_utils.load_dataset = transformer, load_dataset
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", checked)
+
+
+def _github_code_or(load_dataset: Any) -> Any:
+    """`load_dataset`, but GitHub code from its parquet files, with the language that its script would have added."""
+
+    def load(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name != GITHUB_CODE:
+            return load_dataset(name, *args, **kwargs)
+        rows = load_dataset("parquet", data_files=GITHUB_CODE_FILES, split="train", streaming=True)
+        return _with_language(rows)
+
+    return load
+
+
+def _with_language(rows: Any) -> Iterator[Mapping[str, str]]:
+    of_ending = {ending: language for language, endings in LANGUAGES.items() for ending in endings}
+    for row in rows:
+        language = of_ending.get("." + row["path"].rsplit(".", 1)[-1])
+        if language:
+            yield {"language": language, "code": row["content"]}

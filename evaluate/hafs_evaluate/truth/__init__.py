@@ -1,0 +1,1 @@
+"""Scores against a synthetic world's true features."""

@@ -1,0 +1,170 @@
+"""`hafs agreement`: do the measures that need no truth rank SAEs as the truth does? Torch; no jax.
+
+On a synthetic world the root features are labels: a row is positive where the feature fires, its children are the
+features right under it. Hole, absorption and k=1 parent probing are computed from these labels, as on real text, and
+their ranks over the world's SAEs compared with the ranks of the true absorption of the edges from a root
+(`hafs_evaluate.truth.ground_truth`, from eval/<run>/synthetic.json).
+
+OUT/<profile>/eval/agreement.json   each SAE's figures and the rank correlations
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from hafs_evaluate.hierarchy import absorption
+from hafs_evaluate.hierarchy.probes import Contrast, TreeData, sparse_scores
+from hafs_evaluate.truth.ground_truth import Truth, load_truth
+from hafs_evaluate.truth.scores import RESULT as SYNTHETIC
+from hafs_evaluate.workspace import Workspace, finished_runs, read_result
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import write_json
+
+RESULT = "agreement.json"
+ROWS, PROBE_ROWS = 6_000, 2_000  # held-out rows of the absorption and of the probes
+FOLDS = 5
+MEASURES = ("hole", "full", "fraction", "hole_grown", "full_grown", "fraction_grown", "top_1")
+REFERENCES = ("random_init", "frozen_decoder")  # never learnt a parent to absorb: correlated with and without them
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A world's root features as labels of its first held-out rows."""
+
+    acts_ND: np.ndarray
+    fires_RN: np.ndarray  # each root that has children
+    children: tuple[np.ndarray, ...]  # of each root, [its children, N]
+    found_RN: np.ndarray  # an activation probe's answers, fitted on the other half
+    half_N: np.ndarray
+
+
+def root_labels(truth: Truth, rows: int = ROWS) -> Labels:
+    """The labels of the first `rows` rows; the probe is scikit-learn's balanced logistic regression."""
+    from sklearn.linear_model import LogisticRegression
+
+    rows = min(rows, truth.rows)
+    fires_NF = (truth.coefficients[:rows] > 0).toarray()
+    acts_ND, half_N = truth.acts(0, rows), np.arange(rows) % 2
+    roots = [root for root in np.flatnonzero(truth.levels_N == 0) if (truth.parents_N == root).any()]
+    if not roots:
+        raise UserError("the world has no feature with children, so there is no absorption to agree on")
+    found_RN = np.zeros((len(roots), rows), bool)
+    for index, root in enumerate(roots):
+        for half in (0, 1):
+            probe = LogisticRegression(C=1.0, class_weight="balanced", max_iter=300)
+            probe.fit(acts_ND[half_N == half], fires_NF[half_N == half, root])
+            found_RN[index, half_N != half] = probe.predict(acts_ND[half_N != half])
+    children = tuple(fires_NF[:, truth.parents_N == root].T for root in roots)
+    return Labels(acts_ND, fires_NF[:, roots].T, children, found_RN, half_N)
+
+
+@torch.no_grad()
+def proxies(sae: Any, labels: Labels) -> dict[str, float | None]:
+    """MEASURES of one SAE, each the mean over the roots that have it; `_grown` of the grown set of main latents."""
+    latents_NF = sae.encode(torch.from_numpy(labels.acts_ND).to(sae.device, sae.dtype)).float().cpu().numpy()
+    W_dec_FD, b_dec_D = (value.detach().float().cpu().numpy() for value in (sae.W_dec, sae.b_dec))
+    values: dict[str, float | None] = {}
+    for suffix in ("", "_grown"):
+        found = [
+            absorption.measure(
+                latents_NF,
+                labels.acts_ND,
+                W_dec_FD,
+                b_dec_D,
+                fires_N,
+                found_N,
+                list(children_CN),
+                labels.half_N,
+                grown=bool(suffix),
+            )
+            for fires_N, found_N, children_CN in zip(labels.fires_RN, labels.found_RN, labels.children, strict=True)
+        ]
+        values |= {f"{name}{suffix}": _mean([each[name] for each in found]) for name in ("hole", "full", "fraction")}
+    values["mains"] = _mean([each["mains"] for each in found])
+    rows = min(PROBE_ROWS, len(latents_NF))
+    data = TreeData("world", ("",) * rows, np.arange(rows) % FOLDS, labels.half_N[:rows])
+    every_N = np.ones(rows, bool)
+    contrasts = [Contrast(str(root), "rest", every_N, fires_N[:rows]) for root, fires_N in enumerate(labels.fires_RN)]
+    scores = sparse_scores(latents_NF[:rows], data, (1,), contrasts=contrasts)
+    top_1 = _mean([by_name["top_1"].as_json()["balanced_accuracy"] for by_name in scores.values()])
+    return {**values, "top_1": top_1}
+
+
+def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Spearman's rank correlation of each of MEASURES with `true_absorption` over the SAEs that have both."""
+    found = {}
+    for name in MEASURES:
+        pairs = [(row[name], row["true_absorption"]) for row in rows if None not in (row[name], row["true_absorption"])]
+        left, right = (set(values) for values in zip(*pairs, strict=True)) if pairs else (set(), set())
+        rho = float(spearmanr(*zip(*pairs, strict=True)).statistic) if min(len(left), len(right)) > 1 else None
+        found[name] = {"rho": rho, "saes": len(pairs)}
+    return found
+
+
+def evaluate_agreement(workspace: Workspace, names: Sequence[str] = ()) -> dict[str, Any]:
+    """The figures of the runs `names` (none: all finished) that `hafs synth-score` has scored; written."""
+    from sae_lens import SAE
+
+    truth = load_truth(workspace.folder)
+    scored = []
+    for run in finished_runs(workspace, names):
+        result = read_result(workspace.result(run.name, SYNTHETIC))
+        if result.get("truth_sha256") == truth.sha256 and (run.folder / "sae").is_dir():
+            scored.append((run, result))
+    if len(scored) < 3:
+        raise UserError(
+            f"{workspace.folder}: expected at least 3 runs scored against the truth, found {len(scored)};"
+            " run `hafs synth-score` first"
+        )
+    labels = root_labels(truth)
+    rows = []
+    with threadpool_limits(1, user_api="blas"):
+        for run, result in tqdm(scored, desc="agreement", unit="run", mininterval=0.5 if sys.stderr.isatty() else 15.0):
+            sae = SAE.load_from_disk(run.folder / "sae", device="cpu").requires_grad_(False)
+            facts = {name: result[name] for name in ("run", "variant", "architecture", "seed", "k")}
+            true = result["metrics"]["by_level"][0]["absorption"]
+            rows.append({**facts, "true_absorption": true, **proxies(sae, labels)})
+    trained = [row for row in rows if row["variant"] not in REFERENCES]
+    by_architecture = {
+        name: correlations([row for row in trained if row["architecture"] == name])
+        for name in sorted({str(row["architecture"]) for row in trained})
+    }
+    values = {
+        "profile": workspace.profile,
+        "truth_sha256": truth.sha256,
+        "settings": {"rows": ROWS, "probe_rows": PROBE_ROWS, "folds": FOLDS, **absorption.SETTINGS},
+        "spearman": {"all": correlations(rows), "trained": correlations(trained), **by_architecture},
+        "runs": rows,
+    }
+    write_json(workspace.eval / RESULT, values)
+    return values
+
+
+def table(values: dict[str, Any]) -> str:
+    """The correlations as a Markdown table, a row a set of SAEs."""
+    lines = [
+        f"| {values['profile']} | SAEs | {' | '.join(MEASURES)} |",
+        "|" + "---|" * (len(MEASURES) + 2),
+    ]
+    for name, found in values["spearman"].items():
+        cells = ["-" if found[each]["rho"] is None else f"{found[each]['rho']:+.2f}" for each in MEASURES]
+        lines.append(f"| {name} | {found['top_1']['saes']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def result_path(workspace: Workspace) -> Path:
+    """Where the figures lie."""
+    return workspace.eval / RESULT
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,213 @@
+"""From documents to contexts: the mix of sources, the held-out split, the windows, the batches. No torch here.
+
+A context is a window of at most `context_length` tokens of one document, BOS first where the model has one. The two
+splits' contexts.npy, tokens.npy and documents.jsonl are written here, as they will lie in the stores.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hafs_extract.config import ExtractConfig, SourceConfig
+from hafs_extract.text import Document, documents
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import write_npy
+from hafs_jax.store.store import CONTEXT
+
+SPLITS = ("train", "heldout")
+
+Tokenize = Callable[[list[str]], list[np.ndarray]]
+
+_DOCUMENTS_AT_ONCE = 64
+_TOKENS_AT_ONCE = 1 << 20
+
+
+def is_heldout(text: str, seed: int, fraction: float) -> bool:
+    """Whether a document belongs to the held-out split: a hash of `seed` and its text, as a share of 1, < fraction.
+
+    Equal texts fall on the same side, from whatever source, so that the splits share no document.
+    """
+    digest = hashlib.sha256(f"{seed}\0{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def mixed(
+    sources: tuple[SourceConfig, ...], tokenize: Tokenize, notes: list[str]
+) -> Iterator[tuple[int, Document, np.ndarray]]:
+    """Documents with their source's number and token ids, the source furthest behind its share of tokens next.
+
+    Furthest behind: the least tokens / weight, the first named of equals. A source that runs out is noted, and the
+    others go on with their own proportions.
+    """
+    streams = {number: _tokenised(source, tokenize) for number, source in enumerate(sources)}
+    tokens = [0] * len(sources)
+    while streams:
+        number = min(streams, key=lambda n: tokens[n] / sources[n].weight)
+        try:
+            document, ids = next(streams[number])
+        except StopIteration:
+            del streams[number]
+            if not tokens[number]:
+                raise UserError(f"source {sources[number].name} ({sources[number].path}) holds no text") from None
+            notes.append(f"source {sources[number].name} ran out after {tokens[number]:,} tokens")
+            continue
+        tokens[number] += len(ids)
+        yield number, document, ids
+
+
+def _tokenised(source: SourceConfig, tokenize: Tokenize) -> Iterator[tuple[Document, np.ndarray]]:
+    waiting: list[Document] = []
+
+    def flush() -> Iterator[tuple[Document, np.ndarray]]:
+        for document, ids in zip(waiting, tokenize([d.text for d in waiting]), strict=True):
+            if len(ids):
+                yield document, ids
+        waiting.clear()
+
+    for document in documents(source):
+        waiting.append(document)
+        if len(waiting) == _DOCUMENTS_AT_ONCE:
+            yield from flush()
+    if waiting:
+        yield from flush()
+
+
+class SplitText:
+    """Writes one split's contexts, tokens and documents into `folder`, in bounded memory."""
+
+    def __init__(self, folder: Path, config: ExtractConfig, bos: int | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.bos, self.context_length = folder, bos, config.context_length
+        self.source_names = [source.name for source in config.sources]
+        self.rows = 0  # tokens without BOS
+        self._bin = folder / ".tokens.bin"
+        self._tokens = open(self._bin, "wb")  # noqa: SIM115 - closed by close()
+        self._documents = open(folder / "documents.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        self._n_documents = self._n_tokens = 0
+        self._contexts: list[np.ndarray] = []
+
+    def add(self, source: int, document: Document, ids: np.ndarray) -> None:
+        """Cuts a document's token ids to contexts and writes them and its line in documents.jsonl."""
+        window = self.context_length - (self.bos is not None)
+        starts = range(0, len(ids), window)
+        table = np.zeros(len(starts), CONTEXT)
+        table["document"], table["source"], table["offset"] = self._n_documents, source, starts
+        for index, start in enumerate(starts):
+            piece = ids[start : start + window]
+            if self.bos is not None:
+                piece = np.concatenate([[self.bos], piece])
+            self._tokens.write(piece.astype("<i4").tobytes())
+            table["start"][index], table["length"][index] = self._n_tokens, len(piece)
+            self._n_tokens += len(piece)
+        record = {
+            "document": self._n_documents,
+            "source": self.source_names[source],
+            "tokens": len(ids),
+            "sha256": hashlib.sha256(document.text.encode()).hexdigest(),
+            "labels": document.labels,
+        }
+        self._documents.write(json.dumps(record) + "\n")
+        self._n_documents += 1
+        self._contexts.append(table)
+        self.rows += len(ids)
+
+    def close(self) -> None:
+        """Closes the files that are written to, finished or not."""
+        self._tokens.close()
+        self._documents.close()
+
+    def finish(self) -> None:
+        """Puts all on disk: documents.jsonl, contexts.npy and, converted from a raw file, tokens.npy."""
+        for file in (self._tokens, self._documents):
+            file.flush()
+            os.fsync(file.fileno())
+        self.close()
+        write_npy(self.folder / "contexts.npy", np.concatenate([np.zeros(0, CONTEXT), *self._contexts]))
+        out = np.lib.format.open_memmap(self.folder / "tokens.npy", mode="w+", dtype="<i4", shape=(self._n_tokens,))
+        with open(self._bin, "rb") as raw:
+            for start in range(0, self._n_tokens, _TOKENS_AT_ONCE):
+                piece = np.fromfile(raw, "<i4", _TOKENS_AT_ONCE)
+                out[start : start + len(piece)] = piece
+        out.flush()
+        self._bin.unlink()
+
+
+def write_contexts(config: ExtractConfig, tokenize: Tokenize, bos: int | None, folder: Path) -> list[str]:
+    """Writes the contexts of both splits under `folder`/train and /heldout; the lines to tell the user about the mix.
+
+    Ends when every source has run out or the training split has `max_rows` tokens, BOS not counted.
+    """
+    tokens, notes = [0] * len(config.sources), list[str]()
+    with contextlib.ExitStack() as files:
+        writers = {}
+        for split in SPLITS:
+            writers[split] = files.enter_context(contextlib.closing(SplitText(folder / split, config, bos)))
+        _fill(writers, config, tokenize, tokens, notes)
+    if len(notes) == len(config.sources):
+        notes = ["all the text of every source is used"]
+    total, weights = sum(tokens), sum(source.weight for source in config.sources)
+    shares = [
+        f"{source.name} {count / total:.1%} ({source.weight / weights:.1%} asked)"
+        for source, count in zip(config.sources, tokens, strict=True)
+    ]
+    return [*notes, f"{total:,} tokens: {', '.join(shares)}"]
+
+
+def _fill(
+    writers: dict[str, SplitText], config: ExtractConfig, tokenize: Tokenize, tokens: list[int], notes: list[str]
+) -> None:
+    """Deals the documents out to `writers`, counting each source's `tokens`, and finishes them."""
+    train = writers["train"]
+    for number, document, ids in mixed(config.sources, tokenize, notes):
+        split, kept = "train", ids
+        if is_heldout(document.text, config.seed, config.heldout_fraction):
+            split = "heldout"
+        elif config.max_rows is not None:
+            kept = ids[: config.max_rows - train.rows]
+        writers[split].add(number, document, kept)
+        tokens[number] += len(kept)
+        if train.rows == config.max_rows:
+            break
+    for split, writer in writers.items():
+        writer.finish()
+        if not writer.rows:
+            raise UserError(
+                f"no document fell into the {split} split of {sum(tokens):,} tokens; give more text,"
+                f" or change heldout_fraction={config.heldout_fraction}"
+            )
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Contexts grouped to batches: batch i is the contexts `order[starts[i]:starts[i+1]]`, longest first."""
+
+    order: np.ndarray
+    starts: np.ndarray
+    positions: int  # run through the model in all, padding included
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.order[self.starts[index] : self.starts[index + 1]]
+
+
+def plan_batches(lengths: np.ndarray, batch_tokens: int) -> Batches:
+    """Groups contexts by length, longest first, to batches of at most `batch_tokens` positions, padding included.
+
+    One context alone may exceed `batch_tokens`. The plan depends on the lengths alone, so a resumed run has the same.
+    """
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    starts, positions = [0], 0
+    while starts[-1] < len(order):
+        longest = int(lengths[order[starts[-1]]])
+        stop = min(len(order), starts[-1] + max(1, batch_tokens // longest))
+        positions += longest * (stop - starts[-1])
+        starts.append(stop)
+    return Batches(order, np.asarray(starts), positions)

@@ -1,0 +1,89 @@
+"""`hafs import`: stores of activations that are in npy files already. No torch here."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hafs_extract.profiles import PRESETS
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.options import Parser, add_flags, with_flags
+from hafs_jax.store.arrays import ArrayConfig, ArrayImport
+from hafs_jax.store.store import read_manifest
+
+DESCRIPTION = """\
+Make OUT/NAME/store/{train,heldout} of activations of anything: vision, audio, protein embeddings. They are read in
+blocks, may be larger than memory, and are stored in a globally shuffled order. Later commands take --profile NAME.
+"""
+
+EPILOG = """\
+ACTS.npy holds [rows, D], or [..., D] flattened to it, in float16, float32 or float64; several files are taken one
+after another. Where rows belong together (patches of an image, residues of a protein) name them by --groups, so that
+train and heldout share none. --target is for transcoders: OUT/NAME/target/{train,heldout} get its rows in the order of
+the store's.
+"""
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line's options; `UserError` where the profile's name is none."""
+    parser = Parser(
+        prog="hafs import",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("acts", nargs="+", metavar="ACTS.npy", help="activations, [rows, D] or [..., D]")
+    parser.add_argument("--out", type=Path, default=Path("artifacts"), help="folder of all profiles [artifacts]")
+    parser.add_argument("--profile", required=True, metavar="NAME", help="the folder in OUT")
+    parser.add_argument("--target", nargs="+", metavar="T.npy", help="targets of as many rows, of any width")
+    parser.add_argument("--groups", metavar="G.npy", help="one integer a row; a group falls into one split")
+    parser.add_argument("--force", action="store_true", help="replace stores of other activations, or import anew")
+    add_flags(parser, ArrayConfig())
+    options = parser.parse_args(arguments)
+    name = Path(options.profile)
+    if options.profile in ("auto", *PRESETS) or name.is_absolute() or ".." in name.parts or not name.parts:
+        raise UserError(
+            f"--profile {options.profile}: expected a name of your own for these activations' folder in OUT"
+        )
+    return options
+
+
+def import_arrays(options: argparse.Namespace) -> None:
+    """Makes the stores, if they are not there yet, and says what they hold."""
+    config = with_flags(ArrayConfig(), options)
+    job = ArrayImport(options.out / options.profile, config, options.acts, options.target, options.groups)
+    bars = _Bars()
+    try:
+        made = job.make(options.force, bars.advance)
+    finally:
+        bars.close()
+    if not made:
+        print("the stores are there already, made of these very activations", file=sys.stderr)
+    for name, folder in job.folders.items():
+        manifest = read_manifest(folder)
+        documents = sum(source.documents for source in manifest.sources)
+        what = f" in {documents:,} groups" if options.groups else ""
+        print(f"{name}: {manifest.rows:,} rows of {manifest.d_model} {manifest.dtype}{what}; {folder}")
+
+
+class _Bars:
+    """A progress bar for each thing that is done, one after another."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._bar: tqdm | None = None
+
+    def advance(self, what: str, rows: int, total: int) -> None:
+        """Moves the bar of `what` on by `rows` of `total`."""
+        if what != self._what or self._bar is None:
+            self.close()
+            interval = 0.5 if sys.stderr.isatty() else 15.0
+            self._bar = tqdm(total=total, desc=what, unit="row", unit_scale=True, mininterval=interval)
+            self._what = what
+        self._bar.update(rows)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None

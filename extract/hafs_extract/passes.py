@@ -1,0 +1,288 @@
+"""The two passes over one split: the model's rows into the shuffle's buckets, and the buckets into stores.
+
+There is one store for each hook point. Their rows go through the shuffle together, so that they stay aligned.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from tqdm import tqdm
+
+from hafs_extract.config import ExtractConfig
+from hafs_extract.contexts import SPLITS, Batches, plan_batches
+from hafs_extract.models import LanguageModel
+from hafs_extract.saving import Saver
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import sha256_of, write_atomic
+from hafs_jax.base.options import to_dict
+from hafs_jax.store.shards import ShardWriter
+from hafs_jax.store.shuffle import Spill, n_buckets, norms, shuffle_keys, spilled, taken
+from hafs_jax.store.store import (
+    FORMAT_VERSION,
+    MANIFEST,
+    ROW,
+    Contexts,
+    Manifest,
+    NormFilter,
+    SourceInfo,
+    TokenizerInfo,
+    from_float32,
+    to_float32,
+)
+
+TEXT_FILES = ("contexts.npy", "tokens.npy", "documents.jsonl")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split's text on disk, how it is run through the model, and how its rows are kept on their way."""
+
+    name: str
+    folder: Path
+    contexts: Contexts
+    batches: Batches
+    first_position: int  # 1 where BOS is at 0, else 0
+    record: np.dtype  # with a kind of activations for each hook point
+
+    @property
+    def rows(self) -> int:
+        lengths = self.contexts.table["length"].astype(np.int64)
+        return int((lengths - self.first_position).sum())
+
+    @property
+    def bytes_needed(self) -> int:
+        """Disk space of buckets, norms, and the stores' shards, rows files and texts, before the norm filter."""
+        kinds = self.record["norm"].shape[0]
+        stored = sum(self.record[f"acts{kind}"].itemsize + ROW.itemsize for kind in range(kinds))
+        text = sum((self.folder / file).stat().st_size for file in TEXT_FILES)
+        return self.rows * (self.record.itemsize + 4 * kinds + stored) + kinds * text
+
+
+def open_split(name: str, folder: Path, config: ExtractConfig, model: LanguageModel, widths: Sequence[int]) -> Split:
+    """The split whose contexts lie in `folder`; `widths` are the hook points'."""
+    arrays = [np.load(folder / file, mmap_mode="r", allow_pickle=False) for file in ("contexts.npy", "tokens.npy")]
+    contexts = Contexts(*arrays)
+    batches = plan_batches(contexts.table["length"], config.batch_tokens)
+    record = spilled([(width, config.dtype) for width in widths])
+    return Split(name, folder, contexts, batches, int(model.prepend_bos), record)
+
+
+def spill_rows(
+    split: Split,
+    model: LanguageModel,
+    config: ExtractConfig,
+    spill_folder: Path,
+    batches_done: int,
+    counts: list[int],
+    save: Callable[[int, list[int]], None],
+    save_seconds: float,
+    bar: tqdm,
+) -> Spill:
+    """Runs the model over the split's batches from `batches_done` on and appends every row to its bucket.
+
+    `save(batches done, rows by bucket)` is called every `save_seconds` and at the end, as `Saver` does it.
+    """
+    counts = counts or [0] * n_buckets(split.rows, split.record)
+    stream = SPLITS.index(split.name)
+
+    def store(index: int, batch: _Batch) -> None:
+        records = _records(split, config, batch)
+        records["key"] = shuffle_keys(config.seed, stream, spill.rows, len(records))
+        spill.append(records)
+        bar.update(len(records))
+        saver.appended(index + 1)
+
+    with contextlib.ExitStack() as opened:
+        spill = opened.enter_context(contextlib.closing(Spill(spill_folder, split.record, counts)))
+        saver = opened.enter_context(contextlib.closing(Saver(spill, save, save_seconds)))
+        thread = opened.enter_context(ThreadPoolExecutor(1))
+        storing: Future[None] | None = None
+        for index in range(batches_done, len(split.batches)):
+            batch = _run(split, model, config, split.batches[index])
+            if not _overlaps(model):
+                store(index, batch)
+                continue
+            if storing is not None:
+                storing.result()
+            storing = thread.submit(store, index, batch)  # while the model runs over the next one
+        if storing is not None:
+            storing.result()
+        if batches_done < len(split.batches):
+            saver.finish(len(split.batches))
+    return spill
+
+
+def _overlaps(model: LanguageModel) -> bool:
+    """Whether rows are stored while the model runs: on the model's own cores that costs it more than it saves."""
+    return model.device.type != "cpu"
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Contexts that went through the model: padded tokens, and activations by hook point on the model's device."""
+
+    numbers: np.ndarray
+    tokens_BL: np.ndarray
+    acts: dict[str, torch.Tensor]
+
+
+def _run(split: Split, model: LanguageModel, config: ExtractConfig, numbers: np.ndarray) -> _Batch:
+    """The contexts `numbers` through the model."""
+    tokens_BL = np.zeros((len(numbers), int(split.contexts.table["length"][numbers].max())), np.int64)
+    for row, number in enumerate(numbers):
+        tokens = split.contexts[number]
+        tokens_BL[row, : len(tokens)] = tokens
+    return _Batch(numbers, tokens_BL, model.activations_at(torch.from_numpy(tokens_BL), config.hook_points))
+
+
+def _records(split: Split, config: ExtractConfig, batch: _Batch) -> np.ndarray:
+    """The rows of a batch, keys not yet filled in: positions in order, without BOS and padding."""
+    table, tokens_BL = split.contexts.table[batch.numbers], batch.tokens_BL
+    position_L = np.arange(tokens_BL.shape[1])
+    kept_BL = (position_L >= split.first_position) & (position_L < table["length"][:, None])
+    context_N, position_N = np.nonzero(kept_BL)
+    records = np.zeros(len(context_N), split.record)
+    row_N = records["row"]
+    row_N["token"], row_N["position"] = tokens_BL[kept_BL], position_N
+    row_N["context"] = batch.numbers[context_N]
+    row_N["document"], row_N["source"] = table["document"][context_N], table["source"][context_N]
+    for kind, (hook_point, acts_BLD) in enumerate(batch.acts.items()):
+        acts_ND = acts_BLD[torch.from_numpy(kept_BL).to(acts_BLD.device)]
+        kept_ND = _as_kept(acts_ND, config.dtype)
+        records["norm"][:, kind] = norm_N = norms(kept_ND, config.dtype)
+        if not (is_finite_N := np.isfinite(norm_N)).all():
+            raise _not_finite(hook_point, acts_ND.float().cpu().numpy(), ~is_finite_N, row_N, split, config)
+        records[f"acts{kind}"] = kept_ND
+    return records
+
+
+def _as_kept(acts_ND: torch.Tensor, dtype: str) -> np.ndarray:
+    """Activations as kept on disk, [N, D] of KEPT_AS; rounded on their device, by torch, which is the faster."""
+    kept_ND = acts_ND.to(getattr(torch, dtype)).cpu()
+    return kept_ND.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else kept_ND.numpy()
+
+
+def _not_finite(
+    hook_point: str,
+    acts_ND: Float[np.ndarray, "N D"],
+    bad: np.ndarray,
+    row_N: np.ndarray,
+    split: Split,
+    config: ExtractConfig,
+) -> UserError:
+    """The error for the first of the rows that `bad` [N] marks."""
+    kept_ND = to_float32(from_float32(acts_ND, config.dtype), config.dtype)
+    first = int(np.argmax(bad))
+    row, column = row_N[first], int(np.argmax(~np.isfinite(kept_ND[first])))
+    value = float(acts_ND[first, column])
+    why = f"does not fit into {config.dtype}; say --dtype bfloat16" if np.isfinite(value) else "is not finite"
+    return UserError(
+        f"{hook_point} of document {row['document']} of the {split.name} split"
+        f" (source {config.sources[row['source']].name}), position {row['position']} of context {row['context']}:"
+        f" value {value:g} in dimension {column} {why} ({int(bad.sum())} such rows in this batch)"
+    )
+
+
+def write_stores(
+    split: Split,
+    spill: Spill,
+    median_norms: Sequence[float],
+    folders: dict[str, Path],
+    config: ExtractConfig,
+    model: LanguageModel,
+    profile: dict,
+    bar: tqdm,
+) -> dict[Path, Manifest]:
+    """Writes each hook point's store into its folder of `folders`; the manifests, not yet on disk.
+
+    A row is kept where its norm is within `norm_multiple` x the hook point's median norm at every hook point.
+    """
+    limits = None if config.norm_multiple is None else config.norm_multiple * np.asarray(median_norms)
+    with contextlib.ExitStack() as threads:
+        writers = []
+        for kind, folder in enumerate(folders.values()):
+            _begin_store(split, folder)
+            width = split.record[f"acts{kind}"].shape[0]
+            writer = ShardWriter(folder, width, config.dtype, config.shard_rows, len(config.sources))
+            writers.append(threads.enter_context(contextlib.closing(writer)))
+        for records in spill.shuffled():
+            kept = records
+            if limits is not None and not (is_near := (records["norm"].astype(np.float64) <= limits).all(1)).all():
+                kept = taken(records, np.flatnonzero(is_near))
+            for kind, writer in enumerate(writers):
+                writer.add(kept[f"acts{kind}"], kept["row"])
+            bar.update(len(records))
+            del records, kept  # before the next bucket is read
+        manifests = {}
+        for (hook_point, folder), writer, median_norm in zip(folders.items(), writers, median_norms, strict=True):
+            manifests[folder] = _manifest(
+                split, hook_point, folder, writer, median_norm, config, model, profile, spill.rows
+            )
+    return manifests
+
+
+def _begin_store(split: Split, folder: Path) -> None:
+    """The folder with the split's texts and nothing that an attempt that was killed left half done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in [*folder.glob(".*.tmp"), folder / MANIFEST]:
+        left.unlink(missing_ok=True)
+    for name in TEXT_FILES:
+        with open(split.folder / name, "rb") as text:
+            write_atomic(folder / name, partial(shutil.copyfileobj, text))
+
+
+def _manifest(
+    split: Split,
+    hook_point: str,
+    folder: Path,
+    writer: ShardWriter,
+    median_norm: float,
+    config: ExtractConfig,
+    model: LanguageModel,
+    profile: dict,
+    spilled_rows: int,
+) -> Manifest:
+    statistics = writer.finish()
+    if statistics is None:
+        raise UserError(f"norm_multiple={config.norm_multiple} drops every row of the {split.name} split; raise it")
+    limit = None if config.norm_multiple is None else config.norm_multiple * median_norm
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        split=split.name,
+        profile=profile,
+        model=model.info,
+        tokenizer=TokenizerInfo(model.info.name, len(model.tokenizer), model.bos_token_id, model.prepend_bos),
+        hook_point=hook_point,
+        d_model=writer.d_model,
+        dtype=config.dtype,
+        context_length=config.context_length,
+        seed=config.seed,
+        sources=_sources(split, config, writer.rows_by_source),
+        norm_filter=NormFilter(config.norm_multiple, median_norm, limit, spilled_rows - writer.rows),
+        rows=writer.rows,
+        shards=tuple(writer.shards),
+        files_sha256={file: sha256_of(folder / file) for file in TEXT_FILES},
+        mean=tuple(statistics.mean_D.tolist()),
+        mean_squared_norm=statistics.mean_squared_norm,
+        variance=statistics.variance,
+        config=to_dict(config),
+    )
+
+
+def _sources(split: Split, config: ExtractConfig, rows_by_source: np.ndarray) -> tuple[SourceInfo, ...]:
+    table, n = split.contexts.table, len(config.sources)
+    # a document's first context is the one at offset 0
+    documents = np.bincount(table["source"][table["offset"] == 0], minlength=n)
+    tokens = np.bincount(table["source"], table["length"] - split.first_position, minlength=n)
+    return tuple(
+        SourceInfo(source.name, source.path, source.weight, int(documents[i]), int(tokens[i]), int(rows_by_source[i]))
+        for i, source in enumerate(config.sources)
+    )

@@ -1,0 +1,217 @@
+"""An extraction from end to end: contexts, the model over them, the shuffle, the stores; each stage resumable.
+
+Work lies in a hidden folder beside the stores and becomes them by a rename. A run that was killed at any moment goes
+on when the same command is given again, and ends with the same bytes.
+"""
+
+import dataclasses
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hafs_extract.config import ExtractConfig, difference
+from hafs_extract.contexts import SPLITS, write_contexts
+from hafs_extract.journal import (
+    Journal,
+    SplitProgress,
+    is_complete,
+    read_journal,
+    store_folders,
+    work_root,
+    write_journal,
+)
+from hafs_extract.models import LanguageModel, load_model
+from hafs_extract.passes import Split, open_split, spill_rows, write_stores
+from hafs_extract.profiles import Resolved
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import write_json
+from hafs_jax.base.options import to_dict
+from hafs_jax.base.places import locked, put_in_place
+from hafs_jax.store.shuffle import Spill
+from hafs_jax.store.store import TIMING, Manifest, write_manifest
+
+WORK = ".work"
+JOURNAL_SECONDS = 2.0  # a kill costs this, and what a sync takes
+COMPILED_FROM_TOKENS = 1_000_000  # where it pays: 20 seconds the first time, for 30 a million tokens on two cores
+SPARE_BYTES = 64 << 20  # of disk space, for what is not activations
+
+
+def extract(config: ExtractConfig, resolved: Resolved, out: Path, force: bool = False) -> dict[str, dict[str, Path]]:
+    """Makes the stores of `config` under `out`, going on where an earlier run was stopped.
+
+    Returns their folders by hook point and split. `force` replaces stores, and discards unfinished work, of another
+    config.
+    """
+    folders, root = store_folders(config, out), work_root(config, out)
+    with locked(root):
+        if not force and is_complete(config, out):
+            shutil.rmtree(root / WORK, ignore_errors=True)
+        else:
+            _Extraction(config, resolved, root / WORK, force).run(folders)
+    return folders
+
+
+class _Extraction:
+    """One attempt. `self.journal` is what is on disk at any moment."""
+
+    def __init__(self, config: ExtractConfig, resolved: Resolved, work: Path, force: bool) -> None:
+        self.config, self.work = config, work
+        journal = read_journal(work)
+        if journal and (found := difference(journal.config, to_dict(config))):
+            if journal.splits and not force:  # before that, there is little to lose
+                raise UserError(f"{work} holds an unfinished extraction with {found}; pass --force to discard it")
+            journal = None
+        if journal is None:
+            shutil.rmtree(work, ignore_errors=True)
+            journal = Journal(to_dict(config), dataclasses.asdict(resolved))
+        else:
+            print("going on with the extraction that was interrupted", file=sys.stderr)
+        self.journal = dataclasses.replace(journal, attempts=journal.attempts + 1)
+        self._note()
+
+    def run(self, folders: dict[str, dict[str, Path]]) -> None:
+        """Makes what is not made yet, and puts it in its place."""
+        if not self.journal.made:
+            self._make()
+        for split in reversed(SPLITS):  # train last: where it is, all is
+            for hook_point, places in folders.items():
+                made = self._made(hook_point, split)
+                if made.exists():
+                    put_in_place(made, places[split], self.work / "old" / hook_point / split)
+        shutil.rmtree(self.work)
+
+    def _made(self, hook_point: str, split: str) -> Path:
+        """Where a store is made, before it is put in its place."""
+        return self.work / "stores" / hook_point / split
+
+    def _make(self) -> None:
+        config, started = self.config, time.monotonic()
+        model = load_model(config.model, config.model_dtype, config.revision, config.device)
+        widths = [model.check_hook_point(hook_point) for hook_point in config.hook_points]
+        longest = model.max_context_length
+        if longest is not None and config.context_length > longest:
+            raise UserError(f"context_length={config.context_length}: {config.model} has {longest} positions")
+        info = to_dict(model.info)
+        if self.journal.model not in (None, info):
+            raise UserError(
+                f"the interrupted extraction used the model {self.journal.model}, found {info};"
+                f" delete {self.work} to begin anew"
+            )
+        self._note("load", started, model=info)
+        if self.journal.notes is None:
+            started = time.monotonic()
+            bos = model.bos_token_id if model.prepend_bos else None
+            self._note("text", started, notes=tuple(write_contexts(config, model.tokenize, bos, self.work)))
+        for note in self.journal.notes or ():
+            print(note, file=sys.stderr)
+        splits = [open_split(name, self.work / name, config, model, widths) for name in SPLITS]
+        self._check_space(splits)
+        self._compile(splits, model)
+        self._write(splits, self._run_model(splits, model), model)
+
+    def _compile(self, splits: list[Split], model: LanguageModel) -> None:
+        """Compiles the model's blocks where the config says so, or where it pays: see `COMPILED_FROM_TOKENS`."""
+        config, started = self.config, time.monotonic()
+        if all(self.journal.progress(split.name).batches == len(split.batches) for split in splits):
+            return
+        few = sum(split.rows for split in splits) < COMPILED_FROM_TOKENS
+        if config.compile == "off" or (config.compile == "auto" and few):
+            return
+        shape = config.batch_tokens // config.context_length, config.context_length
+        try:
+            if not model.compiles(config.hook_points):
+                raise UserError(f"hook point {config.hook_point} is not of the residual stream")
+            if shape[0] < 2:
+                raise UserError(f"batch_tokens={config.batch_tokens} are not two contexts of {shape[1]}")
+            print("compiling the model's blocks; --compile off goes without", file=sys.stderr)
+            model.compile_blocks(config.hook_points, shape)
+        except UserError as error:
+            if config.compile == "on":
+                raise UserError(f"compile=on: {error}; say --compile auto, and --force to begin anew") from error
+            print(f"the model's blocks are not compiled: {error}", file=sys.stderr)
+        else:
+            self._note("compile", started)
+
+    def _run_model(self, splits: list[Split], model: LanguageModel) -> list[Spill]:
+        """Pass 1 over both splits; their rows in buckets."""
+        done = {split.name: self.journal.progress(split.name) for split in splits}
+        spills, total = [], sum(split.rows for split in splits)
+        with _bar(total, "activations", sum(sum(progress.buckets) for progress in done.values())) as bar:
+            for split in splits:
+                started = time.monotonic()
+
+                def save(batches: int, counts: list[int], name: str = split.name) -> None:
+                    nonlocal started
+                    now = time.monotonic()
+                    progress = SplitProgress(batches, tuple(counts))
+                    self._note("model", started, splits={**self.journal.splits, name: to_dict(progress)})
+                    started = now
+
+                progress, folder = done[split.name], self.work / f"{split.name}-rows"
+                spill = spill_rows(
+                    split,
+                    model,
+                    self.config,
+                    folder,
+                    progress.batches,
+                    list(progress.buckets),
+                    save,
+                    JOURNAL_SECONDS,
+                    bar,
+                )
+                spills.append(spill)
+        return spills
+
+    def _write(self, splits: list[Split], spills: list[Spill], model: LanguageModel) -> None:
+        """Pass 2: all stores, whole but for their places."""
+        started = time.monotonic()
+        medians = spills[SPLITS.index("train")].median_norms()
+        manifests: dict[Path, Manifest] = {}
+        with _bar(sum(split.rows for split in splits), "shuffling") as bar:
+            for split, spill in zip(splits, spills, strict=True):
+                folders = {hook_point: self._made(hook_point, split.name) for hook_point in self.config.hook_points}
+                manifests |= write_stores(split, spill, medians, folders, self.config, model, self.journal.profile, bar)
+        self._note("write", started)
+        tokens, positions = sum(split.rows for split in splits), sum(split.batches.positions for split in splits)
+        seconds = self.journal.seconds
+        timing = {
+            "seconds": sum(seconds.values()),
+            "seconds_by_stage": seconds,
+            "attempts": self.journal.attempts,
+            "compiled": "compile" in seconds,
+            "device": str(model.device),
+            "tokens": tokens,
+            "tokens_per_second": tokens / max(seconds["model"], 1e-9),
+            "padding_share": 1 - sum(len(split.contexts.tokens) for split in splits) / positions,
+        }
+        for folder, manifest in manifests.items():
+            write_json(folder / TIMING, timing)
+            write_manifest(folder, manifest)
+        self._note(made=True)
+
+    def _check_space(self, splits: list[Split]) -> None:
+        spilled = sum(path.stat().st_size for path in self.work.glob("*-rows/*"))
+        needed = sum(split.bytes_needed for split in splits) + SPARE_BYTES - spilled
+        free = shutil.disk_usage(self.work).free
+        if free < needed:
+            raise UserError(
+                f"{self.work.parent} needs {needed / 1e9:.1f} GB of free disk space (half of it only until the rows are"
+                f" shuffled), found {free / 1e9:.1f} GB; free some, choose another OUT, or lower --max-rows"
+            )
+
+    def _note(self, stage: str | None = None, started: float = 0.0, **changes: Any) -> None:
+        """Writes the journal with `changes` and the seconds since `started` added to `stage`."""
+        spent = dict(self.journal.seconds)
+        if stage:
+            spent[stage] = spent.get(stage, 0.0) + time.monotonic() - started
+        self.journal = dataclasses.replace(self.journal, seconds=spent, **changes)
+        write_journal(self.work, self.journal)
+
+
+def _bar(total: int, what: str, initial: int = 0) -> tqdm:
+    interval = 0.5 if sys.stderr.isatty() else 15.0
+    return tqdm(total=total, initial=initial, desc=what, unit="tok", unit_scale=True, mininterval=interval)

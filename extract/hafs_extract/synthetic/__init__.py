@@ -1,0 +1,1 @@
+"""Synthetic worlds of known features, and stores sampled from them."""

@@ -1,0 +1,193 @@
+"""Frozen dataclasses as configs: to and from JSON, to and from command-line flags. Standard library only.
+
+Each field is declared once, with its default and a line of help that carries the unit. Nested dataclasses become
+dotted flags (`--penalty.lam-max 1`), the same path that the field has in the saved `config.json`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from hafs_jax.base.errors import UserError
+
+C = TypeVar("C")
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field with its default, one line of help (meaning and unit) and, for strings, the allowed values."""
+    metadata = {"help": help, "choices": tuple(choices) if choices else None}
+    if dataclasses.is_dataclass(default) or isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON values (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
+    """A `cls` from plain JSON values. `where` names the file or flag in errors.
+
+    Raises `UserError` for an unknown key (with the nearest known one), a missing one and a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected an object with {cls.__name__}'s keys, found {values!r}")
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(key, fields)}")
+    missing = [name for name, field in fields.items() if name not in values and not _has_default(field)]
+    if missing:
+        raise UserError(f"{where}: {cls.__name__} lacks {', '.join(missing)}")
+    return cls(**{key: _coerce(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+
+
+def check_choices(config: Any) -> None:
+    """Raises `UserError` where a field declared with `choices` holds another value; call it in `__post_init__`."""
+    for field in dataclasses.fields(config):
+        choices, value = field.metadata.get("choices"), getattr(config, field.name)
+        if choices and value not in choices:
+            near = did_you_mean(value, choices)
+            raise UserError(f"{field.name}={value!r}: expected one of {', '.join(choices)}{near}")
+
+
+def did_you_mean(word: Any, known: Any) -> str:
+    """'; did you mean 'x'?' for the nearest of `known`, or the empty string where nothing is near."""
+    near = difflib.get_close_matches(str(word), [str(item) for item in known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose every complaint is one line and exit code 2, with the nearest flag suggested."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see `{self.prog} --help`", file=sys.stderr)
+        raise SystemExit(2)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._all_actions() for flag in action.option_strings]
+            self.error(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0].split('=')[0], flags)}")
+        return parsed
+
+    def _all_actions(self) -> list[argparse.Action]:
+        found = list(self._actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [inner for parser in action.choices.values() for inner in parser._actions]
+        return found
+
+
+def add_flags(parser: argparse.ArgumentParser, default: Any, prefix: str = "", skip: Sequence[str] = ()) -> None:
+    """Adds a flag for every field of the config `default`; the help shows the field's line and default value.
+
+    `skip` names dotted fields that the caller sets in another way. Nothing given on the command line means nothing
+    in the namespace, so that `with_flags` overrides only what the user said.
+    """
+    hints = typing.get_type_hints(type(default))
+    for field in dataclasses.fields(default):
+        path, value = prefix + field.name, getattr(default, field.name)
+        if path in skip:
+            continue
+        if dataclasses.is_dataclass(value):
+            add_flags(parser, value, path + ".", skip)
+            continue
+        help_line = f"{field.metadata.get('help', '')} [{_shown(value)}]".replace("%", "%%")
+        flag, kind = "--" + path.replace("_", "-"), hints[field.name]
+        common: dict[str, Any] = {"dest": path, "default": argparse.SUPPRESS, "help": help_line}
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif typing.get_origin(kind) is tuple:
+            parser.add_argument(flag, nargs="+", type=_scalar(typing.get_args(kind)[0]), metavar="X", **common)
+        else:
+            choices = field.metadata.get("choices")
+            parser.add_argument(flag, type=_scalar(kind), choices=choices, metavar=None if choices else "X", **common)
+
+
+def with_flags(default: C, namespace: argparse.Namespace) -> C:
+    """The config `default` with every field that the command line named replaced, validated anew."""
+    changes: dict[str, Any] = {}
+    for path, value in vars(namespace).items():
+        node = changes
+        *parents, leaf = path.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = tuple(value) if isinstance(value, list) else value
+
+    def replaced(config: Any, values: dict[str, Any]) -> Any:
+        known = {field.name for field in dataclasses.fields(config)}
+        return dataclasses.replace(
+            config,
+            **{
+                key: replaced(getattr(config, key), value) if isinstance(value, dict) else value
+                for key, value in values.items()
+                if key in known
+            },
+        )
+
+    return replaced(default, changes)
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _optional(kind: Any) -> tuple[Any, bool]:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(kind) if arg is not type(None)]
+        return inner[0], len(inner) < len(typing.get_args(kind))
+    return kind, False
+
+
+def _scalar(kind: Any) -> Any:
+    inner, optional = _optional(kind)
+
+    def parse(text: str) -> Any:
+        return None if optional and text.lower() == "none" else inner(text)
+
+    parse.__name__ = getattr(inner, "__name__", str(inner))
+    return parse
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    inner, optional = _optional(kind)
+    if value is None and optional:
+        return None
+    if dataclasses.is_dataclass(inner):
+        return from_dict(inner, value, where)  # type: ignore[arg-type]
+    origin = typing.get_origin(inner)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        item = typing.get_args(inner)[0]
+        return tuple(_coerce(item, entry, f"{where}[{index}]") for index, entry in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return value
+    if inner is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = origin or inner
+    if expected is Any or (isinstance(value, expected) and not (expected is int and isinstance(value, bool))):
+        return value
+    raise UserError(f"{where}: expected {getattr(inner, '__name__', inner)}, found {value!r}")

@@ -1,0 +1,101 @@
+"""The command `hafs`: one entry for all rooms. A room is imported when one of its commands is named."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from hafs_jax.base.errors import UserError, one_line_errors
+from hafs_jax.base.options import did_you_mean
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, the module whose `main([name, *arguments])` runs it, and one line of help."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "extract": Command("hafs_extract.cli", "run a language model over text and store its activations"),
+    "import": Command("hafs_extract.cli", "make an activation store of .npy files, without a model"),
+    "verify": Command("hafs_extract.cli", "check everything of an activation store"),
+    "train": Command("hafs_jax.training.commands", "train one SAE, or go on with an interrupted run"),
+    "sweep": Command("hafs_jax.training.commands", "train a grid of SAEs over one pass of the data"),
+    "tau": Command("hafs_jax.training.commands", "print the threshold tau that a finished baseline run gives"),
+    "inspect": Command("hafs_jax.training.commands", "print what a run is, how far it got and how healthy it is"),
+    "synth": Command("hafs_jax.training.commands", "train and score SAEs on a world whose true features are known"),
+    "synth-world": Command("hafs_extract.cli", "only sample the activations of such a world"),
+    "synth-score": Command("hafs_evaluate.cli", "only score the finished runs of such a world"),
+    "agreement": Command("hafs_evaluate.cli", "compare hole, absorption and probing with such a world's truth"),
+    "evaluate": Command("hafs_evaluate.cli", "measure all finished runs, or an SAE of another library"),
+    "report": Command("hafs_evaluate.cli", "write the report of all that was measured"),
+    "experiment": Command("hafs_evaluate.cli", "train, measure and compare every SAE of an experiment"),
+    "export": Command("hafs_evaluate.cli", "write one run for SAELens or dictionary_learning"),
+    "import-sae": Command("hafs_evaluate.cli", "write another library's SAE as a SAELens folder"),
+    "neuronpedia": Command("hafs_evaluate.cli", "write a run's latents for Neuronpedia and SAEDashboard"),
+    "upload": Command("hafs_evaluate.cli", "put one run on the model hub"),
+}
+"""Every command, in the order in which the help lists them."""
+
+EXTRAS = {
+    "extract": ("torch", "transformers", "transformer_lens", "datasets", "gguf", "pyarrow"),
+    "evaluate": (
+        "sae_lens", "sae_bench", "sae_probes", "pandas", "sklearn", "scipy", "huggingface_hub", "xgboost", "zstandard",
+        "seaborn", "tabulate", "openai", "beartype", "jinja2", "matplotlib",
+    ),
+}  # fmt: skip
+"""The optional packages that the rooms import, by the extra that installs them."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code. A user's mistake is one line and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    with one_line_errors():
+        if name == "--version":
+            from importlib.metadata import version
+
+            print(version("hafs-jax"))
+            return 0
+        if name not in COMMANDS:
+            raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; `hafs --help` lists them")
+        with _named_extras(name):
+            return importlib.import_module(COMMANDS[name].module).main(arguments) or 0
+
+
+@contextmanager
+def _named_extras(command: str) -> Iterator[None]:
+    """Turns the absence of an optional package into a `UserError` that names the extra to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
+            raise
+        also = "extract,evaluate" if COMMANDS[command].module == "hafs_evaluate.cli" else extra
+        raise UserError(
+            f"`hafs {command}` needs the package {package}, which is not installed: pip install 'hafs-jax[{also}]'"
+        ) from None
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hafs COMMAND [options]",
+            "",
+            "Sparse autoencoders on language-model activations: extract, train, evaluate, report.",
+            "",
+            *lines,
+            "",
+            "`hafs COMMAND --help` lists a command's options.",
+        ]
+    )

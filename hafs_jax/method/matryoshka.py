@@ -1,0 +1,77 @@
+"""Matryoshka SAEs: nested prefixes of the dictionary, each of which reconstructs on its own. Pure functions.
+
+Bussmann et al. 2025 (arXiv 2503.17547).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from hafs_jax.config import SAEConfig
+from hafs_jax.ops.products import Params, matmul
+
+_PARETO = 0.5  # shape of the distribution of sampled prefixes: short ones are the more frequent
+
+
+def prefix_ends(config: SAEConfig, key: Key[Array, ""]) -> Int[Array, " G"]:
+    """Rising lengths of the prefixes, the last F: the config's fractions of F, or a sample of this step's.
+
+    Sampled lengths follow a Pareto distribution of shape 0.5 truncated to 1..F.
+    """
+    F = config.F
+    if not config.sampled_prefixes:
+        return jnp.asarray(fixed_ends(config), jnp.int32)
+    uniform = jax.random.uniform(key, (config.sampled_prefixes - 1,))
+    lengths = (1.0 - uniform * (1.0 - F**-_PARETO)) ** (-1.0 / _PARETO)
+    inner = jnp.sort(jnp.clip(lengths.astype(jnp.int32), 1, F))
+    return jnp.concatenate([inner, jnp.full(1, F, jnp.int32)])
+
+
+def fixed_ends(config: SAEConfig) -> tuple[int, ...]:
+    """The lengths of the fixed prefixes: `prefixes` as fractions of F, rounded, at least 1."""
+    return tuple(max(1, round(fraction * config.F)) for fraction in config.prefixes)
+
+
+def prefix_shares(config: SAEConfig, key: Key[Array, ""]) -> Float[Array, " F"]:
+    """The share of the prefixes that hold each latent: 1 for the first band, 1 / G for the last.
+
+    What a latent pays in a loss that is the mean over G nested SAEs, each with its own sparsity cost. Paid in full, L1
+    would outweigh the one prefix in which a latent of the last band helps, and kill the band.
+    """
+    return jnp.mean(jnp.arange(config.F)[None] < prefix_ends(config, key)[:, None], axis=0, dtype=jnp.float32)
+
+
+def bands(config: SAEConfig) -> Int[Array, " F"]:
+    """The number of the fixed prefix that first holds each latent: its level."""
+    ends = jnp.asarray(fixed_ends(config), jnp.int32)
+    return jnp.searchsorted(ends, jnp.arange(config.F), side="right").astype(jnp.int32)
+
+
+def prefix_changes(
+    latents_BF: Float[Array, "B F"], params: Params, config: SAEConfig, key: Key[Array, ""]
+) -> list[Float[Array, "B D"]]:
+    """What each band of latents, the part of a prefix that is not in the one before, adds to the reconstruction.
+
+    Fixed prefixes are slices, so that all of them together cost one decoder product; sampled ones cost one each.
+    """
+    if config.sampled_prefixes:
+        ends_G = prefix_ends(config, key)
+        band_F = jnp.searchsorted(ends_G, jnp.arange(config.F), side="right")
+        parts = [jnp.where((band_F == g)[None], latents_BF, 0.0) for g in range(config.sampled_prefixes)]
+        return [matmul(part, params["W_dec"], config.compute_dtype) for part in parts]
+    ends = fixed_ends(config)
+    slices = [slice(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+    return [matmul(latents_BF[:, s], params["W_dec"][s], config.compute_dtype) for s in slices]
+
+
+def prefix_errors(
+    changes: Sequence[Float[Array, "B D"]], target_BD: Float[Array, "B D"], b_dec: Float[Array, " D"]
+) -> tuple[Float[Array, " G"], Float[Array, "B D"]]:
+    """Mean over rows of |target - reconstruction from the first bands|^2 for each prefix, and the whole's residual."""
+    residual_BD, errors = target_BD - b_dec[None], []
+    for change_BD in changes:
+        residual_BD = residual_BD - change_BD
+        errors.append(jnp.mean(jnp.sum(residual_BD**2, axis=1)))
+    return jnp.stack(errors), residual_BD

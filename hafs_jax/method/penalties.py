@@ -1,0 +1,271 @@
+"""The decoder's orthogonality penalty, its noise floor, and the coherence figures logged beside it. Pure functions."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from hafs_jax.config import PenaltyConfig, SAEConfig
+from hafs_jax.method.matryoshka import bands
+from hafs_jax.method.sae import unit_rows
+
+_CHUNKS_A_TURN = 4  # of a CPU's loop; one a turn takes 8% longer
+
+
+class Structure(struct.PyTreeNode):
+    """What the penalty knows of the latents beside their directions; constants of differentiation."""
+
+    groups_F: Int[Array, " F"]  # latents of the same group may share direction under alpha
+    rate_F: Float[Array, " F"]  # share of recent rows in which each fires
+    active_BF: Bool[Array, "B F"] | None = None  # who fires in this batch; only `cofiring` asks
+
+
+def first_groups(config: PenaltyConfig, sae: SAEConfig) -> Int[Array, " F"]:
+    """The groups of T_ij = [group of i = group of j]: one for all; `group_size` neighbours; or Matryoshka's levels.
+
+    `parent` starts with all in one group, as `global`, until `assign_parents` is first called.
+    """
+    if config.sharing == "contiguous":
+        return jnp.arange(sae.F, dtype=jnp.int32) // config.group_size
+    if config.sharing == "level":
+        return bands(sae)
+    return jnp.zeros(sae.F, jnp.int32)
+
+
+def assign_parents(W_dec: Float[Array, "F D"], parents: int) -> Int[Array, " F"]:
+    """The number of each latent's parent: of the first `parents` latents (each its own), the one of largest cosine."""
+    units_FD = unit_rows(W_dec)
+    parents = min(parents, W_dec.shape[0])
+    nearest_F = jnp.argmax(units_FD @ units_FD[:parents].T, axis=1).astype(jnp.int32)
+    ids_F = jnp.arange(W_dec.shape[0], dtype=jnp.int32)
+    return jnp.where(ids_F < parents, ids_F, nearest_F)
+
+
+def sharing_weights(
+    ids_CM: Int[Array, "C M"], structure: Structure, config: PenaltyConfig
+) -> Float[Array, "C M M"] | float:
+    """T_ij, to what degree latents i and j may share direction under alpha, for chunks of latent numbers.
+
+    `global`: 1. `contiguous`, `parent`, `level`: 1 within a group, else 0. `cofiring`: the share of the batch's rows
+    where the rarer of the two fires in which the other fires too; 0 where the rarer does not fire at all.
+    """
+    if config.sharing == "global":
+        return 1.0
+    if config.sharing == "cofiring":
+        assert structure.active_BF is not None
+        active_BCM = structure.active_BF.astype(jnp.float32)[:, ids_CM]
+        both_CMM = jnp.einsum("bci,bcj->cij", active_BCM, active_BCM)
+        counts_CM = jnp.sum(active_BCM, axis=0)
+        rarer_CMM = jnp.minimum(counts_CM[:, :, None], counts_CM[:, None, :])
+        return both_CMM / jnp.maximum(rarer_CMM, 1.0)
+    groups_CM = structure.groups_F[ids_CM]
+    return (groups_CM[:, :, None] == groups_CM[:, None, :]).astype(jnp.float32)
+
+
+def penalty_pull(
+    W_dec: Float[Array, "F D"],
+    alpha: Float[Array, ""],
+    structure: Structure,
+    mu0: float,
+    config: PenaltyConfig,
+    key: Key[Array, ""],
+) -> tuple[Float[Array, ""], Float[Array, "F D"]]:
+    """The penalty of a decoder of unit rows, before lambda, and the part of its gradient that turns them.
+
+    By the config's kind `hinge_penalty`, or 1 - alpha times `ortsae_penalty` or `frobenius_penalty`.
+    """
+    if config.kind == "hinge":
+        return hinge_pull(W_dec, alpha, structure, mu0, config, key)
+
+    def value(W_dec: Array) -> Array:
+        whole = ortsae_penalty(W_dec, config, key) if config.kind == "ortsae" else frobenius_penalty(W_dec)
+        return (1.0 - alpha) * whole
+
+    found, gradient_FD = jax.value_and_grad(value)(W_dec)
+    return found, tangent(gradient_FD, W_dec)
+
+
+def tangent(gradient_FD: Float[Array, "F D"], unit_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
+    """The gradient without its component along the unit rows."""
+    return gradient_FD - jnp.sum(gradient_FD * unit_FD, axis=1, keepdims=True) * unit_FD
+
+
+def hinge_penalty(
+    W_dec: Float[Array, "F D"],
+    alpha: Float[Array, ""],
+    structure: Structure,
+    mu0: float,
+    config: PenaltyConfig,
+    key: Key[Array, ""],
+) -> Float[Array, ""]:
+    """O: the one-sided squared hinge on cosines above mu0, estimated on a random partition into chunks of m.
+
+    O = w * mean_i sum_{j in chunk(i), j != i} (1 - alpha T_ij) relu(u_i . u_j - mu0)^2, u the unit rows of W_dec, with
+    w the inverse probability that a pair shares a chunk: (F - 1)/(m - 1) where m divides F. Unbiased over partitions;
+    exact where one chunk holds all latents. Cost F m D, never F x F. `yielding` decides which row of a pair the
+    gradient moves; the value is the same, and so is the size of the gradient. This is the plain form,
+    which tests hold `hinge_pull` to.
+    """
+    F = W_dec.shape[0]
+    chunks = _chunks(F, config.chunk_size, key)
+    rows_CMD = unit_rows(W_dec)[chunks.ids_CM]
+    fixed_CMD = jax.lax.stop_gradient(rows_CMD)
+    onto_fixed = jnp.einsum("cid,cjd->cij", rows_CMD, fixed_CMD, preferred_element_type=jnp.float32)
+    value = jax.lax.stop_gradient(onto_fixed)
+    moves_CMM = _moves(chunks.ids_CM, structure, config)
+    cosines_CMM = value + 2 * moves_CMM * (onto_fixed - value)  # one product backward where autodiff would take two
+    weights_CMM = _pair_weights(chunks.ids_CM, chunks.real_CM, alpha, structure, config)
+    return jnp.sum(weights_CMM * jax.nn.relu(cosines_CMM - mu0) ** 2) * ((F - 1) / max(chunks.pairs, 1))
+
+
+def hinge_pull(
+    W_dec: Float[Array, "F D"],
+    alpha: Float[Array, ""],
+    structure: Structure,
+    mu0: float,
+    config: PenaltyConfig,
+    key: Key[Array, ""],
+) -> tuple[Float[Array, ""], Float[Array, "F D"]]:
+    """`hinge_penalty` of a decoder of unit rows, and the part of its gradient that turns them.
+
+    That gradient is a product with the chunk's own rows, sum_j H_ij u_j - (sum_j H_ij u_i . u_j) u_i with H_ij the
+    derivative for the cosine, so that a chunk is read once: on a CPU one after the other, each while it is in cache.
+
+    A latent sees n = m - 1 of its N = F - 1 others, drawn without replacement, so that its pull's mean squared error is
+    N (N - n) / n times the variance of its terms H_ij (u_j - (u_i . u_j) u_i) over all others j (with divisor N - 1).
+    """
+    F, D = W_dec.shape
+    chunks = _chunks(F, config.chunk_size, key)
+    scale = (F - 1) / max(chunks.pairs, 1)
+
+    def of_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        ids_1M, real_1M = chunk[0][None], chunk[1][None]
+        rows_MD = W_dec[chunk[0]]
+        cosines_MM = rows_MD @ rows_MD.T
+        above_MM = _pair_weights(ids_1M, real_1M, alpha, structure, config)[0] * jax.nn.relu(cosines_MM - mu0)
+        total = jnp.sum(above_MM * jax.nn.relu(cosines_MM - mu0))
+        slopes_MM = 4 * above_MM * _moves(ids_1M, structure, config)[0]
+        along_M = jnp.sum(slopes_MM * cosines_MM, axis=1)
+        return scale * total, scale * (slopes_MM - jnp.diag(along_M)) @ rows_MD
+
+    each = chunks.ids_CM, chunks.real_CM
+    if jax.default_backend() == "cpu":
+        _, of_each = jax.lax.scan(lambda _, chunk: (None, of_chunk(chunk)), None, each, unroll=_CHUNKS_A_TURN)
+    else:
+        of_each = jax.vmap(of_chunk)(each)
+    totals_C, pulls_CMD = of_each
+    numbers_F = jnp.arange(F, dtype=jnp.int32)
+    places_F = jnp.zeros_like(numbers_F).at[chunks.ids_CM.reshape(-1)[:F]].set(numbers_F, unique_indices=True)
+    return jnp.sum(totals_C), pulls_CMD.reshape(-1, D)[places_F]
+
+
+def _pair_weights(
+    ids_CM: Int[Array, "C M"],
+    real_CM: Bool[Array, "C M"],
+    alpha: Float[Array, ""],
+    structure: Structure,
+    config: PenaltyConfig,
+) -> Float[Array, "C M M"]:
+    """1 - alpha T_ij of distinct latents; 0 for a latent with itself and where one of the two is not real."""
+    pairs_CMM = real_CM[:, :, None] & real_CM[:, None, :] & ~jnp.eye(ids_CM.shape[1], dtype=bool)[None]
+    return jnp.where(pairs_CMM, 1.0 - alpha * sharing_weights(ids_CM, structure, config), 0.0)
+
+
+def _moves(ids_CM: Int[Array, "C M"], structure: Structure, config: PenaltyConfig) -> Float[Array, "C M #M"]:
+    """1 where the pair (i, j) moves i, else 0: weights and cosines are symmetric, (j, i) moves j."""
+    if config.yielding == "both":
+        return jnp.ones((*ids_CM.shape, 1))
+    order_CM = ids_CM if config.yielding == "later" else -structure.rate_F[ids_CM]
+    return (order_CM[:, :, None] >= order_CM[:, None, :]).astype(jnp.float32)
+
+
+def ortsae_penalty(W_dec: Float[Array, "F D"], config: PenaltyConfig, key: Key[Array, ""]) -> Float[Array, ""]:
+    """Mean over latents of (max_{j != i in chunk(i)} u_i . u_j)^2, chunks of at most `chunk_size` (arXiv 2509.22033).
+
+    The published method takes chunks of 8,192 latents; smaller chunks lower the maximum, so the value depends on them.
+    """
+    F = W_dec.shape[0]
+    count = -(-F // config.chunk_size)
+    chunks = _chunks(F, -(-F // count), key)
+    rows_CMD = unit_rows(W_dec)[chunks.ids_CM]
+    cosines_CMM = jnp.einsum("cid,cjd->cij", rows_CMD, rows_CMD, preferred_element_type=jnp.float32)
+    others_CMM = chunks.real_CM[:, None, :] & ~jnp.eye(chunks.ids_CM.shape[1], dtype=bool)[None]
+    largest_CM = jnp.max(jnp.where(others_CMM, cosines_CMM, -1.0), axis=-1)
+    return jnp.sum(jnp.where(chunks.real_CM, largest_CM**2, 0.0)) / F
+
+
+def frobenius_penalty(W_dec: Float[Array, "F D"]) -> Float[Array, ""]:
+    """(|U^T U|_F^2 - F) / F = mean_i sum_{j != i} (u_i . u_j)^2: all pairs, exactly, at a cost of F D^2."""
+    units_FD = unit_rows(W_dec)
+    return jnp.sum((units_FD.T @ units_FD) ** 2) / len(units_FD) - 1.0
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """A random partition of the latents into chunks of one size."""
+
+    ids_CM: Int[Array, "C M"]  # the last chunk is filled up with the last latent's number
+    real_CM: Bool[Array, "C M"]  # all but what it is filled up with
+    pairs: int  # ordered pairs of distinct latents that share a chunk
+
+
+def _chunks(F: int, size: int, key: Key[Array, ""]) -> _Chunks:
+    m = min(size, F)
+    count = -(-F // m)
+    order = jax.random.permutation(key, F).astype(jnp.int32)
+    ids_CM = jnp.concatenate([order, jnp.full(count * m - F, F, jnp.int32)]).reshape(count, m)
+    last = F - (count - 1) * m
+    return _Chunks(jnp.minimum(ids_CM, F - 1), ids_CM < F, (count - 1) * m * (m - 1) + last * (last - 1))
+
+
+def noise_floor_margin(n_latents: int, d_model: int, floor: float) -> float:
+    """mu0 at which the penalty of F random unit rows in R^D is `floor`: solves ((F-1)/D) G(mu0 sqrt D) = floor.
+
+    G(s) = (1 + s^2) Phi(-s) - s phi(s) is E[relu(z - s)^2] of a standard normal z. 0 where even the whole positive
+    half is below the floor.
+    """
+
+    def expected(mu0: float) -> float:
+        s = mu0 * math.sqrt(d_model)
+        upper_tail = 0.5 * math.erfc(s / math.sqrt(2))
+        density = math.exp(-s * s / 2) / math.sqrt(2 * math.pi)
+        return (n_latents - 1) / d_model * ((1 + s * s) * upper_tail - s * density)
+
+    low, high = 0.0, 1.0
+    if expected(low) <= floor:
+        return 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected(middle) > floor else (low, middle)
+    return high
+
+
+def coherence(W_dec: Float[Array, "F D"], most: int | None = None, chunk: int = 256) -> dict[str, Float[Array, ""]]:
+    """Mean and maximum over latents of the nearest other latent's cosine, and the Frobenius excess.
+
+    coherence_mean = mean_i max_{j != i} u_i . u_j, coherence_max its maximum over i, and frobenius_excess =
+    (|U^T U|_F^2 - F) / (F (F-1) / D): the mean squared cosine of distinct pairs relative to random rows' 1/D.
+    With `most` the first two are over so many latents i, evenly spaced, where there are more: all of them cost F / 5 B
+    dense steps. Chunked: `chunk` x F cosines at a time.
+    """
+    F, D = W_dec.shape
+    units_FD = unit_rows(W_dec)
+    count = F if most is None else min(most, F)
+    chunks = -(-count // chunk)
+    ids_CM = jnp.asarray(np.minimum(np.arange(chunks * chunk), count - 1) * F // count).reshape(chunks, chunk)
+
+    def nearest(ids_M: Int[Array, " M"]) -> Float[Array, " M"]:
+        cosines_MF = units_FD[ids_M] @ units_FD.T
+        return jnp.max(jnp.where(ids_M[:, None] == jnp.arange(F)[None], -jnp.inf, cosines_MF), axis=1)
+
+    nearest_N = jax.lax.map(nearest, ids_CM).reshape(-1)[:count]
+    squares = jnp.sum((units_FD.T @ units_FD) ** 2)
+    return {
+        "coherence_mean": jnp.mean(nearest_N),
+        "coherence_max": jnp.max(nearest_N),
+        "frobenius_excess": (squares - F) / (F * (F - 1) / D),
+    }

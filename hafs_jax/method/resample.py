@@ -1,0 +1,78 @@
+"""Resampling of dead latents: they start anew from what the SAE reconstructs worst. Pure functions.
+
+After "Towards Monosemanticity" (Bricken et al. 2023): rows are drawn in proportion to their squared loss.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int, Key
+
+from hafs_jax.config import TrainConfig
+from hafs_jax.method.architectures import ARCHITECTURES
+from hafs_jax.method.sae import unit_rows
+from hafs_jax.ops.products import Params
+from hafs_jax.training.shardings import latent_axis
+from hafs_jax.training.state import largest_of_members
+
+_ENCODER_SHARE = 0.2  # norm of a new encoder column, relative to the mean of the live ones
+
+
+def resample(
+    params: Params,
+    opt_state: optax.OptState,
+    steps_since_fired_F: Int[Array, " F"],
+    dead_steps: int,
+    rows: tuple[Array, Array],
+    now: Bool[Array, ""],
+    key: Key[Array, ""],
+    config: TrainConfig,
+    axis: str | None = None,
+) -> tuple[Params, optax.OptState, Int[Array, " F"]]:
+    """The parameters, moments and counters with dead latents made anew, where `now`; else as they are.
+
+    `rows` are the batch's scaled inputs [B, D] and residuals [B, D_out]. A dead latent's dictionary vector becomes the
+    direction of a drawn row's residual, its encoder column the same direction (a transcoder's: the input's) at a fifth
+    of the live columns' mean norm, its bias 0; what the architecture adds gets its first value, its moments 0.
+    """
+
+    def renew(params: Params, opt_state: Any, since_F: Array) -> tuple[Params, Any, Array]:
+        acts_BD, residual_BD = rows
+        is_dead_F = (since_F >= dead_steps) & now
+        error_B = jnp.sum(residual_BD**2, axis=1)
+        drawn_F = jax.random.categorical(key, 2.0 * jnp.log(error_B + 1e-20), shape=since_F.shape)
+        decoder_FD = unit_rows(residual_BD[drawn_F])
+        encoder_FD = unit_rows(acts_BD[drawn_F]) if config.sae.transcode else decoder_FD
+        norm_F = jnp.linalg.norm(params["W_enc"], axis=0)
+        live = jnp.sum(jnp.where(is_dead_F, 0.0, norm_F)) / jnp.maximum(jnp.sum(~is_dead_F), 1)
+        fresh = {"W_dec": decoder_FD, "W_enc": _ENCODER_SHARE * live * encoder_FD.T, "b_enc": jnp.zeros_like(norm_F)}
+        for name, first in ARCHITECTURES[config.sae.architecture].params.items():
+            fresh[name] = jnp.full_like(norm_F, first(config.sae))
+        params = {
+            name: jnp.where(_along(is_dead_F, _axis(name), value.ndim), fresh[name], value) if name in fresh else value
+            for name, value in params.items()
+        }
+
+        def without_dead(path: tuple, leaf: Array) -> Array:
+            axis = latent_axis(path)
+            return leaf if axis is None else jnp.where(_along(is_dead_F, axis, leaf.ndim), 0, leaf)
+
+        moments = jax.tree_util.tree_map_with_path(without_dead, opt_state)
+        return params, moments, jnp.where(is_dead_F, 0, since_F)
+
+    return jax.lax.cond(
+        largest_of_members(now, axis), renew, lambda *same: same, params, opt_state, steps_since_fired_F
+    )
+
+
+def _axis(name: str) -> int:
+    axis = latent_axis((jax.tree_util.DictKey(name),))
+    assert axis is not None
+    return axis
+
+
+def _along(is_dead_F: Bool[Array, " F"], axis: int, ndim: int) -> Array:
+    """The mask shaped to broadcast along `axis` of an array of `ndim` axes."""
+    return jnp.expand_dims(is_dead_F, tuple(other for other in range(ndim) if other != axis))

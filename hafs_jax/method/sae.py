@@ -1,0 +1,131 @@
+"""The sparse autoencoder as a Flax module, and the affine map between the model's units and the SAE's.
+
+Inside, activations are centred by the store's mean and scaled to a mean squared distance of D from it. The decoder's
+rows are of unit norm: `unit_rows` is applied at initialisation and after each update (in `step`), and nowhere else.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Key
+
+from hafs_jax.config import SAEConfig
+from hafs_jax.method.architectures import ARCHITECTURES, Encoding, OperatingPoint
+from hafs_jax.ops.products import Params, matmul
+
+
+class InputScale(struct.PyTreeNode):
+    """x -> (x - mean) * scale, kept in the checkpoint and folded into the weights at export."""
+
+    mean_D: Float[Array, " D"]
+    scale: Float[Array, ""]
+    variance: Float[Array, ""]  # mean of |(x - mean) * scale|^2, the denominator of FVU
+    target: "InputScale | None" = None  # of a transcoder's target rows
+
+    def __call__(self, acts_BD: Array) -> Float[Array, "B D"]:
+        """Raw activations of any float dtype, centred and scaled, in float32."""
+        return (acts_BD.astype(jnp.float32) - self.mean_D[None]) * self.scale
+
+
+class SAE(nn.Module):
+    """latents = activate((x - b_dec) @ W_enc + b_enc); reconstruction = latents @ W_dec + b_dec.
+
+    A transcoder (`config.transcode`) reconstructs rows of width `d_out` of another store, and its encoder subtracts no
+    b_dec. Parameters are float32; the matrix products' inputs are cast to `config.compute_dtype` and accumulate in
+    float32. The product with W_enc is written x @ W_enc + (b_enc - b_dec @ W_enc): the same function, whose gradient
+    costs no product of B x D x F for an input gradient that nobody needs.
+    """
+
+    config: SAEConfig
+    d_model: int
+    d_out: int | None = None  # None: d_model
+
+    def setup(self) -> None:
+        config, D, F = self.config, self.d_model, self.config.F
+        D_out = D if self.d_out is None else self.d_out
+        params = {"W_dec": self.param("W_dec", lambda key: unit_rows(jax.random.normal(key, (F, D_out), jnp.float32)))}
+        scale = encoder_scale(config, D)
+        if config.encoder == "tied" and not config.transcode:
+            params["W_enc"] = self.param("W_enc", lambda _: scale * params["W_dec"].T)
+        else:
+            params["W_enc"] = self.param(
+                "W_enc", lambda key: scale * unit_rows(jax.random.normal(key, (F, D), jnp.float32)).T
+            )
+        params["b_enc"] = self.param("b_enc", nn.initializers.zeros, (F,), jnp.float32)
+        params["b_dec"] = self.param("b_dec", nn.initializers.zeros, (D_out,), jnp.float32)
+        for name, first in ARCHITECTURES[config.architecture].params.items():
+            params[name] = self.param(name, nn.initializers.constant(first(config)), (F,), jnp.float32)
+        self.params = params
+
+    def encode(self, acts_BD: Float[Array, "B D"], at: OperatingPoint) -> Encoding:
+        """Pre-activations and latents of scaled activations."""
+        params, dtype = dict(self.params), self.config.compute_dtype
+        pre_BF = matmul(acts_BD, params["W_enc"], dtype) + pre_bias(params, self.config)[None]
+        activate = ARCHITECTURES[self.config.architecture].activate
+        return Encoding(pre_BF, activate(pre_BF, params, self.config, at))
+
+    def decode(self, latents_BF: Float[Array, "B F"]) -> Float[Array, "B D_out"]:
+        """The reconstruction, in scaled units."""
+        return matmul(latents_BF, self.params["W_dec"], self.config.compute_dtype) + self.params["b_dec"][None]
+
+    def __call__(self, acts_BD: Float[Array, "B D"], at: OperatingPoint) -> tuple[Encoding, Float[Array, "B D_out"]]:
+        """The encoding and the reconstruction."""
+        encoding = self.encode(acts_BD, at)
+        return encoding, self.decode(encoding.latents_BF)
+
+
+def pre_bias(params: Params, config: SAEConfig) -> Float[Array, " F"]:
+    """What the encoder adds to acts @ W_enc: b_enc - b_dec @ W_enc; a transcoder's b_enc alone."""
+    return params["b_enc"] if config.transcode else params["b_enc"] - params["b_dec"] @ params["W_enc"]
+
+
+def encoder_scale(config: SAEConfig, d_model: int) -> float:
+    """The config's, or min(1, 2 D / F) for an SAE that starts dense, else 1.
+
+    Where half of F random unit latents are active, relu(W_dec x) W_dec is about F / (2 D) x: a tied encoder at 1 starts
+    with an FVU far over 1, whose gradients stay in Adam's second moments and slow the whole run.
+    """
+    if config.encoder_scale is not None:
+        return config.encoder_scale
+    return min(1.0, 2 * d_model / config.F) if ARCHITECTURES[config.architecture].starts_dense else 1.0
+
+
+def init_params(config: SAEConfig, d_model: int, key: Key[Array, ""], d_out: int | None = None) -> Params:
+    """Fresh parameters: unit-norm random W_dec, W_enc its transpose (or random) times `encoder_scale()`, zero biases.
+
+    Activations are centred by the data mean before they reach the SAE, so a zero b_dec starts at that mean.
+    """
+    rows_1D = jnp.zeros((1, d_model), jnp.float32)
+    return SAE(config, d_model, d_out).init(key, rows_1D, OperatingPoint(config.k))["params"]
+
+
+def unit_rows(matrix: Float[Array, "F D"]) -> Float[Array, "F D"]:
+    """Each row divided by its norm; an all-zero row stays zero."""
+    norms = jnp.linalg.norm(matrix, axis=-1, keepdims=True)
+    return matrix / jnp.where(norms > 0, norms, 1.0)
+
+
+def folded(params: Params, scale: InputScale, threshold: Float[Array, ""]) -> tuple[Params, Float[Array, "..."]]:
+    """Weights and inference threshold that take raw activations: the same function, in the model's units.
+
+    With x' = (x - m) s: b_dec = m + b_dec'/s; the encoder's biases and thresholds are divided by s and the matrices
+    and r_mag unchanged, so that latents = latents'/s and the decoder's rows keep their unit norm. A transcoder's
+    encoder takes (x - m) s without subtracting b_dec, so b_enc = b_enc'/s - m @ W_enc; its latents come out in units
+    of 1/s, its target's scale s_t in others, so W_dec = W_dec' s/s_t: its rows have the norm s/s_t. The threshold is
+    the learned one of [F] where the parameters hold one, else the scalar `threshold`.
+    """
+    s, target = scale.scale, scale.target
+    raw = {name: value / s if name in _IN_UNITS else value for name, value in params.items() if name != "threshold"}
+    if target is None:
+        raw["b_dec"] = scale.mean_D + params["b_dec"] / s
+    else:
+        raw["b_enc"] = raw["b_enc"] - scale.mean_D @ params["W_enc"]
+        raw["W_dec"] = params["W_dec"] * s / target.scale
+        raw["b_dec"] = target.mean_D + params["b_dec"] / target.scale
+        if "b_mag" in raw:
+            raw["b_mag"] = raw["b_mag"] - (scale.mean_D @ params["W_enc"]) * jnp.exp(params["r_mag"])
+    return raw, params.get("threshold", threshold) / s
+
+
+_IN_UNITS = ("b_enc", "b_mag")  # biases in the units of the scaled activations

@@ -1,0 +1,149 @@
+"""Activations as a user has them: numpy arrays and npy files, one after another, read in blocks of rows.
+
+Standard library and numpy only. Whatever the leading dimensions are, [images, patches, D] say, the last is the width
+and the others are flattened to rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.store.shuffle import as_kept
+
+Arrays = np.ndarray | str | Path | Sequence[np.ndarray | str | Path]
+
+_BLOCK_BYTES = 8 << 20  # of float32
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array or file: its rows as [rows, D], and where they stand among the rows of all parts."""
+
+    name: str  # the file's path, or "array <n>"
+    first: int
+    rows: int
+    dtype: np.dtype
+    read: Callable[[int, int], np.ndarray]  # of its own rows
+
+
+class ArrayRows:
+    """The rows of one or more [..., D] float arrays or npy files, one after another."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        """Opens the files; raises `UserError` naming what does not open, is not float16/32/64, or differs in D."""
+        several = [arrays] if isinstance(arrays, (np.ndarray, str, Path)) else list(arrays)
+        if not several:
+            raise UserError("expected at least one array of activations, found none")
+        self.parts: list[Part] = []
+        self.d_model = self.rows = 0
+        for number, array in enumerate(several):
+            self._add(_opened(array), str(array) if isinstance(array, (str, Path)) else f"array {number}", array)
+        if not self.rows or not self.d_model:
+            raise UserError(f"{self.parts[0].name}: expected rows of activations, found none")
+
+    def _add(self, values: np.ndarray, name: str, given: np.ndarray | str | Path) -> None:
+        found = f"{list(values.shape)} {values.dtype}"
+        if values.dtype.kind != "f" or values.dtype.itemsize not in (2, 4, 8):
+            raise UserError(f"{name}: expected activations in float16, float32 or float64, found {found}; convert them")
+        if values.ndim < 2:
+            raise UserError(f"{name}: expected activations [rows, D], found {found}; reshape it")
+        width = values.shape[-1]
+        if self.parts and width != self.d_model:
+            raise UserError(f"{name}: expected D={self.d_model} as in {self.parts[0].name}, found {found}")
+        if isinstance(given, np.ndarray):
+            flat = values.reshape(-1, width)
+
+            def read(start: int, stop: int) -> np.ndarray:
+                return flat[start:stop]
+        else:
+            if values.ndim > 2 and not values.flags.c_contiguous:
+                raise UserError(f"{name}: expected C order, found {found} in Fortran order; save it again in C order")
+
+            def read(start: int, stop: int) -> np.ndarray:
+                # mapped anew each time: pages of a mapping that is kept would count as this process's memory
+                return np.array(_opened(given).reshape(-1, width)[start:stop])
+
+        self.parts.append(Part(name, self.rows, values.size // width if width else 0, values.dtype, read))
+        self.d_model = width
+        self.rows += self.parts[-1].rows
+
+    @property
+    def dtype(self) -> str:
+        """The store's dtype that keeps these: float16 if all are float16, else float32."""
+        return "float16" if all(part.dtype.itemsize == 2 for part in self.parts) else "float32"
+
+    def blocks(self) -> Iterator[tuple[int, int, int]]:
+        """All rows in order as (part number, start, stop), of a bounded size and of one part each."""
+        size = max(1, _BLOCK_BYTES // (4 * self.d_model))
+        for number, part in enumerate(self.parts):
+            for start in range(part.first, part.first + part.rows, size):
+                yield number, start, min(start + size, part.first + part.rows)
+
+    def pieces(self, start: int, stop: int, digest: Any) -> list[np.ndarray]:
+        """Rows `start` to `stop` in their own dtype, a piece [n, D] of each part; adds their bytes to `digest`."""
+        pieces = []
+        for part in self.parts:
+            first, last = max(start, part.first), min(stop, part.first + part.rows)
+            if first < last:
+                pieces.append(part.read(first - part.first, last - part.first))
+                digest.update(np.ascontiguousarray(pieces[-1]).reshape(-1).view(np.uint8).data)
+        return pieces
+
+    def kept(self, start: int, stop: int, dtype: str, digest: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Rows `start` to `stop` as kept on disk, [N, D] of KEPT_AS[dtype], and their norms [N].
+
+        Raises `UserError` naming the first row that is not finite or does not fit into `dtype`.
+        """
+        pieces = self.pieces(start, stop, digest)
+        with np.errstate(over="ignore"):  # of float64: becomes infinity
+            acts_ND = np.concatenate([piece.astype(np.float32) for piece in pieces])
+        kept_ND, norm_N, is_finite_N = as_kept(acts_ND, dtype)
+        if is_finite_N.all():
+            return kept_ND, norm_N
+        bad = int(np.argmin(is_finite_N))
+        values_D = np.concatenate([piece.astype(np.float64) for piece in pieces])[bad]
+        if np.isfinite(values_D).all():
+            column = int(np.argmax(np.abs(values_D)))
+            mend = "say --dtype bfloat16" if dtype == "float16" else "scale the activations down"
+            why = f"does not fit into {dtype}; {mend}"
+        else:
+            column, why = int(np.argmin(np.isfinite(values_D))), "is not finite; leave such rows out"
+        raise UserError(f"{self._place(start + bad)}: value {values_D[column]:g} in dimension {column} {why}")
+
+    def _place(self, row: int) -> str:
+        """Which row of which file the row `row` of all is."""
+        part = next(part for part in self.parts if row < part.first + part.rows)
+        return f"{part.name}: row {row - part.first}"
+
+
+def read_groups(groups: np.ndarray | str | Path, rows: int) -> np.ndarray:
+    """The group of each row, [rows] of an integer dtype; `UserError` where there are not `rows` of them."""
+    values = _opened(groups)
+    if values.dtype.kind not in "iu" or values.size != rows:
+        name = "groups" if isinstance(groups, np.ndarray) else str(groups)
+        raise UserError(
+            f"{name}: expected one integer for each of {rows} rows, found {list(values.shape)} {values.dtype}"
+        )
+    return np.array(values).reshape(-1)
+
+
+def _opened(array: np.ndarray | str | Path) -> np.ndarray:
+    """The array, memory-mapped if it is a file."""
+    if not isinstance(array, (str, Path)):
+        return np.asarray(array)
+    try:
+        values = np.load(array, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{array}: expected an npy file, found no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{array}: expected an npy file, found none that opens ({error}); save it with numpy.save"
+        ) from None
+    if not isinstance(values, np.ndarray):  # an npz archive
+        values.close()
+        raise UserError(f"{array}: expected an npy file, found an npz archive; save its array with numpy.save")
+    return values

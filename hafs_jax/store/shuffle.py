@@ -1,0 +1,175 @@
+"""The global shuffle in bounded memory, and the exact median of the norms. Standard library and numpy only.
+
+Every row of a split has a 64-bit key, a hash of the seed, the split and the row's number; the stored order is that of
+the keys. Pass 1 appends rows to buckets by the top bits of their keys; pass 2 sorts one bucket after another. So the
+order is that of one sort of all rows: it depends neither on the number of buckets nor on when a run was interrupted.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.store.store import KEPT_AS, ROW, from_float32, to_float32
+
+BUCKET_BYTES = 96 << 20
+MAX_BUCKETS = 256  # each is an open file
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_CHUNK = 1 << 20
+_ROWS_AT_ONCE = 64  # whose float64 values stay in the processor's cache
+
+
+def shuffle_keys(seed: int, stream: int, start: int, count: int) -> np.ndarray:
+    """Keys [count] uint64 of rows `start` to `start + count`: splitmix64 (Steele et al. 2014) at those counters.
+
+    Counter-based, so that any row's key is known without the rows before it; a bijection, so that no two rows tie.
+    """
+    return hashed(seed, stream, np.arange(start, start + count, dtype=np.uint64))
+
+
+def hashed(seed: int, stream: int, numbers_N: np.ndarray) -> np.ndarray:
+    """The keys [N] uint64 of the integers `numbers_N`, negative ones modulo 2^64: `shuffle_keys` at any counters."""
+    state = _splitmix(np.array([seed], np.uint64) + _GOLDEN)
+    state = _splitmix(state + np.array([stream + 1], np.uint64) * _GOLDEN)
+    return _splitmix(state + (numbers_N.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+
+
+def _splitmix(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def spilled(kinds: Sequence[tuple[int, str]]) -> np.dtype:
+    """A row on its way through the shuffle: its key, what it is, and a norm and activations of each kind.
+
+    Kinds, (width, dtype), are what stays together, such as several hook points' activations: `acts0`, `acts1`, ...
+    """
+    acts = [(f"acts{index}", KEPT_AS[dtype], (width,)) for index, (width, dtype) in enumerate(kinds)]
+    return np.dtype([("key", "<u8"), ("norm", "<f4", (len(kinds),)), ("row", ROW), *acts])
+
+
+def as_kept(acts_ND: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float32 rows as kept on disk [N, D] of KEPT_AS, the norms [N] of what is kept, and whether each is finite [N]."""
+    kept_ND = from_float32(acts_ND, dtype)
+    norm_N = norms(kept_ND, dtype)
+    return kept_ND, norm_N, np.isfinite(norm_N)
+
+
+def norms(kept_ND: np.ndarray, dtype: str) -> np.ndarray:
+    """The norms [N], float64, of rows as kept on disk: finite exactly where all of a row is."""
+    norm_N = np.empty(len(kept_ND))
+    for start in range(0, len(kept_ND), _ROWS_AT_ONCE):
+        values = to_float32(kept_ND[start : start + _ROWS_AT_ONCE], dtype).astype(np.float64)
+        norm_N[start : start + _ROWS_AT_ONCE] = np.sqrt(np.einsum("nd,nd->n", values, values))
+    return norm_N
+
+
+def n_buckets(rows: int, record: np.dtype) -> int:
+    """Buckets for `rows` rows, so that one of them fits into memory with ease."""
+    return min(MAX_BUCKETS, max(1, -(-rows * record.itemsize // BUCKET_BYTES)))
+
+
+class Spill:
+    """One split's rows in buckets on disk, and all norms in row order."""
+
+    def __init__(self, folder: Path, record: np.dtype, counts: list[int]) -> None:
+        """Opens `len(counts)` buckets and cuts them back to `counts` rows, as a journal says; zeros begin anew."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.record, self.counts, self.kinds = record, list(counts), record["norm"].shape[0]
+        self._paths = [folder / f"bucket-{index:04d}.bin" for index in range(len(counts))]
+        self._norms_path = folder / "norms.bin"
+        sizes = [count * record.itemsize for count in counts]
+        self._files = [_cut(path, size) for path, size in zip(self._paths, sizes, strict=True)]
+        self._norms = _cut(self._norms_path, 4 * self.kinds * self.rows)
+
+    @property
+    def rows(self) -> int:
+        return sum(self.counts)
+
+    def append(self, records: np.ndarray) -> None:
+        """Appends rows, each to the bucket of its key."""
+        n = np.uint64(len(self.counts))
+        bucket = ((records["key"] >> np.uint64(32)) * n >> np.uint64(32)).astype(np.int64)
+        ordered = taken(records, np.argsort(bucket, kind="stable"))
+        ends = np.cumsum(np.bincount(bucket, minlength=len(self.counts)))
+        for index, (start, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            if stop > start:
+                self._files[index].write(ordered[start:stop].view(np.uint8).data)
+                self.counts[index] += int(stop - start)
+        self._norms.write(np.ascontiguousarray(records["norm"]).tobytes())
+
+    def flush(self) -> None:
+        """Hands everything appended to the operating system, from where it can be read."""
+        for file in (*self._files, self._norms):
+            file.flush()
+
+    def sync(self) -> None:
+        """Puts everything appended on disk, as far as the operating system can promise."""
+        self.flush()
+        for file in (*self._files, self._norms):
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in (*self._files, self._norms):
+            file.close()
+
+    def shuffled(self) -> Iterator[np.ndarray]:
+        """All rows in the order of their keys, a bucket at a time."""
+        for path, count in zip(self._paths, self.counts, strict=True):
+            records = np.fromfile(path, self.record, count)
+            records = taken(records, np.argsort(records["key"]))
+            yield records
+            del records  # before the next bucket is read
+
+    def median_norms(self) -> list[float]:
+        """The exact median of each kind's norms; of an even number the mean of the middle two, as numpy's."""
+        return [exact_median(self._norms_path, kind, self.kinds) for kind in range(self.kinds)]
+
+
+def exact_median(path: Path, column: int = 0, columns: int = 1) -> float:
+    """The exact median of one column of the non-negative float32 numbers in a raw file, in constant memory.
+
+    The bits of non-negative floats are ordered as the floats are: one pass counts the upper 16 bits, and one more
+    the lower 16 of those numbers that share the median's upper half.
+    """
+    count = path.stat().st_size // (4 * columns)
+    upper = np.zeros(1 << 16, np.int64)
+    for bits in _bits(path, column, columns):
+        upper += np.bincount(bits >> 16, minlength=1 << 16)
+    ends = np.cumsum(upper)
+    middle = []
+    for rank in ((count - 1) // 2, count // 2):
+        high = int(np.searchsorted(ends, rank, side="right"))
+        lower = np.zeros(1 << 16, np.int64)
+        for bits in _bits(path, column, columns):
+            lower += np.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16)
+        before = int(ends[high] - upper[high])
+        low = int(np.searchsorted(np.cumsum(lower), rank - before, side="right"))
+        middle.append(float(np.uint32(high << 16 | low).view(np.float32)))
+    return (middle[0] + middle[1]) / 2
+
+
+def _bits(path: Path, column: int, columns: int) -> Iterator[np.ndarray]:
+    with open(path, "rb") as file:
+        while len(bits := np.fromfile(file, "<u4", _CHUNK * columns)):
+            yield bits[column::columns]
+
+
+def taken(records: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """records[order], copied as bytes: field by field it takes numpy eight times as long."""
+    return np.take(records.view(np.dtype((np.void, records.itemsize))), order).view(records.dtype)
+
+
+def _cut(path: Path, size: int) -> IO[bytes]:
+    """The file opened for appending, cut to `size` bytes."""
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise UserError(f"{path} holds {found} bytes, the journal says {size}; delete {path.parents[1]} to begin anew")
+    file = open(path, "ab")  # noqa: SIM115 - closed by Spill.close
+    file.truncate(size)
+    return file

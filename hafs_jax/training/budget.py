@@ -1,0 +1,121 @@
+"""How much memory a training needs, said before it starts, and refused where there is not so much."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.config import TrainConfig
+from hafs_jax.fast import entries as sparse
+from hafs_jax.method.architectures import ARCHITECTURES
+from hafs_jax.method.loss import blocks_of_rows
+from hafs_jax.ops.products import blocks_of
+from hafs_jax.store.store import KEPT_AS
+from hafs_jax.training.loop import Stores
+from hafs_jax.training.state import hyperparameters, init_state
+
+# What a compiled step holds at once on a CPU, beside its state, as XLA's own analysis of temporary memory has it: the
+# gradients and one array as large as either matrix, with a penalty two, and copies where the optimizer does not move in
+# place; and these many arrays [B, F] of float32 (of a block of rows, where the architecture can be taken so), or those
+# of the dead latents' auxiliary loss for a block.
+_GRADIENTS, _PULL, _COPIES = 1.5, 0.5, 1.5  # times the parameters
+_DENSE_ARRAYS, _SPARSE_ARRAYS = {"gated": 5, "jumprelu": 5, "matryoshka_relu": 5}, 1
+_OTHERS = 3  # of _DENSE_ARRAYS
+_AUX_ARRAYS = 3
+_DISPATCHES = 4  # being filled, two waiting, in use
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes on one device."""
+
+    parameters: int
+    optimizer: int  # moments, averages, counters
+    step: int  # gradients and activations
+    batches: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.optimizer + self.step + self.batches
+
+    def __str__(self) -> str:
+        return (
+            f"{size(self.total)}: parameters {size(self.parameters)}, optimizer {size(self.optimizer)}, "
+            f"a step's gradients and activations {size(self.step)}, batches {size(self.batches)}"
+        )
+
+
+def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str | None = None) -> Budget:
+    """An estimate for a resolved config, by device, of `members` SAEs in one program.
+
+    Their steps are at once where `together` is "vmap", else one after the other (see `step.compile_steps`).
+    """
+    D, d_out, B = stores.train.manifest.d_model, stores.d_out, config.batch_size
+    hyper = hyperparameters(config)
+    state = jax.eval_shape(lambda: init_state(config, D, jax.random.key(0), hyper, d_out))
+    parameters = _bytes(state.params)
+    at_once = members if together == "vmap" else 1
+    shards, devices = config.dictionary_shards, jax.device_count()
+    whole = 4 * B * config.sae.F // devices
+    arrays = _DENSE_ARRAYS.get(config.sae.architecture, _OTHERS)
+    if sparse.pays(config) and not ARCHITECTURES[config.sae.architecture].keeps_any_number:
+        arrays = _SPARSE_ARRAYS
+    activations = arrays * whole // blocks_of_rows(config, B)
+    if config.sparsity.aux > 0:
+        activations = max(activations, _AUX_ARRAYS * whole // blocks_of(B, config.sae.F))
+    copies = _COPIES if together == "vmap" or config.optimizer.name != "adam" else 0.0
+    gradients = round((_GRADIENTS + _PULL * (config.penalty.kind != "none") + copies) * parameters)
+    dispatched = [store for store in (stores.train, stores.target) if store is not None]
+    row_bytes = sum(store.manifest.d_model * KEPT_AS[store.manifest.dtype].itemsize for store in dispatched)
+    batches = _DISPATCHES * config.steps_per_dispatch * B * row_bytes
+    return Budget(
+        parameters=members * parameters // shards,
+        optimizer=members * (_bytes(state) - parameters) // shards,
+        step=at_once * (gradients // shards + activations),
+        batches=batches * shards // devices,
+    )
+
+
+def check_memory(config: TrainConfig, stores: Stores, members: int = 1, together: str | None = None) -> None:
+    """Raises `UserError` where the training's budget is larger than the memory that is free now, if that is known."""
+    needed, free = budget(config, stores, members, together), available_bytes()
+    sharing = jax.local_device_count() if jax.default_backend() == "cpu" else 1  # devices in the same memory
+    if free is not None and sharing * needed.total > free:
+        fewer = "--most-together, " if members > 1 else ""
+        raise UserError(
+            f"{config.sae.architecture} F={config.sae.F} with batch_size={config.batch_size} needs about {needed}; "
+            f"found {size(free)} free on {jax.local_devices()[0]}; lower {fewer}--batch-size, --sae.expansion or "
+            f"--sae.n-latents, or split the latents over more devices with --dictionary-shards{_more_of_the_pool()}"
+        )
+
+
+def available_bytes() -> int | None:
+    """Free bytes of the accelerator, or of the host where the CPU is the device; None where it does not say."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        statistics = device.memory_stats() or {}
+        limit = statistics.get("bytes_limit")
+        return None if limit is None else limit - statistics.get("bytes_in_use", 0)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return None
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * kilobytes[0] if kilobytes else None
+
+
+def _more_of_the_pool() -> str:
+    """What else an accelerator's user can do: JAX takes three quarters of its memory unless told otherwise."""
+    return "" if jax.default_backend() == "cpu" else ", or give JAX more of it with XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+
+
+def size(count: int) -> str:
+    """A number of bytes for people: MB below a gigabyte, else GB."""
+    return f"{count / 1e6:,.0f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
+
+
+def _bytes(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

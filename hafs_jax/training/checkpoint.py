@@ -1,0 +1,108 @@
+"""Checkpoints with Orbax: the whole training state and the input scale, written atomically, two kept."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.config import TrainConfig
+from hafs_jax.method.sae import InputScale
+from hafs_jax.training.state import TrainState, hyperparameters, init_state
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use as a context manager.
+
+    Orbax compresses all of a checkpoint in memory before it writes it; given a `state` of the shapes that are saved,
+    one array's worth at a time.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, state: Any = None) -> None:
+        sizes = [leaf.nbytes for leaf in jax.tree.leaves(state)]
+        limit = {"save_concurrent_gb": (max(sizes) + 1) / 1e9} if sizes else {}  # to be above the largest array
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
+        handler = ocp.StandardCheckpointHandler(**limit)
+        self._manager = ocp.CheckpointManager(folder.absolute(), item_handlers=handler, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """The last whole checkpoint's step; None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, scale: InputScale) -> None:
+        """Writes the checkpoint of the state's step; a second call at the same step does nothing.
+
+        Of a stack of states (many SAEs in one program) the steps are equal.
+        """
+        step = int(np.ravel(state.step)[0])
+        if self._manager.latest_step() != step:
+            self._manager.save(step, args=ocp.args.StandardSave(_plain(state, scale)))
+            self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState, scale: InputScale) -> tuple[TrainState, InputScale]:
+        """The latest checkpoint, with the shapes, dtypes and shardings of `like`."""
+        step = self.latest_step()
+        if step is None:
+            raise UserError(f"expected a checkpoint in {self._manager.directory}, found none; train the run first")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like, scale))
+        unfit = f"checkpoint {step} in {self._manager.directory} does not fit this config or is damaged"
+        self._check_shapes(step, abstract, unfit)
+        try:
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise UserError(f"{unfit} ({str(error).splitlines()[0]}); train the run again with --force") from error
+        fields = restored["state"]
+        return like.replace(**fields | {"key": jax.random.wrap_key_data(fields["key"])}), restored["scale"]
+
+    def _check_shapes(self, step: int, abstract: dict[str, Any], unfit: str) -> None:
+        """Compares shapes with the checkpoint's metadata first: a restore that fails leaves reads in flight."""
+        try:
+            saved = self._manager.item_metadata(step)
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise UserError(f"{unfit} ({str(error).splitlines()[0]}); train the run again with --force") from error
+        found = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(saved.tree)}
+        expected = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                raise UserError(
+                    f"{unfit} ({name}: expected shape {expected.get(name)}, found {found.get(name)}); "
+                    "train the run again with --force"
+                )
+
+
+def load_checkpoint(
+    folder: Path, config: TrainConfig, d_model: int, d_out: int | None = None
+) -> tuple[TrainState, InputScale]:
+    """The latest checkpoint of a run with `config`, on the default device. `d_out`: of a transcoder."""
+    state, scale = blank(config, d_model, d_out)
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.restore(state, scale)
+
+
+def blank(config: TrainConfig, d_model: int, d_out: int | None = None) -> tuple[TrainState, InputScale]:
+    """A state and scale of the config's shapes, of arbitrary values."""
+    state = init_state(config, d_model, jax.random.key(0), hyperparameters(config), d_out)
+    zeros = jax.numpy.zeros
+    target = InputScale(zeros(d_out or d_model), zeros(()), zeros(())) if config.sae.transcode else None
+    return state, InputScale(zeros(d_model), zeros(()), zeros(()), target)
+
+
+def _plain(state: TrainState, scale: InputScale) -> dict[str, Any]:
+    """What is written; a field without arrays is left out, so that checkpoints from before there was one still fit."""
+    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
+    fields = {name: value for name, value in fields.items() if name != "pull" or value}
+    return {"state": fields | {"key": jax.random.key_data(state.key)}, "scale": scale}
+
+
+def _name(path: tuple) -> str:
+    """The path's keys joined by dots, whether they name attributes, dictionary entries or positions."""
+    parts = (getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path)
+    return ".".join(map(str, parts))

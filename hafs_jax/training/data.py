@@ -1,0 +1,228 @@
+"""Batches from an activation store: sequential reads of shuffled shards, a reproducible order, prefetch to the device.
+
+The order depends on the seed and the pass alone, so a step number is a position in the data: resuming seeks.
+"""
+
+import contextlib
+import mmap
+import os
+import queue
+import sys
+import threading
+import weakref
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.method.sae import InputScale
+from hafs_jax.store.store import Store, check_aligned
+from hafs_jax.training.step import Batch
+
+Rows = tuple[np.ndarray, ...]
+"""Rows of the store, and for a transcoder the same rows of its target's store."""
+
+_POPULATE_READ = 22  # Linux's MADV_POPULATE_READ, which the module mmap has no name for
+_THREADS = min(4, os.cpu_count() or 1)  # that gather rows
+
+
+class Batches:
+    """The batches of a training run over `store`: step n is always the same rows in the same order.
+
+    Each pass visits the shards in a fresh order and each shard's rows in a fresh order; rows that do not fill a last
+    batch of a pass are left out of that pass. Memory: one dispatch (of each store), and a shard in the system's file
+    cache.
+    """
+
+    def __init__(self, store: Store, batch_size: int, seed: int, target: Store | None = None) -> None:
+        """`target`: a transcoder's second store. Raises `UserError` where the store holds fewer rows than one batch, or
+        the two do not hold the same rows in the same order."""
+        if len(store) < batch_size:
+            raise UserError(
+                f"store {store.folder} holds {len(store)} rows, fewer than batch_size={batch_size}; "
+                "extract more rows or set a smaller --batch-size"
+            )
+        if target is not None:
+            check_aligned(store, target)
+        self.stores = (store,) if target is None else (store, target)
+        self.batch_size, self.seed = batch_size, seed
+        self.steps_per_pass = len(store) // batch_size
+
+    def dispatches(self, start: int, stop: int, size: int) -> Iterator[Rows]:
+        """The batches of steps `start` to `stop`, [S, B, D] in the store's dtype, S = `size` but for the last.
+
+        Rows go straight from the mapped shard to their place in the dispatch, which is copied nowhere else.
+        """
+        B, left = self.batch_size, (stop - start) * self.batch_size
+        blocks: Rows = ()  # of the dispatch being filled, `filled` of its rows
+        filled, memory = 0, _Memory()
+        with ThreadPoolExecutor(_THREADS, "rows") as pool:
+            for shards, order in self._rows(start, stop):
+                while len(order):
+                    if not blocks:
+                        rows = min(size * B, left)
+                        blocks = tuple(memory.empty((rows, shard.shape[1]), shard.dtype) for shard in shards)
+                    taken, order = order[: rows - filled], order[rows - filled :]
+                    for shard, block in zip(shards, blocks, strict=True):
+                        _take(shard, taken, block[filled : filled + len(taken)], pool)
+                    filled += len(taken)
+                    if filled == rows:
+                        yield tuple(block.reshape(-1, B, block.shape[1]) for block in blocks)
+                        blocks, filled, left = (), 0, left - rows
+
+    def _rows(self, start: int, stop: int) -> Iterator[tuple[Rows, np.ndarray]]:
+        """The shards of steps `start` to `stop` as they lie on disk, each with the numbers of its rows, in order."""
+        B, per_pass = self.batch_size, self.steps_per_pass
+        step = start
+        while step < stop:
+            number, first = divmod(step, per_pass)
+            last = min(per_pass, first + stop - step)
+            wanted = (last - first) * B
+            for shards, order in self._pass(number, skip=first * B):
+                yield shards, order[:wanted]
+                wanted -= min(wanted, len(order))
+                if not wanted:
+                    break
+            step += last - first
+
+    def _pass(self, number: int, skip: int) -> Iterator[tuple[Rows, np.ndarray]]:
+        """The shards of pass `number` and the order of their rows, the first `skip` rows of the pass left out."""
+        sizes = self.stores[0].shard_sizes
+        for shard in self._random(number, 0).permutation(len(sizes)).tolist():
+            if skip >= sizes[shard]:
+                skip -= sizes[shard]
+                continue
+            order = self._random(number, 1 + shard).permutation(sizes[shard])[skip:]
+            yield tuple(mapped_shard(store, shard) for store in self.stores), order
+            skip = 0
+
+    def _random(self, number: int, stream: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=[self.seed, (number << 32) + stream]))
+
+
+def mapped_shard(store: Store, shard: int) -> np.ndarray:
+    """A shard's rows in the store's dtype, bfloat16 as ml_dtypes', mapped from the file and read in sequence.
+
+    Rows are then taken in any order, which without the reading ahead would be as many small reads of the disk.
+    """
+    acts_ND = store.raw(shard)
+    if isinstance(acts_ND.base, mmap.mmap) and sys.platform == "linux":
+        with contextlib.suppress(OSError, ValueError):  # older than Linux 5.14: slower where the disk is, no more
+            acts_ND.base.madvise(_POPULATE_READ)
+    rows_ND = np.asarray(acts_ND)
+    return rows_ND.view(ml_dtypes.bfloat16) if store.manifest.dtype == "bfloat16" else rows_ND
+
+
+def _take(shard_ND: np.ndarray, numbers_N: np.ndarray, out_ND: np.ndarray, pool: ThreadPoolExecutor) -> None:
+    """Copies the rows `numbers_N` of the shard to `out_ND`, each thread its part: numpy lets go of Python's lock."""
+
+    def part(start: int, stop: int) -> None:  # without mode="clip" numpy would fill a copy of `out` first
+        np.take(shard_ND, numbers_N[start:stop], axis=0, out=out_ND[start:stop], mode="clip")
+
+    ends = [len(numbers_N) * thread // _THREADS for thread in range(_THREADS + 1)]
+    list(pool.map(part, ends[:-1], ends[1:]))
+
+
+class _Memory:
+    """Memory for dispatches, taken back once nothing looks at it: fresh pages cost about as much as filling them.
+
+    It starts on a page, so that JAX on a CPU uses it as it is. An array of JAX's looks at it until what was computed
+    from that array is done.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[mmap.mmap]] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array of any contents."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else _pages(size)
+        owner = np.frombuffer(memory, np.uint8)  # what every view of it holds on to
+        weakref.finalize(owner, free.append, memory).atexit = False
+        return owner.view(dtype).reshape(shape)
+
+
+def _pages(size: int) -> mmap.mmap:
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
+def first_rows(store: Store, count: int) -> np.ndarray:
+    """The store's first `count` rows (all, where it holds fewer), in its dtype."""
+    parts: list[np.ndarray] = []
+    for shard in range(len(store.shard_sizes)):
+        if sum(map(len, parts)) < count:
+            parts.append(mapped_shard(store, shard)[:count])
+    return np.concatenate(parts)[:count]
+
+
+def input_scale(store: Store, target: Store | None = None) -> InputScale:
+    """The affine map that centres the store's rows and scales their mean squared distance from the mean to D.
+
+    `target`: a transcoder's second store, whose own map becomes the scale's `target`.
+    """
+    manifest = store.manifest
+    if manifest.variance <= 0:
+        raise UserError(f"store {store.folder}: its rows do not vary (variance {manifest.variance}); nothing to learn")
+    return InputScale(
+        mean_D=jnp.asarray(np.asarray(manifest.mean, np.float32)),
+        scale=jnp.float32(np.sqrt(manifest.d_model / manifest.variance)),
+        variance=jnp.float32(manifest.d_model),
+        target=None if target is None else input_scale(target),
+    )
+
+
+def geometric_median(acts_ND: np.ndarray, iterations: int = 30) -> np.ndarray:
+    """The point [D] whose summed distance to the rows is least, by Weiszfeld's iteration in float64."""
+    rows_ND = acts_ND.astype(np.float64)
+    point_D = rows_ND.mean(0)
+    for _ in range(iterations):
+        weight_N = 1.0 / np.maximum(np.linalg.norm(rows_ND - point_D, axis=1), 1e-12)
+        point_D = weight_N @ rows_ND / weight_N.sum()
+    return point_D
+
+
+def prefetch(blocks: Iterator[Rows], sharding: jax.sharding.Sharding, depth: int = 2) -> Generator[Batch, None, None]:
+    """`blocks` as device arrays (pairs for a transcoder), read and transferred by a thread that stays `depth` ahead.
+
+    An exception of the reading thread is raised here. Closing the iterator stops the thread.
+    """
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def offer(item: object) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for block in blocks:
+                on_device = tuple(jax.device_put(rows, sharding) for rows in block)
+                offer(on_device if len(on_device) > 1 else on_device[0])
+                if stop.is_set():
+                    return
+            offer(None)
+        except Exception as error:  # handed over, and raised by the consumer
+            offer(error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

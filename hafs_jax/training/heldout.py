@@ -1,0 +1,85 @@
+"""Held-out FVU and L0 during training, the best checkpoint, and when to stop early."""
+
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.config import TrainConfig
+from hafs_jax.method.architectures import OperatingPoint
+from hafs_jax.method.sae import SAE, InputScale
+from hafs_jax.runs import Run
+from hafs_jax.training.checkpoint import Checkpoints
+from hafs_jax.training.state import TrainState
+from hafs_jax.training.step import Batch
+
+_ROWS_AT_ONCE = 2048
+
+
+class Heldout:
+    """One run's measurements. `best` is {"step", "heldout_fvu"} of the best so far, None before the first."""
+
+    def __init__(self, config: TrainConfig, run: Run, stores: Any, step: int) -> None:
+        """Reads earlier measurements, up to `step`, from the run's metrics. Raises `UserError` where held-out rows are
+        asked for and there are none."""
+        self._run, self._patience = run, config.patience
+        self._rows: tuple[np.ndarray, ...] | None = None
+        self._since_best = 0
+        self.best: dict[str, Any] | None = None
+        if not config.evaluate_every_steps:
+            return
+        self._rows = stores.heldout(config.heldout_rows)
+        if self._rows is None:
+            raise UserError(
+                f"evaluate_every_steps={config.evaluate_every_steps}: expected a held-out store beside "
+                f"{stores.train.folder}, found none; extract one, or leave --evaluate-every-steps out"
+            )
+        for record in run.metrics():
+            if record["step"] <= step and "heldout_fvu" in record:
+                self._note(record["step"], record["heldout_fvu"])
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether `patience` measurements in a row were no better than the best."""
+        return self._patience is not None and self._since_best >= self._patience
+
+    def measure(self, state: TrainState, scale: InputScale, config: TrainConfig) -> dict[str, float]:
+        """{"heldout_fvu", "heldout_l0"} of the SAE at inference; the best is checkpointed in the run's `best`."""
+        assert self._rows is not None
+        squares = active = 0.0
+        variance = scale.variance if scale.target is None else scale.target.variance
+        for start in range(0, len(self._rows[0]), _ROWS_AT_ONCE):
+            parts = tuple(jnp.asarray(rows[start : start + _ROWS_AT_ONCE]) for rows in self._rows)
+            more = _sums(state, parts if len(parts) > 1 else parts[0], scale, config)
+            squares, active = squares + float(more[0]), active + float(more[1])
+        rows = len(self._rows[0])
+        fvu = squares / rows / float(variance)
+        if self._note(int(state.step), fvu):
+            with Checkpoints(self._run.best, keep=1, state=state) as checkpoints:
+                checkpoints.save(state, scale)
+        return {"heldout_fvu": fvu, "heldout_l0": active / rows}
+
+    def _note(self, step: int, fvu: float) -> bool:
+        """Counts a measurement; whether it is the best so far."""
+        is_best = self.best is None or fvu < self.best["heldout_fvu"]
+        self._since_best = 0 if is_best else self._since_best + 1
+        if is_best:
+            self.best = {"step": step, "heldout_fvu": fvu}
+        return is_best
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _sums(
+    state: TrainState, batch: Batch, scale: InputScale, config: TrainConfig
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The summed squared residual and number of active latents of a batch, at inference."""
+    acts_BD = scale(batch[0] if isinstance(batch, tuple) else batch)
+    target_BD = scale.target(batch[1]) if isinstance(batch, tuple) and scale.target is not None else acts_BD
+    at = OperatingPoint(config.sae.k, state.threshold(config.sparsity.threshold_decay))
+    sae = SAE(config.sae, acts_BD.shape[1], target_BD.shape[1])
+    encoding, recon_BD = cast(tuple, sae.apply({"params": state.weights()}, acts_BD, at))
+    return jnp.sum((target_BD - recon_BD) ** 2), jnp.sum(encoding.latents_BF > 0, dtype=jnp.float32)

@@ -1,0 +1,310 @@
+"""The training loop: feeds the compiled step, logs, measures on held-out rows, checkpoints; one SAE or many."""
+
+import dataclasses
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import write_json
+from hafs_jax.base.memory import give_back_memory
+from hafs_jax.config import TrainConfig
+from hafs_jax.method.penalties import coherence
+from hafs_jax.method.sae import InputScale
+from hafs_jax.runs import Run
+from hafs_jax.saelens import read_start
+from hafs_jax.store.store import MANIFEST, Store
+from hafs_jax.training import shardings
+from hafs_jax.training.checkpoint import Checkpoints
+from hafs_jax.training.data import Batches, first_rows, geometric_median, input_scale, prefetch
+from hafs_jax.training.heldout import Heldout
+from hafs_jax.training.runlog import Progress, RunLog
+from hafs_jax.training.state import TrainState, hyperparameters, init_state, state_of
+from hafs_jax.training.step import compile_steps
+
+_MEDIAN_ROWS = 16_384  # for the geometric median
+_COHERENCE_LATENTS = 4_096  # of which coherence is measured while training
+
+
+class TrainingStopped(Exception):
+    """Training cannot go on (too many batches were not finite). The last good checkpoint is kept."""
+
+
+class Terminated(Exception):
+    """A signal asked the run to stop; it has been checkpointed. `args[0]` is the signal's number."""
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The activations of a training: the rows, a transcoder's target rows, the held-out ones where there are any."""
+
+    train: Store
+    target: Store | None = None
+
+    @property
+    def d_out(self) -> int:
+        return (self.target or self.train).manifest.d_model
+
+    def heldout(self, rows: int) -> tuple[np.ndarray, ...] | None:
+        """The first `rows` rows of the stores' `heldout` siblings; None where there are none."""
+        folders = [store.folder.parent / "heldout" for store in (self.train, self.target) if store is not None]
+        if not all((folder / MANIFEST).exists() for folder in folders):
+            return None
+        return tuple(first_rows(Store(folder), rows) for folder in folders)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One SAE of a training: its resolved config and its run's folder."""
+
+    config: TrainConfig
+    run: Run
+
+
+def fit(members: list[Member], stores: Stores, folder: Path, together: str | None = None) -> list[str]:
+    """Trains the members to the end on the same batches and writes their runs; what became of those that failed.
+
+    The configs differ in swept numbers alone. One member trains as it is; several train in one program, as `together`
+    says ("vmap" or "map", see `compile_steps`), with checkpoints of all of them in `folder` until each has its own.
+    Raises `Terminated`; `TrainingStopped` where no member can go on; `UserError` where the devices do not fit.
+    """
+    return _Fit(members, stores, folder, together).run()
+
+
+class _Fit:
+    """One attempt at a training."""
+
+    def __init__(self, members: list[Member], stores: Stores, folder: Path, together: str | None) -> None:
+        self.members, self.stores, self.folder, self.together = members, stores, folder, together
+        self.config = shared_config(members[0].config)
+        self.mesh = shardings.make_mesh(self.config.dictionary_shards)
+        data = self.mesh.shape["data"]
+        if self.config.batch_size % data:
+            raise UserError(f"batch_size={self.config.batch_size}: expected a multiple of the {data} data shards")
+        seed = members[0].config.seed if self.config.data_seed is None else self.config.data_seed
+        self.batches = Batches(stores.train, self.config.batch_size, seed, stores.target)
+        self.failed: dict[int, str] = {}
+
+    def run(self) -> list[str]:
+        scale = input_scale(self.stores.train, self.stores.target)
+        hypers = [hyperparameters(member.config) for member in self.members]
+        states = [
+            first_state(member.config, self.stores, scale, hyper)
+            for member, hyper in zip(self.members, hypers, strict=True)
+        ]
+        state: Any
+        hyper: Any
+        if self.together is None:
+            state, hyper = states[0], hypers[0]
+            spread = shardings.state_shardings(state, self.mesh)
+        else:
+            state, hyper = _stacked(states), _stacked(hypers) if self.together == "vmap" else tuple(hypers)
+            spread = None
+        del states  # else they stay beside what training makes of them
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        state = jax.device_put(state, everywhere if spread is None else spread)
+        scale = jax.device_put(scale, everywhere)  # a checkpoint's comes back to where this one is
+        with ExitStack() as stack:
+            checkpoints = stack.enter_context(Checkpoints(self.folder, state=state))
+            stopped = stack.enter_context(_stop_signals())
+            if checkpoints.latest_step() is not None:
+                state, scale = checkpoints.restore(state, scale)
+            if self.together == "map":
+                state = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(len(self.members)))
+            state = self._train(state, scale, hyper, compile_steps(spread, self.together), checkpoints, stopped)
+        if self.together is not None:
+            shutil.rmtree(self.folder)
+        return list(self.failed.values())
+
+    def _train(
+        self, state: Any, scale: InputScale, hyper: Any, train_steps: Any, checkpoints: Any, stopped: list[int]
+    ) -> Any:
+        config, members = self.config, self.members
+        own_states = [self._member(state, index) for index in range(len(members))]
+        step, bad = int(own_states[0].step), [int(own.gate.bad) for own in own_states]
+        del own_states
+        heldout = [Heldout(member.config, member.run, self.stores, step) for member in members]
+        logs = [RunLog(member.run.metrics_path, config.batch_size, step, config.tensorboard) for member in members]
+        label = members[0].run.folder.name if self.together is None else f"{len(members)} SAEs"
+        progress = Progress(label, config.steps, config.batch_size, step)
+        blocks = prefetch(
+            self.batches.dispatches(step, config.steps, config.steps_per_dispatch),
+            NamedSharding(self.mesh, shardings.BATCHES),
+        )
+        compiled: set[int] = set()  # numbers of steps in a call
+        try:
+            for block in blocks:
+                if (steps := len(jax.tree.leaves(block)[0])) not in compiled:
+                    train_steps.lower(state, block, scale, hyper, config).compile()
+                    give_back_memory()  # compiling took hundreds of MB, which would stay
+                    compiled.add(steps)
+                state, stacked = train_steps(state, block, scale, hyper, config)
+                metrics = {name: value.reshape(len(value), -1) for name, value in jax.device_get(stacked).items()}
+                before, step = step, int(metrics["step"][-1, 0])
+                self._check_finite(metrics, bad)
+                bad = [int(count) for count in metrics["bad_batches"][-1]]
+                at_end = step == config.steps
+                measured = _passed(before, step, config.coherence_every_steps) or at_end
+                held = bool(config.evaluate_every_steps) and (
+                    _passed(before, step, config.evaluate_every_steps) or at_end
+                )
+                for index, (member, log) in enumerate(zip(members, logs, strict=True)):
+                    extra: dict[str, float] = {}
+                    if (measured or held) and index not in self.failed:
+                        own = self._member(state, index)
+                        if measured:
+                            found = _coherence(own.params["W_dec"], None if at_end else _COHERENCE_LATENTS)
+                            extra |= {name: float(value) for name, value in found.items()}
+                        if held:
+                            extra |= heldout[index].measure(own, scale, member.config)
+                    own_metrics = {name: values[:, index] for name, values in metrics.items()}
+                    for row, at in enumerate(own_metrics["step"]):
+                        if at % config.log_every_steps == 0 or (at == step and (at_end or held)):
+                            log.write(own_metrics, row, extra if at == step else {})
+                progress.advance(step, metrics)
+                early = all(measure.hopeless for measure in heldout)
+                if early or at_end:
+                    break
+                if _passed(before, step, config.checkpoint_every_steps) or stopped:
+                    checkpoints.save(_stacked(state) if self.together == "map" else state, scale)
+                if stopped:
+                    raise Terminated(stopped[0])
+            for index, (member, log) in enumerate(zip(members, logs, strict=True)):
+                if index in self.failed:
+                    continue
+                own = self._member(state, index)
+                if self.together is None:
+                    checkpoints.save(own, scale)
+                else:
+                    with Checkpoints(member.run.checkpoints, state=own) as own_checkpoints:
+                        own_checkpoints.save(own, scale)
+                write_json(member.run.result_path, self._result(member, log, own, heldout[index]))
+        finally:
+            blocks.close()
+            progress.close()
+            for log in logs:
+                log.close()
+        return state
+
+    def _member(self, state: Any, index: int) -> TrainState:
+        """One SAE's state: `state` is its own, one with a leading axis ("vmap"), or a tuple of them ("map")."""
+        if self.together == "map":
+            return state[index]
+        return state if self.together is None else jax.tree.map(lambda leaf: leaf[index], state)
+
+    def _check_finite(self, metrics: dict[str, np.ndarray], before: list[int]) -> None:
+        step = int(metrics["step"][-1, 0])
+        for index, member in enumerate(self.members):
+            bad = int(metrics["bad_batches"][-1, index])
+            if index in self.failed or bad <= self.config.max_bad_fraction * max(step, 100):
+                continue
+            first = int(metrics["step"][np.argmax(metrics["bad_batches"][:, index] > before[index]), index])
+            self.failed[index] = (
+                f"{member.run.folder.name}: {bad} of the first {step} batches gave a loss that is not finite, the "
+                f"latest from step {first}: more than max_bad_fraction={self.config.max_bad_fraction}; the last good "
+                f"checkpoint is in {self.folder}; check the store (`hafs verify STORE`), then lower "
+                "--optimizer.learning-rate"
+            )
+        if len(self.failed) == len(self.members):
+            raise TrainingStopped("; ".join(self.failed.values()))
+
+    def _result(self, member: Member, log: RunLog, state: TrainState, heldout: Heldout) -> dict[str, Any]:
+        config = member.config
+        gated = config.penalty.kind != "none" and config.penalty.gate
+        return {
+            "name": member.run.folder.name,
+            "variant": config.variant,
+            "architecture": config.sae.architecture,
+            "seed": config.seed,
+            "steps": int(state.step),
+            "tokens": int(state.step) * config.batch_size,
+            "stopped_early": int(state.step) < config.steps,
+            "seconds": log.seconds,
+            "trained_together": len(self.members),
+            "d_model": self.stores.train.manifest.d_model,
+            "d_out": self.stores.d_out,
+            "n_latents": config.sae.n_latents,
+            "k_or_target_l0": config.sae.k,
+            "tau": config.penalty.tau if gated else None,
+            "tau_reached": bool(state.gate.reached) if gated else None,
+            "best": heldout.best,
+            "final": log.last,
+            "store_fingerprint": self.stores.train.manifest.fingerprint,
+        }
+
+
+def shared_config(config: TrainConfig) -> TrainConfig:
+    """The config without names and the numbers of `Hyperparameters`: what a program depends on.
+
+    Two configs with the same shared config train in one program.
+    """
+    penalty = dataclasses.replace(config.penalty, lam_max=max(1.0, config.penalty.lam_min), tau=None)
+    return dataclasses.replace(
+        config,
+        variant="",
+        seed=0,
+        tag="",
+        penalty=penalty,
+        sparsity=dataclasses.replace(config.sparsity, coefficient=1.0),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0),
+    )
+
+
+def first_state(config: TrainConfig, stores: Stores, scale: InputScale, hyper: Any) -> TrainState:
+    """The state at the start of training: fresh, or from the SAELens folder that `config.init_from` names."""
+    d_model, key = stores.train.manifest.d_model, jax.random.key(config.seed)
+    state = init_state(config, d_model, key, hyper, stores.d_out)
+    if config.init_from is not None:
+        source, architecture = Path(config.init_from), config.sae.architecture
+        params, _ = read_start(source, architecture, d_model, config.sae.F, scale)
+        return state_of(config, fitting({**state.params, **params}, state.params, config.init_from), state.key, hyper)
+    target, into = stores.target or stores.train, scale.target or scale
+    if config.sae.centre == "origin":
+        state.params["b_dec"] = -into.mean_D * into.scale
+    if config.sae.centre == "geometric_median":
+        median_D = geometric_median(first_rows(target, _MEDIAN_ROWS))
+        state.params["b_dec"] = (jnp.asarray(median_D, jnp.float32) - into.mean_D) * into.scale
+    return state_of(config, state.params, state.key, hyper)
+
+
+def fitting(params: dict, like: dict, source: str) -> dict:
+    """`params` as arrays of the names and shapes of `like`; `UserError` where they are others."""
+    for name, value in like.items():
+        found = None if name not in params else tuple(params[name].shape)
+        if found != value.shape:
+            raise UserError(f"{source}: expected {name} of shape {value.shape} for this config, found {found}")
+    return {name: jnp.asarray(params[name], jnp.float32) for name in like}
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    """One tree whose leaves have a leading axis for those of `trees`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _passed(before: int, now: int, every: int) -> bool:
+    return before // every < now // every
+
+
+_coherence = jax.jit(coherence, static_argnames="most")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """While inside, SIGTERM and SIGINT append their number to the list instead of ending the process."""
+    received: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,294 @@
+"""The training step: pure, jit-compiled once per config, the state donated.
+
+It descends on `loss` + lambda * O. The penalty O reads the decoder alone, so its gradient is taken apart and added.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from hafs_jax.config import TrainConfig
+from hafs_jax.fast.adam import move
+from hafs_jax.method.architectures import ARCHITECTURES
+from hafs_jax.method.controllers import SparsityControl, update_gate, update_sparsity
+from hafs_jax.method.loss import Metrics, Weights, loss_and_gradients
+from hafs_jax.method.penalties import Structure, assign_parents, noise_floor_margin, penalty_pull, tangent
+from hafs_jax.method.resample import resample
+from hafs_jax.method.sae import InputScale
+from hafs_jax.method.schedules import (
+    alpha_schedule,
+    coefficient_schedule,
+    k_schedule,
+    learning_rate_schedule,
+    settled_step,
+)
+from hafs_jax.ops.products import Params
+from hafs_jax.training.state import Hyperparameters, TrainState, largest_of_members
+
+Batch = Array | tuple[Array, Array]
+"""Raw activations of any float dtype, [B, D]; for a transcoder those of its input and of its target, [B, D_out]."""
+
+_NEVER = 2**30  # where steps_since_fired saturates
+_RATE_DECAY = 0.99  # of the moving average of each latent's firing rate, per step
+
+
+def margin(config: TrainConfig, d_out: int) -> float:
+    """mu0: the config's, or the one solved from the noise floor in the decoder's `d_out` dimensions."""
+    if config.penalty.mu0 is not None:
+        return config.penalty.mu0
+    return noise_floor_margin(config.sae.F, d_out, config.penalty.noise_floor)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    scale: InputScale,
+    hyper: Hyperparameters,
+    config: TrainConfig,
+    axis: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer update on a batch of raw activations; and the step's metrics.
+
+    A batch whose loss or gradient is not finite changes nothing but the counters and lambda (halved). `axis` names the
+    mapped axis of SAEs that are trained together, where there is one.
+    """
+    step, settings = state.step, config.sparsity
+    architecture = ARCHITECTURES[config.sae.architecture]
+    acts_BD, target_BD = _scaled(batch, scale)
+    variance = scale.variance if scale.target is None else scale.target.variance
+    dead_steps = -(-settings.dead_after_tokens // config.batch_size)
+    weights = Weights(
+        k=k_schedule(config.sae, config.steps)(step),
+        coefficient=state.sparsity.coefficient * coefficient_schedule(settings, config.steps)(step),
+        is_dead_F=state.steps_since_fired_F >= dead_steps,
+    )
+    chunk_key = jax.random.fold_in(state.key, step)
+    prefix_key, row_key = jax.random.fold_in(chunk_key, 1), jax.random.fold_in(chunk_key, 2)
+    (loss, forward), grads = loss_and_gradients(
+        state.params, acts_BD, target_BD, weights, variance, prefix_key, config, axis
+    )
+    B = len(acts_BD)
+    rate_F = _RATE_DECAY * state.rate_F + (1 - _RATE_DECAY) * forward.firing_F / B
+
+    # A unit row can only turn: what points along it would be undone by `unit_rows` but stay in Adam's moments.
+    grads["W_dec"] = tangent(grads["W_dec"], state.params["W_dec"])
+    metrics = {"penalty": jnp.zeros(()), "loss_orthogonality": jnp.zeros(()), "penalty_gradient_share": jnp.zeros(())}
+    pull, groups_F, alpha = state.pull, state.groups_F, jnp.float32(alpha_schedule(config.penalty, config.steps)(step))
+    if config.penalty.kind != "none":
+        active_BF = None if forward.encoding is None else forward.encoding.latents_BF > 0
+        penalised = _penalised(grads["W_dec"], state, alpha, rate_F, active_BF, config, chunk_key, axis)
+        grads["W_dec"], groups_F, pull, metrics = penalised
+        loss += metrics["loss_orthogonality"]
+    gradient_norm = optax.global_norm(grads)
+    ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+
+    learning_rate = hyper.learning_rate * learning_rate_schedule(config.optimizer, config.steps)(step)
+    params, opt_state = move(state.params, state.opt_state, grads, gradient_norm, learning_rate, ok, config)
+
+    l0 = jnp.sum(forward.firing_F) / B
+    since_F = jnp.where(ok & (forward.firing_F > 0), 0, jnp.minimum(state.steps_since_fired_F + 1, _NEVER))
+    threshold_ema = state.threshold_ema
+    if architecture.learns_threshold:
+        threshold_ema = _followed(threshold_ema, forward.smallest, ok, settings.threshold_decay)
+    fvu = jnp.where(ok, forward.parts["fvu"], jnp.nan)
+    gate = update_gate(state.gate, fvu, config.penalty, hyper.tau, hyper.lam_max)
+    sparsity = state.sparsity
+    if architecture.cost is not None:
+        sparsity = _matched(state, jnp.where(ok, l0, jnp.nan), weights.k, config)
+        if config.frozen == "everything":  # no coefficient could move it: the bias does, by the same law
+            params["b_enc"] -= jnp.log2(sparsity.coefficient / state.sparsity.coefficient)
+    if settings.resample_every_steps:
+        now = (step + 1) % settings.resample_every_steps == 0
+        now &= ok & (step < round(settings.resample_until * config.steps))
+        rows = (acts_BD, forward.residual_BD)
+        params, opt_state, since_F = resample(params, opt_state, since_F, dead_steps, rows, now, row_key, config, axis)
+
+    metrics = {
+        "step": step + 1,
+        "loss": loss,
+        **forward.parts,
+        **metrics,
+        "fvu_ema": gate.error(config.penalty.ema_decay),
+        "l0": l0,
+        "k": weights.k,
+        "dead_fraction": jnp.mean(since_F >= dead_steps),
+        "alpha": alpha,
+        "lambda": state.gate.lam,
+        "tau_reached": gate.reached,
+        "learning_rate": learning_rate,
+        "sparsity_coefficient": weights.coefficient if architecture.cost is not None else jnp.zeros(()),
+        "gradient_norm": gradient_norm,
+        "bad_batches": gate.bad,
+    }
+    new_state = TrainState(
+        step=step + 1,
+        params=params,
+        average=_averaged(state, params, config),
+        pull=pull,
+        opt_state=opt_state,
+        steps_since_fired_F=since_F,
+        rate_F=jnp.where(ok, rate_F, state.rate_F),
+        groups_F=groups_F,
+        threshold_ema=threshold_ema,
+        gate=gate,
+        sparsity=sparsity,
+        key=state.key,
+    )
+    return new_state, metrics
+
+
+def _followed(ema: Array, smallest: Float[Array, ""], ok: Array, decay: float) -> Float[Array, ""]:
+    """The moving average of the batch's smallest active latent; as it was where nothing is active."""
+    return jnp.where(ok & jnp.isfinite(smallest), decay * ema + (1 - decay) * smallest, ema)
+
+
+def _matched(state: TrainState, l0: Float[Array, ""], k: Array, config: TrainConfig) -> SparsityControl:
+    """The L0 controller after a step: it moves between warm-up and the last `freeze_fraction` of training."""
+    settings = config.sparsity
+    frozen_from = round((1 - settings.freeze_fraction) * config.steps)
+    matches = settings.match_l0 or config.frozen == "everything"
+    moving = matches & (state.step >= settled_step(settings, config.steps)) & (state.step < frozen_from)
+    return update_sparsity(state.sparsity, l0, settings, k, moving)
+
+
+def _scaled(batch: Batch, scale: InputScale) -> tuple[Array, Array]:
+    """The scaled input and target; the same array where the SAE reconstructs its input."""
+    if isinstance(batch, tuple):
+        assert scale.target is not None
+        return scale(batch[0]), scale.target(batch[1])
+    acts_BD = scale(batch)
+    return acts_BD, acts_BD
+
+
+def _averaged(state: TrainState, params: Params, config: TrainConfig) -> Params:
+    """The moving average of the weights where the config asks for one; its window grows over the first steps."""
+    if config.optimizer.average is None:
+        return state.average
+    decay = jnp.minimum(config.optimizer.average, (1.0 + state.step) / (10.0 + state.step))
+    return cast(Params, jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, params))
+
+
+def _penalised(
+    grad_FD: Float[Array, "F D"],
+    state: TrainState,
+    alpha: Float[Array, ""],
+    rate_F: Float[Array, " F"],
+    active_BF: Bool[Array, "B F"] | None,
+    config: TrainConfig,
+    key: Key[Array, ""],
+    axis: str | None,
+) -> tuple[Float[Array, "F D"], Int[Array, " F"], Params, Metrics]:
+    """W_dec's gradient with lambda times the penalty's, the groups, the gradient to hold, and the metrics."""
+    groups_F = _regrouped(state, config, axis) if config.penalty.sharing == "parent" else state.groups_F
+    mu0 = margin(config, grad_FD.shape[1])
+    held = _pull(grad_FD, state, alpha, Structure(groups_F, rate_F, active_BF), mu0, config, key, axis)
+    metrics = {
+        "penalty": held["value"],
+        "loss_orthogonality": state.gate.lam * held["value"],
+        "penalty_gradient_share": held["share"],
+    }
+    return grad_FD + state.gate.lam * held["W_dec"], groups_F, held if state.pull else {}, metrics
+
+
+def _pull(
+    grad_FD: Float[Array, "F D"],
+    state: TrainState,
+    alpha: Float[Array, ""],
+    structure: Structure,
+    mu0: float,
+    config: TrainConfig,
+    key: Key[Array, ""],
+    axis: str | None,
+) -> Params:
+    """The penalty's tangent gradient at W_dec, value, and share of the gradient; between `every_steps` the last ones.
+
+    Held, and not left out with a larger weight in turn: Adam's second moments would see the spikes, and clipping would
+    cut them.
+    """
+    W_dec, every = state.params["W_dec"], config.penalty.every_steps
+
+    def anew(_: Params) -> Params:
+        value, pull_FD = penalty_pull(W_dec, alpha, structure, mu0, config.penalty, key)
+        pull, rest = state.gate.lam * optax.global_norm(pull_FD), optax.global_norm(grad_FD)
+        return {"W_dec": pull_FD, "value": value, "share": pull / jnp.maximum(pull + rest, 1e-30)}
+
+    if every == 1:
+        return anew(state.pull)
+    due = largest_of_members(state.step % every == 0, axis)
+    return cast(Params, jax.lax.cond(due, anew, lambda held: held, state.pull))
+
+
+def _regrouped(state: TrainState, config: TrainConfig, axis: str | None) -> Int[Array, " F"]:
+    """Children assigned to parents anew, every `regroup_every_steps` steps."""
+    settings = config.penalty
+    return jax.lax.cond(
+        largest_of_members(state.step % settings.regroup_every_steps == 0, axis),
+        lambda: assign_parents(state.params["W_dec"], settings.parents),
+        lambda: state.groups_F,
+    )
+
+
+def compile_steps(state_shardings: Any = None, members: str | None = None) -> Callable[..., tuple[Any, Metrics]]:
+    """The compiled program: (state, batches, scale, hyper, config) -> (state, metrics of [S]), S steps in one call.
+
+    `batches` are a Batch with a leading axis of S. The state is donated. Its shardings are pinned to `state_shardings`,
+    so that the state that comes out fits the program that it goes back into, and nothing compiles twice.
+    `members` says how SAEs are trained together on the same batches, metrics of [S, members]: "vmap" batches their
+    products, state and hyper having a leading axis; "map" runs the one program for each of a tuple of them in turn.
+    """
+    axis = "members" if members == "vmap" else None
+
+    def train_steps(
+        state: TrainState, batches: Batch, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
+    ) -> tuple[TrainState, Metrics]:
+        def run(state: TrainState, hyper: Hyperparameters) -> tuple[TrainState, Metrics]:
+            def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+                return train_step(state, batch, scale, hyper, config, axis)
+
+            return cast(tuple[TrainState, Metrics], jax.lax.scan(cast(Any, body), state, batches))
+
+        if members == "vmap":
+            return cast(tuple[TrainState, Metrics], jax.vmap(run, out_axes=(0, 1), axis_name=axis)(state, hyper))
+        return run(state, hyper)
+
+    out: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    program = jax.jit(train_steps, static_argnames="config", donate_argnames="state", **out)
+    if members != "map":
+        return program
+
+    return _InTurn(program)
+
+
+@dataclass(frozen=True)
+class _InTurn:
+    """One program for each of a tuple of states in turn, called and compiled as if it were one for all."""
+
+    program: Any
+
+    def __call__(
+        self,
+        states: tuple[TrainState, ...],
+        batches: Batch,
+        scale: InputScale,
+        hypers: tuple[Hyperparameters, ...],
+        config: TrainConfig,
+    ) -> tuple[tuple[TrainState, ...], Metrics]:
+        pairs = zip(states, hypers, strict=True)
+        done = [self.program(state, batches, scale, hyper, config) for state, hyper in pairs]
+        states, metrics = zip(*done, strict=True)
+        return states, jax.tree.map(lambda *values: jnp.stack(values, axis=1), *metrics)
+
+    def lower(
+        self,
+        states: tuple[TrainState, ...],
+        batches: Batch,
+        scale: InputScale,
+        hypers: tuple[Hyperparameters, ...],
+        config: TrainConfig,
+    ) -> Any:
+        return self.program.lower(states[0], batches, scale, hypers[0], config)

@@ -1,0 +1,179 @@
+"""Sweeps: many SAEs from one grid, those of one program trained together over one pass of the data."""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import write_text
+from hafs_jax.base.options import to_dict
+from hafs_jax.config import PenaltyConfig, TrainConfig
+from hafs_jax.method.architectures import ARCHITECTURES
+from hafs_jax.runs import Run
+from hafs_jax.training.budget import check_memory
+from hafs_jax.training.loop import Member, Stores, fit, shared_config
+from hafs_jax.training.train import describe, prepare, resolve
+
+ALIASES = {
+    "arch": "arch",
+    "variant": "variant",
+    "seed": "seed",
+    "l1": "sparsity.coefficient",
+    "lr": "optimizer.learning_rate",
+    "lam": "penalty.lam_max",
+    "tau": "penalty.tau",
+    "k": "sae.k",
+}
+"""Short names of a grid's axes. Any other field of the config goes by its own name."""
+
+COLUMNS = ("fvu_ema", "heldout_fvu", "l0", "dead_fraction", "coherence_mean", "coherence_max", "lambda", "tau_reached")
+
+
+def automatic() -> str:
+    """How members share a program where nobody says: a CPU gains nothing from batched products."""
+    return "map" if jax.default_backend() == "cpu" else "vmap"
+
+
+def parse_grid(text: str) -> list[dict[str, str]]:
+    """The points of a grid such as "seed=0..3 l1=0.5,1,2": {axis: value as text}, the last axis fastest.
+
+    `a..b` are whole numbers from a to b, both included; `;` joins several grids, one after the other.
+    Raises `UserError` where an axis is malformed or given twice.
+    """
+    return [point for part in text.split(";") for point in _product(part)]
+
+
+def _product(text: str) -> list[dict[str, str]]:
+    axes: dict[str, list[str]] = {}
+    for word in text.split():
+        name, equals, values = word.partition("=")
+        if not (name and equals and values) or name in axes:
+            raise UserError(f"grid {word!r}: expected NAME=VALUE,VALUE or NAME=FIRST..LAST, each name once")
+        whole = re.fullmatch(r"(\d+)\.\.(\d+)", values)
+        if whole:
+            first, last = int(whole[1]), int(whole[2])
+            axes[name] = [str(number) for number in range(first, last + 1)]
+        else:
+            axes[name] = [value for value in values.split(",") if value]
+        if not axes[name]:
+            raise UserError(f"grid {word!r}: expected at least one value")
+    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def arguments_of(point: dict[str, str], tag_of_all: str = "") -> list[str]:
+    """The flags of `train` that a grid's point stands for, with a tag that names what a run's name lacks."""
+    flags: list[str] = []
+    tag = [tag_of_all] if tag_of_all else []
+    for name, value in point.items():
+        path = ALIASES.get(name, name)
+        if value in ("true", "false"):
+            flags.append(("--" if value == "true" else "--no-") + path.replace("_", "-"))
+        else:
+            flags += ["--" + path.replace("_", "-"), value]
+        if path not in ("arch", "variant", "seed"):
+            tag.append(f"{name.rpartition('.')[2]}={value}")
+    return [*flags, "--tag", ",".join(tag)] if tag else flags
+
+
+def sweep(
+    configs: list[TrainConfig],
+    stores: Stores,
+    runs: Path,
+    together: str,
+    force: bool = False,
+    most: int = 32,
+) -> tuple[list[Run], list[str]]:
+    """Trains all of `configs`, at most `most` in one program, and returns their runs and what became of failed ones.
+
+    Configs that differ in seed, learning rate, sparsity coefficient, lam_max and tau alone train in one program, on the
+    same batches in the same order (`data_seed`, the first config's seed where it is none). Runs without a gate come
+    first, so that a baseline's FVU can give the others' tau. Each run is left as a solo run would leave it; runs that
+    have finished are kept. `together` says how members share a program (see `compile_steps`).
+    Raises `UserError`, `Terminated` (the sweep goes on when called again) and `TrainingStopped` (all members failed).
+    """
+    seed = configs[0].seed if configs[0].data_seed is None else configs[0].data_seed
+    configs = [dataclasses.replace(config, data_seed=seed) for config in configs]
+    if any(config.patience is not None for config in configs):
+        raise UserError(
+            "patience: expected none in a sweep, whose SAEs take the same number of steps; train them alone"
+        )
+    names = [config.run_name for config in configs]
+    if len(set(names)) < len(names):
+        raise UserError(f"the grid gives {next(n for n in names if names.count(n) > 1)} twice; expected distinct runs")
+    first: dict[str, str] = {}
+    for config, name in zip(configs, names, strict=True):
+        if (other := first.setdefault(_in_effect(config), name)) != name:
+            unused = [
+                *(["a coefficient"] if ARCHITECTURES[config.sae.architecture].cost is None else []),
+                *(["a penalty"] if config.penalty.kind == "none" else []),
+            ]
+            why = f", which has not {' or '.join(unused)}" if unused else ""
+            raise UserError(
+                f"the grid's {other} and {name} train the same SAE{why}; expected axes that change it, each value once "
+                "(`;` joins grids of other axes)"
+            )
+    done: list[Run] = []
+    failures: list[str] = []
+    for gated in (False, True):
+        groups: dict[str, list[Member]] = {}
+        for config in configs:
+            if config.penalty.gate != gated:
+                continue
+            resolved, _ = resolve(config, stores.train, runs, stores.target)
+            member, finished = prepare(resolved, stores, runs, force)
+            done.append(member.run)
+            if not finished:
+                groups.setdefault(json.dumps(to_dict(shared_config(resolved))), []).append(member)
+        for members in groups.values():
+            for start in range(0, len(members), most):
+                part = members[start : start + most]
+                size = describe(part[0].config, stores, len(part), together)
+                check_memory(part[0].config, stores, len(part), together)
+                print(f"{len(part)} together: {', '.join(member.run.folder.name for member in part)}: {size}")
+                if len(part) == 1:
+                    failures += fit(part, stores, part[0].run.checkpoints)
+                else:
+                    failures += fit(part, stores, runs / f".together-{_digest(part)}", together)
+    order = {name: index for index, name in enumerate(names)}
+    return sorted(done, key=lambda run: order[run.folder.name]), failures
+
+
+def _in_effect(config: TrainConfig) -> str:
+    """The config as JSON, without names and without numbers that nothing reads."""
+    same: dict[str, Any] = {"variant": "", "tag": ""}
+    if ARCHITECTURES[config.sae.architecture].cost is None:
+        same["sparsity"] = dataclasses.replace(config.sparsity, coefficient=1.0)
+    if config.penalty.kind == "none":
+        same["penalty"] = PenaltyConfig(kind="none")
+    return json.dumps(to_dict(dataclasses.replace(config, **same)))
+
+
+def write_table(runs: list[Run], path: Path) -> list[dict[str, Any]]:
+    """Writes one row a finished run to the CSV file `path`, and returns the rows."""
+    rows = []
+    for run in runs:
+        if run.finished():
+            result = run.result()
+            names = ("name", "variant", "architecture", "seed", "k_or_target_l0", "tau")
+            rows.append({name: result[name] for name in names} | {name: result["final"].get(name) for name in COLUMNS})
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_text(path, text.getvalue())
+    return rows
+
+
+def _digest(members: list[Member]) -> str:
+    """Names a group's shared checkpoints: the same members in the same order resume them."""
+    text = json.dumps([to_dict(member.config) for member in members])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

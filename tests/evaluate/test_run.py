@@ -1,0 +1,317 @@
+"""`hafs evaluate`: workspaces, stages that are not done twice, the command line's errors."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hafs_evaluate.stages
+from hafs_evaluate.cli import main
+from hafs_evaluate.config import EvalConfig
+from hafs_evaluate.stages import Evaluation
+from hafs_evaluate.workspace import finished_runs, hashed_export, open_workspace
+from hafs_jax.base.errors import UserError
+from hafs_jax.store.store import TokenizerInfo, read_manifest, write_manifest
+from tests.support.stores import write_store
+from tests.support.torch_saes import saved_sae, tiny_model, write_tree
+
+D, F, HOOK = 20, 33, "blocks.2.hook_resid_post"
+TASK = "117_us_state_FL"
+CONFIG = EvalConfig(contexts=4, tasks=(TASK,), ks=(1, 2), hierarchy_ks=(1, 2), hierarchy_folds=3, device="cpu")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(folder)
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path, model_folder, monkeypatch):
+    """Two finished runs, exported already, on stores of the tiny model; an unfinished one."""
+    model = tiny_model(model_folder)
+    for split in ("train", "heldout"):
+        folder = tmp_path / "offline" / "store" / split
+        tokens = torch.randint(3, 300, (12, 9), generator=torch.Generator().manual_seed(len(split)))
+        tokens[:, 0] = model.bos_token_id
+        acts = model.activations(tokens, HOOK)[:, 1:].flatten(0, 1)
+        write_store(folder, acts.numpy(), split=split, length=9)
+        np.save(folder / "tokens.npy", tokens.flatten().numpy().astype(np.int32))
+        manifest = dataclasses.replace(
+            read_manifest(folder),
+            model=model.info,
+            tokenizer=TokenizerInfo("tiny", 401, model.bos_token_id, True),
+            hook_point=HOOK,
+            profile={"requested": "offline", "resolved": "offline", "reason": "a test"},
+        )
+        write_manifest(folder, manifest)
+    for seed, name in enumerate(("baseline-s0", "strict-s0")):
+        folder = tmp_path / "offline" / "runs" / name
+        saved_sae(folder / "sae", D, F, seed=seed, hook=HOOK)
+        (folder / "run.json").write_text("{}")
+    (tmp_path / "offline" / "runs" / "adaptive-s0").mkdir()
+    monkeypatch.setattr("hafs_evaluate.hierarchy.label_trees.FOLDER", write_tree(tmp_path / "trees"))
+    monkeypatch.setattr("hafs_evaluate.exchange.bridge.export_run", lambda folder: folder / "sae")
+    return open_workspace(tmp_path, "offline")
+
+
+def run(workspace, config=CONFIG, skip=(), names=()):
+    Evaluation(workspace, config, skip).run(finished_runs(workspace, names))
+
+
+def results(workspace):
+    return {str(path.relative_to(workspace.eval)): path.read_bytes() for path in workspace.eval.rglob("*.*")}
+
+
+def written(workspace):
+    return {
+        str(path.relative_to(workspace.eval)): path.stat().st_mtime_ns
+        for path in workspace.eval.rglob("*.*")
+        if path.name != "seconds.json"
+    }
+
+
+def core(workspace, name):
+    return json.loads(workspace.result(name, "core.json").read_text())
+
+
+def forbid(monkeypatch, *names):
+    def called(*args, **kwargs):
+        raise AssertionError("this was done already")
+
+    for name in names:
+        monkeypatch.setattr(name, called)
+
+
+WORK = (
+    "hafs_evaluate.core.reconstruction.core_metrics",
+    "hafs_evaluate.core.splice.splice_metrics",
+    "hafs_evaluate.saebench.probing.probe_sae",
+    "hafs_evaluate.latents.latents.write_latents",
+    "hafs_evaluate.latents.domains.detections",
+    "hafs_extract.models.load_for_manifest",
+)
+
+
+def test_all_stages_write_what_the_report_reads_and_are_not_done_twice(workspace, monkeypatch):
+    run(workspace)
+    for name in ("baseline-s0", "strict-s0"):
+        values = core(workspace, name)
+        assert values["run"] == name
+        assert values["reconstruction"]["fvu"] > 0
+        assert values["sparsity"]["n_latents"] == F
+        assert values["model"]["contexts"] == 4
+        assert values["config"]["suite"] == "sae_probes"
+        probing = json.loads(workspace.result(name, "probing.json").read_text())
+        assert [detail["dataset_name"] for detail in probing["eval_result_details"]] == [TASK]
+        assert probing["eval_result_unstructured"]["sae_sha256"] == values["sae_sha256"]
+        latents = json.loads(workspace.result(name, "latents.json").read_text())
+        assert latents["run"] == name
+        others = {"baseline-s0", "strict-s0"} - {name}
+        assert all(set(latent["matches"]) == others for latent in latents["latents"])
+        with np.load(workspace.result(name, "core_latents.npz")) as latents:
+            assert latents["density"].shape == (F,)
+    assert core(workspace, "baseline-s0")["sae_sha256"] != core(workspace, "strict-s0")["sae_sha256"]
+    llm = json.loads(workspace.llm_probing.read_text())
+    assert llm["tasks"][TASK].keys() == {"full", "top_1", "top_2", "pca_1", "pca_2"}
+    seconds = json.loads(workspace.seconds.read_text())
+    assert {"splice", "core/strict-s0", "probing/activations", "probing/llm", "latents/baseline-s0"} <= seconds.keys()
+
+    before = written(workspace)
+    forbid(monkeypatch, *WORK)
+    run(workspace)
+    assert written(workspace) == before
+
+
+def test_another_sae_is_measured_anew_and_the_rest_is_kept(workspace):
+    run(workspace, skip=("probing", "latents"))
+    before = {name: core(workspace, name) for name in ("baseline-s0", "strict-s0")}
+    saved_sae(workspace.runs / "strict-s0" / "sae", D, F, seed=7, hook=HOOK)
+    stamp = workspace.result("baseline-s0", "core.json").stat().st_mtime_ns
+    run(workspace, skip=("probing", "latents"))
+    assert workspace.result("baseline-s0", "core.json").stat().st_mtime_ns == stamp
+    after = core(workspace, "strict-s0")
+    assert after["reconstruction"]["fvu"] != before["strict-s0"]["reconstruction"]["fvu"]
+    assert after["model"]["kl_spliced"] != before["strict-s0"]["model"]["kl_spliced"]
+    assert after["model"]["ce_clean"] == pytest.approx(before["strict-s0"]["model"]["ce_clean"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"contexts": 2}, ("model", "contexts")),
+        ({"seed": 3}, ("model", "ce_clean")),
+        ({"heldout_rows": 30}, ("rows",)),
+    ],
+)
+def test_a_changed_setting_redoes_its_stage(workspace, changes, part):
+    def figure():
+        value = core(workspace, "baseline-s0")
+        for key in part:
+            value = value[key]
+        return value
+
+    skip, base = ("probing", "latents"), dataclasses.replace(CONFIG, contexts=3)
+    run(workspace, base, skip)
+    first = figure()
+    run(workspace, dataclasses.replace(base, **changes), skip)
+    assert figure() != first
+    assert core(workspace, "baseline-s0")["model"]
+
+
+@pytest.mark.parametrize("changes", [{"ks": (2,)}, {"penalty": "l1"}, {"probe_seed": 1}])
+def test_a_changed_probing_setting_redoes_probing(workspace, changes):
+    def settings():
+        return json.loads(workspace.result("baseline-s0", "probing.json").read_text())["eval_config"]
+
+    run(workspace, CONFIG, ("splice", "latents"), names=["baseline-s0"])
+    first = settings()
+    run(workspace, dataclasses.replace(CONFIG, **changes), ("splice", "latents"), names=["baseline-s0"])
+    assert settings() != first
+    assert not workspace.result("strict-s0", "probing.json").exists()
+
+
+def test_a_stage_that_failed_is_done_the_next_time(workspace, monkeypatch):
+    with monkeypatch.context() as broken:
+        forbid(broken, "hafs_evaluate.core.splice.splice_metrics")
+        with pytest.raises(AssertionError):
+            run(workspace, skip=("probing", "latents"))
+    assert core(workspace, "baseline-s0")["model"] == {}
+    run(workspace, skip=("probing", "latents"))
+    assert core(workspace, "baseline-s0")["model"]["contexts"] == 4
+
+
+def test_skipped_stages_leave_no_file(workspace):
+    run(workspace, skip=("splice", "probing", "hierarchy", "latents"), names=["strict-s0"])
+    assert {path.name for path in workspace.eval.rglob("*.*")} == {
+        "core.json",
+        "core_latents.npz",
+        "done.json",
+        "seconds.json",
+    }
+    assert not workspace.result("baseline-s0", "core.json").exists()
+
+
+def test_a_run_of_another_hook_point_is_refused(workspace):
+    saved_sae(workspace.runs / "strict-s0" / "sae", D, F, hook="blocks.0.hook_resid_post")
+    with pytest.raises(UserError, match=r"run strict-s0 was trained at blocks.0.hook_resid_post, the held-out store"):
+        run(workspace, skip=("splice", "probing", "hierarchy", "latents"))
+
+
+def test_the_hub_is_left_alone_where_nothing_needs_it(workspace, monkeypatch):
+    def asked():
+        raise AssertionError("the hub was asked")
+
+    offline = []
+    monkeypatch.setattr(hafs_evaluate.stages, "hub_problem", asked)
+    monkeypatch.setattr(hafs_evaluate.stages, "go_offline", lambda: offline.append(True))
+    run(workspace, skip=("splice", "probing", "hierarchy", "latents"))
+    assert offline
+    monkeypatch.setattr(hafs_evaluate.stages, "hub_problem", lambda: None)
+    offline.clear()
+    run(workspace, dataclasses.replace(CONFIG, suite="standard"), skip=("splice", "probing", "hierarchy", "latents"))
+    assert offline  # standard needs it, but probing is skipped
+    monkeypatch.setattr(hafs_evaluate.stages, "hub_problem", lambda: "no route")
+    with pytest.raises(UserError, match="SAE-Bench has none of that name"):
+        run(workspace, dataclasses.replace(CONFIG, suite="standard", tasks=("local/x",)), skip=("splice", "latents"))
+
+
+def test_the_standard_suite_says_what_space_it_needs(workspace, monkeypatch):
+    monkeypatch.setattr(hafs_evaluate.stages, "hub_problem", lambda: None)
+    monkeypatch.setattr(hafs_evaluate.stages, "go_offline", lambda: None)
+    monkeypatch.setattr("hafs_evaluate.saebench.standard.StandardProbing.bytes_needed", lambda self: 10**18)
+    with pytest.raises(UserError, match=r"needs 1000000000\.0 GB, found .* GB free; .* or take --suite sae_probes"):
+        run(workspace, dataclasses.replace(CONFIG, suite="standard", tasks=()), skip=("splice", "latents"))
+
+
+def test_auto_is_what_extraction_wrote_and_nothing_is_guessed(workspace, tmp_path):
+    with pytest.raises(UserError, match=r"profile auto: expected .*auto.json, found none; run `make extract` or name"):
+        open_workspace(tmp_path, "auto")
+    (tmp_path / "auto.json").write_text('{"profile": "offline", "reason": "a test"}')
+    assert open_workspace(tmp_path, "auto").folder == workspace.folder
+    with pytest.raises(UserError, match=r"profile 'ofline': expected a folder .*; did you mean 'offline'\?"):
+        open_workspace(tmp_path, "ofline")
+
+
+def test_runs_are_found_by_name(workspace):
+    assert [each.name for each in finished_runs(workspace)] == ["baseline-s0", "strict-s0"]
+    assert [each.name for each in finished_runs(workspace, ["strict-s0", "strict-s0"])] == ["strict-s0"]
+    with pytest.raises(UserError, match=r"no run 'strict-s1' in .*; did you mean 'strict-s0'\?"):
+        finished_runs(workspace, ["strict-s1"])
+    with pytest.raises(
+        UserError, match=r"run adaptive-s0: expected .*run.json, found none; finish it with `make train`"
+    ):
+        finished_runs(workspace, ["adaptive-s0"])
+    for path in workspace.runs.glob("*/run.json"):
+        path.unlink()
+    with pytest.raises(
+        UserError, match=r"expected a finished run in .* \(adaptive-s0, baseline-s0, strict-s0 not finish"
+    ):
+        finished_runs(workspace)
+
+
+def test_an_export_that_lacks_a_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"run x: expected an exported SAE's .*sae_weights.safetensors, found none"):
+        hashed_export("x", tmp_path)
+
+
+def test_names_for_saebench_change_with_weights_and_config(tmp_path):
+    folder = saved_sae(tmp_path / "sae", 5, 7)
+    first = hashed_export("run", folder)
+    saved_sae(folder, 5, 7, seed=1)
+    second = hashed_export("run", folder)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**cfg, "apply_b_dec_to_input": False}))
+    third = hashed_export("run", folder)
+    assert len({first.unique_name, second.unique_name, third.unique_name}) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--out", "nowhere"], "error: profile auto: expected nowhere/auto.json, found none"),
+        (["run", "--contxts", "3"], "did you mean '--contexts'"),
+        (["run", "--contexts", "0"], "error: contexts=0: expected at least 1"),
+        (["run", "--skip", "core"], "invalid choice: 'core'"),
+        (["export", "nowhere"], "error: expected a run's folder at nowhere, found none"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr().err
+    assert message in captured
+    assert len(captured.strip().splitlines()) == 1
+
+
+def test_the_command_line_runs(workspace, tmp_path, capsys):
+    place = ["--out", str(tmp_path), "--profile", "offline"]
+    skip = ["--skip", "splice", "probing", "latents"]
+    assert main(["run", *place, "--runs", "strict-s0", *skip, "--heldout-rows", "50"]) == 0
+    assert capsys.readouterr().out.strip() == str(workspace.eval)
+    assert core(workspace, "strict-s0")["rows"] == 50
+    assert main(["export", str(workspace.runs / "strict-s0")]) == 0
+    assert capsys.readouterr().out.strip().endswith("strict-s0/sae")
+
+
+def test_help_is_complete_and_our_package_is_the_one_that_runs():
+    environment = dict(os.environ)
+    shown = subprocess.run(
+        [sys.executable, "-m", "hafs_jax", "evaluate", "--help"],
+        cwd=ROOT.parent, env=environment, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for field in dataclasses.fields(EvalConfig):
+        assert "--" + field.name.replace("_", "-") in shown
+    for name in ("--out", "--profile", "--runs", "--skip", "62_wikidata_occupation_ispolitician", "fancyzhx/ag_news"):
+        assert name in shown

@@ -1,0 +1,131 @@
+"""Configs to and from JSON and flags: what is unknown, missing or mistyped is one clear line."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from hafs_jax.base.errors import UserError, one_line_errors
+from hafs_jax.base.files import read_json, read_jsonl, write_atomic, write_json
+from hafs_jax.base.options import Parser, add_flags, check_choices, from_dict, option, to_dict, with_flags
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate_max: float = option(0.5, "peak, per step")
+    sizes: tuple[int, ...] = option((3, 5), "rows")
+
+
+@dataclass(frozen=True)
+class Outer:
+    required: int
+    name: str = option("baseline", "which", choices=("baseline", "strict"))
+    cap: int | None = option(7, "most rows")
+    on: bool = option(True, "whether")
+    inner: Inner = option(Inner(), "nested")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+def test_json_round_trip() -> None:
+    config = Outer(2, "strict", None, False, Inner(0.25, (1,)))
+    assert from_dict(Outer, json.loads(json.dumps(to_dict(config))), "here") == config
+
+
+def test_an_integer_serves_as_a_float_and_not_the_other_way() -> None:
+    assert from_dict(Inner, {"rate_max": 2}, "here").rate_max == 2.0
+    with pytest.raises(UserError, match=r"here: required: expected int, found 2.5"):
+        from_dict(Outer, {"required": 2.5}, "here")
+    with pytest.raises(UserError, match=r"here: required: expected int, found True"):
+        from_dict(Outer, {"required": True}, "here")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"required": 1, "nmae": "strict"}, r"here: unknown key 'nmae'; did you mean 'name'\?"),
+        ({"required": 1, "inner": {"rate_mx": 1.0}}, r"here: inner: unknown key 'rate_mx'; did you mean 'rate_max'\?"),
+        ({"name": "strict"}, r"here: Outer lacks required"),
+        ({"required": 1, "inner": {"sizes": [1, "x"]}}, r"here: inner: sizes\[1\]: expected int, found 'x'"),
+        ({"required": 1, "name": "stict"}, r"name='stict': expected one of baseline, strict; did you mean 'strict'\?"),
+        ([1], r"here: expected an object with Outer's keys, found \[1\]"),
+    ],
+)
+def test_bad_values_are_named(values: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_dict(Outer, values, "here")  # type: ignore[arg-type]
+
+
+def _parse(*flags: str) -> Outer:
+    parser = Parser(prog="tool")
+    add_flags(parser, Outer(1))
+    return with_flags(Outer(1), parser.parse_args(flags))
+
+
+def test_flags_override_only_what_they_name() -> None:
+    assert _parse() == Outer(1)
+    given = _parse("--required", "4", "--cap", "none", "--no-on", "--inner.rate-max", "0.1", "--inner.sizes", "8", "9")
+    assert given == Outer(4, "baseline", None, False, Inner(0.1, (8, 9)))
+
+
+def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _parse("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--inner.rate-max X peak, per step [0.5]" in shown and "--cap X most rows [7]" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--inner.rate-mx", "1"), "unknown argument '--inner.rate-mx'; did you mean '--inner.rate-max'?"),
+        (("--name", "strikt"), "invalid choice: 'strikt'"),
+        (("--required", "x"), "argument --required: invalid int value: 'x'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_2(
+    flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        _parse(*flags)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: ") and message in said
+
+
+def test_user_errors_are_one_line_and_exit_2_and_others_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise UserError("expected a, found b")
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: expected a, found b\n"
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        _ = 1 / 0
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"n": 1})
+
+    def fail(file) -> None:
+        file.write(b"half")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        write_atomic(path, fail)
+    assert read_json(path, "a file") == {"n": 1} and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, float("nan"))
+
+
+def test_json_files_that_are_not_there_or_not_json_are_named(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"expected a config at .*no.json, found no such file"):
+        read_json(tmp_path / "no.json", "a config")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match=r"expected a config at .*bad.json, found a file that is not JSON"):
+        read_json(tmp_path / "bad.json", "a config")
+
+
+def test_jsonl_leaves_out_a_last_line_cut_by_a_kill(tmp_path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_jsonl(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
+    assert read_jsonl(tmp_path / "none.jsonl") == []

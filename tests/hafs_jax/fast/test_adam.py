@@ -1,0 +1,121 @@
+"""The optimizer's move: in place as optax makes it, or not at all."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.config import TrainConfig
+from hafs_jax.fast.adam import move, optimizer, plain_move
+from hafs_jax.method.sae import init_params
+from hafs_jax.ops.products import Params
+from hafs_jax.presets import preset
+
+D, F = 8, 24
+
+
+def config_of(architecture: str = "jumprelu", frozen: str = "nothing", **fields: Any) -> TrainConfig:
+    config = preset("baseline", architecture)
+    sae = dataclasses.replace(config.sae, n_latents=F, k=4)
+    return dataclasses.replace(
+        config, sae=sae, frozen=frozen, optimizer=dataclasses.replace(config.optimizer, **fields)
+    )
+
+
+def start(config: TrainConfig) -> tuple[Params, optax.OptState, list[Params]]:
+    """Parameters, the optimizer's first state, and three steps' gradients, of which clipping cuts some."""
+    params = init_params(config.sae, D, jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 3)
+    grads = [
+        {name: size * jax.random.normal(key, value.shape) for name, value in params.items()}
+        for key, size in zip(keys, (1e-3, 1.0, 1e-2), strict=True)
+    ]
+    return params, optimizer(config, D).init(params), grads
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "decoder", "everything"])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("name", ["adam", "adamw", "lion"])
+def test_a_move_is_that_of_optax(name: str, clip_norm: float | None, frozen: str) -> None:
+    config = config_of(frozen=frozen, name=name, clip_norm=clip_norm, beta1=0.8, epsilon=1e-3)
+    params, state, steps = start(config)
+    plain, plain_state, rate = params, state, jnp.float32(0.05)
+    for grads in steps:
+        params, state = move(params, state, grads, optax.global_norm(grads), rate, jnp.bool_(True), config)
+        plain, plain_state = plain_move(plain, plain_state, grads, rate, config)
+        assert_same((params, state), (plain, plain_state))
+    first = init_params(config.sae, D, jax.random.key(0))
+    assert bool(jnp.any(params["W_enc"] != first["W_enc"])) == (frozen != "everything")
+    assert bool(jnp.any(params["W_dec"] != first["W_dec"])) == (frozen == "nothing")
+    np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=1), 1.0, rtol=1e-6)
+    assert float(jnp.min(params["threshold"])) >= 0
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_move_that_is_not_ok_changes_nothing(name: str) -> None:
+    config = config_of(name=name)
+    params, state, (grads, *_) = start(config)
+    bad = jax.tree.map(lambda value: jnp.full_like(value, jnp.nan), grads)
+    found = move(params, state, bad, jnp.float32(jnp.nan), jnp.float32(0.1), jnp.bool_(False), config)
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves((params, state)), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"], ids=["by a branch", "by selection"])
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_members_that_are_ok_move_and_the_others_stay(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program for two SAEs, of which the second's gradient is not finite; and one for each, compiled."""
+    config = config_of(name=name)
+    params, state, (_, grads, _) = start(config)
+    two = jax.tree.map(lambda value: jnp.stack([value, jnp.full_like(value, jnp.nan)]), grads)
+    norms, ok = jnp.stack([optax.global_norm(grads), jnp.float32(jnp.nan)]), jnp.array([True, False])
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+    def moved(grads: Params, norm: jax.Array, ok: jax.Array) -> tuple[Params, optax.OptState]:
+        return move(params, state, grads, norm, jnp.float32(0.1), ok, config)
+
+    together = jax.jit(jax.vmap(moved))(two, norms, ok)
+    expected = plain_move(params, state, grads, jnp.float32(0.1), config), (params, state)
+    for member in range(2):
+        assert_same(jax.tree.map(lambda leaf, at=member: leaf[at], together), expected[member])
+        alone = jax.jit(moved)(jax.tree.map(lambda leaf, at=member: leaf[at], two), norms[member], ok[member])
+        assert_same(alone, expected[member])
+
+
+def test_a_gradient_of_zero_moves_nothing() -> None:
+    config = config_of()
+    params, state, (grads, *_) = start(config)
+    nothing = jax.tree.map(jnp.zeros_like, grads)
+    found, _ = move(params, state, nothing, optax.global_norm(nothing), jnp.float32(0.1), jnp.bool_(True), config)
+    assert_same(found, params)
+
+
+def test_on_a_cpu_moments_and_parameters_are_overwritten_in_place() -> None:
+    """Beside what comes in there is room for one matrix, the decoder before its rows get norm 1; no copy."""
+    config = dataclasses.replace(config_of(), sae=dataclasses.replace(config_of().sae, n_latents=4096))
+    params = jax.eval_shape(lambda: init_params(config.sae, 64, jax.random.key(0)))
+    state = jax.eval_shape(lambda: optimizer(config, 64).init(params))
+
+    def moved(params: Params, state: optax.OptState, grads: Params) -> tuple[Params, optax.OptState]:
+        norm = optax.global_norm(grads)
+        return move(params, state, grads, norm, jnp.float32(0.1), jnp.isfinite(norm), config)
+
+    plan = jax.jit(moved, donate_argnums=(0, 1)).lower(params, state, params).compile().memory_analysis()
+    assert plan.temp_size_in_bytes < 1.5 * 4 * 64 * 4096
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    for name in ("adamm", "apply_updates"):
+        with pytest.raises(UserError, match="expected an optimizer of optax that takes a learning rate"):
+            optimizer(config_of(name=name), D)

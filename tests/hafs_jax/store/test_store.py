@@ -1,0 +1,274 @@
+"""The activation store: what is written is read, and what is damaged is found and named."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import sha256_of, write_json, write_npy
+from hafs_jax.store.store import (
+    CONTEXT,
+    FORMAT_VERSION,
+    KEPT_AS,
+    ROW,
+    Manifest,
+    ModelInfo,
+    NormFilter,
+    ShardInfo,
+    SourceInfo,
+    Store,
+    TokenizerInfo,
+    from_float32,
+    read_manifest,
+    rows_name,
+    shard_name,
+    to_float32,
+    write_manifest,
+)
+from hafs_jax.store.verify import verify
+
+D, LENGTHS, SHARDS = 5, (4, 3, 6), (7, 3)
+
+
+def make_store(folder: Path, dtype: str = "float16", **changes) -> np.ndarray:
+    """Writes a store of 10 rows in 2 shards from 3 contexts; the float32 activations [10, D] before rounding."""
+    folder.mkdir()
+    table = np.zeros(3, CONTEXT)
+    table["length"], table["start"], table["document"] = LENGTHS, (0, 4, 7), (0, 1, 1)
+    tokens = np.arange(100, 113, dtype="<i4")
+    write_npy(folder / "contexts.npy", table)
+    write_npy(folder / "tokens.npy", tokens)
+    (folder / "documents.jsonl").write_text('{"document": 0}\n{"document": 1}\n')
+
+    rows = np.zeros(10, ROW)
+    pairs = [(context, position) for context, length in enumerate(LENGTHS) for position in range(1, length)]
+    rows["context"], rows["position"] = np.transpose(pairs)[:, [3, 0, 9, 5, 1, 2, 8, 4, 7, 6]]
+    rows["token"] = tokens[table["start"][rows["context"]] + rows["position"]]
+    rows["document"] = table["document"][rows["context"]]
+    values = np.random.default_rng(3).normal(size=(10, D)).astype(np.float32) * 10
+    shards, start = [], 0
+    for index, count in enumerate(SHARDS):
+        paths = folder / shard_name(index), folder / rows_name(index)
+        write_npy(paths[0], from_float32(values[start : start + count], dtype))
+        write_npy(paths[1], rows[start : start + count])
+        shards.append(ShardInfo(count, sha256_of(paths[0]), sha256_of(paths[1])))
+        start += count
+    kept = to_float32(from_float32(values, dtype), dtype).astype(np.float64)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        split="train",
+        profile={"requested": "offline", "resolved": "offline", "reason": "named"},
+        model=ModelInfo("m", None, "folder:m", "float32", 4, D),
+        tokenizer=TokenizerInfo("m", 200, None, False),
+        hook_point="blocks.1.hook_resid_post",
+        d_model=D,
+        dtype=dtype,
+        context_length=6,
+        seed=0,
+        sources=(SourceInfo("a", "a.txt", 1.0, 2, 13, 10),),
+        norm_filter=NormFilter(None, 1.0, None, 0),
+        rows=10,
+        shards=tuple(shards),
+        files_sha256={name: sha256_of(folder / name) for name in ("contexts.npy", "tokens.npy", "documents.jsonl")},
+        mean=tuple(kept.mean(0).tolist()),
+        mean_squared_norm=float((kept**2).sum(1).mean()),
+        variance=float(((kept - kept.mean(0)) ** 2).sum(1).mean()),
+        config={"seed": 0},
+    )
+    write_manifest(folder, dataclasses.replace(manifest, **changes))
+    return values
+
+
+# half an unit in the last place, relative: float16 keeps 11 bits, bfloat16 8
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 2**-12), ("bfloat16", 2**-9)])
+def test_round_trip(tmp_path: Path, dtype: str, error: float) -> None:
+    values = make_store(tmp_path / "s", dtype)
+    store = Store(tmp_path / "s")
+    assert verify(tmp_path / "s") == []
+    assert len(store) == 10 and store.shard_sizes == [7, 3]
+    read = np.concatenate([store.read(0), store.read(1)])
+    assert read.dtype == np.float32 and (np.abs(read - values) <= 2 * error * np.abs(values)).all()
+    assert store.raw(0).dtype == KEPT_AS[dtype] and store.raw(0).shape == (7, D)
+    np.testing.assert_array_equal(store.read(0, 2, 5), store.read(0)[2:5])
+    assert store.contexts()[1].tolist() == [104, 105, 106] and len(store.contexts()) == 3
+    assert [document["document"] for document in store.documents()] == [0, 1]
+    assert read_manifest(tmp_path / "s") == store.manifest
+
+
+@pytest.mark.parametrize("dtype", list(KEPT_AS))
+def test_rounding_is_exact_for_values_that_fit_and_to_nearest_even(dtype: str) -> None:
+    fitting = np.array([[0.0, -0.0, 1.5, -3.25, 2.0**-14, 65280.0]], np.float32)
+    np.testing.assert_array_equal(to_float32(from_float32(fitting, dtype), dtype), fitting)
+    assert np.isinf(to_float32(from_float32(np.array([np.inf], np.float32), dtype), dtype)).all()
+
+
+def test_bfloat16_is_torchs_and_float16_overflow_is_infinity() -> None:
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(1).normal(size=1000).astype(np.float32) * 10.0 ** np.arange(-20, 20).repeat(25)
+    ties = (np.arange(0x4000, 0x4010, dtype=np.uint32) << 16 | 0x8000).view(np.float32)  # halfway between two
+    values = np.concatenate([values, ties, -ties])
+    bits = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(from_float32(values, "bfloat16"), bits)
+    assert np.isinf(from_float32(np.array([70000.0], np.float32), "float16")).all()
+
+
+def test_no_manifest_is_no_store(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"expected an activation store's manifest .* found no such file"):
+        Store(tmp_path / "s")
+    assert len(verify(tmp_path / "s")) == 1 and len(verify(tmp_path / "nowhere")) == 1
+
+
+def test_another_version_and_unknown_keys_are_refused(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    path = tmp_path / "s" / "manifest.json"
+    values = json.loads(path.read_text())
+    write_json(path, {**values, "format_version": 7})
+    with pytest.raises(UserError, match="expected format_version 1, found 7"):
+        Store(tmp_path / "s")
+    write_json(path, {**values, "d_modle": 5})
+    with pytest.raises(UserError, match=r"unknown key 'd_modle'; did you mean 'd_model'\?"):
+        Store(tmp_path / "s")
+    path.write_text("[]")
+    assert "expected format_version 1, found None" in verify(tmp_path / "s")[0]
+
+
+FILES = ["shard-00000.npy", "shard-00001.npy", "rows-00001.npy", "contexts.npy", "tokens.npy", "documents.jsonl"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_byte_is_found_by_its_checksum(tmp_path: Path, name: str) -> None:
+    make_store(tmp_path / "s")
+    path = tmp_path / "s" / name
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 0x10
+    path.write_bytes(data)
+    problems = verify(tmp_path / "s")
+    assert len(problems) == 1 and name in problems[0] and "sha256" in problems[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    make_store(tmp_path / "s")
+    path = tmp_path / "s" / name
+    path.write_bytes(path.read_bytes()[:-3])
+    assert all(name in problem for problem in verify(tmp_path / "s"))
+    if name.endswith(".npy"):
+        with pytest.raises(UserError, match=rf"{name}: expected a whole npy file"):
+            Store(tmp_path / "s")
+    path.unlink()
+    assert any(name in problem and "missing" in problem for problem in verify(tmp_path / "s"))
+
+
+def test_shapes_and_dtypes_that_differ_from_the_manifest_are_named(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    write_npy(tmp_path / "s" / "shard-00001.npy", np.zeros((3, D + 1), np.float16))
+    with pytest.raises(UserError, match=r"shard-00001.npy: expected \[3, 5\] float16, found \[3, 6\] float16"):
+        Store(tmp_path / "s")
+    write_npy(tmp_path / "s" / "shard-00001.npy", np.zeros((3, D), np.float32))
+    with pytest.raises(UserError, match=r"expected \[3, 5\] float16, found \[3, 5\] float32"):
+        Store(tmp_path / "s")
+
+
+def test_a_pickle_is_not_loaded(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    np.save(tmp_path / "s" / "tokens.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"tokens\.npy"):
+        Store(tmp_path / "s")
+
+
+def test_row_counts_must_add_up(tmp_path: Path) -> None:
+    make_store(tmp_path / "s", rows=11)
+    with pytest.raises(UserError, match="do not add up to rows=11"):
+        Store(tmp_path / "s")
+
+
+def _rewrite(folder: Path, name: str, array: np.ndarray) -> None:
+    """Replaces an array and its checksum, so that only its contents are wrong."""
+    write_npy(folder / name, array)
+    text = json.loads((folder / "manifest.json").read_text())
+    digest, index = sha256_of(folder / name), int(name[-5]) if "-" in name else 0
+    if name in text["files_sha256"]:
+        text["files_sha256"][name] = digest
+    else:
+        text["shards"][index]["rows_sha256" if name.startswith("rows") else "sha256"] = digest
+    write_json(folder / "manifest.json", text)
+
+
+def test_verify_reads_the_rows_themselves(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    folder = tmp_path / "s"
+    store = Store(folder)
+    rows, acts, table = np.array(store.rows(1)), np.array(store.raw(1)), np.array(store.contexts().table)
+    good = acts.copy()
+
+    acts[2, 1] = np.inf
+    _rewrite(folder, "shard-00001.npy", acts)
+    assert verify(folder) == [f"{folder / 'shard-00001.npy'}: holds values that are not finite"]
+    _rewrite(folder, "shard-00001.npy", np.array(good))
+
+    for field, value, message in (
+        ("position", 6, "a position lies past its context's end"),
+        ("context", 3, "a context that is not there"),
+        ("context", -1, "a context that is not there"),
+        ("token", 7, "a token differs from its context's"),
+        ("document", 1 - rows["document"][0], "a document or source differs from its context's"),
+        ("source", 1, "a document or source differs from its context's"),
+    ):
+        wrong = rows.copy()
+        wrong[field][0] = value
+        _rewrite(folder, "rows-00001.npy", wrong)
+        assert verify(folder) == [f"{folder / 'rows-00001.npy'}: {message}"]
+    _rewrite(folder, "rows-00001.npy", rows)
+    assert verify(folder) == []
+
+    for field, value, message in (
+        ("length", 5, "contexts do not tile tokens.npy"),
+        ("start", 6, "contexts do not tile tokens.npy"),
+        ("source", 1, "a source that the manifest does not list"),
+        ("document", 2, "a document that is not among documents.jsonl's 2"),
+    ):
+        wrong = table.copy()
+        wrong[field][2] = value
+        _rewrite(folder, "contexts.npy", wrong)
+        assert verify(folder) == [f"{folder / 'contexts.npy'}: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": (0.0,) * D}, "mean differs from the rows'"),
+        ({"mean_squared_norm": 1.0}, "mean_squared_norm=1.0, the rows' is"),
+        ({"variance": 1.0}, "variance=1.0, the rows' is"),
+        ({"sources": (SourceInfo("a", "a.txt", 1.0, 2, 13, 9),)}, r"the sources' rows are \[10\]"),
+        ({"context_length": 5}, "a context is longer than context_length=5"),
+    ],
+)
+def test_verify_recounts_what_the_manifest_says(tmp_path: Path, changes: dict, message: str) -> None:
+    make_store(tmp_path / "s", **changes)
+    (problem,) = verify(tmp_path / "s")
+    assert re.search(message, problem)
+
+
+def test_verify_finds_rows_of_bos(tmp_path: Path) -> None:
+    make_store(tmp_path / "s", tokenizer=TokenizerInfo("m", 200, 100, True))
+    assert verify(tmp_path / "s") == []  # the store's rows begin at position 1
+    store = Store(tmp_path / "s")
+    rows = np.array(store.rows(1))
+    rows["position"][1] = 0
+    rows["token"][1] = store.contexts()[int(rows["context"][1])][0]
+    _rewrite(tmp_path / "s", "rows-00001.npy", rows)
+    assert verify(tmp_path / "s") == [f"{tmp_path / 's' / 'rows-00001.npy'}: a row of a BOS token"]
+
+
+def test_the_fingerprint_is_of_the_bytes(tmp_path: Path) -> None:
+    make_store(tmp_path / "a")
+    make_store(tmp_path / "b", hook_point="blocks.2.hook_resid_post")
+    make_store(tmp_path / "c", "float32")
+    a, b, c = (read_manifest(tmp_path / name).fingerprint for name in "abc")
+    assert a == b != c and len(a) == 16

@@ -1,0 +1,169 @@
+"""Starting a training from a SAELens folder: the same function, in the trainer's own form."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from sae_lens import SAE as TorchSAE
+
+from hafs_evaluate.exchange.bridge import write_saelens
+from hafs_jax.base.errors import UserError
+from hafs_jax.config import SAEConfig
+from hafs_jax.method.sae import folded, init_params
+from hafs_jax.saelens import read_saelens, read_start, scaled
+from tests.support.both_saes import (
+    D_OUT,
+    SAELENS,
+    D,
+    F,
+    K,
+    assert_same,
+    input_scale,
+    of_saelens,
+    of_trainer,
+    rows,
+    saelens_folder,
+)
+
+OURS = {"standard": "relu", "transcoder": "relu", "jumprelu_transcoder": "jumprelu"}  # others have the same name
+
+
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+@pytest.mark.parametrize("architecture", SAELENS)
+def test_a_start_from_saelens_computes_the_same_and_has_unit_rows(
+    architecture: str, apply_b_dec: bool, tmp_path: Path
+) -> None:
+    transcode = "transcoder" in architecture
+    cfg = {} if transcode else {"apply_b_dec_to_input": apply_b_dec}
+    folder = saelens_folder(tmp_path, architecture, unit=architecture == "topk", **cfg)
+    acts, scale, ours = rows(), input_scale(transcode), OURS.get(architecture, architecture)
+    latents, recon = of_saelens(folder, acts)
+    params, threshold = read_start(folder, ours, D, F, scale)
+    our_latents, our_recon = of_trainer(params, ours, scale, acts)
+    norms = np.linalg.norm(TorchSAE.load_from_disk(folder).W_dec.detach().numpy(), axis=1)
+    assert_same(our_latents, latents * norms * float((scale.target or scale).scale))
+    assert_same(our_recon, recon)
+    np.testing.assert_allclose(np.linalg.norm(params["W_dec"], axis=1), 1.0, rtol=1e-6)
+    assert (threshold is None) == ("jumprelu" not in architecture)
+
+    raw, raw_threshold = folded({k: jnp.asarray(v) for k, v in params.items()}, scale, jnp.float32(0.0))
+    tensors = {name: np.asarray(value) for name, value in raw.items()}
+    if "jumprelu" in architecture:
+        tensors["threshold"] = np.asarray(raw_threshold)
+    if architecture == "gated":
+        tensors["b_gate"] = tensors.pop("b_enc")
+    cfg = json.loads((folder / "cfg.json").read_text()) | {"apply_b_dec_to_input": not transcode}
+    write_saelens(tmp_path / "again", tensors, cfg)
+    again_latents, again_recon = of_saelens(tmp_path / "again", acts)
+    assert ((again_latents > 0) == (latents > 0)).all()
+    assert_same(again_recon, recon)
+
+
+def test_scaled_undoes_folded_number_by_number() -> None:
+    for transcode in (False, True):
+        scale = input_scale(transcode)
+        config = SAEConfig(architecture="jumprelu", n_latents=F, k=K, transcode=transcode)
+        params = init_params(config, D, jax.random.key(3), D_OUT if transcode else None)
+        random = np.random.default_rng(1)
+        params |= {
+            name: jnp.asarray(random.uniform(0, 1, params[name].shape), jnp.float32) for name in ("b_enc", "b_dec")
+        }
+        raw, threshold = folded(params, scale, jnp.float32(0.0))
+        back, threshold = scaled(
+            {k: np.asarray(v) for k, v in raw.items()} | {"threshold": np.asarray(threshold)}, scale
+        )
+        for name, value in params.items():
+            np.testing.assert_allclose(back[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
+        assert threshold is back["threshold"] and {value.dtype.name for value in back.values()} == {"float32"}
+
+
+def test_topk_of_rescaled_latents_is_read_and_of_unequal_norms_refused(tmp_path: Path) -> None:
+    acts, scale = rows(), input_scale()
+    folder = saelens_folder(tmp_path / "rescaled", "topk", rescale_acts_by_decoder_norm=True)
+    latents, recon = of_saelens(folder, acts)
+    params, _ = read_start(folder, "topk", D, F, scale)
+    our_latents, our_recon = of_trainer(params, "topk", scale, acts)
+    assert_same(our_recon, recon)
+    assert_same(our_latents, latents * float(scale.scale))  # SAELens's are in units of unit rows already
+    with pytest.raises(UserError, match=r"decoder norms 0\.5 to 2; .* equal norms"):
+        read_start(saelens_folder(tmp_path / "plain", "topk"), "topk", D, F, scale)
+
+
+def test_a_start_of_another_architecture(tmp_path: Path) -> None:
+    acts, scale = rows(), input_scale()
+    standard = saelens_folder(tmp_path / "standard", "standard")
+    recon = of_saelens(standard, acts)[1]
+    params, threshold = read_start(standard, "gated", D, F, scale)
+    assert threshold is None
+    assert_same(of_trainer(params, "gated", scale, acts)[1], recon)
+    assert set(read_start(standard, "jumprelu", D, F, scale)[0]) == {"W_enc", "b_enc", "W_dec", "b_dec"}
+    jumprelu = saelens_folder(tmp_path / "jumprelu", "jumprelu")
+    params, threshold = read_start(jumprelu, "batchtopk", D, F, scale)
+    assert "threshold" not in params and threshold.shape == (F,) and (threshold >= 0).all()
+    with pytest.raises(UserError, match="holds a gated SAE, which no relu SAE equals; train with --arch gated"):
+        read_start(saelens_folder(tmp_path / "gated", "gated"), "relu", D, F, scale)
+    with pytest.raises(UserError, match="holds a standard, this run trains a transcoder"):
+        read_start(saelens_folder(tmp_path / "square", "standard", d_in=D), "relu", D, F,
+                   dataclasses.replace(scale, target=scale))  # fmt: skip
+    with pytest.raises(UserError, match="d_out=7, this run needs 5"):
+        read_start(saelens_folder(tmp_path / "transcoder", "transcoder"), "relu", D, F, scale)
+    with pytest.raises(UserError, match=r"d_in=5, this run needs 6; start from an SAE of this store's model"):
+        read_start(standard, "relu", D + 1, F, scale)
+    with pytest.raises(UserError, match=r"d_sae=11, this run needs 12; set --sae\.n-latents 11"):
+        read_start(standard, "relu", D, F + 1, scale)
+
+
+def test_16_bit_weights_and_a_cfg_of_before_version_6_are_read(tmp_path: Path) -> None:
+    folder = saelens_folder(tmp_path, "standard")
+    wide = safetensors.torch.load_file(folder / "sae_weights.safetensors")
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = {name: value.to(dtype) for name, value in wide.items()}
+        narrow["scaling_factor"] = torch.ones(F, dtype=dtype)
+        safetensors.torch.save_file(narrow, folder / "sae_weights.safetensors")
+        weights, _ = read_saelens(folder)
+        for name, value in weights.items():
+            assert (value == narrow[name].float().numpy()).all() and value.dtype == np.float32
+    old = {"d_in": D, "d_sae": F, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "dtype": "float32"}
+    (folder / "cfg.json").write_text(json.dumps(old))
+    cfg = read_saelens(folder)[1]
+    assert (cfg["architecture"], cfg["k"], cfg["apply_b_dec_to_input"]) == ("topk", K, True)
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    folder = saelens_folder(tmp_path, "jumprelu")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    weights = (folder / "sae_weights.safetensors").read_bytes()
+    tensors = safetensors.torch.load(weights)
+
+    def refused(match: str, cfg: Any = cfg, tensors: Any = tensors) -> None:
+        (folder / "cfg.json").write_text(json.dumps(cfg))
+        content = tensors if isinstance(tensors, bytes) else safetensors.torch.save(tensors)
+        (folder / "sae_weights.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match=match) as error:
+            read_saelens(folder)
+        assert "\n" not in str(error.value)
+
+    for value in ("layer_norm", "expected_average_only_in"):
+        refused(f"normalize_activations='{value}', expected 'none'; fold", cfg | {"normalize_activations": value})
+    refused("architecture 'temporal', expected one of standard", cfg | {"architecture": "temporal"})
+    refused("expected a SAELens config with d_in and d_sae, found", {"trainer": {}})
+    refused(r"found W_dec, W_enc, b_dec, b_enc$", tensors={k: v for k, v in tensors.items() if k != "threshold"})
+    refused(r"threshold has shape \[10\], cfg.json says \[11\]", tensors=tensors | {"threshold": torch.zeros(F - 1)})
+    refused("b_enc holds values that are not finite", tensors=tensors | {"b_enc": torch.full((F,), torch.nan)})
+    refused(
+        "b_enc is of dtype I64, expected one of F64", tensors=tensors | {"b_enc": torch.zeros(F, dtype=torch.int64)}
+    )
+    refused("scaling_factor is not 1", tensors=tensors | {"scaling_factor": torch.full((F,), 2.0)})
+    refused("found one that is damaged", tensors=weights[:40])
+    (folder / "sae_weights.safetensors").unlink()
+    with pytest.raises(UserError, match="found none that can be read"):
+        read_saelens(folder)
+    with pytest.raises(UserError, match=r"expected a SAELens folder's cfg\.json"):
+        read_saelens(tmp_path / "nowhere")

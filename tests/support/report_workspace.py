@@ -1,0 +1,330 @@
+"""Made-up workspaces of the right schemas, for the report's tests: few runs, arms over seeds, many latents."""
+
+import base64
+import itertools
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hafs_evaluate.report.embedded import LEVELS
+from hafs_evaluate.report.report import write_report
+from hafs_jax.base.files import write_json
+from tests.support.stores import write_store
+
+RUNS = ("baseline-relu-s0", "adaptive-s0", "strict-s0", "gate_only-s0", "baseline-s0")
+ORDER = ["baseline", "strict", "adaptive", "gate_only", "baseline-relu"]
+FVU = {"baseline": 0.20, "strict": 0.30, "adaptive": 0.23, "gate_only": 0.24, "baseline-relu": 0.26}
+TASKS = ("task_a", "task_b")
+NASTY = ["</script><b>", "<!--", "\"'&", "\u202e\u2028", "|`*_$x$"]
+
+
+def write_run(folder: Path, run: str, seed: int = 0, **changes: Any) -> None:
+    variant = run.split("-")[0]
+    architecture = "relu" if "relu" in run else "batchtopk"
+    lines = [
+        {
+            "step": step, "tokens": 64 * (step + 1), "loss": 1.2 / (step + 1), "fvu": 0.9, "fvu_ema": 1 / (step + 1),
+            "l0": 4.0, "dead_fraction": 0.0, "alpha": 0.5, "lambda": 0.1 * step, "penalty": 0.2,
+            "coherence_mean": 0.3, "coherence_max": 0.8,
+        }
+        for step in range(5)
+    ]  # fmt: skip
+    run_folder = folder / "runs" / run
+    write_json(
+        run_folder / "run.json",
+        {
+            "name": run, "variant": variant, "architecture": architecture, "seed": seed,
+            "steps": 5, "tokens": 320, "seconds": 1.5, "d_model": 6, "n_latents": 13, "k_or_target_l0": 4,
+            "tau": 0.25 if variant == "adaptive" else None, "tau_reached": True if variant == "adaptive" else None,
+            "final": lines[-1], "store_fingerprint": "0", **changes,
+        },
+    )  # fmt: skip
+    write_json(run_folder / "config.json", {"variant": variant, "learning_rate": 1e-3})
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_core(folder: Path, run: str, fvu: float, l0: float = 4.0, **model: float | None) -> None:
+    values = {
+        "run": run, "sae_sha256": "0", "rows": 40,
+        "reconstruction": {"fvu": fvu, "explained_variance": 1 - fvu},
+        "sparsity": {"l0": l0, "dead_fraction": 0.0, "n_latents": 13},
+        "geometry": {"max_coherence": 0.9, "mean_coherence": fvu / 2, "frobenius_excess": 0.1},
+        "by_source": {"text": {"fvu": fvu, "l0": l0, "rows": 40}},
+        "model": {"ce_score": 0.9, "kl_score": 0.95, **model},
+    }  # fmt: skip
+    path = folder / "eval" / run / "core.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values))  # as a careless writer might: NaN included
+
+
+def accuracies(start: float) -> dict[str, dict[str, float]]:
+    return {
+        str(k): {"test_accuracy": start + 0.01 * k, "test_auc": start + 0.02 * k, "test_f1": 0.5} for k in (1, 2, 5, 10)
+    }
+
+
+def write_probing(folder: Path, run: str, start: float, tasks: tuple[str, ...] = TASKS) -> None:
+    details = [{"dataset_name": task, "sae_metrics_by_k": accuracies(start + 0.1 * n)} for n, task in enumerate(tasks)]
+    write_json(folder / "eval" / run / "probing.json", {"eval_result_details": details[::-1]})
+
+
+def write_llm_probing(folder: Path, tasks: tuple[str, ...] = TASKS) -> None:
+    probes = {f"top_{k}": values for k, values in accuracies(0.5).items()}
+    full = {"test_accuracy": 0.9, "test_auc": 0.97, "test_f1": 0.9}
+    values = {"model": "m", "hook_point": "h", "tasks": {task: {**probes, "full": full} for task in tasks}}
+    write_json(folder / "eval" / "llm" / "probing.json", values)
+
+
+def write_latents(folder: Path, run: str, tokens: list[str] | None = None) -> None:
+    tokens = tokens or [" the", " quick", " fox", "↵"]
+    context = {
+        "source": "text", "document": 1, "title": "A title", "peak": 1, "tokens": tokens,
+        "values": [0.0, 2.5] + [0.5] * (len(tokens) - 2),
+    }  # fmt: skip
+    latent = {
+        "density": 0.01, "max_activation": 2.5, "nearest": {"index": 5, "cosine": 0.3},
+        "top_tokens": [[tokens[1], 1.0]], "promoted": tokens[:2], "suppressed": [], "contexts": [context],
+    }  # fmt: skip
+    density = (np.arange(13) / 100).tolist()
+    values = {
+        "run": run, "rows_scanned": 40, "density": density, "max_activation": density, "nearest_cosine": density,
+        "latents": [{"index": index, **latent} for index in (3, 8)],
+    }  # fmt: skip
+    write_json(folder / "eval" / run / "latents.json", values)
+
+
+def make_workspace(folder: Path, runs: tuple[str, ...] = RUNS) -> Path:
+    acts = np.random.default_rng(0).normal(size=(70, 6)).astype(np.float32)
+    write_store(folder / "store" / "train", acts)
+    write_store(folder / "store" / "heldout", acts[:40], split="heldout")
+    write_json(folder / "store" / "train" / "timing.json", {"seconds": 12.5})
+    for number, run in enumerate(runs):
+        write_run(folder, run)
+        write_core(folder, run, FVU[run.removesuffix("-s0")])
+        write_probing(folder, run, 0.6 + 0.01 * number)
+        write_latents(folder, run)
+    write_llm_probing(folder)
+    write_json(folder / "eval" / "seconds.json", {"probing": 3.0, "core/adaptive-s0": 2.0})
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page holds: its text, its elements' attributes, the JSON in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.scripts: dict[str, str] = {}
+        self._data: str | None = None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        name = dict(attrs).get("id") or ""
+        self._data = name if tag == "script" and name.startswith("data-") else None
+
+    def handle_endtag(self, tag):
+        self._data = None
+
+    def handle_data(self, data):
+        if self._data is not None:
+            self.scripts[self._data] = self.scripts.get(self._data, "") + data
+        else:
+            self.texts.append(data)
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.scripts[name])
+
+
+def page_of(folder: Path) -> Page:
+    return Page((folder / "report" / "index.html").read_text())
+
+
+def page_of_written(folder: Path) -> Page:
+    write_report(folder)
+    return page_of(folder)
+
+
+def unpacked(page: Page, number: int = 0) -> list[dict[str, list[dict[str, Any]]]]:
+    """The contexts of an embedded record, latent by latent, read back from its bytes."""
+    record, strings = page.json(f"data-latents-{number}"), page.json("data-strings")
+    data = iter(base64.b64decode(record["bytes"]))
+
+    def varint() -> int:
+        value, shift = 0, 0
+        for byte in data:
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                break
+        return value
+
+    def context(scale: float) -> dict[str, Any]:
+        source, document, title, peak = varint(), varint(), varint(), varint()
+        tokens = [strings[varint()] for _ in range(varint())]
+        values, place = [0.0] * len(tokens), -1
+        for _ in range(varint()):
+            place += varint() + 1
+            values[place] = varint() * scale / LEVELS
+        title_text = strings[title - 1] if title else None
+        return {
+            "source": strings[source], "document": document, "title": title_text, "peak": peak, "tokens": tokens,
+            "values": values,
+        }  # fmt: skip
+
+    kinds = ("contexts", "random_contexts")
+    found = [{kind: [context(scale) for _ in range(varint())] for kind in kinds} for scale in record["scale"]]
+    assert next(data, None) is None
+    return found
+
+
+NODES = {"people": None, "people/arts": "people", "people/arts/actor": "people/arts", "people/sport": "people"}
+
+
+def write_hierarchy(folder: Path, run: str, accuracy: float, columns: tuple[str, ...] = ("top_1", "top_5")) -> None:
+    """eval/<run>/hierarchy.json of one tree of four classes, each accuracy `accuracy` plus .1 a k."""
+    nodes = {}
+    for path, parent in NODES.items():
+        scores = {
+            column: {
+                "balanced_accuracy": accuracy + 0.1 * n,
+                "balanced_accuracy_se": 0.01,
+                "auroc": 0.9,
+                "auroc_se": 0.02,
+            }
+            for n, column in enumerate(columns)
+        }
+        is_parent = path in NODES.values()
+        nodes[path] = {
+            "level": path.count("/") + 1, "parent": parent, "label": path.split("/")[-1], "texts": 1200,
+            "contrasts": {"rest": scores, "siblings": scores if parent else None},
+            "absorption": {"fraction": 1 - accuracy, "full": 0.1, "mains": 2, "dead_fraction": 0.0, "texts": 100},
+            "hole": 0.3 if is_parent else None,
+        }  # fmt: skip
+    macro = {
+        "level_1": {"top_1": {"balanced_accuracy": accuracy, "auroc": 0.9}}, "parents_top_1": accuracy, "hole": 0.3,
+        "absorption_fraction": 1 - accuracy, "absorption_full": 0.1,
+    }  # fmt: skip
+    tree = {"texts": 1200, "levels": 3, "nodes": nodes, "macro": macro}
+    write_json(folder / "eval" / run / "hierarchy.json", {"run": run, "trees": {"professions": tree}, "macro": macro})
+
+
+def write_summary(folder: Path) -> None:
+    """experiment/summary.json with comparisons of every verdict, falsifiers and three sentences."""
+    verdicts = ("better", "worse", "not resolved", "non-inferior")
+    comparisons = [
+        {
+            "architecture": architecture, "k": k, "measure": measure, "a": a, "b": "baseline", "difference": difference,
+            "low": difference - 0.02, "high": difference + 0.02, "p": 0.01, "p_holm": 0.04, "reseed_sd": 0.011,
+            "verdict": said,
+        }
+        for architecture, k in itertools.product(("batchtopk", "relu"), (16, 64))
+        for measure in ("fvu", "hierarchy_parent_top_1", "hole", "stability")
+        for (a, difference), said in zip(
+            (("adaptive", 0.05), ("strict", -0.031), ("ramp_only", 0.001), ("ortsae", 0.0125)), verdicts, strict=True
+        )
+    ]  # fmt: skip
+    stability = {"mean": 0.61, "sd": 0.02, "low": 0.58, "high": 0.64, "values": [0.6, 0.62]}
+    arm = {
+        "architecture": "batchtopk",
+        "variant": "adaptive",
+        "k": 16,
+        "seeds": [0, 1, 2],
+        "measures": {"stability": stability},
+    }
+    write_json(
+        folder / "experiment" / "summary.json",
+        {
+            "config": {}, "arms": [arm], "comparisons": comparisons,
+            "falsifiers": [
+                {"name": "error-adaptive", "architecture": "relu", "claim": "gate adds to ramp", "outcome": "triggered",
+                 "why": "CI holds 0"},
+                {"name": "frozen", "claim": "gains are not the encoder's alone", "outcome": "pass", "why": ""},
+                {"name": "hierarchy", "claim": "parent beats global", "outcome": "not decided", "why": "not run"},
+            ],
+            "verdict": ["Adaptive lowers the hole by 0.031.", "It costs 0.05 of FVU.", "One of three claims fell."],
+        },
+    )  # fmt: skip
+
+
+ARM_VARIANTS = (
+    "baseline",
+    "strict",
+    "adaptive",
+    "ramp_only",
+    "gate_only",
+    "ortsae",
+    "frob",
+    "random_init",
+    "frozen_decoder",
+)
+
+
+def make_experiment(folder: Path, seeds: int = 3, variants: tuple[str, ...] = ARM_VARIANTS) -> Path:
+    """Arms x seeds: two architectures, two ks, with hierarchies, latents of some, and the experiment's summary."""
+    make_workspace(folder, ())
+    numbers = itertools.product(("batchtopk", "relu"), (16, 64), enumerate(variants), range(seeds))
+    for architecture, k, (place, variant), seed in numbers:
+        run = f"{variant}{'' if architecture == 'batchtopk' else '-relu'}-s{seed}-k={k}"
+        noise = 0.004 * math.sin(7 * seed + place) + 0.01 * place
+        write_run(folder, run, seed, k_or_target_l0=k)
+        write_core(folder, run, 3 / (k + 10) + noise, l0=k + noise)
+        write_probing(folder, run, 0.6 + noise)
+        write_hierarchy(folder, run, 0.6 + noise + 0.02 * (k == 16))
+        write_latents(folder, run)
+    write_hierarchy(folder, "llm", 0.7, ("full", "top_1", "pca_1"))
+    write_summary(folder)
+    return folder
+
+
+def write_many_latents(folder: Path, run: str, latents: int, contexts: int, seed: int = 0) -> None:
+    """latents.json as large as asked for, with every optional part; words are drawn as languages draw them."""
+    random = np.random.default_rng(seed)
+    words = [f" w{n:x}" if n > 200 else f" {chr(97 + n % 26)}{n}" for n in range(8000)]
+    draws = np.minimum(random.zipf(1.3, size=(latents * contexts, 37)) - 1, 7999)
+    shares = {"share": 0.5, "base": 0.1}
+    found = []
+    for index in range(latents):
+        shown = []
+        for n in range(contexts):
+            tokens = [words[token] for token in draws[index * contexts + n]]
+            values = np.round(np.where(random.random(37) < 0.12, random.random(37) * 5, 0), 3)
+            values[24] = 5 + random.random()
+            document = int(random.integers(5000))
+            shown.append(
+                {
+                    "source": "text", "document": document, "title": f"Title {document}", "peak": 24, "tokens": tokens,
+                    "values": values.tolist(),
+                }
+            )  # fmt: skip
+        other = (index + 1) % latents
+        found.append(
+            {
+                "index": 2 * index, "density": float(f"{10 ** random.uniform(-4, -1):.5g}"),
+                "max_activation": float(max(shown[0]["values"])),
+                "nearest": {"index": 2 * other, "cosine": round(random.random(), 4)},
+                "top_tokens": [[shown[0]["tokens"][24], 1.0]], "promoted": words[index % 50 : index % 50 + 10],
+                "suppressed": words[100:110], "contexts": shown, "random_contexts": shown[:5],
+                "selectivity": {"label": "topic", "value": "Arts", "auroc": round(random.random(), 4), **shares},
+                "partners": [{"index": 2 * other, "pmi": 2.5, "rows": 7}], "purity": round(random.random(), 4),
+                "shares_with": [
+                    {"index": 2 * other, "cosine": 0.4, "kind": "child"}, {"index": 1, "cosine": 0.3, "kind": "peer"},
+                ],
+                "matches": {"strict-s0": {"index": 2 * other, "cosine": 0.91}} if run != "strict-s0" else {},
+            }
+        )  # fmt: skip
+    density = [latent["density"] for latent in found]
+    values = {
+        "run": run, "rows_scanned": 100_000, "density": density, "max_activation": density, "nearest_cosine": density,
+        "latents": found,
+    }  # fmt: skip
+    path = folder / "eval" / run / "latents.json"
+    path.write_text(json.dumps(values))
