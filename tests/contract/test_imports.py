@@ -1,4 +1,4 @@
-"""The rooms and the direction of imports, and proof that the check can fail."""
+"""Who may import whom, between the rooms and inside them, and proof that the check can fail."""
 
 import ast
 import importlib.util
@@ -10,14 +10,39 @@ import pytest
 from benchmarks import accelerator
 
 ROOT = Path(__file__).parents[2]
-FORBIDDEN = {
-    "extract": {"jax", "flax", "optax", "orbax", "hafs_jax", "evaluate"},
-    "hafs_jax": {"torch", "transformers", "transformer_lens", "sae_lens", "datasets", "evaluate"},
+PACKAGES = {"hafs_extract": "extract/hafs_extract", "hafs_jax": "hafs_jax", "hafs_evaluate": "evaluate/hafs_evaluate"}
+FOREIGN = {
+    "hafs_extract": {"jax", "flax", "optax", "orbax"},
+    "hafs_jax": {"torch", "transformers", "transformer_lens", "sae_lens", "datasets"},
+    "hafs_evaluate": {"jax", "flax", "optax", "orbax"},
 }
-ALLOWED_ACROSS = {
-    "hafs_jax": {"hafs_jax.store"},
-    "evaluate": {"hafs_jax.store", "hafs_extract.models", "hafs_extract.packaged", "hafs_extract.hub", "hafs_jax"},
-}
+"""Libraries that a room never imports."""
+ACROSS = {
+    "hafs_extract": {"hafs_jax.base", "hafs_jax.store"},
+    "hafs_jax": set[str](),
+    "hafs_evaluate": {
+        "hafs_jax.base", "hafs_jax.store", "hafs_jax.config", "hafs_jax.presets", "hafs_jax.runs", "hafs_jax.saelens",
+        "hafs_extract.models", "hafs_extract.hub", "hafs_extract.packaged",
+    },
+}  # fmt: skip
+"""What of the other rooms a room may import."""
+INSIDE_FUNCTIONS = {"hafs_jax.saelens"}
+"""What hafs_evaluate may import only inside functions: it brings JAX."""
+LAYERS = (
+    {"base"},
+    {"store"},
+    {"config", "presets", "runs", "health"},
+    {"ops"},
+    {"method"},
+    {"fast"},
+    {"training"},
+    {"saelens", "api"},
+    {"cli", "__main__", "__init__"},
+)
+"""hafs_jax from the ground up: a module imports its own layer and those below."""
+NO_JAX = {"base", "store", "config", "presets", "runs", "health", "cli", "__main__", "__init__"}
+WINGS = ("core", "latents", "saebench", "hierarchy", "truth", "exchange", "results", "experiment", "report")
+MOST_MODULES = 11
 
 
 def imports(source: str, in_functions: bool = True) -> set[str]:
@@ -27,7 +52,7 @@ def imports(source: str, in_functions: bool = True) -> set[str]:
     while nodes:
         node = nodes.pop()
         if in_functions or not isinstance(node, ast.FunctionDef):
-            nodes += ast.iter_child_nodes(node)
+            nodes += _children(node)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -35,52 +60,140 @@ def imports(source: str, in_functions: bool = True) -> set[str]:
     return found
 
 
-def violations(room: str, source: str, path: str) -> list[str]:
-    """Imports that the rules forbid to a file of `room`."""
+def _children(node: ast.AST) -> list[ast.AST]:
+    """A node's children; of `if TYPE_CHECKING:` none, as what is imported there never runs."""
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        return list(node.orelse)
+    return list(ast.iter_child_nodes(node))
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What the rules forbid to `module`, such as "hafs_jax.method.sae", of its source."""
+    package, *inner = module.split(".")
+    at_import = imports(source, in_functions=False)
     problems = []
     for name in sorted(imports(source)):
-        top = name.split(".")[0]
-        across = top in ("extract", "hafs_jax", "evaluate") and top != room
-        known = any(name == allowed or name.startswith(allowed + ".") for allowed in ALLOWED_ACROSS.get(room, set()))
-        package = name in ("extract", "hafs_jax")  # the package itself, in `from extract import models`
-        if top in FORBIDDEN.get(room, set()) or (across and not known and not package):
-            problems.append(f"{path} imports {name}")
-        if path.startswith("extract/format/") and top not in {*sys.stdlib_module_names, "numpy", "extract"}:
-            problems.append(f"{path} imports {name}: the format needs only the standard library and numpy")
-        if room == "evaluate" and top in ("jax", "hafs_jax") and path != "evaluate/bridge.py":
-            problems.append(f"{path} imports {name}: only the bridge may")
+        top, *rest = name.split(".")
+        if top in FOREIGN[package]:
+            problems.append(f"{module} imports {name}")
+        elif top in PACKAGES and top != package:
+            if not any(name == known or name.startswith(known + ".") for known in ACROSS[package]):
+                if not any(known.startswith(name + ".") for known in ACROSS[package]):
+                    problems.append(f"{module} imports {name}")
+            elif name in at_import and any(name == lazy or name.startswith(lazy + ".") for lazy in INSIDE_FUNCTIONS):
+                problems.append(f"{module} imports {name} outside a function")
+        elif top == package == "hafs_jax" and inner and rest:
+            problems += _upward(module, inner[0], name, rest[0])
+        elif top == package == "hafs_evaluate" and inner and rest:
+            problems += _between_wings(module, inner, name, rest[0])
+        if package == "hafs_jax" and inner:
+            if inner[0] in ("base", "store") and top not in {*sys.stdlib_module_names, "numpy", "hafs_jax"}:
+                problems.append(f"{module} imports {name}: the ground needs only the standard library and numpy")
+            if inner[0] in NO_JAX and top in ("jax", "flax", "optax", "orbax"):
+                problems.append(f"{module} imports {name}: {inner[0]} needs no JAX")
+            if inner[0] == "method" and top in ("os", "pathlib", "platform"):
+                problems.append(f"{module} imports {name}: the method asks for no machine and no file")
+    if package == "hafs_jax" and inner[:1] == ["method"]:
+        for word in ("default_backend", "local_devices", "device_count", "sched_getaffinity", "cpu_count", "open("):
+            if word in source:
+                problems.append(f"{module} says {word}: the method asks for no machine and no file")
     return problems
 
 
-def test_every_file_keeps_to_its_room() -> None:
-    files = [path for room in ("extract", "hafs_jax", "evaluate") for path in (ROOT / room).rglob("*.py")]
-    assert len(files) > 25
-    found = []
-    for path in files:
-        relative = path.relative_to(ROOT).as_posix()
-        found += violations(relative.split("/")[0], path.read_text(), relative)
+def _upward(module: str, own: str, name: str, other: str) -> list[str]:
+    heights = {part: height for height, layer in enumerate(LAYERS) for part in layer}
+    if other not in heights or heights.get(own, len(LAYERS)) >= heights[other]:
+        return []
+    return [f"{module} imports {name}, which is above it"]
+
+
+def _between_wings(module: str, inner: list[str], name: str, other: str) -> list[str]:
+    own = inner[0] if inner[0] in WINGS else None
+    if own is None or own == other:
+        return []
+    if other in ("stages", "cli"):
+        return [f"{module} imports {name}: wings never import the stages"]
+    if own == "results" and other in ("experiment", "report"):
+        return [f"{module} imports {name}, which is above it"]
+    return []
+
+
+def modules() -> dict[str, str]:
+    """The source of every module of the three packages, by its dotted name."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            found[".".join(parts)] = path.read_text()
+    return found
+
+
+def test_every_module_keeps_to_its_room_and_its_layer() -> None:
+    every = modules()
+    assert len(every) > 100
+    found = [problem for module, source in every.items() for problem in violations(module, source)]
     assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(
-    ("room", "path", "source"),
+    ("module", "source"),
     [
-        ("extract", "extract/run.py", "import jax"),
-        ("extract", "extract/run.py", "def f():\n    from hafs_jax.method.sae import SAE"),
-        ("hafs_jax", "hafs_jax/step.py", "import torch.nn as nn"),
-        ("hafs_jax", "hafs_jax/step.py", "from hafs_extract.run import extract"),
-        ("evaluate", "evaluate/core.py", "from hafs_jax import sae"),
-        ("evaluate", "evaluate/core.py", "import hafs_extract.run"),
-        ("extract", "extract/format/store.py", "import torch"),
+        ("hafs_extract.run", "import jax"),
+        ("hafs_extract.run", "def f():\n    from hafs_jax.method.sae import SAE"),
+        ("hafs_extract.run", "import hafs_evaluate"),
+        ("hafs_jax.training.step", "import torch.nn as nn"),
+        ("hafs_jax.training.step", "from hafs_extract.run import extract"),
+        ("hafs_jax.method.sae", "from hafs_jax.fast.entries import find"),
+        ("hafs_jax.method.sae", "from hafs_jax.training import step"),
+        ("hafs_jax.method.sae", "import os"),
+        ("hafs_jax.method.sae", "cpu = jax.default_backend() == 'cpu'"),
+        ("hafs_jax.ops.products", "from hafs_jax.method.sae import SAE"),
+        ("hafs_jax.runs", "import jax"),
+        ("hafs_jax.runs", "from hafs_jax.training.train import train"),
+        ("hafs_jax.base.files", "import tqdm"),
+        ("hafs_jax.store.store", "import torch"),
+        ("hafs_evaluate.core.splice", "def f():\n    import jax"),
+        ("hafs_evaluate.core.splice", "from hafs_jax.saelens import read_saelens"),
+        ("hafs_evaluate.core.splice", "from hafs_jax.method import sae"),
+        ("hafs_evaluate.core.splice", "import hafs_extract.run"),
+        ("hafs_evaluate.core.splice", "from hafs_evaluate.stages import Evaluation"),
+        ("hafs_evaluate.results.arms", "from hafs_evaluate.report import tables"),
     ],
 )
-def test_the_check_can_fail(room: str, path: str, source: str) -> None:
-    assert violations(room, source, path)
+def test_the_check_can_fail(module: str, source: str) -> None:
+    assert violations(module, source)
+
+
+def test_the_check_lets_pass_what_is_allowed() -> None:
+    assert not violations("hafs_evaluate.core.splice", "def f():\n    from hafs_jax.saelens import read_saelens")
+    assert not violations("hafs_evaluate.core.splice", "from hafs_extract import packaged")
+    assert not violations("hafs_jax.training.step", "from hafs_jax.method.sae import SAE\nimport jax")
+
+
+def test_no_folder_holds_more_modules_than_a_listing_can_tell() -> None:
+    for folder in PACKAGES.values():
+        for place in (ROOT / folder, *(path for path in (ROOT / folder).rglob("*") if path.is_dir())):
+            found = [path.stem for path in place.glob("*.py") if not path.stem.startswith("__")]
+            most = 13 if place == ROOT / PACKAGES["hafs_extract"] else MOST_MODULES
+            assert len(found) <= most, f"{place} holds {len(found)} modules: {', '.join(sorted(found))}"
+
+
+def test_the_report_needs_no_torch_and_no_jax() -> None:
+    """Nor does anything that it imports, however indirectly, as it is itself imported."""
+    every = modules()
+    waiting = {module for module in every if module.startswith(("hafs_evaluate.report.", "hafs_evaluate.results."))}
+    seen = set[str]()
+    while waiting - seen:
+        seen.add(module := (waiting - seen).pop())
+        for name in imports(every[module], in_functions=False):
+            assert name.split(".")[0] not in ("torch", "jax", "sae_lens"), f"{module} imports {name}"
+            waiting |= {known for known in (name, f"{name}.__init__") if known in every}
+    assert "hafs_jax.base.files" in seen
 
 
 def test_the_accelerators_suite_needs_no_other_library() -> None:
     """It is carried to machines that have JAX and little else: what the peers need, it imports once it found them."""
-    known = {*sys.stdlib_module_names, "jax", "numpy", "tqdm", "extract", "hafs_jax", "benchmarks"}
+    known = {*sys.stdlib_module_names, "jax", "numpy", "tqdm", "hafs_jax", "benchmarks"}
     waiting, seen = {"__main__", "accelerator"}, set[str]()
     while waiting - seen:
         seen.add(module := (waiting - seen).pop())
@@ -96,11 +209,3 @@ def test_the_accelerators_suite_compares_with_no_peer_that_is_not_installed(monk
     for name in ("torch", "benchmarks.peer_steps"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises
     assert accelerator._installed(accelerator._config("topk", 128)) == []
-
-
-def test_our_evaluate_and_extract_are_the_ones_that_run() -> None:
-    import evaluate
-    import extract
-
-    assert Path(evaluate.__file__).parent == ROOT / "evaluate"
-    assert Path(extract.__file__).parent == ROOT / "extract"
