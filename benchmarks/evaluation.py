@@ -22,7 +22,8 @@ from hafs_evaluate.saebench.probing_cache import fill_cache
 from hafs_extract.models import load_for_manifest
 from hafs_extract.profiles import OFFLINE, Resolved, prepare_hub
 from hafs_extract.run import extract
-from hafs_jax.store.store import Manifest, Store
+from hafs_jax.store.manifest import Manifest
+from hafs_jax.store.reader import Store
 
 TASKS = ("117_us_state_FL", "21_headline_istrump", "105_click_bait", "96_spam_is")
 N_LATENTS = 2_304

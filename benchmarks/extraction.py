@@ -27,7 +27,8 @@ from hafs_extract.packaged import model_folder
 from hafs_extract.profiles import OFFLINE, Resolved, prepare_hub
 from hafs_extract.run import extract
 from hafs_jax.base.files import read_json
-from hafs_jax.store.store import TIMING, Store
+from hafs_jax.store.manifest import TIMING
+from hafs_jax.store.reader import Store
 
 BARE_TARGET, SAE_LENS_TARGET = 0.95, 1.5
 TOLERANCE = 2e-2  # bfloat16 has 8 bits; float32 is 1.0e-2 from the model as it is, 0.8e-2 from the compiled one

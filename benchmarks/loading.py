@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks.harness import Row, interleaved
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.store.arrays import write_array_store
-from hafs_jax.store.store import Store, shard_name
+from hafs_jax.store.manifest import shard_name
+from hafs_jax.store.reader import Store
 from hafs_jax.training.data import Batches, input_scale, prefetch
 from hafs_jax.training.loop import Stores, first_state
 from hafs_jax.training.state import hyperparameters

@@ -49,7 +49,7 @@ def _training(architecture: str, store: Path, folder: Path) -> Iterator[Row]:
 
     The base is the peak of the same training of 64 latents with 64 rows a step: imports, compiling, checkpoints.
     """
-    from hafs_jax.store.store import Store
+    from hafs_jax.store.reader import Store
     from hafs_jax.training.budget import budget
     from hafs_jax.training.loop import Stores
 

@@ -44,7 +44,8 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.method.matryoshka import fixed_ends
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.store.arrays import write_array_store
-from hafs_jax.store.store import Store, to_float32
+from hafs_jax.store.manifest import to_float32
+from hafs_jax.store.reader import Store
 from hafs_jax.training.data import Batches, input_scale
 from hafs_jax.training.loop import first_state
 from hafs_jax.training.state import hyperparameters

@@ -15,7 +15,7 @@ from hafs_jax.method.architectures import OperatingPoint
 from hafs_jax.method.sae import SAE, InputScale
 from hafs_jax.ops.products import Params
 from hafs_jax.runs import Run
-from hafs_jax.store.store import read_manifest
+from hafs_jax.store.manifest import read_manifest
 from hafs_jax.training.checkpoint import load_checkpoint
 
 

@@ -17,7 +17,7 @@ from hafs_jax.base.files import read_json, read_jsonl, write_json
 from hafs_jax.base.options import from_dict, to_dict
 from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset
-from hafs_jax.store.store import MANIFEST
+from hafs_jax.store.manifest import MANIFEST
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json
 from hafs_jax.base.options import did_you_mean
 from hafs_jax.method.sae import InputScale
-from hafs_jax.store.store import to_float32
+from hafs_jax.store.manifest import to_float32
 
 Weights = dict[str, np.ndarray]
 """float32 arrays under the trainer's names: W_enc [D, F], b_enc [F], W_dec [F, D_out], b_dec [D_out], and of some

@@ -22,7 +22,7 @@ from hafs_extract.hub import go_offline, hub_problem
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_atomic, write_json
 from hafs_jax.base.options import to_dict
-from hafs_jax.store.store import Manifest
+from hafs_jax.store.manifest import Manifest
 
 NEED_TEXT = frozenset(STAGES) - {"across"}
 FORMAT = 1  # raise it when results of the same inputs would differ

@@ -15,7 +15,7 @@ from typing import Any
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of, write_json
 from hafs_jax.base.options import did_you_mean
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 
 AUTO = "auto.json"
 RUN = "run.json"

@@ -14,7 +14,7 @@ from hafs_extract.profiles import OFFLINE, PRESETS, Resolved, prepare_hub, resol
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.options import Parser, add_flags, with_flags
-from hafs_jax.store.store import TIMING, read_manifest
+from hafs_jax.store.manifest import TIMING, read_manifest
 from hafs_jax.store.verify import verify
 
 DESCRIPTION = """\

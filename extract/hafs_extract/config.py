@@ -11,7 +11,7 @@ from typing import Any
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import check_choices, did_you_mean, option
-from hafs_jax.store.store import KEPT_AS
+from hafs_jax.store.manifest import KEPT_AS
 
 KINDS = ("rows", "wikitext", "multiple_choice")
 MODEL_DTYPES = ("float32", "bfloat16", "float16")

@@ -18,7 +18,7 @@ from hafs_extract.config import ExtractConfig, SourceConfig
 from hafs_extract.text import Document, documents
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_npy
-from hafs_jax.store.store import CONTEXT
+from hafs_jax.store.manifest import CONTEXT
 
 SPLITS = ("train", "heldout")
 

@@ -10,7 +10,7 @@ from hafs_extract.profiles import PRESETS
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import Parser, add_flags, with_flags
 from hafs_jax.store.arrays import ArrayConfig, ArrayImport
-from hafs_jax.store.store import read_manifest
+from hafs_jax.store.manifest import read_manifest
 
 DESCRIPTION = """\
 Make OUT/NAME/store/{train,heldout} of activations of anything: vision, audio, protein embeddings. They are read in

@@ -12,7 +12,7 @@ from hafs_extract.contexts import SPLITS
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.options import from_dict, option, to_dict
-from hafs_jax.store.store import MANIFEST, read_manifest
+from hafs_jax.store.manifest import MANIFEST, read_manifest
 
 JOURNAL = "journal.json"
 

@@ -23,7 +23,7 @@ from hafs_extract import packaged
 from hafs_extract.hub import go_offline, hub_problem
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import did_you_mean
-from hafs_jax.store.store import Manifest, ModelInfo
+from hafs_jax.store.manifest import Manifest, ModelInfo
 
 _RESID = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")

@@ -23,13 +23,10 @@ from hafs_extract.saving import Saver
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_atomic
 from hafs_jax.base.options import to_dict
-from hafs_jax.store.shards import ShardWriter
-from hafs_jax.store.shuffle import Spill, n_buckets, norms, shuffle_keys, spilled, taken
-from hafs_jax.store.store import (
+from hafs_jax.store.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     ROW,
-    Contexts,
     Manifest,
     NormFilter,
     SourceInfo,
@@ -37,6 +34,9 @@ from hafs_jax.store.store import (
     from_float32,
     to_float32,
 )
+from hafs_jax.store.reader import Contexts
+from hafs_jax.store.shards import ShardWriter
+from hafs_jax.store.shuffle import Spill, n_buckets, norms, shuffle_keys, spilled, taken
 
 TEXT_FILES = ("contexts.npy", "tokens.npy", "documents.jsonl")
 

@@ -31,8 +31,8 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
 from hafs_jax.base.options import to_dict
 from hafs_jax.base.places import locked, put_in_place
+from hafs_jax.store.manifest import TIMING, Manifest, write_manifest
 from hafs_jax.store.shuffle import Spill
-from hafs_jax.store.store import TIMING, Manifest, write_manifest
 
 WORK = ".work"
 JOURNAL_SECONDS = 2.0  # a kill costs this, and what a sync takes

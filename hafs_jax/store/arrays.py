@@ -27,10 +27,7 @@ from hafs_jax.base.files import sha256_of
 from hafs_jax.base.options import check_choices, option, to_dict
 from hafs_jax.base.places import locked, put_in_place
 from hafs_jax.store.descriptions import FILES, Descriptions, Grouping
-from hafs_jax.store.npy import ArrayRows, Arrays, read_groups
-from hafs_jax.store.shards import ShardWriter
-from hafs_jax.store.shuffle import Spill, n_buckets, shuffle_keys, spilled
-from hafs_jax.store.store import (
+from hafs_jax.store.manifest import (
     CONTEXT,
     FORMAT_VERSION,
     KEPT_AS,
@@ -44,6 +41,9 @@ from hafs_jax.store.store import (
     read_manifest,
     write_manifest,
 )
+from hafs_jax.store.npy import ArrayRows, Arrays, read_groups
+from hafs_jax.store.shards import ShardWriter
+from hafs_jax.store.shuffle import Spill, n_buckets, shuffle_keys, spilled
 
 SPLITS = ("train", "heldout")
 HOOK_POINT = "array"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hafs_jax.store.manifest import CONTEXT
 from hafs_jax.store.shuffle import hashed
-from hafs_jax.store.store import CONTEXT
 
 FILES = ("contexts.npy", "tokens.npy", "documents.jsonl")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from hafs_jax.base.files import sha256_of, write_npy
-from hafs_jax.store.store import KEPT_AS, ROW, ShardInfo, rows_name, shard_name, to_float32
+from hafs_jax.store.manifest import KEPT_AS, ROW, ShardInfo, rows_name, shard_name, to_float32
 
 _ROWS_AT_ONCE = 256  # whose float64 values stay in the processor's cache
 

@@ -13,7 +13,7 @@ from typing import IO
 import numpy as np
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import KEPT_AS, ROW, from_float32, to_float32
+from hafs_jax.store.manifest import KEPT_AS, ROW, from_float32, to_float32
 
 BUCKET_BYTES = 96 << 20
 MAX_BUCKETS = 256  # each is an open file

@@ -6,7 +6,8 @@ import numpy as np
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of
-from hafs_jax.store.store import MANIFEST, Store, read_manifest, rows_name, shard_name
+from hafs_jax.store.manifest import MANIFEST, read_manifest, rows_name, shard_name
+from hafs_jax.store.reader import Store
 
 STATISTICS_TOLERANCE = 1e-9
 """Relative. The writer sums the same rows in float64 too, in pieces that need not be these."""

@@ -13,7 +13,7 @@ from hafs_jax.fast import entries as sparse
 from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.method.loss import blocks_of_rows
 from hafs_jax.ops.products import blocks_of
-from hafs_jax.store.store import KEPT_AS
+from hafs_jax.store.manifest import KEPT_AS
 from hafs_jax.training.loop import Stores
 from hafs_jax.training.state import hyperparameters, init_state
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.method.sae import InputScale
-from hafs_jax.store.store import Store, check_aligned
+from hafs_jax.store.reader import Store, check_aligned
 from hafs_jax.training.step import Batch
 
 Rows = tuple[np.ndarray, ...]

@@ -22,7 +22,8 @@ from hafs_jax.method.penalties import coherence
 from hafs_jax.method.sae import InputScale
 from hafs_jax.runs import Run
 from hafs_jax.saelens import read_start
-from hafs_jax.store.store import MANIFEST, Store
+from hafs_jax.store.manifest import MANIFEST
+from hafs_jax.store.reader import Store
 from hafs_jax.training import shardings
 from hafs_jax.training.checkpoint import Checkpoints
 from hafs_jax.training.data import Batches, first_rows, geometric_median, input_scale, prefetch

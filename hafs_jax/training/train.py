@@ -8,7 +8,7 @@ from typing import Any
 
 from hafs_jax.config import TrainConfig
 from hafs_jax.runs import Run, baseline_tau
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 from hafs_jax.training.budget import budget, check_memory
 from hafs_jax.training.loop import Member, Stores, Terminated, TrainingStopped, fit
 from hafs_jax.training.step import margin

@@ -21,7 +21,7 @@ from hafs_jax.method.architectures import ARCHITECTURES as FORMS
 from hafs_jax.method.architectures import OperatingPoint
 from hafs_jax.method.sae import SAE, init_params
 from hafs_jax.presets import ARCHITECTURES, VARIANTS, preset
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 from hafs_jax.training.checkpoint import load_checkpoint
 from hafs_jax.training.data import input_scale
 from hafs_jax.training.state import hyperparameters, init_state

@@ -151,7 +151,7 @@ def test_every_module_keeps_to_its_room_and_its_layer() -> None:
         ("hafs_jax.runs", "import jax"),
         ("hafs_jax.runs", "from hafs_jax.training.train import train"),
         ("hafs_jax.base.files", "import tqdm"),
-        ("hafs_jax.store.store", "import torch"),
+        ("hafs_jax.store.manifest", "import torch"),
         ("hafs_evaluate.core.splice", "def f():\n    import jax"),
         ("hafs_evaluate.core.splice", "from hafs_jax.saelens import read_saelens"),
         ("hafs_evaluate.core.splice", "from hafs_jax.method import sae"),

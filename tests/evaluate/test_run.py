@@ -17,7 +17,7 @@ from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.stages import Evaluation
 from hafs_evaluate.workspace import finished_runs, hashed_export, open_workspace
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import TokenizerInfo, read_manifest, write_manifest
+from hafs_jax.store.manifest import TokenizerInfo, read_manifest, write_manifest
 from tests.support.stores import write_store
 from tests.support.torch_saes import saved_sae, tiny_model, write_tree
 

@@ -20,7 +20,7 @@ from hafs_extract.cli import main
 from hafs_extract.profiles import OFFLINE, PYTHIA70M, Resolved, hub_needs, missing_from_cache, prepare_hub, resolve
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json
-from hafs_jax.store.store import read_manifest
+from hafs_jax.store.manifest import read_manifest
 from tests.support.tiny_models import save_jsonl, save_model, save_wikitext, sentence
 
 ROOT = Path(hub.__file__).parents[1]

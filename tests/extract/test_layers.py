@@ -19,7 +19,8 @@ from hafs_extract.profiles import OFFLINE, resolve
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of
 from hafs_jax.store import shards
-from hafs_jax.store.store import Store, check_aligned, read_manifest
+from hafs_jax.store.manifest import read_manifest
+from hafs_jax.store.reader import Store, check_aligned
 from hafs_jax.store.verify import verify
 from tests.support.tiny_models import D, save_jsonl, save_model, sentence
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from hafs_extract.models import LanguageModel, load_for_manifest, load_model, pick_device
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import ModelInfo
+from hafs_jax.store.manifest import ModelInfo
 from tests.support.tiny_models import LAYERS, D, save_model
 
 

@@ -24,8 +24,9 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of
 from hafs_jax.base.places import locked
 from hafs_jax.store import shards
+from hafs_jax.store.manifest import read_manifest
+from hafs_jax.store.reader import Store
 from hafs_jax.store.shuffle import shuffle_keys
-from hafs_jax.store.store import Store, read_manifest
 from hafs_jax.store.verify import verify
 from tests.support.tiny_models import D, save_model, save_wikitext, save_wmdp
 

@@ -13,7 +13,7 @@ from hafs_evaluate.truth.ground_truth import load_truth
 from hafs_extract.synthetic.samples import SyntheticConfig, blocks, generate, is_made, main
 from hafs_extract.synthetic.worlds import WORLDS, World, build, forest, model_config
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 from hafs_jax.store.verify import verify
 from tests.support.worlds import N_FEATURES, TINY, D, files
 

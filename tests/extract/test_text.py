@@ -14,7 +14,7 @@ from hafs_extract.profiles import OFFLINE, PRESETS, PYTHIA70M
 from hafs_extract.text import documents, local_files
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import from_dict, to_dict
-from hafs_jax.store.store import Contexts
+from hafs_jax.store.reader import Contexts
 from tests.support.tiny_models import save_jsonl, save_parquet, save_wikitext, save_wmdp, sentence
 
 WIKITEXT, WMDP = PYTHIA70M.sources

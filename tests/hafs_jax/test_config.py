@@ -162,7 +162,7 @@ def test_every_field_is_covered() -> None:
 
 
 def test_fields_resolved_from_the_store(tmp_path: Any) -> None:
-    from hafs_jax.store.store import Store
+    from hafs_jax.store.reader import Store
     from hafs_jax.training.train import resolve
     from tests.support.stores import planted, write_store
 

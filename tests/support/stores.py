@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from hafs_jax.base.files import sha256_of, write_npy
-from hafs_jax.store.store import (
+from hafs_jax.store.manifest import (
     CONTEXT,
     ROW,
     Manifest,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hafs_evaluate.core.weights import weight_metrics
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 
 BATCH_FLOATS = 1 << 25  # floats that a batch's activations and latents may take together: 128 MiB
 DENSE = 0.1  # a latent is dense when it fires on more than this share of the rows

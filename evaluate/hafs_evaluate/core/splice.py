@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 
 CHUNK_FLOATS = 1 << 24  # log-probabilities computed at once: 64 MiB
 

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_atomic, write_json
-from hafs_jax.store.store import Manifest, read_manifest
+from hafs_jax.store.manifest import Manifest, read_manifest
 
 # What JAX computes here is small; it must not claim a GPU that the evaluation's torch needs.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -23,7 +23,7 @@ from typing import Any
 from hafs_evaluate.workspace import Workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_text
-from hafs_jax.store.store import Manifest
+from hafs_jax.store.manifest import Manifest
 
 EMPTY = (
     "neuron_alignment_indices",

@@ -39,7 +39,7 @@ from hafs_evaluate.hierarchy.probes import (
 )
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_jsonl, write_atomic, write_json
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 
 FORMAT = 1  # raise it when results of the same inputs would differ
 

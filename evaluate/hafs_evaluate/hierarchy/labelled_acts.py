@@ -27,7 +27,7 @@ from hafs_evaluate.saebench.probing_cache import by_length
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_json, write_npy
-from hafs_jax.store.store import Manifest, from_float32, to_float32
+from hafs_jax.store.manifest import Manifest, from_float32, to_float32
 
 FORMAT = 1  # raise it when the same key would hold other numbers
 PART_TEXTS = 512

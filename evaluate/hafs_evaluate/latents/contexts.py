@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from hafs_evaluate.latents import top_rows
-from hafs_jax.store.store import Store, to_float32
+from hafs_jax.store.manifest import to_float32
+from hafs_jax.store.reader import Store
 
 
 @dataclass(frozen=True)

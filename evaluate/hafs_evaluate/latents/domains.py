@@ -16,7 +16,7 @@ from hafs_evaluate.latents.selectivity import auroc
 from hafs_evaluate.latents.top_rows import batch_rows, batches
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import option
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from scipy import sparse
 
 from hafs_evaluate.latents.top_rows import TopRows, batch_rows, batches
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 
 SAMPLED = 8  # rows drawn for each one shown, so that the shown ones can be spread over the activation's quantiles
 

@@ -20,7 +20,7 @@ from hafs_evaluate.latents.top_rows import scan
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_text
 from hafs_jax.base.options import option
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 
 SHADE_DIGITS = 3  # of an activation in a context: the page shades by it
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # Llama and most others; GPT-2; GPT-NeoX; Phi

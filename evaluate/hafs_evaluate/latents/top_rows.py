@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 
 BATCH_FLOATS = 1 << 24  # floats that a batch's activations and latents may take together: 64 MiB
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hafs_extract import packaged
 from hafs_jax.base.files import read_json
-from hafs_jax.store.store import Manifest
+from hafs_jax.store.manifest import Manifest
 
 # Of what the hub serves; packaged models and texts say theirs themselves.
 HUB_LICENCES = {

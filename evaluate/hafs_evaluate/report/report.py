@@ -18,7 +18,7 @@ from hafs_evaluate.report.verdict import DEFINITIONS, verdict, what_ran
 from hafs_evaluate.results.arms import compared, groups
 from hafs_evaluate.results.results import build_results, published, training_lines
 from hafs_jax.base.files import read_json, write_json, write_text
-from hafs_jax.store.store import Manifest, read_manifest
+from hafs_jax.store.manifest import Manifest, read_manifest
 
 FEW_RUNS = 12  # more runs than this have no config of their own on the page: an arm's first seed's stands for all
 

@@ -11,7 +11,7 @@ from typing import Any
 from hafs_evaluate.results.arms import DEFAULT_ARCHITECTURE, VARIANT_ORDER, build_arms
 from hafs_evaluate.results.probing_means import column, llm_probing, sae_probing
 from hafs_jax.base.files import read_json, read_jsonl
-from hafs_jax.store.store import TIMING, read_manifest
+from hafs_jax.store.manifest import TIMING, read_manifest
 
 RESULTS_VERSION = 1
 

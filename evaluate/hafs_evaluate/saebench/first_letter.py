@@ -18,7 +18,7 @@ import torch
 
 from hafs_evaluate.saebench.probing import check_hook_point, logged, read_output
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import Manifest
+from hafs_jax.store.manifest import Manifest
 
 LEAST_PARAMETERS = 1_000_000_000
 LEAST_LATENTS = 16_000

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from hafs_evaluate.saebench.probing_cache import ActivationCache
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import Manifest
+from hafs_jax.store.manifest import Manifest
 
 METRICS = ("test_accuracy", "test_auc", "test_f1")
 

@@ -27,7 +27,7 @@ from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_atomic
 from hafs_jax.base.options import did_you_mean
-from hafs_jax.store.store import Manifest
+from hafs_jax.store.manifest import Manifest
 
 FORMAT = 1  # raise it when the same key would hold other numbers
 BATCH_TEXTS = 256

@@ -28,7 +28,7 @@ from hafs_evaluate.saebench.probing_cache import model_short_name
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import did_you_mean
-from hafs_jax.store.store import Manifest
+from hafs_jax.store.manifest import Manifest
 
 GITHUB_CODE = "codeparrot/github-code"
 GITHUB_CODE_FILES = "hf://datasets/codeparrot/github-code/data/train-*.parquet"

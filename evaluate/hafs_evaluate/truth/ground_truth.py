@@ -20,7 +20,7 @@ from scipy.sparse import csc_array, csr_array
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 
 TRUTH, TRUTH_ARRAYS, TRUTH_VERSION = "truth.json", "truth.npz", 1
 MIN_EDGE_ROWS = 20  # an edge that fires in fewer rows is left out of absorption

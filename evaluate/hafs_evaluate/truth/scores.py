@@ -17,7 +17,7 @@ from hafs_evaluate.truth.ground_truth import SETTINGS, Truth, load_truth, score_
 from hafs_evaluate.workspace import RUN, FinishedRun, Workspace, finished_runs, hashed_export, read_result
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of, write_json, write_text
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 
 RESULT, TABLE = "synthetic.json", "synthetic.csv"
 FACTS = ("run", "variant", "architecture", "seed", "k")

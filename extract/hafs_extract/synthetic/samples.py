@@ -35,8 +35,7 @@ from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, write_npy, write_text
 from hafs_jax.base.options import Parser, add_flags, check_choices, option, to_dict, with_flags
 from hafs_jax.base.places import locked
-from hafs_jax.store.shards import ShardWriter, Statistics
-from hafs_jax.store.store import (
+from hafs_jax.store.manifest import (
     CONTEXT,
     FORMAT_VERSION,
     MANIFEST,
@@ -50,6 +49,7 @@ from hafs_jax.store.store import (
     read_manifest,
     write_manifest,
 )
+from hafs_jax.store.shards import ShardWriter, Statistics
 
 TRUTH_VERSION = 1
 TRUTH, TRUTH_ARRAYS = "truth.json", "truth.npz"

@@ -12,7 +12,8 @@ from hafs_evaluate.core import reconstruction as core
 from hafs_evaluate.core import splice
 from hafs_evaluate.core.reconstruction import core_metrics, store_moments
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import MANIFEST, Store
+from hafs_jax.store.manifest import MANIFEST
+from hafs_jax.store.reader import Store
 from tests.support.stores import write_store
 from tests.support.torch_saes import identity_sae, random_sae
 

@@ -8,7 +8,8 @@ import torch
 
 from hafs_evaluate.core.splice import ce_score, choose_contexts, kl_score, splice_metrics
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import Store, read_manifest, write_manifest
+from hafs_jax.store.manifest import read_manifest, write_manifest
+from hafs_jax.store.reader import Store
 from tests.support.stores import write_store
 from tests.support.torch_saes import HOOK, identity_sae, random_sae, tiny_model
 

@@ -12,7 +12,7 @@ from hafs_evaluate.latents.firing import documents_of, observe, spread_rows
 from hafs_evaluate.latents.latents import LatentsConfig, write_latents
 from hafs_evaluate.latents.neighbours import partners, sharing
 from hafs_evaluate.latents.selectivity import auroc, document_groups, selectivity
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 from tests.evaluate.latents.test_latents import D, F, everything, make_store, tiny_tokenizer
 from tests.support.stores import write_store
 from tests.support.torch_saes import random_sae

@@ -19,7 +19,7 @@ from hafs_evaluate.latents.token_text import TokenText, visible
 from hafs_evaluate.latents.top_rows import scan
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_npy
-from hafs_jax.store.store import (
+from hafs_jax.store.manifest import (
     CONTEXT,
     ROW,
     Manifest,
@@ -27,12 +27,12 @@ from hafs_jax.store.store import (
     NormFilter,
     ShardInfo,
     SourceInfo,
-    Store,
     TokenizerInfo,
     rows_name,
     shard_name,
     write_manifest,
 )
+from hafs_jax.store.reader import Store
 from hafs_jax.store.verify import verify
 from tests.support.torch_saes import random_sae
 

@@ -23,7 +23,7 @@ from hafs_evaluate.saebench.probing import (
 from hafs_evaluate.saebench.probing_cache import ActivationCache, fill_cache, last_activations, read_task, task_key
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import TokenizerInfo, read_manifest
+from hafs_jax.store.manifest import TokenizerInfo, read_manifest
 from tests.support.stores import write_store
 from tests.support.tiny_models import sentence
 from tests.support.torch_saes import random_sae, tiny_model

@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from hafs_evaluate.saebench import standard as saebench_standard
 from hafs_evaluate.saebench.standard import StandardProbing
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import TokenizerInfo, read_manifest
+from hafs_jax.store.manifest import TokenizerInfo, read_manifest
 from tests.support.stores import write_store
 from tests.support.tiny_models import WORDS, save_parquet
 from tests.support.torch_saes import random_sae, tiny_model

@@ -13,7 +13,7 @@ import hafs_evaluate.truth.ground_truth as ground_truth
 from hafs_evaluate.truth.ground_truth import Truth, load_truth, score, score_sae
 from hafs_extract.synthetic.samples import HOOK_POINT
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 from tests.support.torch_saes import random_sae
 from tests.support.worlds import N_FEATURES, D
 

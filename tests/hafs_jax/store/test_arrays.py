@@ -19,8 +19,9 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of
 from hafs_jax.store import arrays, descriptions, npy, shards, shuffle
 from hafs_jax.store.arrays import write_array_store
+from hafs_jax.store.manifest import read_manifest
+from hafs_jax.store.reader import Store, check_aligned
 from hafs_jax.store.shuffle import shuffle_keys
-from hafs_jax.store.store import Store, check_aligned, read_manifest
 from hafs_jax.store.verify import verify
 
 D, TARGET_D, SIZES = 5, 3, (23, 42, 31)

@@ -9,9 +9,9 @@ import torch
 
 from hafs_extract.passes import _as_kept
 from hafs_jax.base.errors import UserError
+from hafs_jax.store.manifest import KEPT_AS, ShardInfo, from_float32, to_float32
 from hafs_jax.store.shards import ShardWriter
 from hafs_jax.store.shuffle import Spill, exact_median, n_buckets, norms, shuffle_keys, spilled
-from hafs_jax.store.store import KEPT_AS, ShardInfo, from_float32, to_float32
 
 D, N = 5, 997
 RECORD = spilled([(D, "float16")])

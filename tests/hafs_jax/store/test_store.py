@@ -10,7 +10,7 @@ import pytest
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_json, write_npy
-from hafs_jax.store.store import (
+from hafs_jax.store.manifest import (
     CONTEXT,
     FORMAT_VERSION,
     KEPT_AS,
@@ -20,7 +20,6 @@ from hafs_jax.store.store import (
     NormFilter,
     ShardInfo,
     SourceInfo,
-    Store,
     TokenizerInfo,
     from_float32,
     read_manifest,
@@ -29,6 +28,7 @@ from hafs_jax.store.store import (
     to_float32,
     write_manifest,
 )
+from hafs_jax.store.reader import Store
 from hafs_jax.store.verify import verify
 
 D, LENGTHS, SHARDS = 5, (4, 3, 6), (7, 3)

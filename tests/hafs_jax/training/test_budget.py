@@ -11,7 +11,7 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
 from hafs_jax.ops import products
 from hafs_jax.presets import preset
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 from hafs_jax.training import budget as module
 from hafs_jax.training.budget import available_bytes, budget, size
 from hafs_jax.training.data import input_scale

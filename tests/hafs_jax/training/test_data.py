@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.store import Store
+from hafs_jax.store.reader import Store
 from hafs_jax.training.data import Batches, first_rows, geometric_median, input_scale, prefetch
 from tests.support.stores import write_store
 

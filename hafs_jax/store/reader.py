@@ -1,0 +1,127 @@
+"""Opens an activation store and reads it (`manifest` has its format). Standard library and numpy only."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.store.manifest import CONTEXT, KEPT_AS, MANIFEST, ROW, read_manifest, rows_name, shard_name, to_float32
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """The tokenised contexts of a store: `table` [contexts] of CONTEXT, `tokens` [tokens] int32."""
+
+    table: np.ndarray
+    tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The token ids of context `index`, BOS included, [length] int32."""
+        start, length = int(self.table["start"][index]), int(self.table["length"][index])
+        return self.tokens[start : start + length]
+
+
+class Store:
+    """A store opened for reading: memory-mapped, checked for completeness, shapes and sizes (not checksums)."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """Opens the store; raises `UserError` naming the file where one is missing or of the wrong shape or dtype."""
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        problems = self.shape_problems()
+        if problems:
+            raise UserError(f"{problems[0]}; extract it again")
+        self.shard_sizes = [shard.rows for shard in self.manifest.shards]
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def raw(self, shard: int) -> np.ndarray:
+        """Shard `shard` as it lies on disk, memory-mapped, [rows, D] of KEPT_AS[dtype]."""
+        return _open(self.folder / shard_name(shard))
+
+    def rows(self, shard: int) -> np.ndarray:
+        """The rows file of shard `shard`, memory-mapped, [rows] of ROW."""
+        return _open(self.folder / rows_name(shard))
+
+    def read(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of shard `shard` as float32, [rows, D]."""
+        return to_float32(self.raw(shard)[start:stop], self.manifest.dtype)
+
+    def contexts(self) -> Contexts:
+        """The tokenised contexts, memory-mapped."""
+        return Contexts(_open(self.folder / "contexts.npy"), _open(self.folder / "tokens.npy"))
+
+    def documents(self) -> list[dict[str, Any]]:
+        """What is known of each document, in document order."""
+        lines = (self.folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def shape_problems(self) -> list[str]:
+        """Files that are missing, do not open, or have another shape or dtype than the manifest says."""
+        manifest, problems = self.manifest, []
+        if manifest.dtype not in KEPT_AS:
+            return [f"{self.folder / MANIFEST}: dtype {manifest.dtype!r}, expected one of {', '.join(KEPT_AS)}"]
+        if sum(shard.rows for shard in manifest.shards) != manifest.rows:
+            problems.append(f"{self.folder / MANIFEST}: its shards' rows do not add up to rows={manifest.rows}")
+        expected: dict[str, tuple[tuple[int, ...] | None, np.dtype]] = {
+            "contexts.npy": (None, CONTEXT),
+            "tokens.npy": (None, np.dtype("<i4")),
+        }
+        for index, shard in enumerate(manifest.shards):
+            expected[shard_name(index)] = ((shard.rows, manifest.d_model), KEPT_AS[manifest.dtype])
+            expected[rows_name(index)] = ((shard.rows,), ROW)
+        for name, (shape, dtype) in expected.items():
+            path = self.folder / name
+            try:
+                array = _open(path)
+            except (OSError, ValueError) as error:
+                problems.append(f"{path}: expected a whole npy file, found none that opens ({error})")
+                continue
+            if array.dtype != dtype or (shape is not None and array.shape != shape):
+                wanted = f"{list(shape) if shape else '[n]'} {_dtype_name(dtype)}"
+                problems.append(f"{path}: expected {wanted}, found {list(array.shape)} {_dtype_name(array.dtype)}")
+        return problems
+
+
+def check_aligned(store_a: Store, store_b: Store) -> None:
+    """Raises `UserError` unless both stores hold the same rows in the same order (not: of the same width).
+
+    That is so where their shards are of equal sizes and their rows files have equal checksums, as the stores of hook
+    points extracted together and of an array imported with its targets do.
+    """
+    a, b = store_a.manifest, store_b.manifest
+    found = None
+    if a.rows != b.rows:
+        found = f"{a.rows} rows and {b.rows}"
+    elif store_a.shard_sizes != store_b.shard_sizes:
+        found = f"shards of {_sizes(store_a)} rows and of {_sizes(store_b)}"
+    else:
+        pairs = zip(a.shards, b.shards, strict=True)
+        differing = [index for index, (one, other) in enumerate(pairs) if one.rows_sha256 != other.rows_sha256]
+        if differing:
+            found = f"{rows_name(differing[0])} of another checksum ({len(differing)} of {len(a.shards)} shards differ)"
+    if found:
+        raise UserError(
+            f"stores {store_a.folder} and {store_b.folder}: expected the same rows in the same order, found {found};"
+            " extract both hook points in one command, or import the array together with its --target"
+        )
+
+
+def _sizes(store: Store) -> str:
+    sizes = store.shard_sizes
+    return ", ".join(map(str, sizes[:3])) + (f", ... ({len(sizes)} shards)" if len(sizes) > 3 else "")
+
+
+def _open(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _dtype_name(dtype: np.dtype) -> str:
+    return "{" + ", ".join(dtype.names) + "}" if dtype.names else dtype.name
