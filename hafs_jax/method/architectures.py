@@ -48,6 +48,16 @@ Extra = Callable[[Encoding, Params, SAEConfig, Float[Array, "B D"]], Float[Array
 
 
 @dataclass(frozen=True)
+class SAELensForm:
+    """How the library SAELens holds an architecture: the names in its cfg.json and among its tensors."""
+
+    sae: str  # cfg.json's architecture of an autoencoder
+    transcoder: str | None = None  # of a transcoder; None: SAELens has no such class
+    repeats_threshold: bool = False  # SAELens wants a threshold per latent: ours is one number, written F times
+    renamed: Mapping[str, str] = field(default_factory=dict)  # our parameter -> SAELens's name of that tensor
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What training and export need to know of an architecture."""
 
@@ -61,6 +71,7 @@ class Architecture:
     learns_threshold: bool = False  # inference compares with a moving average of training's smallest active latent
     starts_dense: bool = False  # zero biases leave about half of the latents active
     nested: bool = False  # the loss is the mean over nested prefixes of the dictionary
+    saelens: SAELensForm | None = None  # None: it trains and loads here, but cannot be exported
 
 
 def relu(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: OperatingPoint) -> Float[Array, "B F"]:
@@ -205,11 +216,21 @@ def _first_threshold(config: SAEConfig) -> float:
     return max(NormalDist().inv_cdf(1 - min(2 * config.k / config.F, 0.5)), 0.0) * (config.encoder_scale or 1.0)
 
 
+_STANDARD = SAELensForm("standard", "transcoder")
+_ONE_THRESHOLD = SAELensForm("jumprelu", "jumprelu_transcoder", repeats_threshold=True)
+
 ARCHITECTURES: dict[str, Architecture] = {
-    "batchtopk": Architecture(batchtopk, _keep_of_batch, learns_threshold=True),
-    "topk": Architecture(topk, _keep_of_rows, by_row=True),
-    "relu": Architecture(relu, _keep_positive, keeps_any_number=True, by_row=True, cost=l1, starts_dense=True),
-    "jumprelu": Architecture(jumprelu, cost=l0, params={"threshold": _first_threshold}),
+    "batchtopk": Architecture(batchtopk, _keep_of_batch, learns_threshold=True, saelens=_ONE_THRESHOLD),
+    "topk": Architecture(topk, _keep_of_rows, by_row=True, saelens=SAELensForm("topk")),
+    "relu": Architecture(
+        relu, _keep_positive, keeps_any_number=True, by_row=True, cost=l1, starts_dense=True, saelens=_STANDARD
+    ),
+    "jumprelu": Architecture(
+        jumprelu,
+        cost=l0,
+        params={"threshold": _first_threshold},
+        saelens=SAELensForm("jumprelu", "jumprelu_transcoder"),
+    ),
     "gated": Architecture(
         gated,
         by_row=True,
@@ -217,9 +238,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         extra=gate_reconstruction,
         params={"r_mag": _zero, "b_mag": _zero},
         starts_dense=True,
+        saelens=SAELensForm("gated", renamed={"b_enc": "b_gate"}),
     ),
-    "matryoshka": Architecture(batchtopk, _keep_of_batch, learns_threshold=True, nested=True),
+    "matryoshka": Architecture(batchtopk, _keep_of_batch, learns_threshold=True, nested=True, saelens=_ONE_THRESHOLD),
     "matryoshka_relu": Architecture(
-        relu, _keep_positive, keeps_any_number=True, by_row=True, cost=l1, starts_dense=True, nested=True
+        relu,
+        _keep_positive,
+        keeps_any_number=True,
+        by_row=True,
+        cost=l1,
+        starts_dense=True,
+        nested=True,
+        saelens=_STANDARD,
     ),
 }

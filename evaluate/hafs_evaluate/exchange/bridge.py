@@ -16,16 +16,6 @@ from hafs_jax.store.manifest import Manifest, read_manifest
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 SAELENS_VERSION = "6.54.12"  # the version whose on-disk format this is; SAELens drops metadata of versions below 6
-_NAMES = {
-    "relu": "standard",
-    "matryoshka_relu": "standard",
-    "topk": "topk",
-    "batchtopk": "jumprelu",
-    "matryoshka": "jumprelu",
-    "jumprelu": "jumprelu",
-    "gated": "gated",
-}
-_TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}  # SAELens has no others
 
 
 def export_run(run_folder: Path) -> Path:
@@ -38,6 +28,7 @@ def export_run(run_folder: Path) -> Path:
     cfg.json is written last. Raises `UserError` where the run has not finished, its store is gone, or SAELens has no
     form for it (a topk or gated transcoder).
     """
+    from hafs_jax.method.architectures import ARCHITECTURES
     from hafs_jax.method.matryoshka import fixed_ends
     from hafs_jax.method.sae import folded
     from hafs_jax.runs import Run
@@ -46,17 +37,17 @@ def export_run(run_folder: Path) -> Path:
     run = Run(run_folder)
     result, config = run.result(), run.config()
     kind = saelens_name(config.sae.architecture, config.sae.transcode, str(run_folder))
+    form = ARCHITECTURES[config.sae.architecture]
+    assert form.saelens is not None
     stores = run.store_record()
     manifest = read_manifest(run_folder / stores["folder"])
     target = read_manifest(run_folder / stores["target"]["folder"]) if config.sae.transcode else None
     d_out = None if target is None else target.d_model
     state, scale = load_checkpoint(run.checkpoints, config, manifest.d_model, d_out)
     params, threshold = folded(state.weights(), scale, state.threshold(config.sparsity.threshold_decay))
-    tensors = {name: np.asarray(value, np.float32) for name, value in params.items() if name != "threshold"}
-    if kind.startswith("jumprelu"):
+    tensors = {form.saelens.renamed.get(name, name): np.asarray(value, np.float32) for name, value in params.items()}
+    if form.saelens.repeats_threshold or "threshold" in form.params:
         tensors["threshold"] = np.broadcast_to(np.float32(threshold), config.sae.F)
-    elif kind == "gated":
-        tensors["b_gate"] = tensors.pop("b_enc")
     metadata = {
         "variant": config.variant,
         "seed": config.seed,
@@ -65,12 +56,12 @@ def export_run(run_folder: Path) -> Path:
         "l0": result["final"]["l0"],
         "num_dead_features": round(result["final"]["dead_fraction"] * config.sae.F),
     }
-    if config.sae.architecture.startswith("matryoshka"):
+    if form.nested:
         ends = [config.sae.F] if config.sae.sampled_prefixes else sorted(set(fixed_ends(config.sae)))
         metadata["prefixes"] = list(ends)
-    cfg = saelens_config(config.sae.architecture, manifest, config.sae.F, metadata)
+    cfg = saelens_config(config.sae.architecture, kind, manifest, config.sae.F, metadata)
     if target is not None:
-        cfg |= {"architecture": kind, "apply_b_dec_to_input": False, "d_out": target.d_model}
+        cfg |= {"apply_b_dec_to_input": False, "d_out": target.d_model}
         cfg["metadata"]["hook_name_out"] = target.hook_point
     if kind == "topk":
         cfg |= {"k": config.sae.k, "rescale_acts_by_decoder_norm": False}
@@ -81,11 +72,15 @@ def export_run(run_folder: Path) -> Path:
 
 def saelens_name(architecture: str, transcode: bool, where: str) -> str:
     """SAELens's name of an architecture of ours; `UserError`, naming `where`, where it has none."""
-    known = {name: _TRANSCODERS[kind] for name, kind in _NAMES.items() if kind in _TRANSCODERS} if transcode else _NAMES
-    if architecture not in known:
+    from hafs_jax.method.architectures import ARCHITECTURES
+
+    forms = {name: entry.saelens for name, entry in ARCHITECTURES.items() if entry.saelens is not None}
+    known = {name: form.transcoder if transcode else form.sae for name, form in forms.items()}
+    if (found := known.get(architecture)) is None:
         form = "transcoder of architecture" if transcode else "architecture"
-        raise UserError(f"{where}: no SAELens form for {form} {architecture!r}; expected one of {', '.join(known)}")
-    return known[architecture]
+        having = ", ".join(name for name, kind in known.items() if kind is not None)
+        raise UserError(f"{where}: no SAELens form for {form} {architecture!r}; expected one of {having}")
+    return found
 
 
 def write_saelens(folder: Path, tensors: dict[str, np.ndarray], cfg: dict[str, Any]) -> None:
@@ -102,10 +97,12 @@ def read_saelens(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return read_saelens(folder)
 
 
-def saelens_config(architecture: str, manifest: Manifest, n_latents: int, metadata: dict[str, Any]) -> dict[str, Any]:
+def saelens_config(
+    architecture: str, kind: str, manifest: Manifest, n_latents: int, metadata: dict[str, Any]
+) -> dict[str, Any]:
     """The cfg.json of an SAE of ours: SAELens's keys, and in `metadata` where its activations came from."""
     return {
-        "architecture": _NAMES[architecture],
+        "architecture": kind,
         "d_in": manifest.d_model,
         "d_sae": n_latents,
         "dtype": "float32",

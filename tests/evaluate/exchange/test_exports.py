@@ -81,7 +81,7 @@ def test_what_saelens_has_no_form_for_is_refused(tmp_path: Path, monkeypatch: py
         ):
             export_run(run)
         assert not (run / "sae").exists()
-    with pytest.raises(UserError, match="no SAELens form for architecture 'other'; expected one of relu"):
+    with pytest.raises(UserError, match="no SAELens form for architecture 'other'; expected one of batchtopk"):
         saelens_name("other", False, "run")
 
 
@@ -106,7 +106,7 @@ def test_every_architecture_is_exported_to_dictionary_learning_and_comes_back(
     if architecture == "matryoshka":
         assert theirs.group_sizes.tolist() == [1, 1, 3, 6]  # 1/32, 3/32, 7/32, 15/32 and 1 of F, no group empty
 
-    assert main(["import", str(place.parent), str(tmp_path / "back")]) == 0
+    assert main(["import-sae", str(place.parent), str(tmp_path / "back")]) == 0
     back_latents, back_recon = of_saelens(tmp_path / "back", acts)
     assert_same(back_latents, latents)
     assert_same(back_recon, recon)

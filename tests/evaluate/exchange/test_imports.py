@@ -184,8 +184,8 @@ def test_a_transcoder_has_no_class_in_dictionary_learning(tmp_path: Path) -> Non
 def test_the_command_line_says_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for arguments, line in (
         (["export", str(tmp_path / "x")], "expected a run's folder"),
-        (["import", str(tmp_path / "x"), str(tmp_path / "y")], "found neither"),
-        (["import", "x", "y", "--format", "sparsify"], "sparsify"),
+        (["import-sae", str(tmp_path / "x"), str(tmp_path / "y")], "found neither"),
+        (["import-sae", "x", "y", "--format", "sparsify"], "sparsify"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
@@ -197,17 +197,8 @@ def test_a_public_sae_is_measured_like_a_run(tmp_path: Path, capsys: pytest.Capt
         write_store(tmp_path / "out" / "p" / "store" / split, rows(), split=split)
     (tmp_path / "out" / "p" / "runs" / "taken").mkdir(parents=True)
     source = library_folder(tmp_path / "public" / "their-sae", "GatedAutoEncoder", layer=0)
-    command = [
-        "run",
-        "--out",
-        str(tmp_path / "out"),
-        "--profile",
-        "p",
-        "--device",
-        "cpu",
-        "--sae",
-        str(source / "ae.pt"),
-    ]
+    place = ["--out", str(tmp_path / "out"), "--profile", "p", "--device", "cpu"]
+    command = ["evaluate", *place, "--sae", str(source / "ae.pt")]
     skip = ["--skip", "splice", "probing", "hierarchy", "latents"]
     assert main([*command, *skip]) == 0
     result = tmp_path / "out" / "p" / "eval" / "their-sae" / "core.json"
@@ -218,9 +209,8 @@ def test_a_public_sae_is_measured_like_a_run(tmp_path: Path, capsys: pytest.Capt
     assert values["sparsity"]["l0"] == pytest.approx((latents > 0).sum(1).mean())
     written = result.stat().st_mtime_ns
     assert main([*command, *skip]) == 0 and result.stat().st_mtime_ns == written  # not done twice
-    short = [*command[-2:], *command[1:-2], "--name", "short"]
-    assert short[0] == "--sae" and main([*short, *skip]) == 0  # the short form, without `run`
-    again = json.loads((tmp_path / "out" / "p" / "eval" / "short" / "core.json").read_text())
+    assert main([*command, "--name", "other", *skip]) == 0
+    again = json.loads((tmp_path / "out" / "p" / "eval" / "other" / "core.json").read_text())
     assert again["reconstruction"] == values["reconstruction"]
     for wrong in (["--runs", "taken"], ["--name", "x"]):
         with pytest.raises(SystemExit, match="2"):
