@@ -1,9 +1,10 @@
 """Opens an activation store and reads it (`manifest` has its format). Standard library and numpy only."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,14 @@ class Contexts:
         """The token ids of context `index`, BOS included, [length] int32."""
         start, length = int(self.table["start"][index]), int(self.table["length"][index])
         return self.tokens[start : start + length]
+
+
+class Batch(NamedTuple):
+    """Consecutive rows of a store, all of one shard."""
+
+    first: int  # number of the first row, counted through all shards
+    acts_BD: np.ndarray  # float32, or as they lie on disk
+    rows_B: np.ndarray  # of ROW
 
 
 class Store:
@@ -53,6 +62,29 @@ class Store:
     def read(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of shard `shard` as float32, [rows, D]."""
         return to_float32(self.raw(shard)[start:stop], self.manifest.dtype)
+
+    def batches(self, rows: int, max_rows: int | None = None, *, raw: bool = False) -> Iterator[Batch]:
+        """The store's first `max_rows` rows (default: all) in stored order, at most `rows` of them at a time.
+
+        Every row comes once. A batch never spans two shards, so each shard's last one may be shorter; no batch is
+        empty. Since a store is shuffled, its first rows are a random sample. The arrays are the caller's own copies,
+        activations in float32. With `raw` both are instead read-only views of the mapped files, the activations in
+        KEPT_AS[dtype]: nothing is read until it is looked at, so that a pass over `rows_B` alone is cheap.
+        """
+        if rows < 1:
+            raise ValueError(f"rows={rows}: expected at least 1")
+        first, left = 0, len(self) if max_rows is None else min(max_rows, len(self))
+        for shard, size in enumerate(self.shard_sizes):
+            if left <= 0:
+                return
+            for start in range(0, min(size, left), rows):
+                part = slice(start, min(start + rows, size, left))
+                # mapped anew each time: pages of a mapping that is kept would count as this process's memory
+                acts_BD, rows_B = self.raw(shard)[part], self.rows(shard)[part]
+                if not raw:
+                    acts_BD, rows_B = to_float32(acts_BD, self.manifest.dtype), np.array(rows_B)
+                yield Batch(first + start, acts_BD, rows_B)
+            first, left = first + size, left - size
 
     def contexts(self) -> Contexts:
         """The tokenised contexts, memory-mapped."""

@@ -83,7 +83,7 @@ def make_store(folder: Path, dtype: str = "float16", **changes) -> np.ndarray:
     return values
 
 
-# half an unit in the last place, relative: float16 keeps 11 bits, bfloat16 8
+# half a unit in the last place, relative: float16 keeps 11 bits, bfloat16 8
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 2**-12), ("bfloat16", 2**-9)])
 def test_round_trip(tmp_path: Path, dtype: str, error: float) -> None:
     values = make_store(tmp_path / "s", dtype)
@@ -97,6 +97,35 @@ def test_round_trip(tmp_path: Path, dtype: str, error: float) -> None:
     assert store.contexts()[1].tolist() == [104, 105, 106] and len(store.contexts()) == 3
     assert [document["document"] for document in store.documents()] == [0, 1]
     assert read_manifest(tmp_path / "s") == store.manifest
+
+
+@pytest.mark.parametrize("dtype", list(KEPT_AS))
+@pytest.mark.parametrize("max_rows", [None, 0, 1, 3, 7, 8, 10, 99])
+@pytest.mark.parametrize("rows", [1, 3, 7, 8, 99])
+def test_batches_are_all_rows_once_in_stored_order(tmp_path: Path, rows: int, max_rows: int | None, dtype: str) -> None:
+    make_store(tmp_path / "s", dtype)
+    store = Store(tmp_path / "s")
+    wanted = min(10, 10 if max_rows is None else max_rows)
+    acts_ND = np.concatenate([store.read(0), store.read(1)])[:wanted]
+    rows_N = np.concatenate([store.rows(0), store.rows(1)])[:wanted]
+    for raw in (False, True):
+        batches = list(store.batches(rows, max_rows, raw=raw))
+        sizes = [len(batch.acts_BD) for batch in batches]
+        assert all(1 <= size <= rows for size in sizes)
+        assert [batch.first for batch in batches] == [sum(sizes[:index]) for index in range(len(sizes))]
+        assert all(batch.first >= 7 or batch.first + len(batch.rows_B) <= 7 for batch in batches)  # of one shard
+        parts = [to_float32(batch.acts_BD, dtype) if raw else batch.acts_BD for batch in batches]
+        np.testing.assert_array_equal(np.concatenate([np.empty((0, D)), *parts]), acts_ND)
+        np.testing.assert_array_equal(np.concatenate([np.empty(0, ROW), *(b.rows_B for b in batches)]), rows_N)
+        for batch in batches:
+            assert batch.acts_BD.dtype == (KEPT_AS[dtype] if raw else np.float32)
+            assert batch.acts_BD.flags.writeable == batch.rows_B.flags.writeable == (not raw)
+
+
+def test_batches_of_no_rows_are_refused(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    with pytest.raises(ValueError, match="rows=0: expected at least 1"):
+        next(Store(tmp_path / "s").batches(0))
 
 
 @pytest.mark.parametrize("dtype", list(KEPT_AS))
