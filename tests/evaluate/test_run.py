@@ -277,10 +277,10 @@ def test_names_for_saebench_change_with_weights_and_config(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--out", "nowhere"], "error: profile auto: expected nowhere/auto.json, found none"),
-        (["run", "--contxts", "3"], "did you mean '--contexts'"),
-        (["run", "--contexts", "0"], "error: contexts=0: expected at least 1"),
-        (["run", "--skip", "core"], "invalid choice: 'core'"),
+        (["evaluate", "--out", "nowhere"], "error: profile auto: expected nowhere/auto.json, found none"),
+        (["evaluate", "--contxts", "3"], "did you mean '--contexts'"),
+        (["evaluate", "--contexts", "0"], "error: contexts=0: expected at least 1"),
+        (["evaluate", "--skip", "core"], "invalid choice: 'core'"),
         (["export", "nowhere"], "error: expected a run's folder at nowhere, found none"),
         ([], "required: COMMAND"),
     ],
@@ -298,7 +298,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, capsys,
 def test_the_command_line_runs(workspace, tmp_path, capsys):
     place = ["--out", str(tmp_path), "--profile", "offline"]
     skip = ["--skip", "splice", "probing", "latents"]
-    assert main(["run", *place, "--runs", "strict-s0", *skip, "--heldout-rows", "50"]) == 0
+    assert main(["evaluate", *place, "--runs", "strict-s0", *skip, "--heldout-rows", "50"]) == 0
     assert capsys.readouterr().out.strip() == str(workspace.eval)
     assert core(workspace, "strict-s0")["rows"] == 50
     assert main(["export", str(workspace.runs / "strict-s0")]) == 0

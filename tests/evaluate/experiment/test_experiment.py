@@ -85,7 +85,7 @@ def outcomes(summary: dict[str, Any]) -> dict[str, set[str]]:
 
 
 def test_run_names_are_those_that_a_sweep_gives() -> None:
-    from hafs_jax.cli import _run_config
+    from hafs_jax.training.commands import _run_config
     from hafs_jax.training.sweeps import arguments_of, parse_grid
 
     config = ExperimentConfig(
@@ -101,7 +101,7 @@ def test_run_names_are_those_that_a_sweep_gives() -> None:
 
 @pytest.mark.parametrize("name", ["reduced.toml", "pythia70m.toml"])
 def test_the_committed_experiments_are_valid_and_so_is_every_training_in_them(name: str) -> None:
-    from hafs_jax.cli import _run_config
+    from hafs_jax.training.commands import _run_config
     from hafs_jax.training.sweeps import arguments_of, parse_grid
 
     config = read_experiment(EXPERIMENTS / name)
@@ -111,7 +111,7 @@ def test_the_committed_experiments_are_valid_and_so_is_every_training_in_them(na
         assert runs == [c.run for c in config.cells() if (c.architecture, c.seed) == (architecture, 0)]
     from hafs_evaluate.cli import _parser
 
-    _parser().parse_args(["run", *config.evaluate])
+    _parser().parse_args(["evaluate", *config.evaluate])
 
 
 @pytest.mark.parametrize(
@@ -284,5 +284,5 @@ def test_a_whole_small_experiment_runs_resumes_and_reports(tmp_path: Path) -> No
 
 
 def test_a_failing_command_is_one_line_that_names_its_log(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"`hafs extract --out` failed with exit code 2: error: .*extract\.log"):
+    with pytest.raises(UserError, match=r"`hafs extract` failed with exit code 2: error: .*extract\.log"):
         run_experiment(ExperimentConfig(name="e", profile="nowhere"), tmp_path, 1)
