@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.harness import Row
 from hafs_evaluate.config import EvalConfig
-from hafs_evaluate.saebench.probing import ProbeSettings, probe_sae
-from hafs_evaluate.saebench.probing_cache import fill_cache
+from hafs_evaluate.saebench.sae_probes import ProbeSettings, probe_sae
+from hafs_evaluate.saebench.task_activations import fill_cache
 from hafs_extract.models import load_for_manifest
 from hafs_extract.profiles import OFFLINE, Resolved, prepare_hub
 from hafs_extract.run import extract

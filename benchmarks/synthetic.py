@@ -250,7 +250,7 @@ def header(worlds: Any) -> str:
         "# Ground truth: every arm and architecture on synthetic worlds\n\n"
         "Made by `python benchmarks/synthetic.py run` and `table`; seeds "
         f"{', '.join(map(str, SEEDS))}; worlds {', '.join(worlds)} (held out; settings were chosen on toy-0).\n"
-        "Means over seeds and their standard deviation. Metrics: `evaluate/ground_truth.py`.\n"
+        "Means over seeds and their standard deviation. Metrics: `hafs_evaluate.truth.scores`.\n"
     )
 
 

@@ -233,7 +233,7 @@ def _synth(options: argparse.Namespace) -> int:
     workspace = open_workspace(options.out, options.profile)
     finished_runs(workspace, options.runs)  # a wrong name is said before the seconds that imports take
 
-    from hafs_evaluate.truth.scores import TABLE, evaluate_synthetic, table
+    from hafs_evaluate.truth.synth_score import TABLE, evaluate_synthetic, table
 
     print(table(evaluate_synthetic(workspace, options.runs, options.device)))
     print(workspace.eval / TABLE)

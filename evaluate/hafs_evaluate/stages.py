@@ -159,8 +159,8 @@ class Evaluation:
         """What probes one run, and what gives the language model's probes from the last run's result."""
         config, manifest = self.config, self.manifest
         if config.suite == "sae_probes":
-            from hafs_evaluate.saebench.probing import ProbeSettings, probe_language_model, probe_sae
-            from hafs_evaluate.saebench.probing_cache import fill_cache
+            from hafs_evaluate.saebench.sae_probes import ProbeSettings, probe_language_model, probe_sae
+            from hafs_evaluate.saebench.task_activations import fill_cache
 
             root = self.workspace.cache / "sae_probes"
             with self._timed("probing/activations"):
@@ -179,7 +179,7 @@ class Evaluation:
         return lambda run: suite.score(run.unique_name, self._sae(run)), suite.language_model
 
     def _hierarchy(self, runs: Sequence[Exported]) -> None:
-        from hafs_evaluate.hierarchy.label_probing import HierarchyStage
+        from hafs_evaluate.hierarchy.tree_results import HierarchyStage
 
         root = self.workspace.cache / "labelled"
         stage = HierarchyStage(self.config, self.workspace.train, root, lambda: self._model(None), _say)
@@ -202,7 +202,7 @@ class Evaluation:
             _say(f"{run.name}: parents top-1 {_shown(means['parents_top_1'])}, hole {_shown(means['hole'])}")
 
     def _latents(self, run: Exported) -> None:
-        from hafs_evaluate.latents.latents import LatentsConfig, write_latents
+        from hafs_evaluate.latents.dashboards import LatentsConfig, write_latents
 
         latents, path = LatentsConfig(), self.workspace.result(run.name, LATENTS)
         mark = self._mark(run, self.workspace.train.manifest.fingerprint, to_dict(latents))
@@ -251,7 +251,7 @@ class Evaluation:
             _say(f"{run.name}: first-letter absorption {'' if values['valid'] else 'not '}valid: {values['reason']}")
 
     def _across(self) -> None:
-        from hafs_evaluate.latents.across import evaluated_runs, write_matches, write_stability
+        from hafs_evaluate.latents.stability import evaluated_runs, write_matches, write_stability
 
         with self._timed("across"):
             runs = evaluated_runs(self.workspace)

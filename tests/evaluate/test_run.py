@@ -94,8 +94,8 @@ def forbid(monkeypatch, *names):
 WORK = (
     "hafs_evaluate.core.reconstruction.core_metrics",
     "hafs_evaluate.core.splice.splice_metrics",
-    "hafs_evaluate.saebench.probing.probe_sae",
-    "hafs_evaluate.latents.latents.write_latents",
+    "hafs_evaluate.saebench.sae_probes.probe_sae",
+    "hafs_evaluate.latents.dashboards.write_latents",
     "hafs_evaluate.latents.domains.detections",
     "hafs_extract.models.load_for_manifest",
 )

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hafs_evaluate.latents.neighbours import nearest_vectors
+CHUNK_FLOATS = 1 << 24  # cosines computed at once: 64 MiB
 
 
 def frobenius_excess(W_dec: Float[Tensor, "F D"]) -> float:
@@ -16,6 +16,21 @@ def frobenius_excess(W_dec: Float[Tensor, "F D"]) -> float:
     n_latents, d_model = unit_FD.shape
     squares = float((unit_FD.T @ unit_FD).square().sum())
     return (squares - n_latents) / (n_latents * (n_latents - 1) / d_model)
+
+
+@torch.no_grad()
+def nearest_vectors(W_dec: Float[torch.Tensor, "F D"]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each dictionary vector, the index of the other one with the highest cosine, and that cosine: ([F], [F])."""
+    unit_FD = torch.nn.functional.normalize(W_dec.float(), dim=1)
+    index_parts, cosine_parts = [], []
+    chunk = max(1, CHUNK_FLOATS // len(unit_FD))
+    for start in range(0, len(unit_FD), chunk):
+        cosine_CF = unit_FD[start : start + chunk] @ unit_FD.T
+        cosine_CF.diagonal(start).fill_(-2.0)  # never its own neighbour
+        best = cosine_CF.max(1)
+        index_parts.append(best.indices.cpu())
+        cosine_parts.append(best.values.clamp(-1, 1).cpu())
+    return torch.cat(index_parts).numpy(), torch.cat(cosine_parts).numpy()
 
 
 def weight_metrics(sae: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -196,7 +196,7 @@ def _packaged_items(tree: Tree, source: dict[str, Any], leaves: Sequence[dict[st
 def _task_items(leaf: dict[str, Any]) -> Iterator[Labelled]:
     import pandas
 
-    from hafs_evaluate.saebench.probing_cache import task_path
+    from hafs_evaluate.saebench.task_activations import task_path
 
     table = pandas.read_csv(task_path(leaf["task"]), compression="zstd")
     for text in table["prompt"][table["target"] == leaf["label"]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hafs_evaluate.latents import top_rows
+from hafs_evaluate.latents import firing
 from hafs_jax.store.manifest import to_float32
 from hafs_jax.store.reader import Store
 
@@ -93,7 +93,7 @@ def rows_at(store: Store, numbers: np.ndarray) -> dict[int, np.void]:
 def _rows_of_tokens(store: Store, wanted: np.ndarray, n_latents: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Activations [B, D] and places in tokens.npy [B] of the store's rows whose token is in the sorted `wanted`."""
     starts = np.array(store.contexts().table["start"])
-    batch_rows = top_rows.batch_rows(store, n_latents)
+    batch_rows = firing.batch_rows(store, n_latents)
     for shard in range(len(store.shard_sizes)):
         table = store.rows(shard)
         token = starts[table["context"]] + table["position"]

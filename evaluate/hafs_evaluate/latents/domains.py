@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hafs_evaluate.latents.firing import documents_of
+from hafs_evaluate.latents.firing import batch_rows, batches, documents_of
 from hafs_evaluate.latents.neighbours import rounded
 from hafs_evaluate.latents.selectivity import auroc
-from hafs_evaluate.latents.top_rows import batch_rows, batches
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import option
 from hafs_jax.store.reader import Store

@@ -6,25 +6,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from hafs_evaluate.latents import top_rows
-
 COVERS = 0.5  # a parent fires on at least this share of its child's rows
 RATIO = 2.0  # and covers the child at least so many times better than the child covers it
-
-
-@torch.no_grad()
-def nearest_vectors(W_dec: Float[torch.Tensor, "F D"]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each dictionary vector, the index of the other one with the highest cosine, and that cosine: ([F], [F])."""
-    unit_FD = torch.nn.functional.normalize(W_dec.float(), dim=1)
-    index_parts, cosine_parts = [], []
-    chunk = max(1, top_rows.BATCH_FLOATS // len(unit_FD))
-    for start in range(0, len(unit_FD), chunk):
-        cosine_CF = unit_FD[start : start + chunk] @ unit_FD.T
-        cosine_CF.diagonal(start).fill_(-2.0)  # never its own neighbour
-        best = cosine_CF.max(1)
-        index_parts.append(best.indices.cpu())
-        cosine_parts.append(best.values.clamp(-1, 1).cpu())
-    return torch.cat(index_parts).numpy(), torch.cat(cosine_parts).numpy()
 
 
 @torch.no_grad()

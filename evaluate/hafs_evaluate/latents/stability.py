@@ -1,9 +1,12 @@
-"""How alike the dictionaries of runs are that differ in nothing but the seed. Torch; no jax.
+"""Dictionaries of different runs compared: how stable they are over seeds, and each latent's match. Torch; no jax.
 
-Memory is bounded by one pair's weights and a chunk of their cosines; of those, only the ones over the threshold are
-kept.
+`write_stability` compares runs that differ in nothing but the seed. `write_matches` finds, for each latent that is
+shown, the nearest dictionary vector of every other run. Both read weights alone, not activations, and both always take
+all runs that have been evaluated, so that a result does not depend on which runs were named or in which order they
+were evaluated.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,12 +21,98 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 
-from hafs_evaluate.workspace import fingerprint
-from hafs_jax.base.files import read_json
+from hafs_evaluate.latents.neighbours import rounded
+from hafs_evaluate.workspace import Workspace, fingerprint, hashed_export, read_result
+from hafs_jax.base.files import read_json, write_json, write_text
 
 THRESHOLD = 0.7  # the cosine over which two dictionary vectors of different runs are the same (arXiv 2501.16615)
 CHUNK_FLOATS = 1 << 24
-FORMAT = 1  # raise it when a pair's figures of the same dictionaries would differ
+STABILITY, LATENTS, DONE = "stability.json", "latents.json", "done.json"
+PAIR_FORMAT = 1  # raise it when a pair's figures of the same dictionaries would differ
+MATCH_FORMAT = 1  # raise it when matches of the same dictionaries would differ
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A run with core metrics, and its SAELens folder: a trained run's or an imported SAE's."""
+
+    name: str
+    sae: Path
+    weights_sha256: str
+    run_folder: Path | None  # of a trained run
+
+
+def evaluated_runs(workspace: Workspace) -> list[Evaluated]:
+    """All runs whose core metrics are of the SAE that lies there now, by name."""
+    found = []
+    for core in sorted(workspace.eval.glob("*/core.json")):
+        name = core.parent.name
+        folder = next((f for f in (workspace.runs / name, workspace.folder / "imported" / name) if f.is_dir()), None)
+        if folder is None or not (folder / "sae" / "sae_weights.safetensors").exists():
+            continue
+        exported = hashed_export(name, folder / "sae")
+        if exported.weights_sha256 == read_json(core, "core metrics").get("sae_sha256"):
+            is_trained = folder.parent == workspace.runs
+            found.append(Evaluated(name, exported.folder, exported.weights_sha256, folder if is_trained else None))
+    return found
+
+
+def write_stability(workspace: Workspace, runs: list[Evaluated]) -> dict[str, Any]:
+    """Writes eval/stability.json, where it would change, and returns it; see `stability`."""
+    dictionaries = []
+    for run in runs:
+        own = read_result(run.run_folder / "run.json") if run.run_folder else {}
+        if run.run_folder is None or own.get("seed") is None:
+            continue
+        arm = arm_of(own, read_result(run.run_folder / "config.json"))
+        density = workspace.result(run.name, "core_latents.npz")
+        dictionaries.append(Dictionary(run.name, arm, run.sae, run.weights_sha256, density))
+    path = workspace.eval / STABILITY
+    values = stability(dictionaries, path)
+    for arm in values["arms"]:
+        first = next(run.run_folder for run in runs if run.name == arm["runs"][0])
+        own = read_result(first / "run.json") if first else {}
+        arm.update(architecture=own.get("architecture"), variant=own.get("variant"), k=own.get("k_or_target_l0"))
+    if read_result(path) != values and (values["arms"] or path.exists()):
+        write_json(path, values)
+    return values
+
+
+@torch.no_grad()
+def write_matches(workspace: Workspace, runs: list[Evaluated]) -> int:
+    """Adds `matches` to the latents of every latents.json that lacks them or has old ones; the number of files written.
+
+    A latent's matches: {run: {"index", "cosine"}}, of each other evaluated run with latents of its own and the same
+    width the dictionary vector of the highest cosine. One file and one dictionary are held at a time.
+    """
+    shown = [run for run in runs if workspace.result(run.name, LATENTS).exists()]
+    names = sorted((run.name, run.weights_sha256) for run in shown)
+    marks = {run.name: fingerprint([MATCH_FORMAT, run.name, names]) for run in shown}
+    old = [run for run in shown if read_result(workspace.result(run.name, DONE)).get("matches") != marks[run.name]]
+    vectors, best = {}, {}
+    for run in old:
+        latents = read_json(workspace.result(run.name, LATENTS), "an SAE's latents")["latents"]
+        index = [latent["index"] for latent in latents]
+        vectors[run.name] = torch.nn.functional.normalize(decoder(run.sae)[index], dim=1)
+    for other in shown if old else ():
+        unit_FD = torch.nn.functional.normalize(decoder(other.sae), dim=1)
+        for name, vectors_CD in vectors.items():
+            if name != other.name and vectors_CD.shape[1] == unit_FD.shape[1]:
+                best[name, other.name] = (vectors_CD @ unit_FD.T).max(1)
+    for run in old:
+        path = workspace.result(run.name, LATENTS)
+        values = read_json(path, "an SAE's latents")
+        for slot, latent in enumerate(values["latents"]):
+            latent["matches"] = {
+                other.name: {"index": int(found.indices[slot]), "cosine": rounded(float(found.values[slot]))}
+                for other in shown
+                if (found := best.get((run.name, other.name))) is not None
+            }
+        text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        write_text(path, text + "\n")
+        done = workspace.result(run.name, DONE)
+        write_json(done, {**read_result(done), "matches": marks[run.name]})
+    return len(old)
 
 
 @dataclass(frozen=True)
@@ -131,7 +220,7 @@ def stability(dictionaries: Sequence[Dictionary], path: Path) -> dict[str, Any]:
     for arm, members in by_arm.items():
         vectors: dict[str, torch.Tensor] = {}
         for a, b in combinations(members, 2):
-            mark = fingerprint([FORMAT, THRESHOLD, a.run, b.run, arm, *(_state(each) for each in (a, b))])
+            mark = fingerprint([PAIR_FORMAT, THRESHOLD, a.run, b.run, arm, *(_state(each) for each in (a, b))])
             if mark not in known:
                 for each in (a, b):
                     if each.run not in vectors:

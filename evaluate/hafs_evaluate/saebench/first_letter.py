@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hafs_evaluate.saebench.probing import check_hook_point, logged, read_output
+from hafs_evaluate.saebench.harness import check_hook_point, logged, read_output, without_type_checks
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.manifest import Manifest
 
@@ -74,12 +74,9 @@ def parameters(model: Any) -> int:
 @contextlib.contextmanager
 def _redirected(model: Any, folder: Path) -> Iterator[None]:
     """SAE-Bench's absorption with `model` and with all its folders under `folder`; undone afterwards."""
-    import jaxtyping
-
-    checked, gradients = jaxtyping.config.jaxtyping_disable, torch.is_grad_enabled()
-    jaxtyping.config.update("jaxtyping_disable", True)  # before sae_bench is imported
     folder.mkdir(parents=True, exist_ok=True)
-    try:
+    gradients = torch.is_grad_enabled()
+    with without_type_checks():
         from sae_bench.evals.absorption import main
 
         kept = main.HookedTransformer, main.run_k_sparse_probing_experiment, main.run_feature_absortion_experiment
@@ -98,6 +95,4 @@ def _redirected(model: Any, folder: Path) -> Iterator[None]:
                 yield
         finally:
             main.HookedTransformer, main.run_k_sparse_probing_experiment, main.run_feature_absortion_experiment = kept
-    finally:
-        torch.set_grad_enabled(gradients)  # it turns them on for good
-        jaxtyping.config.update("jaxtyping_disable", checked)
+            torch.set_grad_enabled(gradients)  # it turns them on for good

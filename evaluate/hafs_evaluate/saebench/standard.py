@@ -23,8 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hafs_evaluate.saebench.probing import check_hook_point, logged, read_output
-from hafs_evaluate.saebench.probing_cache import model_short_name
+from hafs_evaluate.saebench.harness import (
+    check_hook_point,
+    logged,
+    model_short_name,
+    read_output,
+    without_type_checks,
+)
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import did_you_mean
@@ -225,11 +230,7 @@ class _Tokenized:
 @contextlib.contextmanager
 def _patched(model: _Adapter) -> Iterator[None]:
     """SAE-Bench with `model`, with a reader for GitHub code and without jaxtyping's checks; all undone afterwards."""
-    import jaxtyping
-
-    checked = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)  # before sae_bench is imported
-    try:
+    with without_type_checks():
         from sae_bench.evals.sparse_probing import main
         from sae_bench.sae_bench_utils import dataset_utils
 
@@ -241,8 +242,6 @@ def _patched(model: _Adapter) -> Iterator[None]:
                 yield
         finally:
             main.HookedTransformer, dataset_utils.load_dataset = transformer, load_dataset
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", checked)
 
 
 def _github_code_or(load_dataset: Any) -> Any:

@@ -3,7 +3,7 @@
 On a synthetic world the root features are labels: a row is positive where the feature fires, its children are the
 features right under it. Hole, absorption and k=1 parent probing are computed from these labels, as on real text, and
 their ranks over the world's SAEs compared with the ranks of the true absorption of the edges from a root
-(`hafs_evaluate.truth.ground_truth`, from eval/<run>/synthetic.json).
+(`hafs_evaluate.truth.scores`, from eval/<run>/synthetic.json).
 
 OUT/<profile>/eval/agreement.json   each SAE's figures and the rank correlations
 """
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hafs_evaluate.hierarchy import absorption
 from hafs_evaluate.hierarchy.probes import Contrast, TreeData, sparse_scores
 from hafs_evaluate.truth.ground_truth import Truth, load_truth
-from hafs_evaluate.truth.scores import RESULT as SYNTHETIC
+from hafs_evaluate.truth.synth_score import RESULT as SYNTHETIC
 from hafs_evaluate.workspace import Workspace, finished_runs, read_result
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json

@@ -1,155 +1,234 @@
-"""`hafs synth-score`: every finished run of a synthetic world against its truth. Torch; no jax.
+"""Scores latents against a synthetic world's true features, streaming over the held-out rows. Numpy, scipy, torch.
 
-OUT/<profile>/eval/<run>/synthetic.json   the run's config, what the figures were made from, `metrics`
-OUT/<profile>/eval/synthetic.csv          one row a run, with those entries of the config in which runs differ
+Notation: n features with unit directions d_j, F latents with unit dictionary vectors u_i, c_ij = |u_i . d_j|, over the
+held-out rows. best(i) = argmax_j c_ij, the feature that SAELens judges latent i by. match(j), the latent of feature j,
+is the one-to-one matching of min(F, n) pairs with the largest sum of c; where F < n some features have none. A latent
+fires where it is not 0, a feature where its coefficient is over 0.
 """
 
-import csv
-import io
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csc_array, csr_array
 
-from hafs_evaluate.truth.ground_truth import SETTINGS, Truth, load_truth, score_sae
-from hafs_evaluate.workspace import RUN, FinishedRun, Workspace, finished_runs, hashed_export, read_result
+from hafs_evaluate.truth.ground_truth import Truth
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, sha256_of, write_json, write_text
 from hafs_jax.store.reader import Store
 
-RESULT, TABLE = "synthetic.json", "synthetic.csv"
-FACTS = ("run", "variant", "architecture", "seed", "k")
-SHOWN = ("l0", "fvu", "mcc", "f1", "absorption", "dead_fraction")
+MIN_EDGE_ROWS = 20  # an edge that fires in fewer rows is left out of absorption
+RECOVERED = 0.9  # a feature is recovered where its matched cosine is over this
+MIN_NORM = 1e-6  # shorter rows have no shrinkage; SAELens's bound
+
+SETTINGS = {"min_edge_rows": MIN_EDGE_ROWS, "recovered_cosine": RECOVERED, "version": 1}
+"""What the figures depend on besides SAE, store and truth. Raise `version` when figures of the same inputs change."""
+
+_BLOCK_FLOATS = 1 << 23
 
 
-def score_folder(sae_folder: Path, store: Store, truth: Truth, device: str = "cpu") -> dict[str, Any]:
-    """`score_sae` of the SAELens folder `sae_folder`."""
-    from sae_lens import SAE
+def cosines(W_dec_FD: Float[np.ndarray, "F D"], directions_ND: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "F n"]:
+    """c_ij = |W_i . d_j| / (|W_i| |d_j|), [F, n] float64; 0 for a vector that is 0."""
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-8) for x in (W_dec_FD, directions_ND)]
+    return np.abs(unit[0].astype(np.float64) @ unit[1].astype(np.float64).T)
 
-    return score_sae(SAE.load_from_disk(sae_folder, device=device).requires_grad_(False), store, truth)
+
+def matching(cosines_FN: Float[np.ndarray, "F n"]) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    """(match(j) or -1, its cosine or 0) of each feature, [n]: the matching that maximises sum_j c_{match(j) j}."""
+    latents_N = np.full(cosines_FN.shape[1], -1)
+    cosine_N = np.zeros(cosines_FN.shape[1])
+    rows, columns = linear_sum_assignment(cosines_FN, maximize=True)
+    latents_N[columns], cosine_N[columns] = rows, cosines_FN[rows, columns]
+    return latents_N, cosine_N
 
 
-def evaluate_synthetic(
-    workspace: Workspace,
-    names: Sequence[str] = (),
-    device: str = "auto",
-    export: Callable[[Path], Path] | None = None,
-) -> list[dict[str, Any]]:
-    """Scores the runs `names` (none: all that have finished), writes their results and the table; those results.
+def mcc(latents_N: Int[np.ndarray, "n"], cosine_N: Float[np.ndarray, "n"]) -> float:
+    """Mean of c_{match(j) j} over the min(F, n) matched features: SAELens's mean correlation coefficient."""
+    return float(cosine_N[latents_N >= 0].mean())
 
-    A result stays as it is while its SAE's bytes, the truth and SETTINGS do. `export` writes a run's SAELens folder;
-    it is not called where neither the run nor the folder has changed since.
+
+def uniqueness(best_F: Int[np.ndarray, "F"]) -> float:
+    """|{best(i)}| / F: 1 where no two latents are nearest to the same feature."""
+    return len(np.unique(best_F)) / len(best_F)
+
+
+def precision_each(both: Int[np.ndarray, "pairs"], fired: Int[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
+    """Rows in which latent and feature fire / rows in which the latent fires, for each pair; 0 where it never does."""
+    return both / np.maximum(fired, 1)
+
+
+def recall_each(both: Int[np.ndarray, "pairs"], true: Int[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
+    """Rows in which latent and feature fire / rows in which the feature fires, for each pair; 0 where it never does."""
+    return both / np.maximum(true, 1)
+
+
+def f1_each(
+    both: Int[np.ndarray, "pairs"], fired: Int[np.ndarray, "pairs"], true: Int[np.ndarray, "pairs"]
+) -> Float[np.ndarray, "pairs"]:
+    """2 both / (fired + true), the harmonic mean of precision and recall, for each pair; 0 where neither fires."""
+    return 2 * both / np.maximum(fired + true, 1)
+
+
+def absorption(absorbed_E: Int[np.ndarray, "E"], both_E: Int[np.ndarray, "E"]) -> tuple[float | None, int]:
+    """(mean over edges of absorbed / both, edges counted), edges alike, those with both >= MIN_EDGE_ROWS.
+
+    both: rows in which parent p and child c truly fire; absorbed: those of them in which match(p) is silent and
+    match(c) fires. None where no edge counts.
     """
-    from hafs_extract.models import pick_device
-
-    truth, store, device = load_truth(workspace.folder), workspace.heldout, str(pick_device(device))
-    results = []
-    runs = finished_runs(workspace, names)
-    for run in tqdm(runs, desc="scoring", unit="run", mininterval=0.5 if sys.stderr.isatty() else 15.0):
-        results.append(_result(workspace, run, store, truth, device, export or _export))
-    known = [read_result(workspace.result(run.name, RESULT)) for run in finished_runs(workspace)]
-    known = [result for result in known if result.get("truth_sha256") == truth.sha256]
-    write_text(workspace.eval / TABLE, _csv(_rows(known)))
-    return results
+    counts_E = both_E >= MIN_EDGE_ROWS
+    shares = absorbed_E[counts_E] / both_E[counts_E]
+    return (float(shares.mean()) if len(shares) else None), len(shares)
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as aligned columns; `roots` is the absorption of the edges from a root."""
-    rows = [["run", "k", *SHOWN, "roots"]]
-    for result in results:
-        values = result["metrics"] | {"roots": result["metrics"]["by_level"][0]["absorption"]}
-        cells = [_cell(values[name], 2 if name == "l0" else 3) for name in rows[0][2:]]
-        rows.append([result["run"], str(result["k"]), *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(padded))
-        for padded in (list(zip(row, widths, strict=True)) for row in rows)
-    )
+class Scorer:
+    """Counts over blocks of rows, in any order, and the scores that follow. Memory: O(F n) and the block."""
+
+    def __init__(self, W_dec_FD: Float[np.ndarray, "F D"], truth: Truth) -> None:
+        if W_dec_FD.shape[1] != truth.directions_ND.shape[1]:
+            expected = truth.directions_ND.shape[1]
+            raise UserError(f"the SAE has d_in={W_dec_FD.shape[1]}, the world d_model={expected}; score its own world")
+        cosines_FN = cosines(W_dec_FD, truth.directions_ND)
+        self.truth, self.F = truth, len(W_dec_FD)
+        self.best_F = cosines_FN.argmax(1)
+        self.latents_N, self.cosine_N = matching(cosines_FN)
+        self.matched_M = np.flatnonzero(self.latents_N >= 0)
+        parents_E, children_E = truth.edges
+        kept_E = (self.latents_N[parents_E] >= 0) & (self.latents_N[children_E] >= 0)
+        self.parents_E, self.children_E = parents_E[kept_E], children_E[kept_E]
+        self.rows = self.valid_rows = 0
+        self.residual = self.squared = self.ratios = 0.0
+        self.sum_D = np.zeros(W_dec_FD.shape[1])
+        self.fired_F, self.both_F = np.zeros(self.F, np.int64), np.zeros(self.F, np.int64)
+        self.true_N, self.both_M = np.zeros(truth.n, np.int64), np.zeros(len(self.matched_M), np.int64)
+        self.both_E, self.absorbed_E = (np.zeros(len(self.parents_E), np.int64) for _ in range(2))
+
+    def add(
+        self,
+        start: int,
+        latents_BF: Float[np.ndarray, "B F"],
+        acts_BD: Float[np.ndarray, "B D"],
+        recon_BD: Float[np.ndarray, "B D"],
+    ) -> None:
+        """Counts the block that begins at held-out row `start`."""
+        stop = start + len(latents_BF)
+        fired = csc_array(csr_array(latents_BF != 0), dtype=np.int32)
+        true = csc_array(self.truth.coefficients[start:stop] > 0, dtype=np.int32)
+        self.rows += stop - start
+        self.fired_F += _column_sums(fired)
+        self.true_N += _column_sums(true)
+        self.both_F += _column_sums(fired * true[:, self.best_F])
+        self.both_M += _column_sums(fired[:, self.latents_N[self.matched_M]] * true[:, self.matched_M])
+        both = true[:, self.parents_E] * true[:, self.children_E]
+        with_child = both * fired[:, self.latents_N[self.children_E]]
+        with_both = with_child * fired[:, self.latents_N[self.parents_E]]
+        self.both_E += _column_sums(both)
+        self.absorbed_E += _column_sums(with_child) - _column_sums(with_both)
+        acts, recon = acts_BD.astype(np.float64), recon_BD.astype(np.float64)
+        self.sum_D += acts.sum(0)
+        self.squared += float(np.square(acts).sum())
+        self.residual += float(np.square(acts - recon).sum())
+        norm_B = np.linalg.norm(acts, axis=1)
+        valid_B = norm_B > MIN_NORM
+        self.valid_rows += int(valid_B.sum())
+        self.ratios += float((np.linalg.norm(recon[valid_B], axis=1) / norm_B[valid_B]).sum())
+
+    def result(self) -> dict[str, Any]:
+        """All scores. With x a row, y its reconstruction, m the rows' mean:
+
+        mcc, uniqueness: see there. precision, recall, f1: mean over latents i of that of (i, best(i)). true_l0, l0:
+        features and latents firing a row. dead_fraction: share of latents that never fire. fvu: sum |x - y|^2 /
+        sum |x - m|^2. shrinkage: mean |y| / |x|. absorption, edges: over all edges. parents_recovered: share of the
+        features with children whose matched cosine is over RECOVERED. by_level, a list: `features` at the level; mcc,
+        mean of their matched cosine, 0 for one without match; f1, mean over those that ever fire of that of
+        (match(j), j), 0 without match; absorption and edges of the edges whose parent is at the level.
+        """
+        levels_N, is_parent_N = self.truth.levels_N, np.zeros(self.truth.n, bool)
+        is_parent_N[self.truth.edges[0]] = True
+        fired_M = self.fired_F[self.latents_N[self.matched_M]]
+        f1_N = np.zeros(self.truth.n)
+        f1_N[self.matched_M] = f1_each(self.both_M, fired_M, self.true_N[self.matched_M])
+        by_level = []
+        for level in range(int(levels_N.max()) + 1):
+            at_N, at_E = levels_N == level, levels_N[self.parents_E] == level
+            share, edges = absorption(self.absorbed_E[at_E], self.both_E[at_E])
+            by_level.append(
+                {
+                    "level": level,
+                    "features": int(at_N.sum()),
+                    "mcc": float(self.cosine_N[at_N].mean()),
+                    "f1": _mean(f1_N[at_N & (self.true_N > 0)]),
+                    "absorption": share,
+                    "edges": edges,
+                }
+            )
+        share, edges = absorption(self.absorbed_E, self.both_E)
+        variation = self.squared - float(self.sum_D @ self.sum_D) / self.rows
+        true_F = self.true_N[self.best_F]
+        return {
+            "rows": self.rows,
+            "n_latents": self.F,
+            "mcc": mcc(self.latents_N, self.cosine_N),
+            "uniqueness": uniqueness(self.best_F),
+            "precision": float(precision_each(self.both_F, self.fired_F).mean()),
+            "recall": float(recall_each(self.both_F, true_F).mean()),
+            "f1": float(f1_each(self.both_F, self.fired_F, true_F).mean()),
+            "true_l0": float(self.true_N.sum() / self.rows),
+            "l0": float(self.fired_F.sum() / self.rows),
+            "dead_fraction": float((self.fired_F == 0).mean()),
+            "fvu": self.residual / variation if variation > 0 else None,
+            "shrinkage": self.ratios / self.valid_rows if self.valid_rows else None,
+            "absorption": share,
+            "edges": edges,
+            "parents_recovered": _mean(self.cosine_N[is_parent_N] > RECOVERED),
+            "by_level": by_level,
+        }
 
 
-def _cell(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def score(latents: Any, W_dec: Any, recon: Any, truth: Truth) -> dict[str, Any]:
+    """`Scorer.result` of latents [rows, F] and reconstructions [rows, D] of all of the truth's rows, in memory."""
+    latents_NF, W_dec_FD, recon_ND = _numpy(latents), _numpy(W_dec), _numpy(recon)
+    if len(latents_NF) != truth.rows or len(recon_ND) != truth.rows:
+        found = f"{len(latents_NF)} latents and {len(recon_ND)} reconstructions"
+        raise UserError(f"expected the truth's {truth.rows} rows, found {found}")
+    scorer = Scorer(W_dec_FD, truth)
+    for start, stop in _spans(truth.rows, scorer):
+        scorer.add(start, latents_NF[start:stop], truth.acts(start, stop), recon_ND[start:stop])
+    return scorer.result()
 
 
-def _export(run_folder: Path) -> Path:
-    from hafs_evaluate.exchange.bridge import export_run  # JAX
-
-    return export_run(run_folder)
-
-
-def _result(
-    workspace: Workspace, run: FinishedRun, store: Store, truth: Truth, device: str, export: Callable[[Path], Path]
-) -> dict[str, Any]:
-    path = workspace.result(run.name, RESULT)
-    before = read_result(path)
-    marks: dict[str, Any] = {"truth_sha256": truth.sha256, "settings": SETTINGS}
-    files = [run.folder / RUN, run.folder / "config.json"]
-    marks["run_sha256"] = [sha256_of(file) if file.exists() else None for file in files]
-    if all(before.get(name) == value for name, value in marks.items()) and before == {**before, **_hashes(run)}:
-        return before
-    exported = hashed_export(run.name, export(run.folder))
-    marks |= {"sae_sha256": exported.weights_sha256, "cfg_sha256": exported.cfg_sha256}
-    same = all(before.get(name) == value for name, value in marks.items() if name != "run_sha256")
-    metrics = before["metrics"] if same else score_folder(exported.folder, store, truth, device)
-    result = {**_facts(run, exported.folder), **marks, "metrics": metrics}
-    write_json(path, result)
-    return result
+@torch.no_grad()
+def score_sae(sae: Any, store: Store, truth: Truth) -> dict[str, Any]:
+    """`Scorer.result` of a SAELens SAE on the held-out store of the truth; `UserError` where the two do not belong."""
+    if truth.heldout_fingerprint not in (None, store.manifest.fingerprint) or len(store) != truth.rows:
+        raise UserError(
+            f"{store.folder} is not the truth's held-out store: expected {truth.rows} rows of fingerprint"
+            f" {truth.heldout_fingerprint}, found {len(store)} of {store.manifest.fingerprint}; sample the world again"
+        )
+    scorer, first = Scorer(_numpy(sae.W_dec), truth), 0
+    for shard, size in enumerate(store.shard_sizes):
+        for start, stop in _spans(size, scorer):
+            acts_BD = store.read(shard, start, stop)
+            latents_BF = sae.encode(torch.from_numpy(acts_BD).to(sae.device, sae.dtype))
+            scorer.add(first + start, _numpy(latents_BF), acts_BD, _numpy(sae.decode(latents_BF)))
+        first += size
+    return scorer.result()
 
 
-def _hashes(run: FinishedRun) -> dict[str, str]:
-    """The hashes of the SAE that the run's folder holds; one that matches nothing where there is none."""
-    try:
-        exported = hashed_export(run.name, run.folder / "sae")
-    except UserError:
-        return {"sae_sha256": "none"}
-    return {"sae_sha256": exported.weights_sha256, "cfg_sha256": exported.cfg_sha256}
+def _spans(rows: int, scorer: Scorer) -> Iterator[tuple[int, int]]:
+    step = max(1, _BLOCK_FLOATS // (scorer.F + len(scorer.sum_D)))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
-def _facts(run: FinishedRun, sae_folder: Path) -> dict[str, Any]:
-    """FACTS of a run and its config: from its config.json, and what that lacks from the SAE's cfg.json."""
-    path = run.folder / "config.json"
-    record = read_json(path, "a run's config.json") if path.exists() else {}
-    metadata = read_json(sae_folder / "cfg.json", "an SAE's cfg.json").get("metadata") or {}
-    config = record.get("config", {})
-    return {
-        "run": run.name,
-        "variant": record.get("variant", metadata.get("variant")),
-        "architecture": record.get("architecture", metadata.get("training_architecture")),
-        "seed": record.get("seed", metadata.get("seed")),
-        "k": config.get("sae", {}).get("k", metadata.get("k")),
-        "config": config,
-    }
+def _column_sums(array: csc_array) -> np.ndarray:
+    return np.asarray(array.sum(axis=0, dtype=np.int64))
 
 
-def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """FACTS, the flattened entries of the config that are not the same in all results, and the flattened metrics."""
-    configs = [_flat(result["config"]) for result in results]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    known = {"variant", "seed", "sae.architecture", "sae.k"}
-    differing = [key for key in keys if key not in known and len({str(config.get(key)) for config in configs}) > 1]
-    rows = []
-    for result, config in zip(results, configs, strict=True):
-        row = {name: result[name] for name in FACTS} | {key: config.get(key) for key in differing}
-        metrics = {name: value for name, value in result["metrics"].items() if name != "by_level"}
-        for values in result["metrics"]["by_level"]:
-            metrics |= {f"{name}_level{values['level']}": x for name, x in values.items() if name != "level"}
-        rows.append(row | metrics)
-    return rows
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def _numpy(values: Any) -> np.ndarray:
+    return values.detach().float().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)

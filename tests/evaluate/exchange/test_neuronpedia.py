@@ -9,8 +9,8 @@ import pytest
 
 from hafs_evaluate.cli import main
 from hafs_evaluate.exchange.neuronpedia import EMPTY, write_neuronpedia
-from hafs_evaluate.latents.latents import LatentsConfig, write_latents
-from tests.evaluate.latents.test_latents import D, F, make_store, tiny_tokenizer
+from hafs_evaluate.latents.dashboards import LatentsConfig, write_latents
+from tests.evaluate.latents.test_dashboards import D, F, make_store, tiny_tokenizer
 from tests.support.torch_saes import random_sae
 
 # the arguments of sae_dashboard 0.8.0's NeuronpediaDashboardFeature, -Activation and -Batch

@@ -56,7 +56,7 @@ def test_the_bundled_trees_are_read_and_name_known_tasks():
         assert tree.about
         for leaf in tree.leaves:
             if "task" in leaf:
-                from hafs_evaluate.saebench.probing_cache import task_path
+                from hafs_evaluate.saebench.task_activations import task_path
 
                 assert task_path(leaf["task"]).exists()
 

@@ -9,7 +9,6 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from hafs_evaluate.hierarchy import probes as hierarchy
 from hafs_evaluate.hierarchy.label_trees import Labelled, LabelledTexts
-from hafs_evaluate.hierarchy.labelled_acts import fill
 from hafs_evaluate.hierarchy.logistic import auroc, balanced_accuracy, balanced_weights, fit_logistic, standardised
 from hafs_evaluate.hierarchy.probes import (
     macro,
@@ -19,6 +18,7 @@ from hafs_evaluate.hierarchy.probes import (
     sparse_scores,
     tree_data,
 )
+from hafs_evaluate.hierarchy.text_activations import fill
 from hafs_jax.base.errors import UserError
 from tests.evaluate.test_run import CONFIG, F, model_folder, run, workspace  # noqa: F401 - fixtures
 
@@ -203,7 +203,7 @@ def test_the_stage_writes_the_schema_and_is_not_done_twice(workspace, monkeypatc
     assert full["full"]["balanced_accuracy"] > 0.9  # the words themselves say it
 
     before = {path: path.stat().st_mtime_ns for path in workspace.eval.rglob("hierarchy*")}
-    monkeypatch.setattr("hafs_evaluate.hierarchy.label_probing.HierarchyStage.sae", None)
+    monkeypatch.setattr("hafs_evaluate.hierarchy.tree_results.HierarchyStage.sae", None)
     run(workspace, skip=SKIP)
     assert {path: path.stat().st_mtime_ns for path in workspace.eval.rglob("hierarchy*")} == before
 
@@ -212,7 +212,7 @@ def test_a_changed_tree_is_measured_again_with_the_old_activations(workspace, tm
     run(workspace, skip=SKIP, names=["strict-s0"])
     path = tmp_path / "trees" / "words.json"
     path.write_text(path.read_text().replace("wet", "wet").replace("{", '{"seed": 3, ', 1))
-    monkeypatch.setattr("hafs_evaluate.hierarchy.labelled_acts._compute", None)  # nothing is left to compute
+    monkeypatch.setattr("hafs_evaluate.hierarchy.text_activations._compute", None)  # nothing is left to compute
     written = (workspace.eval / "strict-s0" / "hierarchy.json").stat().st_mtime_ns
     run(workspace, skip=SKIP, names=["strict-s0"])
     assert (workspace.eval / "strict-s0" / "hierarchy.json").stat().st_mtime_ns != written
@@ -221,7 +221,7 @@ def test_a_changed_tree_is_measured_again_with_the_old_activations(workspace, tm
 def test_an_interrupted_pass_goes_on_and_means_are_of_the_kept_tokens(workspace, model_folder, monkeypatch):  # noqa: F811
     from tests.support.torch_saes import tiny_model
 
-    monkeypatch.setattr("hafs_evaluate.hierarchy.labelled_acts.PART_TEXTS", 3)
+    monkeypatch.setattr("hafs_evaluate.hierarchy.text_activations.PART_TEXTS", 3)
     model, manifest, root = tiny_model(model_folder), workspace.train.manifest, workspace.cache / "labelled"
     texts = [f"the cell of glass {'and iron ' * n}{n}" for n in range(8)]
     calls = []

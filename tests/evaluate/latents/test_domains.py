@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
 
-from hafs_evaluate.latents import top_rows
+from hafs_evaluate.latents import firing
 from hafs_evaluate.latents.domains import (
     Detections,
     DomainsConfig,
@@ -18,7 +18,7 @@ from hafs_evaluate.latents.domains import (
     grow_union,
 )
 from hafs_jax.base.errors import UserError
-from tests.evaluate.latents.test_latents import D, F, everything, make_store
+from tests.evaluate.latents.test_dashboards import D, F, everything, make_store
 from tests.support.torch_saes import random_sae
 
 N = 200
@@ -114,7 +114,7 @@ def test_greedy_union_and_threshold_equal_a_plain_search():
 def test_detections_equal_a_naive_computation(tmp_path, monkeypatch, batch_rows):
     store, sae = make_store(tmp_path / "store"), random_sae(D, F, "jumprelu", seed=3)
     values, rows = everything(store, sae)
-    monkeypatch.setattr(top_rows, "BATCH_FLOATS", batch_rows * (D + 2 * F))
+    monkeypatch.setattr(firing, "BATCH_FLOATS", batch_rows * (D + 2 * F))
     found = detections(sae, store, DomainsConfig())
     for document in range(9):
         np.testing.assert_allclose(found.maximum_FN[:, document], values[rows["document"] == document].max(0).clip(0))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from hafs_evaluate.latents import top_rows
+from hafs_evaluate.latents import firing
+from hafs_evaluate.latents.dashboards import LatentsConfig, write_latents
 from hafs_evaluate.latents.firing import documents_of, observe, spread_rows
-from hafs_evaluate.latents.latents import LatentsConfig, write_latents
 from hafs_evaluate.latents.neighbours import partners, sharing
 from hafs_evaluate.latents.selectivity import auroc, document_groups, selectivity
 from hafs_jax.store.reader import Store
-from tests.evaluate.latents.test_latents import D, F, everything, make_store, tiny_tokenizer
+from tests.evaluate.latents.test_dashboards import D, F, everything, make_store, tiny_tokenizer
 from tests.support.stores import write_store
 from tests.support.torch_saes import random_sae
 
@@ -25,7 +25,7 @@ def store(tmp_path):
 
 @pytest.mark.parametrize("batch_rows", [7, 1000])
 def test_observe_equals_a_naive_computation(store, monkeypatch, batch_rows):
-    monkeypatch.setattr(top_rows, "BATCH_FLOATS", batch_rows * (D + 2 * F))
+    monkeypatch.setattr(firing, "BATCH_FLOATS", batch_rows * (D + 2 * F))
     sae = random_sae(D, F, "jumprelu", seed=3)
     values_NF, rows = everything(store, sae)
     values_NF, rows = values_NF[:70], rows[:70]

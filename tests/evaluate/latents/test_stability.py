@@ -10,8 +10,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 from hafs_evaluate.latents import stability as room
-from hafs_evaluate.latents.across import evaluated_runs, write_matches, write_stability
-from hafs_evaluate.latents.stability import compare, matched
+from hafs_evaluate.latents.stability import compare, evaluated_runs, matched, write_matches, write_stability
 from hafs_evaluate.workspace import Workspace, sha256_of
 from hafs_jax.base.files import write_json
 from tests.support.torch_saes import saved_sae

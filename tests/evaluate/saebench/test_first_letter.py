@@ -11,7 +11,7 @@ import torch
 from hafs_evaluate.saebench import first_letter as room
 from hafs_evaluate.saebench.first_letter import check_validity, first_letter, parameters, validity
 from hafs_jax.base.errors import UserError
-from tests.evaluate.latents.test_latents import D, F, make_store
+from tests.evaluate.latents.test_dashboards import D, F, make_store
 from tests.support.torch_saes import random_sae
 
 

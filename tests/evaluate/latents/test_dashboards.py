@@ -11,12 +11,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from hafs_evaluate.latents import latents, top_rows
+from hafs_evaluate.latents import dashboards, firing
 from hafs_evaluate.latents.contexts import read_windows
-from hafs_evaluate.latents.latents import LatentsConfig, choose_latents, write_latents
-from hafs_evaluate.latents.neighbours import nearest_vectors
+from hafs_evaluate.latents.dashboards import LatentsConfig, choose_latents, write_latents
+from hafs_evaluate.latents.firing import scan
 from hafs_evaluate.latents.token_text import TokenText, visible
-from hafs_evaluate.latents.top_rows import scan
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_npy
 from hafs_jax.store.manifest import (
@@ -142,7 +141,7 @@ def naive_top(column: np.ndarray, documents: np.ndarray, n: int) -> list[int]:
 
 @pytest.mark.parametrize("batch_rows", [7, 1000])
 def test_scan_equals_a_naive_computation(store, sae, monkeypatch, batch_rows):
-    monkeypatch.setattr(top_rows, "BATCH_FLOATS", batch_rows * (D + 2 * F))
+    monkeypatch.setattr(firing, "BATCH_FLOATS", batch_rows * (D + 2 * F))
     values_NF, rows = everything(store, sae)
     found = scan(sae, store, 10**9, examples=4)
     assert found.rows == len(store)
@@ -173,7 +172,7 @@ def test_windows_encode_only_the_rows_that_they_show(store, sae, monkeypatch):
 def test_of_equal_activations_the_earlier_row_wins(store, monkeypatch):
     same = SimpleNamespace(W_dec=torch.eye(F, D), device="cpu", dtype=torch.float32)
     same.encode = lambda acts: (acts[:, :1] > 0).float().expand(-1, F)  # 1 or 0: every active row ties
-    monkeypatch.setattr(top_rows, "BATCH_FLOATS", 7 * (D + 2 * F))
+    monkeypatch.setattr(firing, "BATCH_FLOATS", 7 * (D + 2 * F))
     values_NF, rows = everything(store, same)
     found = scan(same, store, 10**9, examples=3)
     assert found.top_rows_FN[2].tolist() == naive_top(values_NF[:, 2], rows["document"], 3)
@@ -204,7 +203,7 @@ def test_windows_hold_the_latents_value_on_every_token(store, sae, monkeypatch, 
     values_NF, rows = everything(store, sae)
     at = {(int(row["context"]), int(row["position"])): number for number, row in enumerate(rows)}
     found = scan(sae, store, 10**9, examples=3)
-    monkeypatch.setattr(top_rows, "BATCH_FLOATS", batch_rows * (D + 2 * F))
+    monkeypatch.setattr(firing, "BATCH_FLOATS", batch_rows * (D + 2 * F))
     chosen = np.array([10, 2, 7])
     windows = read_windows(sae, store, chosen, found.top_rows_FN[chosen], before, after)
     absent = 0
@@ -239,17 +238,6 @@ def test_chosen_latents_are_the_most_active_and_an_even_spread_of_the_rest():
     assert choose_latents(np.zeros(4), np.zeros(4), 3, 1).tolist() == []
 
 
-@pytest.mark.parametrize("batch_floats", [13, 1 << 20])
-def test_nearest_vectors_equal_the_full_cosine_matrix(monkeypatch, batch_floats):
-    monkeypatch.setattr(top_rows, "BATCH_FLOATS", batch_floats)
-    vectors = torch.randn(F, D, generator=torch.Generator().manual_seed(0)) * torch.arange(1, F + 1)[:, None]
-    index, cosine = nearest_vectors(vectors)
-    unit = vectors.numpy() / np.linalg.norm(vectors.numpy(), axis=1, keepdims=True)
-    full = unit @ unit.T - 3 * np.eye(F)
-    assert index.tolist() == full.argmax(1).tolist()
-    np.testing.assert_allclose(cosine, full.max(1), atol=1e-6)
-
-
 def test_write_latents_writes_what_the_parts_say(store, sae, tmp_path):
     tokenizer = tiny_tokenizer()
     path = tmp_path / "eval" / "run" / "latents.json"
@@ -281,12 +269,12 @@ def test_write_latents_writes_what_the_parts_say(store, sae, tmp_path):
 def test_promoted_tokens_are_the_highest_logits_through_the_norms_gain_and_the_unembedding(tmp_path):
     model, sae = tiny_model(12), random_sae(12, F, seed=1)
     expected = (sae.W_dec * torch.linspace(-1, 2, 12)) @ model.hf.get_output_embeddings().weight.detach().T
-    found = latents._logits(sae.W_dec, model)
+    found = dashboards._logits(sae.W_dec, model)
     np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
     text = TokenText(model.tokenizer)
     order = expected[4].argsort(descending=True).tolist()
-    assert latents._best(found[4], 3, text) == [text(index) for index in order[:3]]
-    assert latents._best(-found[4], 2, text) == [text(index) for index in order[::-1][:2]]
+    assert dashboards._best(found[4], 3, text) == [text(index) for index in order[:3]]
+    assert dashboards._best(-found[4], 2, text) == [text(index) for index in order[::-1][:2]]
 
 
 def test_write_latents_with_the_model_fills_in_promoted_tokens(store, sae, tmp_path):

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from hafs_evaluate.saebench.harness import model_short_name
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_atomic
@@ -76,11 +77,6 @@ def read_task(name: str) -> Task:
         if not isinstance(text, str):
             raise UserError(f"task {name}: row {row} of {path} has no text, so no activation; leave the task out")
     return Task(name, path, sha256_of(path), texts)
-
-
-def model_short_name(manifest: Manifest) -> str:
-    """The last part of the model's name: SAE-Bench puts it into file names, where a slash would be a folder."""
-    return manifest.model.name.rstrip("/").split("/")[-1]
 
 
 def task_key(task: Task, manifest: Manifest, max_tokens: int) -> str:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from hafs_evaluate.core.weights import nearest_vectors
 from hafs_evaluate.latents.contexts import Window, read_windows, rows_at
-from hafs_evaluate.latents.firing import observe
-from hafs_evaluate.latents.neighbours import nearest_vectors, partners, rounded, sharing
+from hafs_evaluate.latents.firing import observe, scan
+from hafs_evaluate.latents.neighbours import partners, rounded, sharing
 from hafs_evaluate.latents.selectivity import selectivity
 from hafs_evaluate.latents.token_text import TokenText
-from hafs_evaluate.latents.top_rows import scan
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_text
 from hafs_jax.base.options import option

@@ -22,7 +22,6 @@ from torch import Tensor
 from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.hierarchy import absorption
 from hafs_evaluate.hierarchy.label_trees import LabelledTexts, find_trees, labelled_texts, tree_sha256
-from hafs_evaluate.hierarchy.labelled_acts import LabelledActs, cache_key, fill
 from hafs_evaluate.hierarchy.probes import (
     FULL_GRID,
     GRID,
@@ -37,6 +36,7 @@ from hafs_evaluate.hierarchy.probes import (
     sparse_scores,
     tree_data,
 )
+from hafs_evaluate.hierarchy.text_activations import LabelledActs, cache_key, fill
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_jsonl, write_atomic, write_json
 from hafs_jax.store.reader import Store

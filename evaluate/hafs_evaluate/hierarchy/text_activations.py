@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from hafs_evaluate.saebench.probing_cache import by_length
+from hafs_evaluate.saebench.task_activations import by_length
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_json, write_npy

@@ -1,15 +1,12 @@
 """SAE-Bench's sparse probing on sae-probes' tasks, of SAEs and of the language model itself. Torch; no jax.
 
-The code that scores is SAE-Bench 0.6.0's `sparse_probing_sae_probes.run_eval`, unchanged; `probing_cache` has
+The code that scores is SAE-Bench 0.6.0's `sparse_probing_sae_probes.run_eval`, unchanged; `task_activations` has
 given it the activations. Its traps are closed here: the SAE's name carries a hash of its weights (a known name gets
 its old scores back), every folder is one that a hash of the settings names (results are aggregated over whatever lies
 in a folder), and what is aggregated is checked to be complete.
 """
 
-import contextlib
 import json
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +15,9 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
-from hafs_evaluate.saebench.probing_cache import ActivationCache
+from hafs_evaluate.saebench.harness import check_hook_point, logged, read_output
+from hafs_evaluate.saebench.task_activations import ActivationCache
 from hafs_evaluate.workspace import fingerprint
-from hafs_jax.base.errors import UserError
 from hafs_jax.store.manifest import Manifest
 
 METRICS = ("test_accuracy", "test_auc", "test_f1")
@@ -134,16 +131,6 @@ def pca_probes(
     return found
 
 
-def read_output(folder: Path, unique_name: str) -> dict[str, Any]:
-    """SAE-Bench's output file for `unique_name`, with its version in the place of the commit that it wrote.
-
-    SAE-Bench takes the HEAD of whatever repository the working directory is in for its own.
-    """
-    (path,) = folder.glob(f"{unique_name}_*_eval_results.json")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return {**values, "sae_bench_commit_hash": f"sae-bench=={version('sae-bench')}"}
-
-
 def full_probe(values: dict[str, Any], task: str) -> dict[str, float]:
     """Of a SAE-Bench result, the full probe on the language model's activations."""
     detail = _detail(values, task)
@@ -183,27 +170,3 @@ def _drop_torn(results: Path) -> None:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             path.unlink()
-
-
-@contextlib.contextmanager
-def logged(path: Path) -> Iterator[None]:
-    """Sends SAE-Bench's prints and progress bars to a log and hides its libraries' warnings."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        open(path, "a", encoding="utf-8") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def check_hook_point(hook_point: str) -> int:
-    """The layer of a hook point; `UserError` for a name that SAE-Bench cannot read."""
-    parts = hook_point.split(".")
-    if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
-        raise UserError(
-            f"hook point {hook_point}: SAE-Bench's probing reads only blocks.<layer>.<name>; --skip probing"
-        )
-    return int(parts[1])

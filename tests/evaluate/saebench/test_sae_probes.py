@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hafs_evaluate.config import OFFLINE_TASKS, EvalConfig, resolved
-from hafs_evaluate.saebench import probing_cache
-from hafs_evaluate.saebench.probing import (
+from hafs_evaluate.saebench import task_activations
+from hafs_evaluate.saebench.sae_probes import (
     ProbeSettings,
     check_hook_point,
     full_probe,
@@ -20,7 +20,7 @@ from hafs_evaluate.saebench.probing import (
     probe_language_model,
     probe_sae,
 )
-from hafs_evaluate.saebench.probing_cache import ActivationCache, fill_cache, last_activations, read_task, task_key
+from hafs_evaluate.saebench.task_activations import ActivationCache, fill_cache, last_activations, read_task, task_key
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.manifest import TokenizerInfo, read_manifest
@@ -57,7 +57,7 @@ def save_task(folder, name, texts, labels=None):
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
     """Two tasks that share two texts, one of them with a text twice."""
-    monkeypatch.setattr(probing_cache, "_data_folder", lambda: tmp_path / "data")
+    monkeypatch.setattr(task_activations, "_data_folder", lambda: tmp_path / "data")
     first = [sentence(seed, 2 + seed % 7) for seed in range(9)]
     save_task(tmp_path / "data", "1_first", [*first, first[0]])
     save_task(tmp_path / "data", "2_second", [first[3], sentence(50, 30), first[4], sentence(51, 3)])
@@ -330,7 +330,7 @@ def test_a_config_that_makes_no_sense_is_refused(values, message):
 
 def test_every_default_task_is_one_of_sae_probes():
     for task in OFFLINE_TASKS:
-        assert probing_cache.task_path(task).exists()
+        assert task_activations.task_path(task).exists()
 
 
 def test_fingerprints_depend_on_values_not_on_order():

@@ -1,0 +1,156 @@
+"""`hafs synth-score`: every finished run of a synthetic world against its truth. Torch; no jax.
+
+OUT/<profile>/eval/<run>/synthetic.json   the run's config, what the figures were made from, `metrics`
+OUT/<profile>/eval/synthetic.csv          one row a run, with those entries of the config in which runs differ
+"""
+
+import csv
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hafs_evaluate.truth.ground_truth import Truth, load_truth
+from hafs_evaluate.truth.scores import SETTINGS, score_sae
+from hafs_evaluate.workspace import RUN, FinishedRun, Workspace, finished_runs, hashed_export, read_result
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import read_json, sha256_of, write_json, write_text
+from hafs_jax.store.reader import Store
+
+RESULT, TABLE = "synthetic.json", "synthetic.csv"
+FACTS = ("run", "variant", "architecture", "seed", "k")
+SHOWN = ("l0", "fvu", "mcc", "f1", "absorption", "dead_fraction")
+
+
+def score_folder(sae_folder: Path, store: Store, truth: Truth, device: str = "cpu") -> dict[str, Any]:
+    """`score_sae` of the SAELens folder `sae_folder`."""
+    from sae_lens import SAE
+
+    return score_sae(SAE.load_from_disk(sae_folder, device=device).requires_grad_(False), store, truth)
+
+
+def evaluate_synthetic(
+    workspace: Workspace,
+    names: Sequence[str] = (),
+    device: str = "auto",
+    export: Callable[[Path], Path] | None = None,
+) -> list[dict[str, Any]]:
+    """Scores the runs `names` (none: all that have finished), writes their results and the table; those results.
+
+    A result stays as it is while its SAE's bytes, the truth and SETTINGS do. `export` writes a run's SAELens folder;
+    it is not called where neither the run nor the folder has changed since.
+    """
+    from hafs_extract.models import pick_device
+
+    truth, store, device = load_truth(workspace.folder), workspace.heldout, str(pick_device(device))
+    results = []
+    runs = finished_runs(workspace, names)
+    for run in tqdm(runs, desc="scoring", unit="run", mininterval=0.5 if sys.stderr.isatty() else 15.0):
+        results.append(_result(workspace, run, store, truth, device, export or _export))
+    known = [read_result(workspace.result(run.name, RESULT)) for run in finished_runs(workspace)]
+    known = [result for result in known if result.get("truth_sha256") == truth.sha256]
+    write_text(workspace.eval / TABLE, _csv(_rows(known)))
+    return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The results as aligned columns; `roots` is the absorption of the edges from a root."""
+    rows = [["run", "k", *SHOWN, "roots"]]
+    for result in results:
+        values = result["metrics"] | {"roots": result["metrics"]["by_level"][0]["absorption"]}
+        cells = [_cell(values[name], 2 if name == "l0" else 3) for name in rows[0][2:]]
+        rows.append([result["run"], str(result["k"]), *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(padded))
+        for padded in (list(zip(row, widths, strict=True)) for row in rows)
+    )
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _export(run_folder: Path) -> Path:
+    from hafs_evaluate.exchange.bridge import export_run  # JAX
+
+    return export_run(run_folder)
+
+
+def _result(
+    workspace: Workspace, run: FinishedRun, store: Store, truth: Truth, device: str, export: Callable[[Path], Path]
+) -> dict[str, Any]:
+    path = workspace.result(run.name, RESULT)
+    before = read_result(path)
+    marks: dict[str, Any] = {"truth_sha256": truth.sha256, "settings": SETTINGS}
+    files = [run.folder / RUN, run.folder / "config.json"]
+    marks["run_sha256"] = [sha256_of(file) if file.exists() else None for file in files]
+    if all(before.get(name) == value for name, value in marks.items()) and before == {**before, **_hashes(run)}:
+        return before
+    exported = hashed_export(run.name, export(run.folder))
+    marks |= {"sae_sha256": exported.weights_sha256, "cfg_sha256": exported.cfg_sha256}
+    same = all(before.get(name) == value for name, value in marks.items() if name != "run_sha256")
+    metrics = before["metrics"] if same else score_folder(exported.folder, store, truth, device)
+    result = {**_facts(run, exported.folder), **marks, "metrics": metrics}
+    write_json(path, result)
+    return result
+
+
+def _hashes(run: FinishedRun) -> dict[str, str]:
+    """The hashes of the SAE that the run's folder holds; one that matches nothing where there is none."""
+    try:
+        exported = hashed_export(run.name, run.folder / "sae")
+    except UserError:
+        return {"sae_sha256": "none"}
+    return {"sae_sha256": exported.weights_sha256, "cfg_sha256": exported.cfg_sha256}
+
+
+def _facts(run: FinishedRun, sae_folder: Path) -> dict[str, Any]:
+    """FACTS of a run and its config: from its config.json, and what that lacks from the SAE's cfg.json."""
+    path = run.folder / "config.json"
+    record = read_json(path, "a run's config.json") if path.exists() else {}
+    metadata = read_json(sae_folder / "cfg.json", "an SAE's cfg.json").get("metadata") or {}
+    config = record.get("config", {})
+    return {
+        "run": run.name,
+        "variant": record.get("variant", metadata.get("variant")),
+        "architecture": record.get("architecture", metadata.get("training_architecture")),
+        "seed": record.get("seed", metadata.get("seed")),
+        "k": config.get("sae", {}).get("k", metadata.get("k")),
+        "config": config,
+    }
+
+
+def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """FACTS, the flattened entries of the config that are not the same in all results, and the flattened metrics."""
+    configs = [_flat(result["config"]) for result in results]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    known = {"variant", "seed", "sae.architecture", "sae.k"}
+    differing = [key for key in keys if key not in known and len({str(config.get(key)) for config in configs}) > 1]
+    rows = []
+    for result, config in zip(results, configs, strict=True):
+        row = {name: result[name] for name in FACTS} | {key: config.get(key) for key in differing}
+        metrics = {name: value for name, value in result["metrics"].items() if name != "by_level"}
+        for values in result["metrics"]["by_level"]:
+            metrics |= {f"{name}_level{values['level']}": x for name, x in values.items() if name != "level"}
+        rows.append(row | metrics)
+    return rows
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
