@@ -152,17 +152,9 @@ def test_auto_is_recorded_and_a_second_run_has_nothing_to_do(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     text = save_jsonl(tmp_path / "a.jsonl", [{"text": sentence(n, 9)} for n in range(60)])
-    flags = ["--model", str(model), "--text", str(text), "--hook-point", "blocks.1.hook_resid_pre"]
-    flags += [
-        "--heldout-fraction",
-        "0.3",
-        "--dtype",
-        "bfloat16",
-        "--context-length",
-        "64",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    flags = ["extract", "--model", str(model), "--text", str(text), "--hook-point", "blocks.1.hook_resid_pre"]
+    flags += ["--heldout-fraction", "0.3", "--dtype", "bfloat16", "--context-length", "64"]
+    flags += ["--out", str(tmp_path / "out")]
     assert main(flags) == 0
     said = capsys.readouterr()
     reason = "HF_HUB_OFFLINE is set, and the hub's cache does not serve"
@@ -202,7 +194,6 @@ def test_auto_is_recorded_and_a_second_run_has_nothing_to_do(
         (["--profile", "offline", "--model", "no/such"], "needs model no/such from the hub, but HF_HUB_OFFLINE is set"),
         (["--profile", "offline", "--text", "no/such"], "needs dataset no/such from the hub"),
         (["--profile", "pythia70m"], "use --profile offline, or name local ones with --model and --text"),
-        (["verify"], "the following arguments are required: STORE"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(
@@ -211,16 +202,23 @@ def test_a_mistake_is_one_line_and_exit_2(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        main(flags)
+        main(["extract", *flags])
     said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("profile ")]
     assert stopped.value.code == 2 and len(said) == 1
     assert said[0].startswith("error: ") and message in said[0]
 
 
+def test_a_store_to_verify_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify"])
+    assert stopped.value.code == 2
+    assert "the following arguments are required: STORE" in capsys.readouterr().err
+
+
 def test_an_unknown_hook_point_is_named(
     no_hub_settings: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    flags = ["--profile", "pythia70m", "--model", str(model), "--hook-point", "blocks.7.hook_resid_post"]
+    flags = ["extract", "--profile", "pythia70m", "--model", str(model), "--hook-point", "blocks.7.hook_resid_post"]
     flags += ["--text", f"wikitext={save_wikitext(tmp_path / 'w', 5)}", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stopped:
         main(flags)
@@ -232,16 +230,8 @@ def test_what_the_disk_refuses_is_one_line(
     no_hub_settings: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     text = save_jsonl(tmp_path / "a.jsonl", [{"text": sentence(n, 9)} for n in range(60)])
-    flags = [
-        "--profile",
-        "offline",
-        "--model",
-        str(model),
-        "--text",
-        str(text),
-        "--hook-point",
-        "blocks.1.hook_resid_pre",
-    ]
+    flags = ["extract", "--profile", "offline", "--model", str(model), "--text", str(text)]
+    flags += ["--hook-point", "blocks.1.hook_resid_pre"]
     flags += ["--heldout-fraction", "0.3", "--out", str(tmp_path / "out")]
 
     def said(*more: str) -> str:
@@ -264,9 +254,14 @@ def test_what_the_disk_refuses_is_one_line(
 
 
 def test_help_is_complete_and_needs_no_torch() -> None:
-    script = (
-        "import sys; from hafs_extract.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
-    )
+    script = """
+import sys
+from hafs_extract.cli import main
+try:
+    main(['extract', '--help'])
+finally:
+    print('torch' in sys.modules)
+"""
     environment = {**os.environ, "COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True, timeout=600

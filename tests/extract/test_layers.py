@@ -257,7 +257,7 @@ def test_stores_of_another_list_are_kept_unless_forced(folder: Path, made: Path,
 def test_the_command_line_notes_the_first_and_names_what_is_not_there(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    flags = ["--profile", "offline", "--model", str(folder / "m"), "--text", str(folder / "t.jsonl")]
+    flags = ["extract", "--profile", "offline", "--model", str(folder / "m"), "--text", str(folder / "t.jsonl")]
     flags += ["--heldout-fraction", "0.25", "--context-length", "17", "--out", str(tmp_path), "--hook-point"]
     with pytest.raises(SystemExit) as stopped:
         main([*flags, f"{HOOKS[0]},blocks.7.hook_resid_post"])

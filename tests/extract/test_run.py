@@ -47,7 +47,18 @@ class Inputs:
         texts = ["--text", f"wikitext={self.wikitext}", "--text", f"wmdp-bio={self.wmdp}@0.3"]
         small = ["--context-length", "17", "--shard-rows", "300", "--batch-tokens", "256", "--dtype", "float32"]
         small += ["--heldout-fraction", "0.2", "--norm-multiple", "1.1"]
-        return ["--profile", "pythia70m", "--model", str(self.model), *texts, *small, "--out", str(out), *more]
+        return [
+            "extract",
+            "--profile",
+            "pythia70m",
+            "--model",
+            str(self.model),
+            *texts,
+            *small,
+            "--out",
+            str(out),
+            *more,
+        ]
 
     def config(self, **changes) -> ExtractConfig:
         sources = tuple(
@@ -259,7 +270,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(
 
 CHILD = """
 import os, signal, sys
-from extract import passes
+from hafs_extract import passes
 from hafs_jax.store import shards
 owner, name, at = {"sync": (passes.Spill, "sync"), "npy": (shards, "write_npy")}[sys.argv[1]] + (int(sys.argv[2]),)
 original, calls = getattr(owner, name), 0

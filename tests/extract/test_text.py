@@ -167,7 +167,7 @@ def test_text_flags() -> None:
     [
         ("a.txt,sbset=x", r"--text a.txt,sbset=x: unknown key 'sbset'; did you mean 'subset'\?"),
         ("a.txt,kind=row", r"kind='row': expected one of rows, wikitext, multiple_choice; did you mean 'rows'\?"),
-        ("a.txt@0", r"source a: expected a weight above 0, found 0.0"),
+        ("a.txt@0", r"source a: weight=0.0: expected above 0"),
         ("a.txt@1e", r"weight '1e' is not a number"),
         ("a.txt,keep=topic", r"keep='topic': expected COLUMN=VALUE or COLUMN!=VALUE"),
         ("", r"expected \[NAME=\]PATH"),
@@ -181,10 +181,10 @@ def test_wrong_text_flags_are_named(flag: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context_length": 1}, r"context_length=1: expected 2 to 65535"),
-        ({"context_length": 70_000}, r"context_length=70000: expected 2 to 65535"),
-        ({"heldout_fraction": 0.0}, r"heldout_fraction=0.0: expected a share between 0 and 1"),
-        ({"norm_multiple": 0.0}, r"norm_multiple=0.0: expected a number above 0, or none"),
+        ({"context_length": 1}, r"context_length=1: expected 2 to 65,535"),
+        ({"context_length": 70_000}, r"context_length=70000: expected 2 to 65,535"),
+        ({"heldout_fraction": 0.0}, r"heldout_fraction=0.0: expected above 0 and below 1"),
+        ({"norm_multiple": 0.0}, r"norm_multiple=0.0: expected above 0, or none"),
         ({"dtype": "float8"}, r"dtype='float8': expected one of float16, bfloat16, float32"),
         ({"hook_point": ""}, r"the extraction's config lacks hook_point"),
         ({"seed": -1}, r"seed=-1: expected 0 to"),
