@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.options import check_choices, option
+from hafs_jax.base.options import check, option
 
 STAGES = ("splice", "probing", "hierarchy", "latents", "domains", "across")  # core always runs: it takes seconds
 
@@ -39,43 +39,34 @@ DATASETS = (
 class EvalConfig:
     """Everything that decides the figures of an evaluation."""
 
-    heldout_rows: int | None = option(None, "held-out rows of the core metrics; none takes all")
-    contexts: int = option(64, "held-out contexts on which the SAE is spliced into the model")
-    seed: int = option(0, "seed of the draw of those contexts")
+    heldout_rows: int | None = option(None, "held-out rows of the core metrics; none takes all", least=2)
+    contexts: int = option(64, "held-out contexts on which the SAE is spliced into the model", least=1)
+    seed: int = option(0, "seed of the draw of those contexts", least=0, most=2**32 - 1)
     suite: str = option(
         "auto",
         "sae_probes: the tasks of its wheel; standard: SAE-Bench's eight hub datasets; auto: by the store's profile",
         choices=("auto", "sae_probes", "standard"),
     )
     tasks: tuple[str, ...] = option((), "tasks of sae_probes or datasets of standard; none named: those below")
-    ks: tuple[int, ...] = option((1, 2, 5, 10, 20, 50), "latents a sparse probe may use")
+    ks: tuple[int, ...] = option((1, 2, 5, 10, 20, 50), "latents a sparse probe may use", least=1)
     # SAE-Bench's own default is l1: four times the seconds (saga), accuracies .005 apart on average
     penalty: str = option("l2", "regularisation of sae_probes' sparse probes", choices=("l1", "l2"))
-    probe_seed: int = option(42, "seed of the probes' train and test splits")
+    probe_seed: int = option(42, "seed of the probes' train and test splits", least=0, most=2**32 - 1)
     trees: tuple[str, ...] = option((), "label trees, by name or path of a .json file; none named: all bundled ones")
-    hierarchy_ks: tuple[int, ...] = option((1, 2, 5, 10, 20, 50), "latents a probe of a tree's node may use")
-    hierarchy_folds: int = option(5, "folds of the trees' cross-validation, documents kept whole")
-    hierarchy_tokens: int = option(64, "tokens of a labelled text that are read, BOS included")
-    hierarchy_seed: int = option(0, "seed of the trees' folds")
+    hierarchy_ks: tuple[int, ...] = option((1, 2, 5, 10, 20, 50), "latents a probe of a tree's node may use", least=1)
+    hierarchy_folds: int = option(
+        5, "folds of the trees' cross-validation, documents kept whole; C is chosen inside", least=3
+    )
+    hierarchy_tokens: int = option(64, "tokens of a labelled text that are read, BOS included", least=2)
+    hierarchy_seed: int = option(0, "seed of the trees' folds", least=0, most=2**32 - 1)
     device: str = option("auto", "torch device; auto takes CUDA where there is one")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if self.heldout_rows is not None and self.heldout_rows < 2:
-            raise UserError(f"heldout_rows={self.heldout_rows}: expected at least 2")
-        if self.contexts < 1:
-            raise UserError(f"contexts={self.contexts}: expected at least 1")
-        if self.hierarchy_folds < 3:
-            raise UserError(f"hierarchy_folds={self.hierarchy_folds}: expected at least 3, for C is chosen inside")
-        if self.hierarchy_tokens < 2:
-            raise UserError(f"hierarchy_tokens={self.hierarchy_tokens}: expected at least 2, BOS and one more")
-        for name in ("seed", "probe_seed", "hierarchy_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise UserError(f"{name}={getattr(self, name)}: expected 0 to 2^32 - 1")
+        check(self)
         for name in ("ks", "hierarchy_ks"):
             ks = getattr(self, name)
-            if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
-                raise UserError(f"{name}={ks}: expected different numbers of at least 1")
+            if not ks or len(set(ks)) < len(ks):
+                raise UserError(f"{name}={ks}: expected at least one number, each once")
         if len(set(self.tasks)) < len(self.tasks):
             raise UserError(f"tasks={self.tasks}: expected different names")
 

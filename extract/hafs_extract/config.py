@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.options import check_choices, did_you_mean, option
+from hafs_jax.base.options import check, did_you_mean, option
 from hafs_jax.store.manifest import KEPT_AS
 
 KINDS = ("rows", "wikitext", "multiple_choice")
@@ -30,14 +30,12 @@ class SourceConfig:
     kind: str = option("rows", "how records become documents", choices=KINDS)
     template: str = option("{text}", "a document of kind rows: its columns in braces")
     keep: str | None = option(None, "only records with COLUMN=VALUE, or without it: COLUMN!=VALUE")
-    weight: float = option(1.0, "share of tokens relative to the other sources")
+    weight: float = option(1.0, "share of tokens relative to the other sources", above=0)
 
     def __post_init__(self) -> None:
-        check_choices(self)
         if not self.name or not self.path:
             raise UserError(f"source {self.name or self.path!r}: expected a name and a path; say --text {TEXT_SYNTAX}")
-        if not (0 < self.weight < float("inf")):
-            raise UserError(f"source {self.name}: expected a weight above 0, found {self.weight}")
+        check(self, f"source {self.name}: ")
         if self.keep is not None and not re.fullmatch(r"\w+!?=.*", self.keep):
             raise UserError(f"source {self.name}: keep={self.keep!r}: expected COLUMN=VALUE or COLUMN!=VALUE")
 
@@ -54,41 +52,33 @@ class ExtractConfig:
     hook_point: str = option(
         "", "TransformerLens name of the activations, such as blocks.3.hook_resid_post; or several, divided by commas"
     )
-    context_length: int = option(128, "tokens a context, BOS included")
+    context_length: int = option(128, "tokens a context, BOS included", least=2, most=65_535)  # positions take 16 bits
     sources: tuple[SourceConfig, ...] = option((), "text sources and their weights")
-    max_rows: int | None = option(None, "training rows before the norm filter; none takes all the text")
-    heldout_fraction: float = option(0.05, "share of the documents, by hash, kept in the held-out store")
+    max_rows: int | None = option(
+        None, "training rows before the norm filter; none takes all the text", least=1, most=2**40
+    )
+    heldout_fraction: float = option(
+        0.05, "share of the documents, by hash, kept in the held-out store", above=0, below=1
+    )
     dtype: str = option("float16", "dtype of the stored activations", choices=tuple(KEPT_AS))
-    norm_multiple: float | None = option(3.0, "rows over this multiple of the median norm are dropped; none keeps all")
-    shard_rows: int = option(65_536, "rows a shard")
-    batch_tokens: int = option(4_096, "tokens a forward pass, padding included")
+    norm_multiple: float | None = option(
+        3.0, "rows over this multiple of the median norm are dropped; none keeps all", above=0
+    )
+    shard_rows: int = option(65_536, "rows a shard", least=1, most=2**31 - 1)
+    batch_tokens: int = option(4_096, "tokens a forward pass, padding included", least=1, most=2**31 - 1)
     compile: str = option(
         "auto", "torch.compile of the model's blocks; auto: from a million tokens on", choices=("auto", "on", "off")
     )
-    seed: int = option(0, "seed of the held-out split and of the shuffle")
+    seed: int = option(0, "seed of the held-out split and of the shuffle", least=0, most=2**63 - 1)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check(self)
         for name in ("profile", "model", "hook_point", "sources"):
             if not getattr(self, name):
                 raise UserError(f"the extraction's config lacks {name}")
         points = self.hook_points
         if not all(points) or any(point != point.strip() for point in points) or len(set(points)) < len(points):
             raise UserError(f"hook_point={self.hook_point!r}: expected different names divided by commas alone")
-        for name, low, high in (
-            ("context_length", 2, 65_535),  # positions are kept in 16 bits
-            ("shard_rows", 1, 2**31 - 1),
-            ("batch_tokens", 1, 2**31 - 1),
-            ("seed", 0, 2**63 - 1),
-            ("max_rows", 1, 2**40),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"{name}={value}: expected {low} to {high}")
-        if not 0 < self.heldout_fraction < 1:
-            raise UserError(f"heldout_fraction={self.heldout_fraction}: expected a share between 0 and 1")
-        if self.norm_multiple is not None and not self.norm_multiple > 0:
-            raise UserError(f"norm_multiple={self.norm_multiple}: expected a number above 0, or none")
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise UserError(f"sources {', '.join(names)}: two have one name; say --text NAME=PATH")

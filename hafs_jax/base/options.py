@@ -1,30 +1,101 @@
 """Frozen dataclasses as configs: to and from JSON, to and from command-line flags. Standard library only.
 
-Each field is declared once, with its default and a line of help that carries the unit. Nested dataclasses become
-dotted flags (`--penalty.lam-max 1`), the same path that the field has in the saved `config.json`.
+Each field is declared once by `option`, with its default, its bounds and a line of help that carries the unit. Nested
+dataclasses become dotted flags (`--penalty.lam-max 1`), the same path that the field has in the saved `config.json`.
 """
 
 import argparse
 import dataclasses
 import difflib
+import math
+import numbers
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from hafs_jax.base.errors import UserError
 
 C = TypeVar("C")
+Number = int | float
 
 
-def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field with its default, one line of help (meaning and unit) and, for strings, the allowed values."""
-    metadata = {"help": help, "choices": tuple(choices) if choices else None}
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The numbers that an option allows: from `least` to `most`, both allowed, or from `above` to `below`, both not."""
+
+    least: Number | None = None
+    most: Number | None = None
+    above: Number | None = None
+    below: Number | None = None
+
+    def __contains__(self, value: Number) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """'at least 1', '0 to 1', 'above 0 and below 1', ...; empty where every number is allowed."""
+        if self.least is not None and self.most is not None:
+            return f"{_number(self.least)} to {_number(self.most)}"
+        named = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{words} {_number(bound)}" for words, bound in named.items() if bound is not None)
+
+    @property
+    def is_obvious(self) -> bool:
+        """Whether they only rule out negative numbers (and perhaps 0), which no line of help need say."""
+        return self in (Bounds(), Bounds(least=0), Bounds(above=0))
+
+
+def option(
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    *,
+    least: Number | None = None,
+    most: Number | None = None,
+    above: Number | None = None,
+    below: Number | None = None,
+) -> Any:
+    """A dataclass field with its default, one line of help (meaning and unit) and what it allows.
+
+    `choices` are the allowed values of a string, the others the bounds of a number; of a tuple they are each element's.
+    They are only declared here: call `check` in `__post_init__`.
+    """
+    bounds = Bounds(least, most, above, below)
+    metadata = {"help": help, "choices": tuple(choices) if choices else None, "bounds": bounds}
     if dataclasses.is_dataclass(default) or isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check(config: Any, prefix: str = "") -> None:
+    """Raises `UserError` for the first field of `config` whose value its `option` does not allow.
+
+    NaN and infinity are refused everywhere, since JSON has neither. `prefix` stands before the field's name in the
+    message: `check(self, "sae.")` says "sae.k=0: expected at least 1".
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        choices, bounds = field.metadata.get("choices"), field.metadata.get("bounds", Bounds())
+        is_optional = _optional(hints[field.name])[1]
+        for place, value in _values(getattr(config, field.name)):
+            if value is None and is_optional:
+                continue
+            found = f"{prefix}{field.name}{place}={value!r}"
+            if choices and value not in choices:
+                raise UserError(f"{found}: expected one of {', '.join(choices)}{did_you_mean(value, choices)}")
+            wanted = str(bounds)
+            if not wanted or (isinstance(value, numbers.Real) and value in bounds):
+                if not isinstance(value, float) or math.isfinite(value):
+                    continue
+                wanted = "a finite number"
+            raise UserError(f"{found}: expected {wanted}{', or none' if is_optional else ''}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -40,7 +111,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
+def from_dict(cls: type[C], values: Any, where: str) -> C:
     """A `cls` from plain JSON values. `where` names the file or flag in errors.
 
     Raises `UserError` for an unknown key (with the nearest known one), a missing one and a value of the wrong type.
@@ -58,13 +129,7 @@ def from_dict(cls: type[C], values: dict[str, Any], where: str) -> C:
     return cls(**{key: _coerce(hints[key], value, f"{where}: {key}") for key, value in values.items()})
 
 
-def check_choices(config: Any) -> None:
-    """Raises `UserError` where a field declared with `choices` holds another value; call it in `__post_init__`."""
-    for field in dataclasses.fields(config):
-        choices, value = field.metadata.get("choices"), getattr(config, field.name)
-        if choices and value not in choices:
-            near = did_you_mean(value, choices)
-            raise UserError(f"{field.name}={value!r}: expected one of {', '.join(choices)}{near}")
+check_choices = check  # until every config calls `check`
 
 
 def did_you_mean(word: Any, known: Any) -> str:
@@ -112,16 +177,18 @@ def add_flags(parser: argparse.ArgumentParser, default: Any, prefix: str = "", s
         if dataclasses.is_dataclass(value):
             add_flags(parser, value, path + ".", skip)
             continue
-        help_line = f"{field.metadata.get('help', '')} [{_shown(value)}]".replace("%", "%%")
+        bounds = field.metadata.get("bounds", Bounds())
+        allowed = "" if bounds.is_obvious else f" ({bounds})"
+        help_line = f"{field.metadata.get('help', '')}{allowed} [{_shown(value)}]".replace("%", "%%")
         flag, kind = "--" + path.replace("_", "-"), hints[field.name]
         common: dict[str, Any] = {"dest": path, "default": argparse.SUPPRESS, "help": help_line}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        elif typing.get_origin(kind) is tuple:
-            parser.add_argument(flag, nargs="+", type=_scalar(typing.get_args(kind)[0]), metavar="X", **common)
         else:
-            choices = field.metadata.get("choices")
-            parser.add_argument(flag, type=_scalar(kind), choices=choices, metavar=None if choices else "X", **common)
+            several = typing.get_origin(kind) is tuple
+            item, choices = typing.get_args(kind)[0] if several else kind, field.metadata.get("choices")
+            common |= {"type": _scalar(item), "choices": choices, "metavar": None if choices else "X"}
+            parser.add_argument(flag, nargs="+" if several else None, **common)
 
 
 def with_flags(default: C, namespace: argparse.Namespace) -> C:
@@ -146,6 +213,25 @@ def with_flags(default: C, namespace: argparse.Namespace) -> C:
         )
 
     return replaced(default, changes)
+
+
+def _values(value: Any) -> Iterator[tuple[str, Any]]:
+    """The value, or of a tuple its elements, each with its place: "" or "[index]"."""
+    if isinstance(value, tuple):
+        yield from ((f"[{index}]", item) for index, item in enumerate(value))
+    else:
+        yield "", value
+
+
+def _number(value: Number) -> str:
+    """The number as a person writes it: 0.05, 65,535, 2^63 - 1."""
+    if not isinstance(value, int):
+        return f"{value:g}"
+    for less, words in ((0, "2^{}"), (1, "2^{} - 1")):
+        power = value + less
+        if power > 10**6 and power.bit_count() == 1:
+            return words.format(power.bit_length() - 1)
+    return f"{value:,}"
 
 
 def _has_default(field: dataclasses.Field) -> bool:

@@ -24,7 +24,7 @@ import numpy as np
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of
-from hafs_jax.base.options import check_choices, option, to_dict
+from hafs_jax.base.options import check, option, to_dict
 from hafs_jax.base.places import locked, put_in_place
 from hafs_jax.store.descriptions import FILES, Descriptions, Grouping
 from hafs_jax.store.manifest import (
@@ -61,23 +61,19 @@ class ArrayConfig:
     """What decides the bytes of a store of arrays, beside the arrays."""
 
     name: str = option("array", "what the activations are of, as the manifest's model")
-    heldout_fraction: float = option(0.05, "share of the groups (of the rows, if ungrouped) kept in the held-out store")
-    seed: int = option(0, "seed of the held-out split and of the shuffle")
+    heldout_fraction: float = option(
+        0.05, "share of the groups (of the rows, if ungrouped) kept in the held-out store", above=0, below=1
+    )
+    seed: int = option(0, "seed of the held-out split and of the shuffle", least=0, most=2**63 - 1)
     dtype: str = option(
         "keep", "dtype of the stored activations; keep: float16 as such, else float32", choices=("keep", *KEPT_AS)
     )
-    shard_rows: int = option(65_536, "rows a shard")
+    shard_rows: int = option(65_536, "rows a shard", least=1, most=2**31 - 1)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check(self)
         if not self.name:
             raise UserError("name='': expected a name for the activations")
-        if not 0 < self.heldout_fraction < 1:
-            raise UserError(f"heldout_fraction={self.heldout_fraction}: expected a share between 0 and 1")
-        for name, low, high in (("seed", 0, 2**63 - 1), ("shard_rows", 1, 2**31 - 1)):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UserError(f"{name}={value}: expected {low} to {high}")
 
 
 def write_array_store(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
@@ -22,7 +22,7 @@ class Contexts:
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
         """The token ids of context `index`, BOS included, [length] int32."""
         start, length = int(self.table["start"][index]), int(self.table["length"][index])
         return self.tokens[start : start + length]

@@ -33,7 +33,7 @@ from hafs_extract.config import difference
 from hafs_extract.synthetic.worlds import WORLDS, World, build, forest, world_record
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, write_npy, write_text
-from hafs_jax.base.options import Parser, add_flags, check_choices, option, to_dict, with_flags
+from hafs_jax.base.options import Parser, add_flags, check, option, to_dict, with_flags
 from hafs_jax.base.places import locked
 from hafs_jax.store.manifest import (
     CONTEXT,
@@ -67,17 +67,14 @@ class SyntheticConfig:
     """What decides the bytes of a world's stores and truth."""
 
     world: str = option("toy-0", "the world: toy-0 for tuning, toy-1 and toy-2 held out", tuple(WORLDS))
-    samples: int = option(1_000_000, "rows of the training store")
-    heldout_samples: int = option(50_000, "rows of the held-out store, whose coefficients are kept")
-    seed: int = option(0, "seed of the samples; the world's own seed fixes the features")
-    shard_rows: int = option(65_536, "rows a shard")
+    samples: int = option(1_000_000, "rows of the training store", least=1)
+    heldout_samples: int = option(50_000, "rows of the held-out store, whose coefficients are kept", least=1)
+    seed: int = option(0, "seed of the samples; the world's own seed fixes the features", least=0)
+    shard_rows: int = option(65_536, "rows a shard", least=1)
     device: str = option("cpu", "torch device that draws the samples; another draws others", ("cpu", "cuda"))
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name, least in (("samples", 1), ("heldout_samples", 1), ("seed", 0), ("shard_rows", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: expected at least {least}")
+        check(self)
 
     @property
     def profile(self) -> str:

@@ -314,8 +314,8 @@ def test_the_suite_follows_the_stores_profile():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"ks": (1, 1)}, "expected different numbers of at least 1"),
-        ({"ks": (0,)}, "expected different numbers of at least 1"),
+        ({"ks": (1, 1)}, r"ks=\(1, 1\): expected at least one number, each once"),
+        ({"ks": (2, 0)}, r"ks\[1\]=0: expected at least 1"),
         ({"tasks": ("a", "a")}, "expected different names"),
         ({"contexts": 0}, "contexts=0: expected at least 1"),
         ({"heldout_rows": 1}, "heldout_rows=1: expected at least 2"),

@@ -7,7 +7,7 @@ import pytest
 
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.files import read_json, read_jsonl, write_atomic, write_json
-from hafs_jax.base.options import Parser, add_flags, check_choices, from_dict, option, to_dict, with_flags
+from hafs_jax.base.options import Bounds, Parser, add_flags, check, from_dict, option, to_dict, with_flags
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Outer:
     inner: Inner = option(Inner(), "nested")
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check(self)
 
 
 def test_json_round_trip() -> None:
@@ -54,7 +54,67 @@ def test_an_integer_serves_as_a_float_and_not_the_other_way() -> None:
 )
 def test_bad_values_are_named(values: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        from_dict(Outer, values, "here")  # type: ignore[arg-type]
+        from_dict(Outer, values, "here")
+
+
+@dataclass(frozen=True)
+class Bounded:
+    rate: float = option(0.5, "share", above=0, below=1)
+    decay: float | None = option(0.9, "decay", least=0, below=1)
+    free: float = option(0.0, "any number")
+    rows: int = option(4, "rows", least=1)
+    seed: int = option(0, "seed", least=0, most=2**63 - 1)
+    weight: float = option(1.0, "weight", above=0)
+    ks: tuple[int, ...] = option((1, 2), "levels", least=1, most=4096)
+    kinds: tuple[str, ...] = option(("a",), "kinds", choices=("a", "bee"))
+
+    def __post_init__(self) -> None:
+        check(self, "part.")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rate": 0.0}, "part.rate=0.0: expected above 0 and below 1"),
+        ({"rate": float("nan")}, "part.rate=nan: expected above 0 and below 1"),
+        ({"decay": 1.0}, "part.decay=1.0: expected at least 0 and below 1, or none"),
+        ({"free": float("inf")}, "part.free=inf: expected a finite number"),
+        ({"free": float("nan")}, "part.free=nan: expected a finite number"),
+        ({"rows": 0}, "part.rows=0: expected at least 1"),
+        ({"rows": None}, "part.rows=None: expected at least 1"),
+        ({"rows": "4"}, "part.rows='4': expected at least 1"),
+        ({"seed": 2**63}, "part.seed=9223372036854775808: expected 0 to 2^63 - 1"),
+        ({"weight": float("inf")}, "part.weight=inf: expected a finite number"),
+        ({"ks": (1, 0)}, "part.ks[1]=0: expected 1 to 4,096"),
+        ({"kinds": ("a", "bees")}, "part.kinds[1]='bees': expected one of a, bee; did you mean 'bee'?"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named_with_its_bounds(values: dict, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        Bounded(**values)
+    assert str(raised.value) == message
+
+
+def test_values_within_bounds_are_taken() -> None:
+    assert Bounded(decay=None).decay is None and Bounded(decay=0.0, seed=2**63 - 1, ks=()).ks == ()
+
+
+def test_bounds_in_words() -> None:
+    assert [str(bounds) for bounds in (Bounds(least=0.05, most=1.0), Bounds(least=2**40), Bounds(most=-1))] == [
+        "0.05 to 1",
+        "at least 2^40",
+        "at most -1",
+    ]
+
+
+def test_help_shows_the_bounds_that_are_not_obvious(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="tool")
+    add_flags(parser, Bounded())
+    parser.print_help()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--rate X share (above 0 and below 1) [0.5]" in shown and "--rows X rows (at least 1) [4]" in shown
+    assert "--weight X weight [1.0]" in shown
+    assert "--kinds {a,bee} [{a,bee} ...]" in shown
 
 
 def _parse(*flags: str) -> Outer:

@@ -242,7 +242,7 @@ def test_a_row_that_cannot_be_stored_is_named(files: list[Path], tmp_path: Path)
             {"groups": np.zeros(9, int)},
             "no row of 9 fell into the (train|heldout) split; give more rows or",
         ),
-        (np.ones((9, 4)), {"heldout_fraction": 1.0}, "heldout_fraction=1.0: expected a share between 0 and 1"),
+        (np.ones((9, 4)), {"heldout_fraction": 1.0}, "heldout_fraction=1.0: expected above 0 and below 1"),
         (np.ones((9, 4)), {"seed": -1}, "seed=-1: expected 0 to"),
         (np.ones((9, 4)), {"shard_rows": 0}, "shard_rows=0: expected 1 to"),
         (np.ones((9, 4)), {"dtype": "float64"}, "dtype='float64': expected one of keep, float16"),
