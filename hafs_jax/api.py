@@ -15,7 +15,6 @@ from hafs_jax.method.architectures import OperatingPoint
 from hafs_jax.method.sae import SAE, InputScale
 from hafs_jax.ops.products import Params
 from hafs_jax.runs import Run
-from hafs_jax.store.manifest import read_manifest
 from hafs_jax.training.checkpoint import load_checkpoint
 
 
@@ -53,14 +52,12 @@ class TrainedSAE:
 def load(run_folder: Path | str, which: str = "last") -> TrainedSAE:
     """The SAE of a run: its `last` checkpoint, or the `best` on held-out rows.
 
-    Raises `UserError` where the folder holds no such checkpoint or its store is gone.
+    Raises `UserError` where the folder holds no such checkpoint. A run that has not finished needs its store, too.
     """
     if which not in ("last", "best"):
         raise UserError(f"which={which!r}: expected last or best")
     run = Run(Path(run_folder))
-    config, record = run.config(), run.store_record()
-    d_model = read_manifest(run.folder / record["folder"]).d_model
-    d_out = read_manifest(run.folder / record["target"]["folder"]).d_model if "target" in record else None
+    config, (d_model, d_out) = run.config(), run.widths()
     state, scale = load_checkpoint(run.best if which == "best" else run.checkpoints, config, d_model, d_out)
     return TrainedSAE(config, state.weights(), scale, state.threshold(config.sparsity.threshold_decay))
 

@@ -263,6 +263,10 @@ class TrainConfig:
     patience: int | None = option(None, "stop after so many of them without a better FVU; none: never")
     init_from: str | None = option(None, "start from the SAE in this SAELens folder; none: from random weights")
     tag: str = option("", "appended to the run's name")
+    arm: str = option(
+        "",
+        "what this SAE is one seed of, beside its architecture and k, such as 'strict lam=0.3'; none: variant and tag",
+    )
     tensorboard: bool = option(False, "also write TensorBoard events (needs the tensorboardX package)")
     sae: SAEConfig = option(SAEConfig(), "the autoencoder")
     penalty: PenaltyConfig = option(PenaltyConfig(), "the orthogonality penalty")
@@ -283,6 +287,7 @@ class TrainConfig:
             re.fullmatch(r"[\w.,=+-]*", self.tag) is not None,
             f"tag={self.tag!r}: expected letters, digits and any of _ . , = + -",
         )
+        _require(self.arm.isprintable(), f"arm={self.arm!r}: expected one line of text")
         _require(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
         _require(self.steps_per_dispatch >= 1, f"steps_per_dispatch={self.steps_per_dispatch}: expected at least 1")
         _require(self.checkpoint_every_steps >= 1, "checkpoint_every_steps: expected at least 1")
@@ -305,6 +310,28 @@ class TrainConfig:
 
     @property
     def run_name(self) -> str:
-        """`<variant>[-<architecture>]-s<seed>[-<tag>]`; the default architecture is not named."""
-        architecture = "" if self.sae.architecture == SAEConfig().architecture else f"-{self.sae.architecture}"
-        return f"{self.variant}{architecture}-s{self.seed}" + (f"-{self.tag}" if self.tag else "")
+        """The name of this training's run, see `run_name`."""
+        return run_name(self.variant, self.sae.architecture, self.seed, self.tag)
+
+    @property
+    def arm_name(self) -> str:
+        """`arm`, or where none is given what variant and tag say, see `arm_name`."""
+        return self.arm or arm_name(self.variant, self.tag, self.sae.k)
+
+
+def run_name(variant: str, architecture: str, seed: int, tag: str = "") -> str:
+    """`<variant>[-<architecture>]-s<seed>[-<tag>]`; the default architecture is not named.
+
+    Names are for people and for file systems. What a run is stands in its config.json and run.json.
+    """
+    named = "" if architecture == SAEConfig().architecture else f"-{architecture}"
+    return f"{variant}{named}-s{seed}" + (f"-{tag}" if tag else "")
+
+
+def arm_name(variant: str, tag: str, k: int) -> str:
+    """An arm's name where nobody gave it one: the variant and the tag's parts, but not `k=<k>`.
+
+    An arm is what is trained several times with other seeds. Its k and architecture are told apart from its name, so
+    that "strict lam=0.3" names one method at every k.
+    """
+    return " ".join([variant, *(part for part in tag.split(",") if part not in ("", f"k={k}"))])

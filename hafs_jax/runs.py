@@ -1,12 +1,14 @@
-"""A run's folder: what lies in it, how it is named, and how a finished run is read. Owns the run format.
+"""A run's folder: its files, its name, and the only code that reads and writes them. No JAX.
 
-config.json      the resolved config, the store it trains on and its fingerprint; written first
+config.json      the resolved config, the store that the run trains on and the store's fingerprint; written first
 metrics.jsonl    one object per logged step
-checkpoints/     Orbax, the last two
+checkpoints/     Orbax's, the last two
 best/            the checkpoint of the best held-out FVU, where that is measured
-run.json         written last, when training has finished
+run.json         a `RunSummary`; written last, when training has finished
+sae/             the SAELens folder, once the run has been exported
 """
 
+import dataclasses
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +16,51 @@ from typing import Any
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, read_jsonl, write_json
-from hafs_jax.base.options import from_dict, to_dict
-from hafs_jax.config import TrainConfig
+from hafs_jax.base.options import did_you_mean, from_dict, to_dict
+from hafs_jax.config import TrainConfig, arm_name
 from hafs_jax.presets import preset
-from hafs_jax.store.manifest import MANIFEST
+from hafs_jax.store.manifest import read_manifest
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What run.json says of a finished run."""
+
+    name: str
+    variant: str
+    architecture: str
+    seed: int
+    k: int  # active latents per row, or the target of the mean L0
+    tag: str
+    arm: str  # what the run is one seed of, beside its architecture and k: see `hafs_jax.config.arm_name`
+    n_latents: int
+    d_model: int
+    d_out: int  # of a transcoder the width of its target's rows, else d_model
+    steps: int
+    tokens: int
+    seconds: float
+    stopped_early: bool
+    trained_together: int  # SAEs that shared the program, this one among them
+    tau: float | None  # the gate's threshold, FVU; None where there is no gate
+    tau_reached: bool | None
+    best: dict[str, Any] | None  # {"step", "heldout_fvu"}, None where it was not measured
+    final: dict[str, Any]  # the last logged step
+    store_fingerprint: str
+
+
+_NOT_YET = {"stopped_early": False, "trained_together": 1, "tau": None, "tau_reached": None, "best": None}
+"""What holds for a run whose run.json is from before there was such a key."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The paths of one run."""
+    """One run's folder."""
 
     folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
 
     @property
     def config_path(self) -> Path:
@@ -46,20 +82,48 @@ class Run:
     def result_path(self) -> Path:
         return self.folder / "run.json"
 
+    @property
+    def sae(self) -> Path:
+        return self.folder / "sae"
+
     def finished(self) -> bool:
         return self.result_path.exists()
 
     def result(self) -> dict[str, Any]:
-        """run.json; `UserError` where the run has not finished."""
-        return read_json(self.result_path, "a finished run's run.json")
+        """run.json as it stands there; `UserError` where the run has not finished."""
+        result = read_json(self.result_path, "a finished run's run.json")
+        if not isinstance(result, dict):
+            raise UserError(f"{self.result_path}: expected a JSON object, found {type(result).__name__}")
+        return result
+
+    def summary(self) -> RunSummary:
+        """run.json, typed; `UserError` where the run has not finished.
+
+        A file of an earlier version lacks keys. They are taken from config.json, and the widths from the stores.
+        """
+        result = self.result()
+        names = [field.name for field in dataclasses.fields(RunSummary)]
+        if not set(names) <= set(result):
+            result = _NOT_YET | self._from_config(set(names) - set(result)) | result
+        if missing := [name for name in names if name not in result]:
+            raise UserError(
+                f"{self.result_path}: expected a finished run's summary, found none of {', '.join(missing)}; "
+                "train the run again with --force"
+            )
+        return from_dict(RunSummary, {name: result[name] for name in names}, str(self.result_path))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged steps so far."""
-        return read_jsonl(self.metrics_path)
+        """The logged steps so far, ascending; of a step that was logged again after a resume, the last."""
+        by_step = {record["step"]: record for record in read_jsonl(self.metrics_path)}
+        return [by_step[step] for step in sorted(by_step)]
 
     def config(self) -> TrainConfig:
         """The resolved config that the run was started with."""
         return from_dict(TrainConfig, self._record()["config"], str(self.config_path))
+
+    def plain_config(self) -> dict[str, Any]:
+        """The config as config.json has it: of an earlier version it may lack fields, or hold others."""
+        return self._record()["config"]
 
     def store_record(self) -> dict[str, Any]:
         """{"folder", "fingerprint"} of the store that the run trains on, and of a transcoder's "target" likewise.
@@ -68,15 +132,33 @@ class Run:
         """
         return self._record()["store"]
 
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether the run reconstructs the rows of another store."""
+        return "target" in self.store_record()
+
+    def widths(self) -> tuple[int, int]:
+        """D of the rows that are encoded and of those that are reconstructed. Needs the stores before run.json."""
+        result = self.result() if self.finished() else {}
+        if "d_model" in result and "d_out" in result:
+            return result["d_model"], result["d_out"]
+        record = self.store_record()
+        d_model = read_manifest(self.folder / record["folder"]).d_model
+        return d_model, read_manifest(
+            self.folder / record["target"]["folder"]
+        ).d_model if "target" in record else d_model
+
     def write_config(self, config: TrainConfig, store: dict[str, Any]) -> None:
-        flat = to_dict(config)
         names = {"variant": config.variant, "architecture": config.sae.architecture, "seed": config.seed}
-        write_json(self.config_path, {**names, "config": flat, "store": store})
+        write_json(self.config_path, {**names, "config": to_dict(config), "store": store})
+
+    def write_result(self, summary: RunSummary) -> None:
+        """Writes run.json: the run has finished."""
+        write_json(self.result_path, dataclasses.asdict(summary))
 
     def check_same(self, config: TrainConfig, store: dict[str, Any]) -> None:
         """Raises `UserError` naming the first difference where the folder's run has another config or store."""
-        old, new = to_dict(self.config()), to_dict(config)
-        if (difference := _first_difference(old, new)) is not None:
+        if (difference := _first_difference(identity(self.config()), identity(config))) is not None:
             path, before, after = difference
             raise UserError(
                 f"{self.folder} holds a run with {path}={before}, this one has {after}; "
@@ -97,17 +179,51 @@ class Run:
             raise UserError(f"{self.config_path}: expected the keys config and store, found {sorted(record)}")
         return record
 
+    def _from_config(self, names: set[str]) -> dict[str, Any]:
+        """Those of the summary's `names` that config.json and the stores tell."""
+        record = self._record()
+        config, sae = record["config"], record["config"].get("sae", {})
+        known = {name: record.get(name, config.get(name)) for name in ("variant", "seed")}
+        known |= {"name": self.name, "architecture": record.get("architecture", sae.get("architecture"))}
+        known |= {"k": sae.get("k"), "n_latents": sae.get("n_latents"), "tag": config.get("tag", "")}
+        known["arm"] = config.get("arm") or arm_name(known["variant"], known["tag"], known["k"])
+        known["store_fingerprint"] = record["store"].get("fingerprint")
+        if names & {"d_model", "d_out"}:
+            known["d_model"], known["d_out"] = self.widths()
+        return {name: value for name, value in known.items() if name in names and value is not None}
+
+
+def all_runs(folder: Path) -> list[Run]:
+    """The runs in `folder`, by name, finished or not."""
+    found = [Run(path) for path in sorted(folder.glob("*")) if path.is_dir()]
+    return [run for run in found if run.config_path.exists() or run.finished()]
+
+
+def finished_runs(folder: Path) -> list[Run]:
+    """The runs in `folder` that have finished, by name."""
+    return [run for run in all_runs(folder) if run.finished()]
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain values without `arm`: two trainings with the same identity are one run."""
+    return {name: value for name, value in to_dict(config).items() if name != "arm"}
+
 
 def profile_folder(out: Path, profile: str) -> Path:
-    """`<out>/<profile>`; `auto` stands for the profile that `extract` decided on and noted in `<out>/auto.json`."""
+    """`<out>/<profile>`; `auto` stands for the profile that was extracted last, as noted in `<out>/auto.json`.
+
+    Raises `UserError` where nothing was extracted or the profile has no folder. Nothing is guessed.
+    """
     if profile == "auto":
         noted = out / "auto.json"
         if not noted.exists():
-            raise UserError(f"expected {noted}, found no such file; run `make extract` first, or name a PROFILE")
-        profile = read_json(noted, "the profile that extract decided on")["profile"]
+            raise UserError(f"profile auto: expected {noted}, found none; run `make extract` or name the --profile")
+        profile = read_json(noted, "the profile that was extracted last").get("profile", "")
     folder = out / profile
-    if not (folder / "store" / "train" / MANIFEST).exists():
-        raise UserError(f"expected an activation store at {folder / 'store' / 'train'}, found none; run `make extract`")
+    if not profile or not folder.is_dir():
+        known = sorted(path.parent.name for path in out.glob("*/store"))
+        found = f"found {', '.join(known)}{did_you_mean(profile, known)}" if known else "found no profile's folder"
+        raise UserError(f"profile {profile!r}: expected a folder {folder}, {found}; run `make extract PROFILE=...`")
     return folder
 
 
@@ -132,7 +248,7 @@ def baseline_tau(runs: Path, config: TrainConfig, fingerprint: str) -> tuple[flo
         raise UserError(f"{remedy}; {run.folder} has {difference[0]}={difference[1]}, this run {difference[2]}")
     if run.store_record()["fingerprint"] != fingerprint:
         raise UserError(f"{remedy}; {run.folder} was trained on another store")
-    return config.penalty.tau_factor * run.result()["final"]["fvu_ema"], run.folder.name
+    return config.penalty.tau_factor * run.summary().final["fvu_ema"], run.folder.name
 
 
 def _first_difference(old: Any, new: Any, prefix: str = "") -> tuple[str, Any, Any] | None:

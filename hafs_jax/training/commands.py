@@ -145,6 +145,13 @@ def _run_config(arguments: list[str]) -> TrainConfig:
     return dataclasses.replace(with_flags(parsed.defaults, parsed), seed=parsed.seed)
 
 
+def _variant(arguments: list[str]) -> str:
+    """The variant that flags of `train` name, or the default one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--variant", default=TrainConfig().variant)
+    return parser.parse_known_args(arguments)[0].variant
+
+
 def _train(parsed: argparse.Namespace) -> None:
     from hafs_jax.training.train import train
 
@@ -153,18 +160,17 @@ def _train(parsed: argparse.Namespace) -> None:
     store, runs = _places(parsed)
     with _stops():
         run = train(config, store, runs, parsed.force, parsed.target)
-    result = run.result()
-    final = result["final"]
+    summary, final = run.summary(), run.summary().final
     print(
-        f"{run.folder.name}: FVU {final['fvu_ema']:.4f}, L0 {final['l0']:.1f}, dead {final['dead_fraction']:.1%}, "
+        f"{run.name}: FVU {final['fvu_ema']:.4f}, L0 {final['l0']:.1f}, dead {final['dead_fraction']:.1%}, "
         f"coherence {final['coherence_mean']:.3f} mean {final['coherence_max']:.3f} max, "
-        f"{result['seconds']:.0f} s -> {run.folder}"
+        f"{summary.seconds:.0f} s -> {run.folder}"
     )
-    if result["stopped_early"]:
-        print(f"{run.folder.name}: stopped at step {result['steps']}; best held-out FVU {result['best']}")
-    if result["tau_reached"] is False:
+    if summary.stopped_early:
+        print(f"{run.name}: stopped at step {summary.steps}; best held-out FVU {summary.best}")
+    if summary.tau_reached is False:
         said = "adaptive inactive: " if final["lambda"] < INACTIVE_LAMBDA else ""
-        print(f"{run.folder.name}: {said}the error never fell to tau; lambda ended at {final['lambda']:.2f}")
+        print(f"{run.name}: {said}the error never fell to tau; lambda ended at {final['lambda']:.2f}")
 
 
 def _sweep(parsed: argparse.Namespace, extra: tuple[str, ...] = ()) -> None:
@@ -172,7 +178,9 @@ def _sweep(parsed: argparse.Namespace, extra: tuple[str, ...] = ()) -> None:
     from hafs_jax.training.train import open_stores
 
     points = parse_grid(parsed.grid)
-    configs = [_run_config([*extra, *parsed.unknown, *arguments_of(point, parsed.tag)]) for point in points]
+    of_all = [*extra, *parsed.unknown]
+    variant = _variant(of_all)
+    configs = [_run_config([*of_all, *arguments_of(point, parsed.tag, variant)]) for point in points]
     _use_compilation_cache()
     store, runs = _places(parsed)
     _trained(configs, open_stores(store, parsed.target), runs, parsed)
@@ -253,10 +261,10 @@ def _stops() -> Iterator[None]:
 def _tau(parsed: argparse.Namespace) -> None:
     from hafs_jax.runs import Run
 
-    run = Run(parsed.baseline)
-    if run.result()["variant"] != "baseline":
-        raise UserError(f"{parsed.baseline}: expected a baseline run, found variant {run.result()['variant']!r}")
-    print(parsed.factor * run.result()["final"]["fvu_ema"])
+    summary = Run(parsed.baseline).summary()
+    if summary.variant != "baseline":
+        raise UserError(f"{parsed.baseline}: expected a baseline run, found variant {summary.variant!r}")
+    print(parsed.factor * summary.final["fvu_ema"])
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
@@ -266,7 +274,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
     run = Run(parsed.run)
     config, metrics = run.config(), run.metrics()
     state = "finished" if run.finished() else f"unfinished: run `train` again to go on ({run.checkpoints})"
-    if run.finished() and run.result()["stopped_early"]:
+    if run.finished() and run.summary().stopped_early:
         state = "finished, stopped early"
     kind = "transcoder, " if config.sae.transcode else ""
     print(f"{config.run_name}: {kind}{config.sae.architecture} F={config.sae.n_latents} k={config.sae.k}, {state}")

@@ -15,12 +15,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import write_json
 from hafs_jax.base.memory import give_back_memory
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.penalties import coherence
 from hafs_jax.method.sae import InputScale
-from hafs_jax.runs import Run
+from hafs_jax.runs import Run, RunSummary
 from hafs_jax.saelens import read_start
 from hafs_jax.store.manifest import MANIFEST
 from hafs_jax.store.reader import Store
@@ -188,7 +187,7 @@ class _Fit:
                 else:
                     with Checkpoints(member.run.checkpoints, state=own) as own_checkpoints:
                         own_checkpoints.save(own, scale)
-                write_json(member.run.result_path, self._result(member, log, own, heldout[index]))
+                member.run.write_result(self._summary(member, log, own, heldout[index]))
         finally:
             blocks.close()
             progress.close()
@@ -218,29 +217,31 @@ class _Fit:
         if len(self.failed) == len(self.members):
             raise TrainingStopped("; ".join(self.failed.values()))
 
-    def _result(self, member: Member, log: RunLog, state: TrainState, heldout: Heldout) -> dict[str, Any]:
+    def _summary(self, member: Member, log: RunLog, state: TrainState, heldout: Heldout) -> RunSummary:
         config = member.config
         gated = config.penalty.kind != "none" and config.penalty.gate
-        return {
-            "name": member.run.folder.name,
-            "variant": config.variant,
-            "architecture": config.sae.architecture,
-            "seed": config.seed,
-            "steps": int(state.step),
-            "tokens": int(state.step) * config.batch_size,
-            "stopped_early": int(state.step) < config.steps,
-            "seconds": log.seconds,
-            "trained_together": len(self.members),
-            "d_model": self.stores.train.manifest.d_model,
-            "d_out": self.stores.d_out,
-            "n_latents": config.sae.n_latents,
-            "k_or_target_l0": config.sae.k,
-            "tau": config.penalty.tau if gated else None,
-            "tau_reached": bool(state.gate.reached) if gated else None,
-            "best": heldout.best,
-            "final": log.last,
-            "store_fingerprint": self.stores.train.manifest.fingerprint,
-        }
+        return RunSummary(
+            name=member.run.name,
+            variant=config.variant,
+            architecture=config.sae.architecture,
+            seed=config.seed,
+            k=config.sae.k,
+            tag=config.tag,
+            arm=config.arm_name,
+            n_latents=config.sae.F,
+            d_model=self.stores.train.manifest.d_model,
+            d_out=self.stores.d_out,
+            steps=int(state.step),
+            tokens=int(state.step) * config.batch_size,
+            seconds=log.seconds,
+            stopped_early=int(state.step) < config.steps,
+            trained_together=len(self.members),
+            tau=config.penalty.tau if gated else None,
+            tau_reached=bool(state.gate.reached) if gated else None,
+            best=heldout.best,
+            final=log.last,
+            store_fingerprint=self.stores.train.manifest.fingerprint,
+        )
 
 
 def shared_config(config: TrainConfig) -> TrainConfig:
@@ -254,6 +255,7 @@ def shared_config(config: TrainConfig) -> TrainConfig:
         variant="",
         seed=0,
         tag="",
+        arm="",
         penalty=penalty,
         sparsity=dataclasses.replace(config.sparsity, coefficient=1.0),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0),

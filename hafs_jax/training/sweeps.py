@@ -17,7 +17,7 @@ from hafs_jax.base.files import write_text
 from hafs_jax.base.options import to_dict
 from hafs_jax.config import PenaltyConfig, TrainConfig
 from hafs_jax.method.architectures import ARCHITECTURES
-from hafs_jax.runs import Run
+from hafs_jax.runs import Run, identity
 from hafs_jax.training.budget import check_memory
 from hafs_jax.training.loop import Member, Stores, fit, shared_config
 from hafs_jax.training.train import describe, prepare, resolve
@@ -68,10 +68,15 @@ def _product(text: str) -> list[dict[str, str]]:
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
-def arguments_of(point: dict[str, str], tag_of_all: str = "") -> list[str]:
-    """The flags of `train` that a grid's point stands for, with a tag that names what a run's name lacks."""
+def arguments_of(point: dict[str, str], tag_of_all: str = "", variant: str = "baseline") -> list[str]:
+    """The flags of `train` that a grid's point stands for.
+
+    Beside the axes themselves they give a tag, which names what a run's name lacks, and an arm: the variant (`variant`
+    where it is no axis) and the axes but for architecture, seed and k.
+    """
     flags: list[str] = []
     tag = [tag_of_all] if tag_of_all else []
+    arm = [point.get("variant", variant), *tag]
     for name, value in point.items():
         path = ALIASES.get(name, name)
         if value in ("true", "false"):
@@ -80,7 +85,8 @@ def arguments_of(point: dict[str, str], tag_of_all: str = "") -> list[str]:
             flags += ["--" + path.replace("_", "-"), value]
         if path not in ("arch", "variant", "seed"):
             tag.append(f"{name.rpartition('.')[2]}={value}")
-    return [*flags, "--tag", ",".join(tag)] if tag else flags
+            arm += [] if path == "sae.k" else [f"{name}={value}"]
+    return [*flags, "--arm", " ".join(arm), *(["--tag", ",".join(tag)] if tag else [])]
 
 
 def sweep(
@@ -148,7 +154,7 @@ def sweep(
 
 def _in_effect(config: TrainConfig) -> str:
     """The config as JSON, without names and without numbers that nothing reads."""
-    same: dict[str, Any] = {"variant": "", "tag": ""}
+    same: dict[str, Any] = {"variant": "", "tag": "", "arm": ""}
     if ARCHITECTURES[config.sae.architecture].cost is None:
         same["sparsity"] = dataclasses.replace(config.sparsity, coefficient=1.0)
     if config.penalty.kind == "none":
@@ -161,9 +167,9 @@ def write_table(runs: list[Run], path: Path) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         if run.finished():
-            result = run.result()
-            names = ("name", "variant", "architecture", "seed", "k_or_target_l0", "tau")
-            rows.append({name: result[name] for name in names} | {name: result["final"].get(name) for name in COLUMNS})
+            values = run.summary()
+            names = ("name", "variant", "architecture", "seed", "k", "tau")
+            rows.append({name: getattr(values, name) for name in names} | {n: values.final.get(n) for n in COLUMNS})
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
@@ -175,5 +181,5 @@ def write_table(runs: list[Run], path: Path) -> list[dict[str, Any]]:
 
 def _digest(members: list[Member]) -> str:
     """Names a group's shared checkpoints: the same members in the same order resume them."""
-    text = json.dumps([to_dict(member.config) for member in members])
+    text = json.dumps([identity(member.config) for member in members])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -10,8 +10,8 @@ import pytest
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import from_dict, to_dict
-from hafs_jax.config import OptimizerConfig, PenaltyConfig, SAEConfig, SparsityConfig, TrainConfig
-from hafs_jax.presets import preset
+from hafs_jax.config import OptimizerConfig, PenaltyConfig, SAEConfig, SparsityConfig, TrainConfig, run_name
+from hafs_jax.presets import preset, with_fields
 from hafs_jax.training.state import hyperparameters, init_state
 from hafs_jax.training.step import compile_steps
 from tests.support.steps import B, D, batch, fresh, small
@@ -93,6 +93,7 @@ ELSEWHERE = {
     "data_seed": "test_sweeps: members share the order of the batches",
     "init_from": "test_train: a run starts from a SAELens folder",
     "tag": "below",
+    "arm": "below",
     "evaluate_every_steps": "test_train: held-out measurements",
     "heldout_rows": "test_train: held-out measurements",
     "patience": "test_train: held-out measurements",
@@ -189,8 +190,18 @@ def test_round_trip_through_json_and_run_names() -> None:
     assert from_dict(TrainConfig, to_dict(config), "config.json") == config
     assert config.run_name == "adaptive-relu-s0" and preset("strict").run_name == "strict-s0"
     assert dataclasses.replace(preset("strict"), seed=3, tag="k=16").run_name == "strict-s3-k=16"
+    assert run_name("strict", "relu", 3, "k=16") == "strict-relu-s3-k=16"
     with pytest.raises(UserError, match=r"config.json: penalty: unknown key 'taau'; did you mean 'tau'\?"):
         from_dict(TrainConfig, {"penalty": {"taau": 1.0}}, "config.json")
+
+
+def test_an_arm_is_what_was_said_or_the_variant_and_the_tag_without_k() -> None:
+    config = with_fields(preset("strict"), {"sae": {"k": 16}, "tag": "mine,lam=0.3,k=16"})
+    assert config.arm_name == "strict mine lam=0.3" and preset("baseline").arm_name == "baseline"
+    assert dataclasses.replace(config, tag="k=160").arm_name == "strict k=160"
+    assert dataclasses.replace(config, arm="strict penalty.yielding=rarer").arm_name == "strict penalty.yielding=rarer"
+    with pytest.raises(UserError, match="expected one line of text"):
+        dataclasses.replace(config, arm="two\nlines")
 
 
 def test_whole_dispatches_only() -> None:

@@ -48,10 +48,12 @@ def test_a_grid_is_every_combination_the_last_axis_fastest() -> None:
             parse_grid(text)
     assert arguments_of({"arch": "relu", "l1": "0.5", "sae.k": "4", "penalty.ramp": "true"}) == [
         "--arch", "relu", "--sparsity.coefficient", "0.5", "--sae.k", "4", "--penalty.ramp",
-        "--tag", "l1=0.5,k=4,ramp=true",
+        "--arm", "baseline l1=0.5 penalty.ramp=true", "--tag", "l1=0.5,k=4,ramp=true",
     ]  # fmt: skip
-    assert arguments_of({"seed": "1", "k": "4"}, "mine") == ["--seed", "1", "--sae.k", "4", "--tag", "mine,k=4"]
-    assert arguments_of({"seed": "1"}, "mine") == ["--seed", "1", "--tag", "mine"]
+    assert arguments_of({"seed": "1", "k": "4"}, "mine", "strict") == [
+        "--seed", "1", "--sae.k", "4", "--arm", "strict mine", "--tag", "mine,k=4",
+    ]  # fmt: skip
+    assert arguments_of({"variant": "adaptive"}) == ["--variant", "adaptive", "--arm", "adaptive"]
 
 
 @pytest.mark.parametrize("together", ["vmap", "map"])
