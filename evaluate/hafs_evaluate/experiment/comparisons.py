@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hafs_evaluate.experiment.config import ExperimentConfig
-from hafs_evaluate.experiment.measurements import BETTER, Values
+from hafs_evaluate.experiment.measurements import Values
+from hafs_evaluate.results.measures import find_measure, sentence_name
 from hafs_evaluate.results.paired import Difference, difference, holm, mean_interval
 
 METHOD, PLAIN, CONSTANT, RAMP, GATE, FROZEN = (
@@ -20,11 +21,6 @@ METHOD, PLAIN, CONSTANT, RAMP, GATE, FROZEN = (
     "gate_only",
     "frozen_decoder",
 )
-NAMES = {
-    "hierarchy_parent_top_1": "top-1 probing of parents (balanced accuracy)",
-    "hole": "worst-child hole",
-    "fvu": "FVU",
-}
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ def verdict_of(
         for c in own:
             if c.b in (PLAIN, CONSTANT) and c.measure in config.primaries:
                 first.append(
-                    f"{architecture}: {NAMES.get(c.measure, c.measure)} {_shown(c.found)} against {c.b} ({c.verdict})"
+                    f"{architecture}: {sentence_name(c.measure)} {_shown(c.found)} against {c.b} ({c.verdict})"
                 )
             if c.b in (PLAIN, CONSTANT) and c.measure == "fvu":
                 second.append(f"{architecture}: {_shown(c.found)} against {c.b} ({c.verdict})")
@@ -156,10 +152,11 @@ def _compared(
     return difference(a_ST[:, columns_a], b_ST[:, columns_b], config.bootstrap)
 
 
-def _verdict(measure: str, found: Difference, p_holm: float | None) -> str:
-    if not found.is_resolved or (p_holm is not None and p_holm > 0.05) or measure not in BETTER:
+def _verdict(name: str, found: Difference, p_holm: float | None) -> str:
+    measure = find_measure(name)
+    if not found.is_resolved or (p_holm is not None and p_holm > 0.05) or measure is None or not measure.better:
         return "not resolved"
-    return "better" if (found.mean > 0) == (BETTER[measure] == "higher") else "worse"
+    return "better" if (found.mean > 0) == (measure.better == "higher") else "worse"
 
 
 def _falsifier(name: str, claim: str, architecture: str, outcome: str, why: str) -> dict[str, str]:

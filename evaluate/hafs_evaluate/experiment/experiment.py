@@ -88,12 +88,11 @@ def evaluate(config: ExperimentConfig, workspace: Workspace, workers: int) -> No
 
 
 def summarise(config: ExperimentConfig, workspace: Workspace) -> dict[str, Any]:
-    """Writes the tidy table and summary.json, and returns the summary; `UserError` where nothing was measured."""
+    """Writes the table and summary.json, and returns the summary; `UserError` where nothing was measured."""
     import pandas
 
     cells = list(config.cells())
     rows = [row for cell in cells for row in rows_of(cell, workspace.eval / cell.run)]
-    rows += _stability(cells, workspace)
     if not rows:
         raise UserError(f"{workspace.eval}: expected evaluated runs of {config.name}, found none; run its other stages")
     table = pandas.DataFrame(rows)
@@ -122,19 +121,6 @@ def off_level(table: Any, margin: float) -> dict[str, float]:
     l0 = table[table.measure == "l0"]
     off = l0[(l0.value / l0.k - 1).abs() > margin]
     return dict(zip(off.run, off.value, strict=True))
-
-
-def _stability(cells: Sequence[Cell], workspace: Workspace) -> list[dict[str, Any]]:
-    """A row per run: the mean over its pairs with other seeds, from eval/stability.json."""
-    path = workspace.eval / "stability.json"
-    if not path.exists():
-        return []
-    found = read_json(path, "the runs' stability")["runs"]
-    return [
-        {**vars(cell), "measure": "stability", "dataset": "", "value": found[cell.run]["mean_max_cosine"]}
-        for cell in cells
-        if cell.run in found and found[cell.run]["mean_max_cosine"] is not None
-    ]
 
 
 def _check(cell: Cell, workspace: Workspace) -> None:

@@ -148,7 +148,7 @@ def _latents(name: str, latents: list[dict[str, Any]]) -> list[str]:
 
 
 def _with_arrow(column: dict[str, Any]) -> str:
-    return column["name"] + {"lower": " ↓", "higher": " ↑", "": ""}[column["better"]]
+    return column["label"] + {"lower": " ↓", "higher": " ↑", "": ""}[column["better"]]
 
 
 def _cell(cell: dict[str, Any]) -> str:

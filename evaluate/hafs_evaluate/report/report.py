@@ -14,7 +14,7 @@ from hafs_evaluate.report.page import page
 from hafs_evaluate.report.provenance import configs, sources, store_note, versions
 from hafs_evaluate.report.styles import styles_of
 from hafs_evaluate.report.tree_view import tree_data, tree_tables
-from hafs_evaluate.report.verdict import DEFINITIONS, verdict, what_ran
+from hafs_evaluate.report.verdict import verdict, what_ran
 from hafs_evaluate.results.arms import compared, groups
 from hafs_evaluate.results.results import build_results, published, training_lines
 from hafs_jax.base.files import read_json, write_json, write_text
@@ -81,7 +81,7 @@ def _view(folder: Path, results: dict[str, Any], manifest: Manifest) -> dict[str
         "seeds_shown": {name: run_names[name] for name in kept},
         "left_out": [name for name in shown if name not in kept],
         "latents": {name: embedded[name] for name in kept},
-        "definitions": DEFINITIONS,
+        "definitions": tables.definitions(results),
         "sources": sources(manifest),
         "store_note": store_note(manifest),
         "by_source": tables.by_source(results),

@@ -1,58 +1,57 @@
 """The report's tables as plain values: arms, comparisons, falsifiers, tasks, sources. Pure: no files, no markup."""
 
-from dataclasses import dataclass
 from typing import Any
 
-from hafs_evaluate.report.verdict import DEFINITIONS
 from hafs_evaluate.results.arms import groups
+from hafs_evaluate.results.measures import CORE, MEASURES, PROBING, K, Measure, column_measures, find_measure
 from hafs_evaluate.results.probing_means import mean_probing
 
 NOT_EVALUATED = "not evaluated"
-PRIMARY = ("hierarchy_parent_top_1", "hole", "fvu")  # the protocol's primaries: first, and open
+PRIMARY = ("hierarchy_parent_top_1", "hole", "fvu")  # the experiment's primaries and FVU: shown first, and open
 MARKS = {"better": "▲", "worse": "▼", "not resolved": "○", "non-inferior": "≈"}
 OUTCOMES = {"pass": "✓", "triggered": "✗"}
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the arms' table."""
-
-    name: str
-    key: str  # of the arm's measures
-    digits: int
-    meaning: str
-    better: str = ""  # "lower", "higher", or neither
-    is_optional: bool = False  # left out where no arm has it
-
-
-COLUMNS = (
-    Column("FVU", "fvu", 3, DEFINITIONS["FVU"], "lower"),
-    Column("L0", "l0", 1, DEFINITIONS["L0"]),
-    Column("dead", "dead_fraction", 3, DEFINITIONS["dead"], "lower"),
-    Column("CE score", "ce_score", 3, DEFINITIONS["CE score"], "higher"),
-    Column("KL score", "kl_score", 3, DEFINITIONS["KL score"], "higher"),
-    Column("mean coherence", "mean_coherence", 3, DEFINITIONS["mean coherence"], "lower"),
-    Column("max coherence", "max_coherence", 3, DEFINITIONS["max coherence"], "lower"),
-    Column("tau", "tau", 3, DEFINITIONS["tau"]),
-    Column("top-1 probing", "top_1", 3, DEFINITIONS["top-k probing"], "higher"),
-    Column("top-5 probing", "top_5", 3, DEFINITIONS["top-k probing"], "higher"),
-    Column("parent probing", "hierarchy_parent_top_1", 3, DEFINITIONS["parent probing"], "higher", True),
-    Column("hole", "hole", 3, DEFINITIONS["hole"], "lower", True),
-    Column("absorption", "absorption_fraction", 3, DEFINITIONS["absorption"], "lower", True),
-    Column("absorption, full", "absorption_full", 3, DEFINITIONS["absorption"], "lower", True),
-    Column("stability", "stability", 3, "mean over latents of the largest cosine to another seed's.", "higher", True),
+TAU = Measure(
+    "tau",
+    "run.json",
+    "tau",
+    "The FVU below which the adaptive weight switches on. It is fixed before training.",
+    path="tau",
 )
-LOWER = {column.key for column in COLUMNS if column.better == "lower"}
-MEASURE_NAMES = {column.key: column.name for column in COLUMNS}
+"""A column that is no evaluation's figure: the run's own threshold, and whether its error reached it."""
+TERMS = {
+    "penalty O": "The excess of the decoder's cosines over a margin, squared, summed over a latent's others and"
+    " averaged over the latents; a pair counts with weight 1 - alpha. The loss is FVU + sparsity + lambda x O.",
+    "alpha": "Share of the penalty that is waived, so that latents may share direction. A schedule ends it at 0.",
+    "lambda": "Weight of the penalty. In adaptive runs it follows the error: it falls where FVU (an exponential moving"
+    " average) is above tau.",
+    TAU.label: TAU.definition,
+    "95% CI": "Student's t interval of the mean over seeds. It needs at least three seeds.",
+    "density": "Fraction of the scanned rows on which a latent is active.",
+}
+"""Terms of the page that are no column of a measure."""
 
 
-def shown_columns(results: dict[str, Any]) -> list[Column]:
+def shown_columns(results: dict[str, Any]) -> list[Measure]:
     """The columns of the arms' table: the optional ones only where an arm has a figure."""
-    return [
+    columns = [
         column
-        for column in COLUMNS
-        if not column.is_optional or any(column.key in arm["measures"] for arm in results["arms"].values())
+        for column in column_measures()
+        if not column.is_optional or any(column.name in arm["measures"] for arm in results["arms"].values())
     ]
+    first = [column for column in columns if column.file == CORE]
+    return [*first, TAU, *(column for column in columns if column not in first)]
+
+
+def definitions(results: dict[str, Any]) -> dict[str, str]:
+    """{term: its definition} of every measure that has a column, and of the page's other terms."""
+    shown = shown_columns(results)
+    return {
+        measure.label.replace(K, "k"): measure.definition
+        for measure in MEASURES.values()
+        if any(column in shown for column in measure.columns())
+    } | TERMS
 
 
 def arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -69,7 +68,7 @@ def arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
             arm = arms[name]
             cells = [
                 _tau_cell([results["variants"][run] for run in arm["runs"]])
-                if column.key == "tau"
+                if column is TAU
                 else _cell(arm, _baseline(arms, name), column)
                 for column in columns
             ]
@@ -77,13 +76,14 @@ def arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
             rows.append({"name": name, "key": name, "group": head, "seeds": len(arm["seeds"]), "cells": cells})
     _, means = mean_probing(results)
     llm = means.get(None, {})
+    probing = [column.name for column in columns if column.file == PROBING]
     for label, key, found in (
-        ("LM, top-k activations", "llm-top-k", {column: llm.get(column) for column in ("top_1", "top_5")}),
-        ("LM, top-k PCA", "llm-pca", {"top_1": llm.get("pca_1"), "top_5": llm.get("pca_5")}),
-        ("LM, full probe", "llm-full", {"top_1": llm.get("full"), "top_5": llm.get("full")}),
+        ("LM, top-k activations", "llm-top-k", {name: llm.get(name) for name in probing}),
+        ("LM, top-k PCA", "llm-pca", {name: llm.get(name.replace("top_", "pca_")) for name in probing}),
+        ("LM, full probe", "llm-full", {name: llm.get("full") for name in probing}),
     ):
         if any(value is not None for value in found.values()):
-            values = [found.get(column.key) for column in columns]
+            values = [found.get(column.name) for column in columns]
             cells = [
                 {"text": "" if value is None else f"{value:.3f}", "change": "", "missing": False} for value in values
             ]
@@ -107,8 +107,8 @@ def comparison_groups(results: dict[str, Any]) -> list[dict[str, Any]]:
             "title": title,
             "measures": [
                 {
-                    "name": MEASURE_NAMES.get(measure, measure.replace("_", "-")),
-                    "better": "" if measure == "l0" else "lower is better" if measure in LOWER else "higher is better",
+                    "name": known.label if (known := find_measure(measure)) else measure.replace("_", "-"),
+                    "better": f"{known.better} is better" if known and known.better else "",
                     "is_primary": measure in PRIMARY,
                     "limits": _limits(by_measure[measure]),
                     "rows": by_measure[measure],
@@ -183,11 +183,11 @@ def _baseline(arms: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | No
     return found[0] if found and own["variant"] != "baseline" else None
 
 
-def _cell(arm: dict[str, Any], baseline: dict[str, Any] | None, column: Column) -> dict[str, Any]:
-    own = arm["measures"].get(column.key)
+def _cell(arm: dict[str, Any], baseline: dict[str, Any] | None, column: Measure) -> dict[str, Any]:
+    own = arm["measures"].get(column.name)
     if own is None:
         return {"text": NOT_EVALUATED, "change": "", "missing": True}
-    other = baseline["measures"].get(column.key) if baseline else None
+    other = baseline["measures"].get(column.name) if baseline else None
     change = ""
     if own["low"] is not None:
         change = f"± {(own['high'] - own['low']) / 2:.{column.digits}f}"
@@ -235,13 +235,13 @@ def _limits(rows: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def _measure_order(measure: str) -> tuple[int, int]:
-    keys = [column.key for column in COLUMNS]
+    names = [column.name for column in column_measures()]
     primary = PRIMARY.index(measure) if measure in PRIMARY else len(PRIMARY)
-    return primary, keys.index(measure) if measure in keys else len(keys)
+    return primary, names.index(measure) if measure in names else len(names)
 
 
 def _p(value: float) -> str:
-    return "< .001" if value < 1e-3 else f"{value:.3f}"
+    return "< 0.001" if value < 1e-3 else f"{value:.3f}"
 
 
 def signed(change: float, digits: int) -> str:

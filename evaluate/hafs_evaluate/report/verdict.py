@@ -11,32 +11,6 @@ MATCHED_L0 = 0.05  # variants whose L0 differs by more than this share are not c
 MANY_SEEDS = 3  # gates of an arm that each would need a sentence
 INACTIVE_LAMBDA = 0.05  # a gate that ends below this, in FVU per unit of penalty, has done nothing
 
-DEFINITIONS = {
-    "FVU": "sum of |x - x̂|² over sum of |x - mean|², over the held-out rows; 0 is perfect, 1 is predicting the mean.",
-    "L0": "mean number of active latents a row.",
-    "dead": "share of latents that fire on no held-out row.",
-    "CE score": "(CE ablated - CE with the SAE spliced in) / (CE ablated - CE clean), ablated: activations set to 0; "
-    "1 loses nothing, 0 is as bad as ablation.",
-    "KL score": "1 - KL(clean ‖ spliced) / KL(clean ‖ ablated); 1 loses nothing.",
-    "mean coherence": "mean over latents of the cosine of a dictionary vector with its nearest other one.",
-    "max coherence": "the largest cosine between any two dictionary vectors.",
-    "penalty O": "the one-sided squared excess of decoder cosines over a margin, summed over a latent's others and "
-    "averaged over latents, pairs weighted by 1 - alpha; the loss is FVU + sparsity + lambda x O.",
-    "alpha": "share of the penalty that is waived, so that latents may share direction; scheduled, ends at 0.",
-    "lambda": "weight of the penalty; under adaptive it follows the error, and falls when FVU (an EMA) is above tau.",
-    "tau": "the FVU under which the adaptive weight switches on; fixed before training.",
-    "top-k probing": "test accuracy of a logistic probe on the k latents that tell a task's classes apart best; mean "
-    "over tasks. The language model's own top-k probe uses k dimensions of its activations, its full probe all.",
-    "parent probing": "balanced accuracy of a probe on one latent that tells a label tree's parent class from all "
-    "other texts; 5-fold cross-validation, mean over parents and trees.",
-    "hole": "recall of a parent's main latents on its texts of no child, less the lowest recall on any child's; 0 is "
-    "no hole, mean over parents and trees.",
-    "absorption": "share of a concept's projection that latents other than its main ones carry, where they carry at "
-    "least .4 of it; 'full': share of texts on which the main latents are silent besides.",
-    "95% CI": "Student's t interval of the mean over seeds, where there are at least three; none otherwise.",
-    "density": "share of the scanned rows on which a latent is active.",
-}
-
 
 def what_ran(results: dict[str, Any], sources: list[dict[str, Any]]) -> str:
     """One paragraph: model, hook point, rows, text, SAEs. `sources` are the manifest's."""

@@ -11,24 +11,15 @@ from typing import Any
 
 from scipy import stats
 
-from hafs_evaluate.results.probing_means import mean_probing
-
 VARIANT_ORDER = ("baseline", "strict", "adaptive")
 ABLATIONS = ("ramp_only", "gate_only", "ortsae", "frob")
 DEFAULT_ARCHITECTURE = "batchtopk"
 DEFAULT_K = 40  # the training's own default: not part of a name
 LEAST_SEEDS = 3  # with fewer, a t interval says nothing that the points do not
 CONFIDENCE = 0.95
-REFERENCES = ("random_init", "frozen_decoder")  # variants that no claim is made for
+REFERENCES = ("random_init", "frozen_decoder")  # variants that are only there to be compared with
 GROUP_ARMS = 8  # more arms than this are shown by architecture and k, one group at a time
 
-HIERARCHY = {  # measure: its key in hierarchy.json's macro means
-    "hierarchy_parent_top_1": "parents_top_1",
-    "hole": "hole",
-    "absorption_fraction": "absorption_fraction",
-    "absorption_full": "absorption_full",
-}
-OWN = ("fvu", "l0", "dead_fraction", "ce_score", "kl_score", "mean_coherence", "max_coherence")
 _K_TAG = re.compile(r"(k|l0)=?\d+(\.\d+)?$")
 
 
@@ -44,7 +35,7 @@ class Estimate:
 
 
 def estimate(values: list[float]) -> Estimate:
-    """Mean, sample SD, and mean -+ t(.975, n - 1) SD / sqrt(n): Student's t interval of the mean of `values`."""
+    """Mean, sample SD, and mean ± t(0.975, n - 1) SD / sqrt(n): Student's t interval of the mean of `values`."""
     n = len(values)
     mean = math.fsum(values) / n
     if n < 2:
@@ -56,47 +47,32 @@ def estimate(values: list[float]) -> Estimate:
     return Estimate(mean, sd, mean - half, mean + half, values)
 
 
-def build_arms(results: dict[str, Any], summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def build_arms(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """{arm: {architecture, variant, k, tag, seeds, runs, measures}} of results' variants, in their order.
 
-    `runs` are keys of results["variants"]; `measures` is {measure: the fields of an Estimate}. What the experiment's
-    `summary` alone knows (stability) is taken from it.
+    `runs` are keys of results["variants"]; `measures` is {measure: the fields of an Estimate}.
     """
     members: dict[tuple[Any, ...], list[str]] = {}
     for name, values in results["variants"].items():
         members.setdefault(_identity(values), []).append(name)
-    _, means = mean_probing(results)
     arms = {}
     for identity in sorted(members, key=_order):
         architecture, variant, k, tag = identity
-        names = members[identity]
-        per_run = [measures(results["variants"][name], means.get(name, {})) for name in names]
+        runs = members[identity]
         known: dict[str, list[float]] = {}
-        for run in per_run:
-            for measure, value in run.items():
-                if value is not None:
-                    known.setdefault(measure, []).append(value)
-        found = {measure: vars(estimate(values)) for measure, values in known.items()}
+        for run in runs:
+            for measure, value in results["variants"][run]["measures"].items():
+                known.setdefault(measure, []).append(value)
         arms[_name(identity, list(members))] = {
             "architecture": architecture,
             "variant": variant,
             "k": k,
             "tag": tag,
-            "seeds": [results["variants"][name]["seed"] for name in names],
-            "runs": names,
-            "measures": {**_known_elsewhere(summary, identity), **found},
+            "seeds": [results["variants"][run]["seed"] for run in runs],
+            "runs": runs,
+            "measures": {measure: vars(estimate(values)) for measure, values in known.items()},
         }
     return arms
-
-
-def measures(values: dict[str, Any], probing: dict[str, float]) -> dict[str, float | None]:
-    """Every measure of one run that arms are compared on; `probing` is its mean over the tasks that all runs have."""
-    macro = (values.get("hierarchy") or {}).get("macro") or {}
-    return {
-        **{measure: values.get(measure) for measure in OWN},
-        **{column: value for column, value in probing.items() if column.startswith("top_")},
-        **{measure: macro.get(key) for measure, key in HIERARCHY.items()},
-    }
 
 
 def groups(arms: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
@@ -156,21 +132,3 @@ def _name(identity: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
 
 def _k(k: float | None) -> str:
     return "?" if k is None else f"{k:g}"
-
-
-def _known_elsewhere(summary: dict[str, Any], identity: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
-    """The arm's measures in the experiment's summary."""
-    for arm in summary.get("arms") or []:
-        variant, *options = str(
-            arm.get("variant")
-        ).split()  # "adaptive penalty.yielding=rarer": its tag lacks "penalty."
-        axes = (option.partition("=") for option in options)
-        tag = ",".join(f"{axis.rpartition('.')[2]}={value}" for axis, _, value in axes)
-        if (arm.get("architecture"), variant, arm.get("k"), tag) == identity:
-            fields = ("mean", "sd", "low", "high", "values")
-            return {
-                measure: {field: values.get(field) for field in fields}
-                for measure, values in (arm.get("measures") or {}).items()
-                if values and values.get("mean") is not None
-            }
-    return {}

@@ -61,18 +61,31 @@ def column(probes: dict[str, dict[str, dict[str, float]]], measure: str) -> dict
 def mean_probing(results: dict[str, Any]) -> tuple[list[str], dict[str | None, dict[str, float]]]:
     """The tasks that every probed variant has, and {variant, or None for the language model: {"top_<k>": mean}}.
 
-    The mean is over these tasks alone, so that means compare; a k that one of the tasks lacks is left out. The
-    language model's are over the same tasks, and empty where it lacks one of them.
+    The language model's means are over the same tasks, and missing where it lacks one of them.
     """
     probed = {name: values["probing"] for name, values in results["variants"].items() if values["probing"]}
-    llm = results["llm"]["probing"]
-    shared = sorted(set.intersection(*map(set, probed.values())) if probed else llm, key=_by_number)
+    return mean_over_shared(probed, results["llm"]["probing"])
+
+
+Scores = dict[str, dict[str, float]]  # {dataset: {measure: value}}
+
+
+def mean_over_shared(
+    by_run: dict[str, Scores], reference: Scores | None = None
+) -> tuple[list[str], dict[str | None, dict[str, float]]]:
+    """The datasets that every run has, and {run, or None for the `reference`: {measure: its mean over these datasets}}.
+
+    The means are over these datasets alone, so that they compare; a measure that one of them lacks is left out. Without
+    runs the datasets are the reference's own.
+    """
+    reference = reference or {}
+    shared = sorted(set.intersection(*map(set, by_run.values())) if by_run else reference, key=_by_number)
     means: dict[str | None, dict[str, float]] = {}
-    for name, by_task in [*probed.items(), (None, llm)]:
-        if not shared or not set(shared) <= set(by_task):
+    for name, scores in [*by_run.items(), (None, reference)]:
+        if not shared or not set(shared) <= set(scores):
             continue
-        columns = [column for column in by_task[shared[0]] if all(column in by_task[task] for task in shared)]
-        means[name] = {column: sum(by_task[task][column] for task in shared) / len(shared) for column in columns}
+        columns = [column for column in scores[shared[0]] if all(column in scores[one] for one in shared)]
+        means[name] = {column: sum(scores[one][column] for one in shared) / len(shared) for column in columns}
     return shared, means
 
 

@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from hafs_evaluate.results.arms import DEFAULT_ARCHITECTURE, VARIANT_ORDER, build_arms
+from hafs_evaluate.results.measures import CORE, DOMAINS, FIRST_LETTER, HIERARCHY, PROBING
 from hafs_evaluate.results.probing_means import column, llm_probing, sae_probing
+from hafs_evaluate.results.readings import read_result, read_results, run_figures
 from hafs_jax.base.files import read_json, read_jsonl
 from hafs_jax.store.manifest import TIMING, read_manifest
 
 RESULTS_VERSION = 1
+LANGUAGE_MODEL = "llm"  # its folder in eval/
 
 
 def build_results(workspace_folder: Path) -> dict[str, Any]:
     """The results of a workspace, as results.json holds them. Only runs that finished training are variants.
 
-    Beside the figures: `seconds` a stage, `unfinished_runs`, per variant `probing` (test accuracy) and `probing_auc`
-    (AUROC), both {task: {"top_1": ..., ...}}, and `hierarchy`; `arms` takes the seeds together (evaluate/arms.py), and
+    `variants` has a run each: `measures` ({name: its figure}, see results.measures), `probing` (test accuracy) and
+    `probing_auc` (AUROC), both {task: {"top_1": ..., ...}}, and what its stages wrote: `core`, `hierarchy`, `domains`,
+    `first_letter`. `arms` takes the seeds together (results.arms), `seconds` has the time of each stage, and
     `experiment` is the experiment's summary. Equal folders give equal results.
     """
     folder = Path(workspace_folder)
@@ -33,9 +37,10 @@ def build_results(workspace_folder: Path) -> dict[str, Any]:
     runs = [read_json(run_folder / "run.json", "a finished run") for run_folder in finished]
     runs.sort(key=run_order)
     names = variant_names(runs)
-    outputs = (_optional(folder / "eval" / run["name"] / "probing.json", "SAE-Bench's probing results") for run in runs)
-    llm = llm_probing(_optional(folder / "eval" / "llm" / "probing.json", "the language model's probes"), outputs)
-    experiment = _optional(folder / "experiment" / "summary.json", "the experiment's summary")
+    found = {run["name"]: read_results(folder / "eval" / run["name"]) for run in runs}
+    llm_folder = folder / "eval" / LANGUAGE_MODEL
+    llm = llm_probing(read_result(llm_folder, PROBING), (by_file[PROBING] for by_file in found.values()))
+    figures = run_figures(found)
     results = _plain(
         {
             "format_version": RESULTS_VERSION,
@@ -46,33 +51,41 @@ def build_results(workspace_folder: Path) -> dict[str, Any]:
             "heldout_rows": read_manifest(heldout).rows if heldout.exists() else None,
             "d_model": manifest.d_model,
             "seconds": _seconds(folder, runs),
-            "variants": {names[run["name"]]: _variant(folder, run) for run in runs},
+            "variants": {
+                names[run["name"]]: _variant(folder, run, found[run["name"]], figures[run["name"]]) for run in runs
+            },
             "llm": {
                 "probing": column(llm, "test_accuracy"),
                 "probing_auc": column(llm, "test_auc"),
-                "hierarchy": _optional(folder / "eval" / "llm" / "hierarchy.json", "the language model's hierarchies"),
+                "hierarchy": read_result(llm_folder, HIERARCHY),
             },
             "unfinished_runs": [path.name for path in unfinished],
-            "experiment": experiment,
+            "experiment": _optional(folder / "experiment" / "summary.json", "the experiment's summary"),
         }
     )
-    return {**results, "arms": _plain(build_arms(results, results["experiment"]))}
+    return {**results, "arms": _plain(build_arms(results))}
 
 
 def published(results: dict[str, Any]) -> dict[str, Any]:
-    """The results as results.json has them: of the label trees the means alone, not each class (see hierarchy.json)."""
+    """The results as results.json has them: without what is of single classes and latents.
 
-    def means(hierarchy: dict[str, Any]) -> dict[str, Any]:
-        trees = {
-            tree: {key: value for key, value in values.items() if key != "nodes"}
-            for tree, values in (hierarchy.get("trees") or {}).items()
-        }
-        return {**hierarchy, "trees": trees} if hierarchy else {}
+    Of the label trees it has the means and not each class, of the sources of text the figures and not each latent. The
+    rest is in the runs' hierarchy.json and domains.json.
+    """
+
+    def without(values: dict[str, Any], part: str, key: str) -> dict[str, Any]:
+        parts = {name: {k: v for k, v in of.items() if k != key} for name, of in (values.get(part) or {}).items()}
+        return {**values, part: parts} if values else {}
 
     variants = {
-        name: {**values, "hierarchy": means(values["hierarchy"])} for name, values in results["variants"].items()
+        name: {
+            **values,
+            "hierarchy": without(values["hierarchy"], "trees", "nodes"),
+            "domains": without(values["domains"], "sources", "latents"),
+        }
+        for name, values in results["variants"].items()
     }
-    llm = {**results["llm"], "hierarchy": means(results["llm"]["hierarchy"])}
+    llm = {**results["llm"], "hierarchy": without(results["llm"]["hierarchy"], "trees", "nodes")}
     return {**results, "variants": variants, "llm": llm}
 
 
@@ -106,13 +119,12 @@ def training_lines(run_folder: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _variant(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
-    evaluated = folder / "eval" / run["name"]
-    core = _optional(evaluated / "core.json", "core metrics")
-    probing = sae_probing(_optional(evaluated / "probing.json", "SAE-Bench's probing results"))
+def _variant(
+    folder: Path, run: dict[str, Any], found: dict[str, dict[str, Any]], figures: dict[str, float]
+) -> dict[str, Any]:
+    core, probing = found[CORE], sae_probing(found[PROBING])
     lines = training_lines(folder / "runs" / run["name"])
-    reconstruction, sparsity = core.get("reconstruction", {}), core.get("sparsity", {})
-    geometry, model = core.get("geometry", {}), core.get("model", {})
+    reconstruction = core.get("reconstruction") or {}
     return {
         "run": run["name"],
         "variant": run["variant"],
@@ -120,16 +132,12 @@ def _variant(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         "seed": run["seed"],
         "k": run.get("k_or_target_l0"),
         "n_latents": run.get("n_latents"),
-        "fvu": reconstruction.get("fvu"),
+        **{name: figures.get(name) for name in ("fvu", "l0", "dead_fraction", "ce_score", "kl_score")},
         "explained_variance": reconstruction.get("explained_variance"),
-        "l0": sparsity.get("l0"),
-        "dead_fraction": sparsity.get("dead_fraction"),
-        "ce_score": model.get("ce_score"),
-        "kl_score": model.get("kl_score"),
-        "max_coherence": geometry.get("max_coherence"),
-        "mean_coherence": geometry.get("mean_coherence"),
+        **{name: figures.get(name) for name in ("max_coherence", "mean_coherence")},
         "tau": run.get("tau"),
         "tau_reached": run.get("tau_reached"),
+        "measures": figures,
         "probing": column(probing, "test_accuracy"),
         "probing_auc": column(probing, "test_auc"),
         "training": {
@@ -138,7 +146,9 @@ def _variant(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
             "final": run.get("final") or (lines[-1] if lines else {}),
         },
         "core": core,
-        "hierarchy": _optional(evaluated / "hierarchy.json", "hierarchical probing"),
+        "hierarchy": found[HIERARCHY],
+        "domains": found[DOMAINS],
+        "first_letter": found[FIRST_LETTER],
     }
 
 
