@@ -10,6 +10,7 @@ from hafs_evaluate.config import DATASETS, OFFLINE_TASKS, STAGES, EvalConfig
 from hafs_evaluate.workspace import FinishedRun, Workspace, finished_runs, open_workspace
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.files import read_json
+from hafs_jax.base.log import shown
 from hafs_jax.base.options import Parser, add_flags, with_flags
 
 DESCRIPTION = """\
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     # Read when torch is imported. On busy cores, OpenMP threads that spin while they wait cost four times the run.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if argv is None else argv
-    with one_line_errors():
+    with one_line_errors(), shown():
         options = _parser().parse_args(arguments)
         return options.command(options)
 

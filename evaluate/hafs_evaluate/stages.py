@@ -5,8 +5,8 @@ fingerprint still matches is left as it is. It is written after the result.
 """
 
 import gc
+import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +23,8 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_atomic, write_json
 from hafs_jax.base.options import to_dict
 from hafs_jax.store.manifest import Manifest
+
+LOG = logging.getLogger(__name__)
 
 NEED_TEXT = frozenset(STAGES) - {"across"}
 FORMAT = 1  # raise it when results of the same inputs would differ
@@ -52,7 +54,7 @@ class Evaluation:
     def run(self, runs: Sequence[FinishedRun]) -> None:
         """Evaluates `runs`, one stage after the other, and writes their results under O/eval."""
         if not self.manifest.has_tokens and not self.skip >= NEED_TEXT:
-            _say("the store holds no tokens (an imported array or a synthetic world): only core is measured")
+            LOG.info("the store holds no tokens (an imported array or a synthetic world): only core is measured")
             self.skip |= NEED_TEXT
         self._reach_hub()
         exported = [self._export(run) for run in runs]
@@ -80,7 +82,7 @@ class Evaluation:
         needed = self.manifest.model.origin == "hub" or (self.config.suite == "standard" and "probing" not in self.skip)
         problem = hub_problem() if needed else None
         if problem:
-            _say(f"{problem}: only what its cache holds will be used")
+            LOG.info(f"{problem}: only what its cache holds will be used")
         if problem or not needed:
             go_offline()
 
@@ -107,7 +109,7 @@ class Evaluation:
             write_json(path, {**identity, **result.values, "model": {}})
         self._done(run.name, {"core": mark, "splice": None})
         found = result.values
-        _say(f"{run.name}: FVU {found['reconstruction']['fvu']:.4f}, L0 {found['sparsity']['l0']:.1f}")
+        LOG.info(f"{run.name}: FVU {found['reconstruction']['fvu']:.4f}, L0 {found['sparsity']['l0']:.1f}")
 
     def _splice(self, runs: Sequence[Exported]) -> None:
         from hafs_evaluate.core.splice import splice_metrics
@@ -127,7 +129,7 @@ class Evaluation:
             path, values = self.workspace.result(run.name, CORE), found[run.name]
             write_json(path, {**read_result(path), "config": to_dict(config), "model": values})
             self._done(run.name, {"splice": mark})
-            _say(f"{run.name}: CE score {_shown(values['ce_score'])}, KL score {_shown(values['kl_score'])}")
+            LOG.info(f"{run.name}: CE score {_shown(values['ce_score'])}, KL score {_shown(values['kl_score'])}")
 
     def _probing(self, runs: Sequence[Exported]) -> None:
         config, path = self.config, self.workspace.llm_probing
@@ -150,7 +152,7 @@ class Evaluation:
                 result = {**values, "eval_result_unstructured": {**(values["eval_result_unstructured"] or {}), **note}}
                 write_json(self.workspace.result(run.name, PROBING), result)
                 self._done(run.name, {"probing": mark})
-                _say(f"{run.name}: probed on {len(config.tasks)} tasks")
+                LOG.info(f"{run.name}: probed on {len(config.tasks)} tasks")
             with self._timed("probing/llm"):
                 write_json(path, language_model(values or read_result(self.workspace.result(runs[0].name, PROBING))))
             self._done("llm", {"probing": llm_mark})
@@ -182,7 +184,7 @@ class Evaluation:
         from hafs_evaluate.hierarchy.tree_results import HierarchyStage
 
         root = self.workspace.cache / "labelled"
-        stage = HierarchyStage(self.config, self.workspace.train, root, lambda: self._model(None), _say)
+        stage = HierarchyStage(self.config, self.workspace.train, root, lambda: self._model(None), LOG.info)
         path, answers = (self.workspace.result("llm", name) for name in (HIERARCHY, "hierarchy_answers.npz"))
         llm_mark = fingerprint(stage.settings)
         if not (answers.exists() and self._is_done("llm", "hierarchy", llm_mark, path)):
@@ -199,7 +201,7 @@ class Evaluation:
             write_json(path, {**identity, **found})
             self._done(run.name, {"hierarchy": mark})
             means = found["macro"]
-            _say(f"{run.name}: parents top-1 {_shown(means['parents_top_1'])}, hole {_shown(means['hole'])}")
+            LOG.info(f"{run.name}: parents top-1 {_shown(means['parents_top_1'])}, hole {_shown(means['hole'])}")
 
     def _latents(self, run: Exported) -> None:
         from hafs_evaluate.latents.dashboards import LatentsConfig, write_latents
@@ -212,7 +214,7 @@ class Evaluation:
                 sae = self._sae(run, model.device)
                 write_latents(sae, self.workspace.train, model, path, run=run.name, config=latents)
             self._done(run.name, {"latents": mark, "matches": None})
-            _say(f"{run.name}: latents shown")
+            LOG.info(f"{run.name}: latents shown")
 
     def _domains(self, run: Exported) -> None:
         from hafs_evaluate.latents.domains import DomainsConfig, detections, domain_metrics
@@ -248,7 +250,9 @@ class Evaluation:
                 identity = {"run": run.name, "sae_sha256": run.weights_sha256}
                 write_json(self.workspace.result(run.name, FIRST_LETTER), {**identity, **values})
             self._done(run.name, {"first_letter": mark})
-            _say(f"{run.name}: first-letter absorption {'' if values['valid'] else 'not '}valid: {values['reason']}")
+            LOG.info(
+                f"{run.name}: first-letter absorption {'' if values['valid'] else 'not '}valid: {values['reason']}"
+            )
 
     def _across(self) -> None:
         from hafs_evaluate.latents.stability import evaluated_runs, write_matches, write_stability
@@ -256,7 +260,7 @@ class Evaluation:
         with self._timed("across"):
             runs = evaluated_runs(self.workspace)
             for arm in write_stability(self.workspace, runs)["arms"]:
-                _say(f"stability of {', '.join(arm['runs'])}: mean max cosine {_shown(arm['mean_max_cosine'])}")
+                LOG.info(f"stability of {', '.join(arm['runs'])}: mean max cosine {_shown(arm['mean_max_cosine'])}")
             write_matches(self.workspace, runs)
 
     @cached_property
@@ -310,7 +314,7 @@ class Evaluation:
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed:
-        _say(f"SAE-Bench's standard suite will keep {needed / 1e9:.1f} GB of activations in {folder}")
+        LOG.info(f"SAE-Bench's standard suite will keep {needed / 1e9:.1f} GB of activations in {folder}")
     if free < needed:
         raise UserError(
             f"{folder}: SAE-Bench's standard suite needs {needed / 1e9:.1f} GB, found {free / 1e9:.1f} GB free;"
@@ -320,7 +324,3 @@ def _check_space(folder: Path, needed: int) -> None:
 
 def _shown(score: float | None) -> str:
     return "none" if score is None else f"{score:.4f}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

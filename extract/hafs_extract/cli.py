@@ -13,6 +13,7 @@ from hafs_extract.journal import is_complete, profile_names, store_folders
 from hafs_extract.profiles import OFFLINE, PRESETS, Resolved, prepare_hub, resolve
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.files import read_json, write_json
+from hafs_jax.base.log import shown
 from hafs_jax.base.options import Parser, add_flags, with_flags
 from hafs_jax.store.manifest import TIMING, read_manifest
 from hafs_jax.store.verify import verify
@@ -49,7 +50,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, err
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    with one_line_errors():
+    with one_line_errors(), shown():
         return {"extract": _extract, "import": _import, "verify": _verify, "synth-world": _synth_world}[arguments[0]](
             arguments[1:]
         )

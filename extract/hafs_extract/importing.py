@@ -1,16 +1,19 @@
 """`hafs import`: stores of activations that are in npy files already. No torch here."""
 
 import argparse
-import sys
+import logging
 from pathlib import Path
 
 from tqdm import tqdm
 
 from hafs_extract.profiles import PRESETS
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import Parser, add_flags, with_flags
 from hafs_jax.store.arrays import ArrayConfig, ArrayImport
 from hafs_jax.store.manifest import read_manifest
+
+LOG = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Make OUT/NAME/store/{train,heldout} of activations of anything: vision, audio, protein embeddings. They are read in
@@ -59,7 +62,7 @@ def import_arrays(options: argparse.Namespace) -> None:
     finally:
         bars.close()
     if not made:
-        print("the stores are there already, made of these very activations", file=sys.stderr)
+        LOG.info("the stores are there already, made of these very activations")
     for name, folder in job.folders.items():
         manifest = read_manifest(folder)
         documents = sum(source.documents for source in manifest.sources)
@@ -78,8 +81,7 @@ class _Bars:
         """Moves the bar of `what` on by `rows` of `total`."""
         if what != self._what or self._bar is None:
             self.close()
-            interval = 0.5 if sys.stderr.isatty() else 15.0
-            self._bar = tqdm(total=total, desc=what, unit="row", unit_scale=True, mininterval=interval)
+            self._bar = tqdm(total=total, desc=what, unit="row", unit_scale=True, **bar_options(LOG))
             self._what = what
         self._bar.update(rows)
 

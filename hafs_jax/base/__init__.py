@@ -1,1 +1,1 @@
-"""The common ground of all rooms: errors, files, options, places, memory. Standard library and numpy only."""
+"""The common ground of all rooms: errors, files, options, places, memory, log. Standard library and numpy only."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hafs_jax.base.errors import UserError, one_line_errors
+from hafs_jax.base.log import shown
 from hafs_jax.base.options import Parser, add_flags, with_flags
 from hafs_jax.config import TrainConfig
 from hafs_jax.health import INACTIVE_LAMBDA
@@ -30,7 +31,7 @@ program on the same batches. `;` joins grids.
 def main(arguments: list[str] | None = None) -> None:
     """Runs one subcommand; a user's mistake is one line and exit code 2, a stopped training exit code 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with one_line_errors():
+    with one_line_errors(), shown("stdout"):
         parser = _parser(arguments)
         parsed, unknown = parser.parse_known_args(arguments)
         if getattr(parsed, "rest", False):

@@ -1,7 +1,7 @@
 """What a run writes and shows while it trains: metrics.jsonl, TensorBoard, the progress bar; finished numbers only."""
 
 import json
-import sys
+import logging
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -11,6 +11,9 @@ from tqdm import tqdm
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_jsonl, write_text
+from hafs_jax.base.log import bar_options
+
+LOG = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -53,18 +56,17 @@ class RunLog:
 
 
 class Progress:
-    """The bar of a training: rows, rate, time left and the latest figures."""
+    """The bar of a training: rows, rate, time left and the latest figures. `progress`: see `bar_options`."""
 
-    def __init__(self, label: str, steps: int, batch_size: int, start: int) -> None:
+    def __init__(self, label: str, steps: int, batch_size: int, start: int, progress: bool | None = None) -> None:
         self._batch_size, self._last_step = batch_size, start
-        interval = 0.5 if sys.stderr.isatty() else 15.0
         self._bar = tqdm(
             total=steps * batch_size,
             initial=start * batch_size,
             desc=label,
             unit="row",
             unit_scale=True,
-            mininterval=interval,
+            **bar_options(LOG, progress),
         )
 
     def advance(self, step: int, metrics: dict[str, np.ndarray]) -> None:

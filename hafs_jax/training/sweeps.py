@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from hafs_jax.runs import Run, identity
 from hafs_jax.training.budget import check_memory
 from hafs_jax.training.loop import Member, Stores, fit, shared_config
 from hafs_jax.training.train import describe, prepare, resolve
+
+LOG = logging.getLogger(__name__)
 
 ALIASES = {
     "arch": "arch",
@@ -143,7 +146,7 @@ def sweep(
                 part = members[start : start + most]
                 size = describe(part[0].config, stores, len(part), together)
                 check_memory(part[0].config, stores, len(part), together)
-                print(f"{len(part)} together: {', '.join(member.run.folder.name for member in part)}: {size}")
+                LOG.info(f"{len(part)} together: {', '.join(member.run.folder.name for member in part)}: {size}")
                 if len(part) == 1:
                     failures += fit(part, stores, part[0].run.checkpoints)
                 else:

@@ -1,6 +1,7 @@
 """Training one SAE on a store: resolves the config, starts or resumes its run, and returns it finished."""
 
 import dataclasses
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ from hafs_jax.store.reader import Store
 from hafs_jax.training.budget import budget, check_memory
 from hafs_jax.training.loop import Member, Stores, Terminated, TrainingStopped, fit
 from hafs_jax.training.step import margin
+
+LOG = logging.getLogger(__name__)
 
 __all__ = ["Terminated", "TrainingStopped", "open_stores", "prepare", "resolve", "train"]
 
@@ -59,7 +62,7 @@ def prepare(config: TrainConfig, stores: Stores, runs: Path, force: bool = False
     if run.config_path.exists():
         run.check_same(config, record)
         if run.finished():
-            print(f"{run.folder.name}: already trained ({run.folder}); pass --force to train it again")
+            LOG.info(f"{run.folder.name}: already trained ({run.folder}); pass --force to train it again")
             return Member(config, run), True
     run.write_config(config, record)
     return Member(config, run), False
@@ -83,7 +86,7 @@ def train(
     config, notes = resolve(config, stores.train, runs, stores.target)
     member, finished = prepare(config, stores, runs, force)
     if not finished:
-        print(f"{member.run.folder.name}: {describe(config, stores)}" + (f"; {notes}" if notes else ""))
+        LOG.info(f"{member.run.folder.name}: {describe(config, stores)}" + (f"; {notes}" if notes else ""))
         fit([member], stores, member.run.checkpoints)
     return member.run
 

@@ -378,8 +378,10 @@ def test_blocks_are_compiled_where_it_is_asked_for_or_pays(
 
 
 def test_what_cannot_be_compiled_is_an_error_only_where_it_was_asked_for(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "hafs_extract")
+
     def fail(*_: object) -> None:
         raise UserError("no compiler")
 
@@ -392,7 +394,7 @@ def test_what_cannot_be_compiled_is_an_error_only_where_it_was_asked_for(
     with pytest.raises(UserError, match=r"compile=on: hook point blocks.1.mlp.hook_post is not of the residual stream"):
         _extract(inputs.config(compile="on", hook_point="blocks.1.mlp.hook_post"), tmp_path / "bridge")
     root = _extract(inputs.config(), tmp_path / "auto")
-    assert "the model's blocks are not compiled: no compiler" in capsys.readouterr().err
+    assert "the model's blocks are not compiled: no compiler" in caplog.text
     assert read_json(root / "train" / "timing.json", "timing")["compiled"] is False
 
 

@@ -7,7 +7,7 @@ norm over the store's `norm_filter.max_norm`: the SAE never saw such rows. All f
 after BOS, high-norm ones included.
 """
 
-import sys
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.log import bar_options
 from hafs_jax.store.reader import Store
+
+LOG = logging.getLogger(__name__)
 
 CHUNK_FLOATS = 1 << 24  # log-probabilities computed at once: 64 MiB
 
@@ -83,9 +86,8 @@ def splice_metrics(
     chosen = choose_contexts(store, contexts, seed)
     ce_clean, ablated, spliced = 0.0, Losses(), {name: Losses() for name in saes}
     counts = dict.fromkeys(("tokens", "tokens_bos", "tokens_over_norm", "predicted", "compared"), 0)
-    interval = 0.5 if sys.stderr.isatty() else 15.0
     passes = (2 + len(saes)) * sum(len(texts[int(index)]) for index in chosen)
-    with tqdm(total=passes, desc="splicing", unit="tok", unit_scale=True, mininterval=interval) as bar:
+    with tqdm(total=passes, desc="splicing", unit="tok", unit_scale=True, **bar_options(LOG)) as bar:
         for start in range(0, len(chosen), batch_contexts):
             batch = [texts[int(index)] for index in chosen[start : start + batch_contexts]]
             tokens_BL, is_text_BL = _padded(batch)

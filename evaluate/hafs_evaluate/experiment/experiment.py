@@ -8,6 +8,7 @@ Each stage is a command of its own, so that a killed experiment goes on where it
     OUT/<name>/<profile>/experiment/logs/                   what the commands printed
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -25,7 +26,10 @@ from hafs_evaluate.experiment.measurements import Cell, Values, rows_of
 from hafs_evaluate.workspace import RUN, Workspace, open_workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_json, write_text
+from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import to_dict
+
+LOG = logging.getLogger(__name__)
 
 FOLDER, TABLE, SUMMARY = "experiment", "results", "summary.json"
 STAGES = ("extract", "train", "evaluate", "table")
@@ -52,7 +56,7 @@ def train(config: ExperimentConfig, workspace: Workspace, workers: int) -> None:
     missing = [cell for cell in config.cells() if not (workspace.runs / cell.run / RUN).exists()]
     jobs = sorted({(cell.seed > 0, cell.architecture, cell.seed) for cell in missing})
     total, n_arms = len(list(config.cells())), len(config.arms) * len(config.ks)
-    with tqdm(total=total, initial=total - len(missing), desc="training", unit="SAE") as bar:
+    with tqdm(total=total, initial=total - len(missing), desc="training", unit="SAE", **bar_options(LOG)) as bar:
         for is_later in (False, True):
             commands = {
                 f"train-{architecture}-s{seed}": [
@@ -76,7 +80,7 @@ def evaluate(config: ExperimentConfig, workspace: Workspace, workers: int) -> No
     }
     base = ["evaluate", *_place(workspace), *config.evaluate]
     parts = [part for start in range(workers) if (part := names[1:][start::workers])]
-    with tqdm(total=len(names) + len(shown), desc="evaluating", unit="SAE") as bar:
+    with tqdm(total=len(names) + len(shown), desc="evaluating", unit="SAE", **bar_options(LOG)) as bar:
 
         def run_all(commands: dict[str, list[str]], saes: int) -> None:
             _run_all(commands, workspace, workers, lambda: bar.update(saes))

@@ -11,7 +11,7 @@ The key names model, tokenizer, hook point, dtype, norm filter and tokens a text
 """
 
 import hashlib
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,10 @@ from hafs_evaluate.saebench.task_activations import by_length
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_json, write_npy
+from hafs_jax.base.log import bar_options
 from hafs_jax.store.manifest import Manifest, from_float32, to_float32
+
+LOG = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the same key would hold other numbers
 PART_TEXTS = 512
@@ -131,9 +134,8 @@ def _compute(
             raise UserError(f"the labelled text {text!r} has no token, so it has no activation; leave it out")
     order = sorted(range(len(texts)), key=lambda index: len(ids[index]))
     parts = [order[start : start + PART_TEXTS] for start in range(0, len(order), PART_TEXTS)]
-    interval = 0.5 if sys.stderr.isatty() else 15.0
     total = sum(map(len, ids))
-    with tqdm(total=total, desc="labelled texts", unit="tok", unit_scale=True, mininterval=interval) as bar:
+    with tqdm(total=total, desc="labelled texts", unit="tok", unit_scale=True, **bar_options(LOG)) as bar:
         for part in parts:
             digests = [_sha256(texts[index]) for index in part]
             kept = _kept(model, [ids[index] for index in part], len(bos), manifest, batch_tokens, bar.update)

@@ -8,9 +8,9 @@ of each text, cut on the left to `max_tokens`, the last token's activation, as s
     <root>/<key of all the tasks' keys>/...      what sae-probes is given: links to those files under its names
 """
 
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,8 +27,11 @@ from hafs_evaluate.saebench.harness import model_short_name
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_atomic
+from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import did_you_mean
 from hafs_jax.store.manifest import Manifest
+
+LOG = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the same key would hold other numbers
 BATCH_TEXTS = 256
@@ -144,8 +147,7 @@ def _compute(
         _encode(model, manifest, task, texts, max_tokens) for (task, _), texts in zip(missing, new_texts, strict=True)
     ]
     total = sum(len(each) for of_task in ids for each in of_task)
-    interval = 0.5 if sys.stderr.isatty() else 15.0
-    with tqdm(total=total, desc="probing texts", unit="tok", unit_scale=True, mininterval=interval) as bar:
+    with tqdm(total=total, desc="probing texts", unit="tok", unit_scale=True, **bar_options(LOG)) as bar:
         for (task, file), texts, of_task in zip(missing, new_texts, ids, strict=True):
             acts_ND = last_activations(model, of_task, manifest.hook_point, batch_tokens, bar.update)
             known.update(zip(texts, acts_ND, strict=True))

@@ -8,7 +8,7 @@ their ranks over the world's SAEs compared with the ranks of the true absorption
 OUT/<profile>/eval/agreement.json   each SAE's figures and the rank correlations
 """
 
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,9 @@ from hafs_evaluate.truth.synth_score import RESULT as SYNTHETIC
 from hafs_evaluate.workspace import Workspace, finished_runs, read_result
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
+from hafs_jax.base.log import bar_options
+
+LOG = logging.getLogger(__name__)
 
 RESULT = "agreement.json"
 ROWS, PROBE_ROWS = 6_000, 2_000  # held-out rows of the absorption and of the probes
@@ -127,7 +130,7 @@ def evaluate_agreement(workspace: Workspace, names: Sequence[str] = ()) -> dict[
     labels = root_labels(truth)
     rows = []
     with threadpool_limits(1, user_api="blas"):
-        for run, result in tqdm(scored, desc="agreement", unit="run", mininterval=0.5 if sys.stderr.isatty() else 15.0):
+        for run, result in tqdm(scored, desc="agreement", unit="run", **bar_options(LOG)):
             sae = SAE.load_from_disk(run.folder / "sae", device="cpu").requires_grad_(False)
             facts = {name: result[name] for name in ("run", "variant", "architecture", "seed", "k")}
             true = result["metrics"]["by_level"][0]["absorption"]

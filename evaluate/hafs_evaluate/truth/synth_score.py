@@ -6,7 +6,7 @@ OUT/<profile>/eval/synthetic.csv          one row a run, with those entries of t
 
 import csv
 import io
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from hafs_evaluate.truth.scores import SETTINGS, score_sae
 from hafs_evaluate.workspace import RUN, FinishedRun, Workspace, finished_runs, hashed_export, read_result
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of, write_json, write_text
+from hafs_jax.base.log import bar_options
 from hafs_jax.store.reader import Store
+
+LOG = logging.getLogger(__name__)
 
 RESULT, TABLE = "synthetic.json", "synthetic.csv"
 FACTS = ("run", "variant", "architecture", "seed", "k")
@@ -48,7 +51,7 @@ def evaluate_synthetic(
     truth, store, device = load_truth(workspace.folder), workspace.heldout, str(pick_device(device))
     results = []
     runs = finished_runs(workspace, names)
-    for run in tqdm(runs, desc="scoring", unit="run", mininterval=0.5 if sys.stderr.isatty() else 15.0):
+    for run in tqdm(runs, desc="scoring", unit="run", **bar_options(LOG)):
         results.append(_result(workspace, run, store, truth, device, export or _export))
     known = [read_result(workspace.result(run.name, RESULT)) for run in finished_runs(workspace)]
     known = [result for result in known if result.get("truth_sha256") == truth.sha256]

@@ -17,6 +17,7 @@ killed begins anew and writes the same bytes; the first rows of a longer run are
 
 import argparse
 import contextlib
+import logging
 import shutil
 import sys
 import time
@@ -33,6 +34,7 @@ from hafs_extract.config import difference
 from hafs_extract.synthetic.worlds import WORLDS, World, build, forest, world_record
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, write_npy, write_text
+from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import Parser, add_flags, check, option, to_dict, with_flags
 from hafs_jax.base.places import locked
 from hafs_jax.store.manifest import (
@@ -50,6 +52,8 @@ from hafs_jax.store.manifest import (
     write_manifest,
 )
 from hafs_jax.store.shards import ShardWriter, Statistics
+
+LOG = logging.getLogger(__name__)
 
 TRUTH_VERSION = 1
 TRUTH, TRUTH_ARRAYS = "truth.json", "truth.npz"
@@ -155,10 +159,10 @@ def _make(config: SyntheticConfig, work: Path) -> None:
     model = build(WORLDS[config.world], _available(config.device))
     counts = {split: np.zeros(model.cfg.num_features, np.int64) for split in _SPLITS}
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # of each held-out block: row lengths, indices, values
-    interval, median = 0.5 if sys.stderr.isatty() else 15.0, 0.0
+    median = 0.0
     sizes = {"train": config.samples, "heldout": config.heldout_samples}
     fingerprints = {}
-    bar = tqdm(total=sum(sizes.values()), desc="sampling", unit="row", unit_scale=True, mininterval=interval)
+    bar = tqdm(total=sum(sizes.values()), desc="sampling", unit="row", unit_scale=True, **bar_options(LOG))
     with bar:
         for split, rows in sizes.items():
             (work / split).mkdir()
