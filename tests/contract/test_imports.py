@@ -37,7 +37,7 @@ LAYERS = (
     {"fast"},
     {"training"},
     {"saelens", "api"},
-    {"cli", "__main__", "__init__"},
+    {"commands", "cli", "__main__", "__init__"},
 )
 """hafs_jax from the ground up: a module imports its own layer and those below."""
 NO_JAX = {"base", "store", "config", "presets", "runs", "health", "cli", "__main__", "__init__"}

@@ -85,7 +85,7 @@ def outcomes(summary: dict[str, Any]) -> dict[str, set[str]]:
 
 
 def test_run_names_are_those_that_a_sweep_gives() -> None:
-    from hafs_jax.training.commands import _run_config
+    from hafs_jax.commands import _run_config
     from hafs_jax.training.sweeps import arguments_of, parse_grid
 
     config = ExperimentConfig(
@@ -101,7 +101,7 @@ def test_run_names_are_those_that_a_sweep_gives() -> None:
 
 @pytest.mark.parametrize("name", ["reduced.toml", "pythia70m.toml"])
 def test_the_committed_experiments_are_valid_and_so_is_every_training_in_them(name: str) -> None:
-    from hafs_jax.training.commands import _run_config
+    from hafs_jax.commands import _run_config
     from hafs_jax.training.sweeps import arguments_of, parse_grid
 
     config = read_experiment(EXPERIMENTS / name)

@@ -12,7 +12,7 @@ from tests.contract.test_imports import modules
 LOG = logging.getLogger("hafs_jax.some.module")
 PRINTERS = {
     "hafs_jax.cli": None,
-    "hafs_jax.training.commands": None,
+    "hafs_jax.commands": None,
     "hafs_jax.base.errors": {"one_line_errors"},
     "hafs_jax.base.options": {"error"},
     "hafs_jax.base.log": {"emit"},
