@@ -1,12 +1,17 @@
 """Small activation stores for tests, written through the published format alone."""
 
+import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hafs_jax.base.files import sha256_of, write_npy
 from hafs_jax.store.manifest import (
     CONTEXT,
+    FORMAT_VERSION,
     ROW,
     Manifest,
     ModelInfo,
@@ -22,17 +27,71 @@ from hafs_jax.store.manifest import (
 )
 
 
+def save_store(
+    folder: Path,
+    acts_ND: np.ndarray,
+    rows: np.ndarray,
+    contexts: np.ndarray,
+    tokens: np.ndarray,
+    documents: list[dict[str, Any]],
+    shards: Sequence[int],
+    dtype: str = "float32",
+    /,
+    **fields: Any,
+) -> Path:
+    """A store of `acts_ND` and their `rows` in shards of the sizes `shards`; returns `folder`.
+
+    `fields` replace entries of the manifest, which otherwise tells of a tiny model and one source.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    N, D = acts_ND.shape
+    assert len(rows) == N == sum(shards)
+    write_npy(folder / "contexts.npy", contexts)
+    write_npy(folder / "tokens.npy", tokens)
+    (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    kept, infos = from_float32(acts_ND.astype(np.float32), dtype), []
+    for index, (start, count) in enumerate(zip(np.cumsum([0, *shards]), shards, strict=False)):
+        paths = folder / shard_name(index), folder / rows_name(index)
+        write_npy(paths[0], kept[start : start + count])
+        write_npy(paths[1], rows[start : start + count])
+        infos.append(ShardInfo(count, sha256_of(paths[0]), sha256_of(paths[1])))
+    values = to_float32(kept, dtype).astype(np.float64)
+    mean = values.mean(0)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        split="train",
+        profile={"requested": "test", "resolved": "test", "reason": "a test"},
+        model=ModelInfo("tiny", None, "folder:tiny", "float32", 2, D),
+        tokenizer=TokenizerInfo("tiny", 64, 1, True),
+        hook_point="blocks.0.hook_resid_post",
+        d_model=D,
+        dtype=dtype,
+        context_length=int(contexts["length"].max()),
+        seed=0,
+        sources=(SourceInfo("text", "test", 1.0, len(documents), N, N),),
+        norm_filter=NormFilter(None, float(np.median(np.linalg.norm(values, axis=1))), None, 0),
+        rows=N,
+        shards=tuple(infos),
+        files_sha256={name: sha256_of(folder / name) for name in ("contexts.npy", "tokens.npy", "documents.jsonl")},
+        mean=tuple(mean.tolist()),
+        mean_squared_norm=float((values**2).sum(1).mean()),
+        variance=float(((values - mean) ** 2).sum(1).mean()),
+        config={},
+    )
+    write_manifest(folder, dataclasses.replace(manifest, **fields))
+    return folder
+
+
 def write_store(
     folder: Path,
     acts_ND: np.ndarray,
     dtype: str = "float32",
     shard_rows: int = 64,
-    split: str = "train",
     length: int = 8,
+    **fields: Any,
 ) -> Path:
     """A whole store of the rows `acts_ND`, in contexts of `length` tokens with a BOS in front; returns `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    N, D = acts_ND.shape
+    N = len(acts_ND)
     n_contexts = -(-N // (length - 1))
     lengths = np.full(n_contexts, length, np.int32)
     lengths[-1] = N - (n_contexts - 1) * (length - 1) + 1
@@ -44,44 +103,10 @@ def write_store(
     tokens = np.ones(int(lengths.sum()), np.int32)
     rows["token"] = 2 + np.arange(N) % 50
     tokens[table["start"][rows["context"]] + rows["position"]] = rows["token"]
-    write_npy(folder / "contexts.npy", table)
-    write_npy(folder / "tokens.npy", tokens)
-    (folder / "documents.jsonl").write_text("".join(f'{{"document": {i}}}\n' for i in range(n_contexts)))
-    kept = from_float32(acts_ND.astype(np.float32), dtype)
-    shards = []
-    for index, start in enumerate(range(0, N, shard_rows)):
-        write_npy(folder / shard_name(index), kept[start : start + shard_rows])
-        write_npy(folder / rows_name(index), rows[start : start + shard_rows])
-        count = len(kept[start : start + shard_rows])
-        shards.append(ShardInfo(count, sha256_of(folder / shard_name(index)), sha256_of(folder / rows_name(index))))
-    values = to_float32(kept, dtype).astype(np.float64)
-    mean = values.mean(0)
-    norms = np.linalg.norm(values, axis=1)
-    write_manifest(
-        folder,
-        Manifest(
-            format_version=1,
-            split=split,
-            profile={"requested": "test", "resolved": "test", "reason": "a test"},
-            model=ModelInfo("tiny", None, "folder:tiny", "float32", 2, D),
-            tokenizer=TokenizerInfo("tiny", 64, 1, True),
-            hook_point="blocks.0.hook_resid_post",
-            d_model=D,
-            dtype=dtype,
-            context_length=length,
-            seed=0,
-            sources=(SourceInfo("text", "test", 1.0, n_contexts, N, N),),
-            norm_filter=NormFilter(None, float(np.median(norms)), None, 0),
-            rows=N,
-            shards=tuple(shards),
-            files_sha256={name: sha256_of(folder / name) for name in ("contexts.npy", "tokens.npy", "documents.jsonl")},
-            mean=tuple(mean.tolist()),
-            mean_squared_norm=float((values**2).sum(1).mean()),
-            variance=float(((values - mean) ** 2).sum(1).mean()),
-            config={},
-        ),
-    )
-    return folder
+    documents = [{"document": number} for number in range(n_contexts)]
+    sizes = [min(shard_rows, N - start) for start in range(0, N, shard_rows)]
+    fields = {"context_length": length, **fields}
+    return save_store(folder, acts_ND, rows, table, tokens, documents, sizes, dtype, **fields)
 
 
 def planted(rows: int, d_model: int, n_features: int, active: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,9 @@
 """The activation store: what is written is read, and what is damaged is found and named."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,74 +12,35 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_json, write_npy
 from hafs_jax.store.manifest import (
     CONTEXT,
-    FORMAT_VERSION,
     KEPT_AS,
     ROW,
-    Manifest,
-    ModelInfo,
-    NormFilter,
-    ShardInfo,
     SourceInfo,
     TokenizerInfo,
     from_float32,
     read_manifest,
-    rows_name,
-    shard_name,
     to_float32,
-    write_manifest,
 )
 from hafs_jax.store.reader import Store
 from hafs_jax.store.verify import verify
+from tests.support.stores import save_store
 
 D, LENGTHS, SHARDS = 5, (4, 3, 6), (7, 3)
 
 
-def make_store(folder: Path, dtype: str = "float16", **changes) -> np.ndarray:
+def make_store(folder: Path, dtype: str = "float16", **fields: Any) -> np.ndarray:
     """Writes a store of 10 rows in 2 shards from 3 contexts; the float32 activations [10, D] before rounding."""
-    folder.mkdir()
     table = np.zeros(3, CONTEXT)
     table["length"], table["start"], table["document"] = LENGTHS, (0, 4, 7), (0, 1, 1)
     tokens = np.arange(100, 113, dtype="<i4")
-    write_npy(folder / "contexts.npy", table)
-    write_npy(folder / "tokens.npy", tokens)
-    (folder / "documents.jsonl").write_text('{"document": 0}\n{"document": 1}\n')
-
     rows = np.zeros(10, ROW)
     pairs = [(context, position) for context, length in enumerate(LENGTHS) for position in range(1, length)]
     rows["context"], rows["position"] = np.transpose(pairs)[:, [3, 0, 9, 5, 1, 2, 8, 4, 7, 6]]
     rows["token"] = tokens[table["start"][rows["context"]] + rows["position"]]
     rows["document"] = table["document"][rows["context"]]
     values = np.random.default_rng(3).normal(size=(10, D)).astype(np.float32) * 10
-    shards, start = [], 0
-    for index, count in enumerate(SHARDS):
-        paths = folder / shard_name(index), folder / rows_name(index)
-        write_npy(paths[0], from_float32(values[start : start + count], dtype))
-        write_npy(paths[1], rows[start : start + count])
-        shards.append(ShardInfo(count, sha256_of(paths[0]), sha256_of(paths[1])))
-        start += count
-    kept = to_float32(from_float32(values, dtype), dtype).astype(np.float64)
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        split="train",
-        profile={"requested": "offline", "resolved": "offline", "reason": "named"},
-        model=ModelInfo("m", None, "folder:m", "float32", 4, D),
-        tokenizer=TokenizerInfo("m", 200, None, False),
-        hook_point="blocks.1.hook_resid_post",
-        d_model=D,
-        dtype=dtype,
-        context_length=6,
-        seed=0,
-        sources=(SourceInfo("a", "a.txt", 1.0, 2, 13, 10),),
-        norm_filter=NormFilter(None, 1.0, None, 0),
-        rows=10,
-        shards=tuple(shards),
-        files_sha256={name: sha256_of(folder / name) for name in ("contexts.npy", "tokens.npy", "documents.jsonl")},
-        mean=tuple(kept.mean(0).tolist()),
-        mean_squared_norm=float((kept**2).sum(1).mean()),
-        variance=float(((kept - kept.mean(0)) ** 2).sum(1).mean()),
-        config={"seed": 0},
-    )
-    write_manifest(folder, dataclasses.replace(manifest, **changes))
+    facts = {"tokenizer": TokenizerInfo("m", 200, None, False), "hook_point": "blocks.1.hook_resid_post"}
+    documents = [{"document": 0}, {"document": 1}]
+    save_store(folder, values, rows, table, tokens, documents, SHARDS, dtype, **{**facts, **fields})
     return values
 
 
