@@ -9,62 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import hafs_evaluate.stages
 from hafs_evaluate.cli import main
 from hafs_evaluate.config import EvalConfig
-from hafs_evaluate.stages import Evaluation
 from hafs_evaluate.workspace import finished_runs, hashed_export, open_workspace
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.manifest import TokenizerInfo, read_manifest, write_manifest
-from tests.support.stores import write_store
-from tests.support.torch_saes import saved_sae, tiny_model, write_tree
+from tests.support.torch_saes import saved_sae
+from tests.support.workspaces import CONFIG, HOOK, TASK, D, F, run
 
-D, F, HOOK = 20, 33, "blocks.2.hook_resid_post"
-TASK = "117_us_state_FL"
-CONFIG = EvalConfig(contexts=4, tasks=(TASK,), ks=(1, 2), hierarchy_ks=(1, 2), hierarchy_folds=3, device="cpu")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model(folder)
-    return folder
-
-
-@pytest.fixture
-def workspace(tmp_path, model_folder, monkeypatch):
-    """Two finished runs, exported already, on stores of the tiny model; an unfinished one."""
-    model = tiny_model(model_folder)
-    for split in ("train", "heldout"):
-        folder = tmp_path / "offline" / "store" / split
-        tokens = torch.randint(3, 300, (12, 9), generator=torch.Generator().manual_seed(len(split)))
-        tokens[:, 0] = model.bos_token_id
-        acts = model.activations(tokens, HOOK)[:, 1:].flatten(0, 1)
-        write_store(folder, acts.numpy(), split=split, length=9)
-        np.save(folder / "tokens.npy", tokens.flatten().numpy().astype(np.int32))
-        manifest = dataclasses.replace(
-            read_manifest(folder),
-            model=model.info,
-            tokenizer=TokenizerInfo("tiny", 401, model.bos_token_id, True),
-            hook_point=HOOK,
-            profile={"requested": "offline", "resolved": "offline", "reason": "a test"},
-        )
-        write_manifest(folder, manifest)
-    for seed, name in enumerate(("baseline-s0", "strict-s0")):
-        folder = tmp_path / "offline" / "runs" / name
-        saved_sae(folder / "sae", D, F, seed=seed, hook=HOOK)
-        (folder / "run.json").write_text("{}")
-    (tmp_path / "offline" / "runs" / "adaptive-s0").mkdir()
-    monkeypatch.setattr("hafs_evaluate.hierarchy.label_trees.FOLDER", write_tree(tmp_path / "trees"))
-    monkeypatch.setattr("hafs_evaluate.exchange.bridge.export_run", lambda folder: folder / "sae")
-    return open_workspace(tmp_path, "offline")
-
-
-def run(workspace, config=CONFIG, skip=(), names=()):
-    Evaluation(workspace, config, skip).run(finished_runs(workspace, names))
 
 
 def results(workspace):

@@ -20,7 +20,7 @@ from hafs_evaluate.hierarchy.probes import (
 )
 from hafs_evaluate.hierarchy.text_activations import fill
 from hafs_jax.base.errors import UserError
-from tests.evaluate.test_run import CONFIG, F, model_folder, run, workspace  # noqa: F401 - fixtures
+from tests.support.workspaces import CONFIG, F, run
 
 LEAVES = ("a/x", "a/y", "b/z", "b/w", "")
 RANDOM = np.random.default_rng(0)
@@ -177,11 +177,11 @@ def test_macro_averages_nodes_and_trees():
 # --- the stage
 
 
-def read(workspace, name):  # noqa: F811
+def read(workspace, name):
     return json.loads((workspace.eval / name / "hierarchy.json").read_text())
 
 
-def test_the_stage_writes_the_schema_and_is_not_done_twice(workspace, monkeypatch):  # noqa: F811
+def test_the_stage_writes_the_schema_and_is_not_done_twice(workspace, monkeypatch):
     run(workspace, skip=SKIP)
     found, llm = read(workspace, "baseline-s0"), read(workspace, "llm")
     assert found["run"] == "baseline-s0" and len(found["sae_sha256"]) == 64
@@ -208,7 +208,7 @@ def test_the_stage_writes_the_schema_and_is_not_done_twice(workspace, monkeypatc
     assert {path: path.stat().st_mtime_ns for path in workspace.eval.rglob("hierarchy*")} == before
 
 
-def test_a_changed_tree_is_measured_again_with_the_old_activations(workspace, tmp_path, monkeypatch):  # noqa: F811
+def test_a_changed_tree_is_measured_again_with_the_old_activations(workspace, tmp_path, monkeypatch):
     run(workspace, skip=SKIP, names=["strict-s0"])
     path = tmp_path / "trees" / "words.json"
     path.write_text(path.read_text().replace("wet", "wet").replace("{", '{"seed": 3, ', 1))
@@ -218,7 +218,7 @@ def test_a_changed_tree_is_measured_again_with_the_old_activations(workspace, tm
     assert (workspace.eval / "strict-s0" / "hierarchy.json").stat().st_mtime_ns != written
 
 
-def test_an_interrupted_pass_goes_on_and_means_are_of_the_kept_tokens(workspace, model_folder, monkeypatch):  # noqa: F811
+def test_an_interrupted_pass_goes_on_and_means_are_of_the_kept_tokens(workspace, model_folder, monkeypatch):
     from tests.support.torch_saes import tiny_model
 
     monkeypatch.setattr("hafs_evaluate.hierarchy.text_activations.PART_TEXTS", 3)
@@ -256,7 +256,7 @@ def test_an_interrupted_pass_goes_on_and_means_are_of_the_kept_tokens(workspace,
     np.testing.assert_allclose(doubled, np.tile(pooled, 2), rtol=1e-6)
 
 
-def test_a_tree_with_nothing_left_is_skipped_and_said(workspace, tmp_path, caplog):  # noqa: F811
+def test_a_tree_with_nothing_left_is_skipped_and_said(workspace, tmp_path, caplog):
     import hashlib
 
     caplog.set_level("INFO", "hafs_evaluate")
