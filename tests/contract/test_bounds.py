@@ -13,7 +13,7 @@ from hafs_extract.config import ExtractConfig, SourceConfig
 from hafs_extract.profiles import OFFLINE
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import Bounds
-from tests.contract.test_imports import modules
+from tests.support.sources import modules
 
 EXAMPLES: dict[type, Any] = {ExtractConfig: OFFLINE, SourceConfig: SourceConfig("text", "text.jsonl")}
 """An instance of each config whose defaults alone make none."""

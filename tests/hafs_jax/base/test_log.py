@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from hafs_jax.base.log import PACKAGES, bar_options, shown
-from tests.contract.test_imports import modules
+from tests.support.sources import modules
 
 LOG = logging.getLogger("hafs_jax.some.module")
 PRINTERS = {
