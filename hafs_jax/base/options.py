@@ -47,9 +47,10 @@ class Bounds:
         return " and ".join(f"{words} {_number(bound)}" for words, bound in named.items() if bound is not None)
 
     @property
-    def is_obvious(self) -> bool:
-        """Whether they only rule out negative numbers (and perhaps 0), which no line of help need say."""
-        return self in (Bounds(), Bounds(least=0), Bounds(above=0))
+    def in_help(self) -> str:
+        """The words for a line of help: without a limit over a billion, and empty where only numbers below 0 go."""
+        shown = dataclasses.replace(self, most=None) if self.most is not None and self.most > 10**9 else self
+        return "" if shown in (Bounds(), Bounds(least=0), Bounds(above=0)) else str(shown)
 
 
 def option(
@@ -177,8 +178,8 @@ def add_flags(parser: argparse.ArgumentParser, default: Any, prefix: str = "", s
         if dataclasses.is_dataclass(value):
             add_flags(parser, value, path + ".", skip)
             continue
-        bounds = field.metadata.get("bounds", Bounds())
-        allowed = "" if bounds.is_obvious else f" ({bounds})"
+        bounds = field.metadata.get("bounds", Bounds()).in_help
+        allowed = f" ({bounds})" if bounds else ""
         help_line = f"{field.metadata.get('help', '')}{allowed} [{_shown(value)}]".replace("%", "%%")
         flag, kind = "--" + path.replace("_", "-"), hints[field.name]
         common: dict[str, Any] = {"dest": path, "default": argparse.SUPPRESS, "help": help_line}
@@ -239,7 +240,7 @@ def _has_default(field: dataclasses.Field) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
 
 
 def _optional(kind: Any) -> tuple[Any, bool]:

@@ -113,7 +113,8 @@ def test_help_shows_the_bounds_that_are_not_obvious(capsys: pytest.CaptureFixtur
     parser.print_help()
     shown = " ".join(capsys.readouterr().out.split())
     assert "--rate X share (above 0 and below 1) [0.5]" in shown and "--rows X rows (at least 1) [4]" in shown
-    assert "--weight X weight [1.0]" in shown
+    assert "--weight X weight [1.0]" in shown and "--seed X seed [0]" in shown
+    assert "--ks X [X ...] levels (1 to 4,096) [1 2]" in shown
     assert "--kinds {a,bee} [{a,bee} ...]" in shown
 
 
