@@ -1,8 +1,13 @@
 """The exception that means a user's mistake, and how every command line of the project reports it."""
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
+"""The errors of writing that a user can mend."""
 
 
 class UserError(Exception):
@@ -20,3 +25,18 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turns what the disk refuses, such as more space, into a `UserError`; any other OSError is our bug and passes.
+
+    `out` is named where the error itself names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = error.filename or out
+        raise UserError(f"{where}: {error.strerror}; mend it and give the same command, or another --out") from None

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from hafs_extract.config import difference
 from hafs_extract.synthetic.worlds import WORLDS, World, build, forest, world_record
-from hafs_jax.base.errors import UserError, one_line_errors
+from hafs_jax.base.errors import UserError, disk_errors, one_line_errors
 from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, write_npy, write_text
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import Parser, add_flags, check, option, to_dict, with_flags
@@ -278,11 +278,8 @@ def main(argv: list[str] | None = None) -> int:
         config = with_flags(SyntheticConfig(), options)
         if not options.force and is_made(config, options.out):
             print("the stores and the truth are there already, from this very config", file=sys.stderr)
-        try:
+        with disk_errors(options.out):
             folder = generate(config, options.out, options.force)
-        except OSError as error:
-            where = error.filename or options.out
-            raise UserError(f"{where}: {error.strerror}; mend it and give the same command, or another --out") from None
         write_json(options.out / "auto.json", {"profile": config.profile, "reason": "the world sampled last"})
         truth = read_json(folder / TRUTH, "a world's truth")
         levels = " + ".join(map(str, truth["features_by_level"]))
