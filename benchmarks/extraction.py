@@ -22,9 +22,10 @@ import torch
 
 from benchmarks.harness import Row, interleaved
 from hafs_extract.contexts import mixed
+from hafs_extract.hub import prepare_hub
 from hafs_extract.models import LanguageModel, load_model
 from hafs_extract.packaged import model_folder
-from hafs_extract.profiles import OFFLINE, Resolved, prepare_hub
+from hafs_extract.profiles import OFFLINE, Resolved
 from hafs_extract.run import extract
 from hafs_jax.base.files import read_json
 from hafs_jax.store.manifest import TIMING

@@ -124,7 +124,8 @@ def _words(path: Path, words: int) -> Path:
 
 def _extract(model: str, out: str, rows: str) -> None:
     from hafs_extract.config import SourceConfig
-    from hafs_extract.profiles import OFFLINE, Resolved, prepare_hub
+    from hafs_extract.hub import prepare_hub
+    from hafs_extract.profiles import OFFLINE, Resolved
     from hafs_extract.run import extract
 
     Path(out).mkdir()

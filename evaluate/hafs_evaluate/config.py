@@ -1,6 +1,7 @@
 """What an evaluation depends on: one frozen config, saved with every result. Standard library only."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import check, option
@@ -71,9 +72,13 @@ class EvalConfig:
             raise UserError(f"tasks={self.tasks}: expected different names")
 
 
-def resolved(config: EvalConfig, profile: str) -> EvalConfig:
-    """`config` with the suite and the tasks that `auto` and none stand for on a store of `profile`."""
+def resolved(config: EvalConfig, profile: dict[str, Any]) -> EvalConfig:
+    """`config` with the suite and the tasks that `auto` and none stand for; `profile` is the store's, of its manifest.
+
+    The suite is the one that the profile names. Stores of before a profile named one, and stores of no profile, have
+    none: "sae_probes" then if the profile is called offline, else "standard".
+    """
     suite = config.suite
     if suite == "auto":
-        suite = "sae_probes" if profile == "offline" else "standard"
+        suite = profile.get("suite") or ("sae_probes" if profile["resolved"] == "offline" else "standard")
     return replace(config, suite=suite, tasks=config.tasks or (OFFLINE_TASKS if suite == "sae_probes" else DATASETS))

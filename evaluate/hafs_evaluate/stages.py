@@ -46,7 +46,7 @@ class Evaluation:
         """
         self.workspace = workspace
         self.manifest: Manifest = workspace.heldout.manifest
-        self.config = resolved(config, self.manifest.profile["resolved"])
+        self.config = resolved(config, self.manifest.profile)
         self.skip = frozenset(skip)
         self.first_letter = first_letter
         self._loaded: tuple[str, Any] | None = None

@@ -1,17 +1,16 @@
 """The commands `hafs extract`, `import`, `verify` and `synth-world`. Imports torch only to extract."""
 
 import argparse
-import contextlib
 import dataclasses
-import errno
 import sys
-from collections.abc import Iterator
+import textwrap
 from pathlib import Path
 
 from hafs_extract.config import TEXT_SYNTAX, ExtractConfig, parse_source
+from hafs_extract.hub import prepare_hub
 from hafs_extract.journal import is_complete, profile_names, store_folders
-from hafs_extract.profiles import OFFLINE, PRESETS, Resolved, prepare_hub, resolve
-from hafs_jax.base.errors import UserError, one_line_errors
+from hafs_extract.profiles import DATASETS, OFFLINE, PROFILES, Resolved, resolve
+from hafs_jax.base.errors import disk_errors, one_line_errors
 from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.log import shown
 from hafs_jax.base.options import Parser, add_flags, with_flags
@@ -19,32 +18,48 @@ from hafs_jax.store.manifest import TIMING, read_manifest
 from hafs_jax.store.verify import verify
 
 DESCRIPTION = """\
-Run a language model over text and store its activations at one hook point, shuffled, as two stores:
-OUT/<profile>/store/train and OUT/<profile>/store/heldout, which share no document. A run that was
-interrupted goes on when the same command is given again. Of several hook points, divided by commas, the model runs
-once and each has its own profile, <profile>/<hook point>, with the same rows in the same order.
-`hafs import ACTS.npy` makes stores of any activations, without a model; `hafs verify STORE` checks a store.
+Run a language model over text and store its activations at one hook point, in
+shuffled order, as two stores that share no document:
+
+  OUT/PROFILE/store/train
+  OUT/PROFILE/store/heldout
+
+If a run is interrupted, give the same command again: it goes on from there.
+
+Several hook points, divided by commas, are read in one pass of the model. Each
+has a profile of its own, PROFILE/HOOK_POINT. All of them have the same rows in
+the same order.
+
+`hafs import` makes stores of any activations, without a model. `hafs verify`
+checks a store.
 """
 
-EPILOG = f"""\
-profiles:
-  auto       pythia70m where the hub answers or its cache serves, else offline; decided within 5 seconds
-  pythia70m  EleutherAI/pythia-70m-deduped at blocks.3.hook_resid_post; WikiText-103 and WMDP-bio from the hub
-  offline    SmolLM2-135M at blocks.8.hook_resid_post; Wikipedia extracts; both from package registries
-A flag overrides its profile's value. Defaults in [] are those of the offline profile.
-
---text {TEXT_SYNTAX}
-  may be repeated; the sources named are then all there are. PATH is a .jsonl, .parquet or .txt file, a folder of
-  them, or a hub dataset. WEIGHT is its share of tokens relative to the others'. KEYs: subset, split, kind (rows,
-  wikitext, multiple_choice), template ({{text}}), keep (COLUMN=VALUE or COLUMN!=VALUE). A NAME of the profile's
-  (wikitext, wmdp-bio; wikipedia, biology) keeps that source's other fields, so it can be read from a local copy.
-  A .txt file's documents are divided by blank lines.
+EPILOG = """\
+profiles (--profile NAME; a flag overrides its profile's value):
+{profiles}
+datasets (--text NAME):
+{datasets}
+--text {syntax}
+  A source of text. It may be repeated. The sources named replace all of the
+  profile's.
+  PATH     a dataset's name; a .jsonl, .parquet or .txt file; a folder of such
+           files; or a dataset of the model hub. Documents in a .txt file are
+           divided by blank lines.
+  NAME     what the store calls the source. With the name of one of the
+           profile's sources, PATH replaces that source's path and its other
+           fields stay, so that it can be read from a local copy.
+  WEIGHT   share of the tokens, relative to the other sources [1]
+  KEY      subset, split, kind (rows, wikitext or multiple_choice), template
+           (for example {{text}}), keep (COLUMN=VALUE or COLUMN!=VALUE)
+  examples:
     --text books.jsonl --text code=/data/code@0.2,template={{source}}
-    --text wmdp=cais/wmdp@0.1,subset=wmdp-cyber,split=test,kind=multiple_choice
-"""
+    --text wikitext@0.9 --text wmdp-bio@0.1
+    --text wmdp=cais/wmdp,subset=wmdp-cyber,split=test,kind=multiple_choice
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
-"""What a write fails with that the user can mend."""
+To add a profile or a dataset, call register_profile(...) or
+register_dataset(...) in a module of your own and name that module in the
+environment variable HAFS_PLUGINS; `pydoc hafs_extract.profiles` has an example.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,7 +102,7 @@ def _import(arguments: list[str]) -> int:
     from hafs_extract.importing import import_arrays, parse
 
     options = parse(arguments)
-    with _disk_errors(options.out):
+    with disk_errors(options.out):
         import_arrays(options)
     _note_profile(options.out, Resolved(options.profile, options.profile, "imported from arrays"))
     return 0
@@ -97,15 +112,38 @@ def _parser() -> Parser:
     parser = Parser(
         prog="hafs extract",
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("artifacts"), help="folder of all profiles [artifacts]")
-    parser.add_argument("--profile", default="auto", help="auto, pythia70m or offline [auto]", dest="requested")
+    parser.add_argument(
+        "--profile", default="auto", metavar="NAME", help="one of the profiles below [auto]", dest="requested"
+    )
     parser.add_argument("--text", action="append", default=[], metavar="SOURCE", help="a source of text, see below")
     parser.add_argument("--force", action="store_true", help="replace a store of another config, or extract anew")
     add_flags(parser, OFFLINE, skip=("profile", "sources"))
     return parser
+
+
+def _epilog() -> str:
+    """The help's second half, with every profile and dataset that is registered."""
+    auto = "pythia70m where the model hub answers or its cache serves, else offline; decided within 5 seconds"
+    profiles = {"auto": auto, **{name: profile.help for name, profile in PROFILES.items()}}
+    datasets = {}
+    for name, source in DATASETS.items():
+        datasets[name] = ", ".join(filter(None, [source.path, source.subset, source.keep]))
+    return EPILOG.format(profiles=_listed(profiles), datasets=_listed(datasets), syntax=TEXT_SYNTAX)
+
+
+def _listed(entries: dict[str, str]) -> str:
+    """A line or more for each entry: its name, and its description in a column of its own, at most 79 wide."""
+    width = 4 + max(map(len, entries))
+    wrap = textwrap.TextWrapper(79, subsequent_indent=" " * width, break_long_words=False, break_on_hyphens=False)
+    lines = []
+    for name, description in entries.items():
+        wrap.initial_indent = f"  {name}".ljust(width)
+        lines.append(wrap.fill(description) or f"  {name}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _note_profile(out: Path, resolved: Resolved) -> None:
@@ -124,7 +162,7 @@ def _extract(arguments: list[str]) -> int:
         prepare_hub(config)
         from hafs_extract.run import extract  # torch, and the hub libraries
 
-        with _disk_errors(options.out):
+        with disk_errors(options.out):
             extract(config, resolved, options.out, options.force)
     first, *_ = profile_names(config).values()
     _note_profile(options.out, dataclasses.replace(resolved, resolved=first))
@@ -134,23 +172,11 @@ def _extract(arguments: list[str]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """Turns what a disk refuses into a `UserError`; any other OSError is our bug and passes."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        where = error.filename or out
-        raise UserError(f"{where}: {error.strerror}; mend it and give the same command, or another --out") from None
-
-
 def _config(resolved: Resolved, options: argparse.Namespace) -> ExtractConfig:
-    preset = PRESETS[resolved.resolved]
+    preset = PROFILES[resolved.resolved].config
     config = with_flags(preset, options)
     if options.text:
-        sources = tuple(parse_source(text, preset.sources) for text in options.text)
+        sources = tuple(parse_source(text, preset.sources, DATASETS) for text in options.text)
         config = dataclasses.replace(config, sources=sources)
     return config
 

@@ -5,6 +5,7 @@ The resolved config is saved in every store's manifest, and a store is only resu
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,20 +90,28 @@ class ExtractConfig:
         return tuple(self.hook_point.split(","))
 
 
-def parse_source(text: str, known: tuple[SourceConfig, ...]) -> SourceConfig:
+def parse_source(
+    text: str, known: tuple[SourceConfig, ...], datasets: Mapping[str, SourceConfig] | None = None
+) -> SourceConfig:
     """The source that a `--text` flag describes: `[NAME=]PATH[@WEIGHT][,KEY=VALUE ...]`.
 
-    KEY is subset, split, kind, template or keep. A NAME among `known`, the profile's sources, keeps that source's
-    other fields, so that its data can be read from another place. NAME defaults to the path's last part.
+    KEY is subset, split, kind, template or keep. PATH may also be the name of one of `known`, the profile's sources,
+    or of `datasets`, which then gives all other fields. A NAME among `known` keeps that source's other fields, so that
+    its data can be read from another place. NAME defaults to the dataset's, or else to the path's last part.
     """
     head, *pairs = re.split(r",(?=\w+=)", text)
     named = re.fullmatch(r"(?:([\w.-]+)=)?(.+?)(?:@([\d.eE+-]+))?", head)
     if named is None:
         raise UserError(f"--text {text}: expected {TEXT_SYNTAX}")
     name, path, weight = named.groups()
-    base = next((source for source in known if source.name == name), None)
-    fields: dict[str, Any] = {"path": path}
+    base = next((source for source in known if source.name == (name or path)), None)
     if base is None:
+        base = (datasets or {}).get(path)
+        path = base.path if base else path
+    elif name is None:
+        path = base.path
+    fields: dict[str, Any] = {"path": path}
+    if name or base is None:
         fields["name"] = name or Path(path).stem
     if weight is not None:
         try:

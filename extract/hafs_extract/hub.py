@@ -11,6 +11,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from hafs_extract import packaged
+from hafs_extract.config import ExtractConfig, SourceConfig
+from hafs_jax.base.errors import UserError
+
 PROBE_SECONDS = 3.5
 PROBED_FILE = "EleutherAI/pythia-70m-deduped/resolve/main/config.json"
 
@@ -67,6 +71,47 @@ def dataset_is_cached(name: str, subset: str | None) -> bool:
 
     found = (folder / (subset or "") for folder in _folders(_datasets_cache()) if plain(folder.name) == plain(name))
     return any(any(folder.rglob("*.arrow")) for folder in found if folder.is_dir())
+
+
+def missing_from_cache(config: ExtractConfig) -> list[str]:
+    """What `config` needs of the hub and the hub's cache does not hold."""
+    model, datasets = hub_needs(config)
+    missing = [f"model {model}"] if model and not model_is_cached(model) else []
+    return missing + [f"dataset {s.path}" for s in datasets if not dataset_is_cached(s.path, s.subset)]
+
+
+def hub_needs(config: ExtractConfig) -> tuple[str | None, list[SourceConfig]]:
+    """The model and the sources that come from the hub."""
+    model = None if config.model in packaged.MODELS or Path(config.model).is_dir() else config.model
+    return model, [s for s in config.sources if s.path not in packaged.TEXTS and not Path(s.path).exists()]
+
+
+def prepare_hub(config: ExtractConfig) -> None:
+    """Asks within seconds whether what `config` needs of the hub can be had; `UserError` naming it if not.
+
+    Call it before importing a hub library: where the hub is not needed or does not answer, it turns them offline.
+    """
+    model, datasets = hub_needs(config)
+    for what in filter(None, [model, *(source.path for source in datasets)]):
+        if _looks_local(what):
+            raise UserError(f"{what}: no such file or folder")
+    if not model and not datasets:
+        go_offline()
+        return
+    problem = hub_problem()
+    if problem is None:
+        return
+    go_offline()
+    missing = missing_from_cache(config)
+    if missing:
+        raise UserError(
+            f"needs {', '.join(missing)} from the hub, but {problem} and the hub's cache does not hold it;"
+            " use --profile offline, or name local ones with --model and --text"
+        )
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".jsonl", ".parquet", ".txt"))
 
 
 def _folders(path: Path) -> list[Path]:

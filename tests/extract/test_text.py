@@ -10,7 +10,7 @@ import pytest
 from hafs_extract import packaged
 from hafs_extract.config import ExtractConfig, SourceConfig, difference, parse_source
 from hafs_extract.contexts import is_heldout, mixed, plan_batches, write_contexts
-from hafs_extract.profiles import OFFLINE, PRESETS, PYTHIA70M
+from hafs_extract.profiles import OFFLINE, PROFILES, PYTHIA70M
 from hafs_extract.text import documents, local_files
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import from_dict, to_dict
@@ -198,7 +198,7 @@ def test_wrong_configs_are_named(changes: dict, message: str) -> None:
 
 
 def test_presets_survive_json_and_differences_are_found() -> None:
-    for preset in PRESETS.values():
+    for preset in (profile.config for profile in PROFILES.values()):
         values = json.loads(json.dumps(to_dict(preset)))
         assert from_dict(ExtractConfig, values, "here") == preset and difference(values, to_dict(preset)) is None
         values["sources"][1]["weight"] = 9.5

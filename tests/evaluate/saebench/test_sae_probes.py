@@ -304,11 +304,13 @@ def test_saebench_leaving_something_out_is_an_error(planted, tmp_path, monkeypat
 
 
 def test_the_suite_follows_the_stores_profile():
-    assert resolved(EvalConfig(), "offline").suite == "sae_probes"
-    assert resolved(EvalConfig(), "offline").tasks == OFFLINE_TASKS
-    assert resolved(EvalConfig(), "pythia70m").suite == "standard"
-    assert len(resolved(EvalConfig(), "pythia70m").tasks) == 8
-    assert resolved(EvalConfig(suite="sae_probes", tasks=("a",)), "pythia70m").tasks == ("a",)
+    for profile in ({"resolved": "offline"}, {"resolved": "mine", "suite": "sae_probes"}):
+        assert resolved(EvalConfig(), profile).suite == "sae_probes"
+        assert resolved(EvalConfig(), profile).tasks == OFFLINE_TASKS
+    for profile in ({"resolved": "pythia70m"}, {"resolved": "mine"}, {"resolved": "offline", "suite": "standard"}):
+        assert resolved(EvalConfig(), profile).suite == "standard" and len(resolved(EvalConfig(), profile).tasks) == 8
+    assert resolved(EvalConfig(suite="standard"), {"resolved": "offline", "suite": "sae_probes"}).suite == "standard"
+    assert resolved(EvalConfig(suite="sae_probes", tasks=("a",)), {"resolved": "pythia70m"}).tasks == ("a",)
 
 
 @pytest.mark.parametrize(
