@@ -1,11 +1,10 @@
 """The training config: frozen dataclasses, each default in one place, checked at construction. No JAX here."""
 
-import math
 import re
 from dataclasses import dataclass
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.options import check_choices, option
+from hafs_jax.base.options import check, option
 
 
 def _require(condition: bool, message: str) -> None:
@@ -13,16 +12,15 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _require_knots(name: str, fractions: tuple[float, ...], values: tuple[float, ...], top: float = math.inf) -> None:
-    """A piecewise-linear schedule's knots: fractions that rise from 0 to 1, and as many values of 0 to `top`."""
+def _require_knots(name: str, fractions: tuple[float, ...], values: tuple[float, ...]) -> None:
+    """A piecewise-linear schedule's knots: fractions that rise from 0 to 1, and as many values."""
     _require(
         len(fractions) == len(values) >= 2 and list(fractions) == sorted(set(fractions)),
         f"{name}_fractions={fractions}: expected rising knots, one for each of {name}_values={values}",
     )
     _require(
-        fractions[0] == 0 and fractions[-1] == 1 and all(0 <= value <= top for value in values),
-        f"{name} knots {list(zip(fractions, values, strict=True))}: expected fractions from 0 to 1 and values of 0 "
-        f"{'or more' if top == math.inf else f'to {top:g}'}",
+        fractions[0] == 0 and fractions[-1] == 1,
+        f"{name}_fractions={fractions}: expected the first to be 0 and the last 1",
     )
 
 
@@ -31,16 +29,20 @@ class SAEConfig:
     """The autoencoder: its architecture, width and what its activation needs."""
 
     architecture: str = option("batchtopk", "activation and sparsity: see `hafs_jax.method.architectures`")
-    n_latents: int | None = option(None, "F, latents in the dictionary; none: expansion x D")
-    expansion: int = option(4, "F as a multiple of D, where n_latents is none")
-    k: int = option(40, "active latents per row: L0 of topk, mean L0 of batchtopk, target L0 of the others")
-    k_fractions: tuple[float, ...] = option((0.0, 1.0), "knots of k's schedule (topk, batchtopk), fraction of training")
-    k_values: tuple[float, ...] = option((1.0, 1.0), "k at its knots, multiples of k: 4 1 anneals from 4 k")
+    n_latents: int | None = option(None, "F, latents in the dictionary; none: expansion x D", least=1)
+    expansion: int = option(4, "F as a multiple of D, where n_latents is none", least=1)
+    k: int = option(40, "active latents per row: L0 of topk, mean L0 of batchtopk, target L0 of the others", least=1)
+    k_fractions: tuple[float, ...] = option(
+        (0.0, 1.0), "knots of k's schedule (topk, batchtopk), fraction of training", least=0, most=1
+    )
+    k_values: tuple[float, ...] = option((1.0, 1.0), "k at its knots, multiples of k: 4 1 anneals from 4 k", least=0)
     encoder: str = option(
         "tied", "W_enc at the start: the transposed W_dec, or random unit columns", ("tied", "random")
     )
     encoder_scale: float | None = option(
-        None, "multiple of that at which W_enc starts; none: 1, or 2 D/F where half of all latents start active"
+        None,
+        "multiple of that at which W_enc starts; none: 1, or 2 D/F where half of all latents start active",
+        above=0,
     )
     centre: str = option(
         "mean",
@@ -49,13 +51,17 @@ class SAEConfig:
     )
     compute_dtype: str = option("float32", "dtype of the matrix products' inputs", ("float32", "bfloat16"))
     prefixes: tuple[float, ...] = option(
-        (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0), "matryoshka: nested prefixes, as fractions of F"
+        (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0), "matryoshka: nested prefixes, as fractions of F", above=0, most=1
     )
-    sampled_prefixes: int = option(0, "matryoshka: prefixes of random lengths per step instead; 0: the fixed ones")
+    sampled_prefixes: int = option(
+        0, "matryoshka: prefixes of random lengths per step instead; 0: the fixed ones", least=0
+    )
     first_threshold: float | None = option(
-        None, "jumprelu: the thresholds' first value; none: where 2 k latents of a random encoder would be active"
+        None,
+        "jumprelu: the thresholds' first value; none: where 2 k latents of a random encoder would be active",
+        least=0,
     )
-    bandwidth: float = option(0.5, "jumprelu: width of the straight-through kernel, in the threshold's units")
+    bandwidth: float = option(0.5, "jumprelu: width of the straight-through kernel, in the threshold's units", above=0)
     threshold_gradient_to_input: bool = option(False, "jumprelu: the kernel's gradient reaches the encoder too")
     l0_loss: str = option(
         "target",
@@ -76,26 +82,18 @@ class SAEConfig:
         return min(round(self.k * max(self.k_values)), self.F)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check(self, "sae.")
         F = self.n_latents
-        _require(F is None or F >= 1, f"sae.n_latents={F}: expected at least 1, or none")
-        _require(self.expansion >= 1, f"sae.expansion={self.expansion}: expected at least 1")
-        _require(self.k >= 1 and (F is None or self.k <= F), f"sae.k={self.k}: expected 1 to n_latents={F}")
+        _require(F is None or self.k <= F, f"sae.k={self.k}: expected at most n_latents={F}")
         _require_knots("sae.k", self.k_fractions, self.k_values)
         _require(
-            self.encoder_scale is None or self.encoder_scale > 0,
-            f"sae.encoder_scale={self.encoder_scale}: expected a positive number, or none",
-        )
-        _require(
-            self.prefixes[-1:] == (1.0,) and list(self.prefixes) == sorted(set(self.prefixes)) and self.prefixes[0] > 0,
+            self.prefixes[-1:] == (1.0,) and list(self.prefixes) == sorted(set(self.prefixes)),
             f"sae.prefixes={self.prefixes}: expected rising fractions of F, the last 1",
         )
-        _require(self.sampled_prefixes >= 0, f"sae.sampled_prefixes={self.sampled_prefixes}: expected 0 or more")
-        _require(
-            self.first_threshold is None or self.first_threshold >= 0,
-            f"sae.first_threshold={self.first_threshold}: expected 0 or more, or none",
-        )
-        _require(self.bandwidth > 0, f"sae.bandwidth={self.bandwidth}: expected a positive number")
+
+
+PENALTY_KINDS = ["none", "hinge", "ortsae", "frob"]
+"""What `penalty.kind` may say; a list, so that others can be added to it."""
 
 
 @dataclass(frozen=True)
@@ -105,54 +103,49 @@ class PenaltyConfig:
     kind: str = option(
         "none",
         "none (lambda 0); hinge: one-sided squared hinge; ortsae: squared largest cosine; frob: all squared cosines",
-        ("none", "hinge", "ortsae", "frob"),
+        PENALTY_KINDS,
     )
-    lam_max: float = option(3.0, "largest weight of the penalty, FVU per unit of penalty")
-    lam_min: float = option(0.0, "smallest weight of the penalty, FVU per unit of penalty")
+    lam_max: float = option(3.0, "largest weight of the penalty, FVU per unit of penalty", least=0)
+    lam_min: float = option(0.0, "smallest weight of the penalty, FVU per unit of penalty", least=0)
     ramp: bool = option(False, "relax the penalty by 1 - alpha(t); off: alpha is 0 throughout")
-    alpha_fractions: tuple[float, ...] = option((0.0, 0.05, 0.4, 0.8, 1.0), "alpha's knots, fraction of training")
-    alpha_values: tuple[float, ...] = option((1.0, 0.9, 0.9, 0.0, 0.0), "alpha at its knots, 0 to 1")
+    alpha_fractions: tuple[float, ...] = option(
+        (0.0, 0.05, 0.4, 0.8, 1.0), "alpha's knots, fraction of training", least=0, most=1
+    )
+    alpha_values: tuple[float, ...] = option((1.0, 0.9, 0.9, 0.0, 0.0), "alpha at its knots", least=0, most=1)
     gate: bool = option(False, "let lambda follow the reconstruction error; off: lambda is lam_max throughout")
-    tau: float | None = option(None, "the gate's threshold, FVU; none: from the baseline run of the same setting")
-    tau_factor: float = option(1.25, "tau as a multiple of the baseline's final FVU, where tau is none")
-    gate_width: float = option(0.15, "w, the gate's width as a fraction of tau")
-    ema_decay: float = option(0.99, "beta of the FVU's moving average, per step")
-    mu0: float | None = option(None, "cosine margin; none: solved from the noise floor")
-    noise_floor: float = option(0.25, "the penalty of random unit rows at the solved mu0")
-    chunk_size: int = option(128, "m, latents per random chunk")
+    tau: float | None = option(
+        None, "the gate's threshold, FVU; none: from the baseline run of the same setting", above=0
+    )
+    tau_factor: float = option(1.25, "tau as a multiple of the baseline's final FVU, where tau is none", above=0)
+    gate_width: float = option(0.15, "w, the gate's width as a fraction of tau", above=0)
+    ema_decay: float = option(0.99, "beta of the FVU's moving average, per step", least=0, below=1)
+    mu0: float | None = option(None, "cosine margin; none: solved from the noise floor", least=0, below=1)
+    noise_floor: float = option(0.25, "the penalty of random unit rows at the solved mu0", above=0)
+    chunk_size: int = option(128, "m, latents per random chunk", least=2)
     sharing: str = option(
         "global",
         "T, which pairs may share direction under alpha: all, neighbours in groups of M, a parent's children, "
         "a Matryoshka level's latents, or pairs as far as they fire together",
         ("global", "contiguous", "parent", "level", "cofiring"),
     )
-    group_size: int = option(16, "M, latents per group of contiguous sharing")
-    parents: int = option(64, "P, the first latents, which are the parents of `parent` sharing")
-    regroup_every_steps: int = option(500, "steps between assignments of children to parents")
+    group_size: int = option(16, "M, latents per group of contiguous sharing", least=1)
+    parents: int = option(64, "P, the first latents, which are the parents of `parent` sharing", least=1)
+    regroup_every_steps: int = option(500, "steps between assignments of children to parents", least=1)
     yielding: str = option(
         "both",
         "which latent of a pair the penalty moves: both, the one that fires less, or the later one",
         ("both", "rarer", "later"),
     )
     every_steps: int = option(
-        1, "steps between new estimates of the penalty's gradient; in between the last one is used again"
+        1, "steps between new estimates of the penalty's gradient; in between the last one is used again", least=1
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        _require_knots("penalty.alpha", self.alpha_fractions, self.alpha_values, top=1.0)
-        _require(0 <= self.lam_min <= self.lam_max, f"penalty.lam_min={self.lam_min}: expected 0 to {self.lam_max}")
-        _require(self.tau is None or self.tau > 0, f"penalty.tau={self.tau}: expected a positive FVU or none")
-        _require(self.tau_factor > 0, f"penalty.tau_factor={self.tau_factor}: expected a positive number")
-        _require(self.gate_width > 0, f"penalty.gate_width={self.gate_width}: expected a positive number")
-        _require(0 <= self.ema_decay < 1, f"penalty.ema_decay={self.ema_decay}: expected 0 up to 1")
-        _require(self.mu0 is None or 0 <= self.mu0 < 1, f"penalty.mu0={self.mu0}: expected 0 up to 1, or none")
-        _require(self.noise_floor > 0, f"penalty.noise_floor={self.noise_floor}: expected a positive number")
-        _require(self.chunk_size >= 2, f"penalty.chunk_size={self.chunk_size}: expected at least 2")
-        _require(self.group_size >= 1, f"penalty.group_size={self.group_size}: expected at least 1")
-        _require(self.parents >= 1, f"penalty.parents={self.parents}: expected at least 1")
-        _require(self.regroup_every_steps >= 1, "penalty.regroup_every_steps: expected at least 1")
-        _require(self.every_steps >= 1, f"penalty.every_steps={self.every_steps}: expected at least 1")
+        check(self, "penalty.")
+        _require_knots("penalty.alpha", self.alpha_fractions, self.alpha_values)
+        _require(
+            self.lam_min <= self.lam_max, f"penalty.lam_min={self.lam_min}: expected at most lam_max={self.lam_max}"
+        )
 
 
 @dataclass(frozen=True)
@@ -160,41 +153,38 @@ class SparsityConfig:
     """What keeps latents sparse and alive, beside the activation itself."""
 
     coefficient: float = option(
-        2.0, "first (or fixed) weight of the sparsity cost: L1 x decoder norm (the original fixed one is 0.04), or L0"
+        2.0,
+        "first (or fixed) weight of the sparsity cost: L1 x decoder norm (the original fixed one is 0.04), or L0",
+        least=0,
     )
     coefficient_fractions: tuple[float, ...] = option(
-        (0.0, 0.05, 1.0), "knots of the coefficient's schedule, fraction of training"
+        (0.0, 0.05, 1.0), "knots of the coefficient's schedule, fraction of training", least=0, most=1
     )
-    coefficient_values: tuple[float, ...] = option((0.0, 1.0, 1.0), "the coefficient at its knots, multiples of itself")
+    coefficient_values: tuple[float, ...] = option(
+        (0.0, 1.0, 1.0), "the coefficient at its knots, multiples of itself", least=0
+    )
     match_l0: bool = option(True, "let a controller move the coefficient until L0 is sae.k; off: it stays")
     match_gain: float = option(
-        0.02, "controller: doublings of the coefficient per step and doubling of L0 over its target"
+        0.02, "controller: doublings of the coefficient per step and doubling of L0 over its target", above=0
     )
-    freeze_fraction: float = option(0.15, "last fraction of training in which the controller's coefficient is frozen")
-    aux: float = option(0.03125, "weight of the dead latents' auxiliary reconstruction of the residual")
-    aux_k: int = option(256, "dead latents that may reconstruct the residual, per row")
-    pre_activation: float = option(0.0, "weight of the dead latents' pre-activation loss relu(threshold - pre)")
-    resample_every_steps: int = option(0, "steps between resamplings of dead latents; 0: never")
-    resample_until: float = option(0.5, "fraction of training after which nothing is resampled")
-    dead_after_tokens: int = option(100_000, "a latent that has not fired for so many rows is dead")
-    threshold_decay: float = option(0.99, "decay of batchtopk's moving-average inference threshold, per step")
+    freeze_fraction: float = option(
+        0.15, "last fraction of training in which the controller's coefficient is frozen", least=0, most=1
+    )
+    aux: float = option(0.03125, "weight of the dead latents' auxiliary reconstruction of the residual", least=0)
+    aux_k: int = option(256, "dead latents that may reconstruct the residual, per row", least=1)
+    pre_activation: float = option(
+        0.0, "weight of the dead latents' pre-activation loss relu(threshold - pre)", least=0
+    )
+    resample_every_steps: int = option(0, "steps between resamplings of dead latents; 0: never", least=0)
+    resample_until: float = option(0.5, "fraction of training after which nothing is resampled", least=0, most=1)
+    dead_after_tokens: int = option(100_000, "a latent that has not fired for so many rows is dead", least=1)
+    threshold_decay: float = option(
+        0.99, "decay of batchtopk's moving-average inference threshold, per step", least=0, below=1
+    )
 
     def __post_init__(self) -> None:
-        _require(self.coefficient >= 0, f"sparsity.coefficient={self.coefficient}: expected 0 or more")
+        check(self, "sparsity.")
         _require_knots("sparsity.coefficient", self.coefficient_fractions, self.coefficient_values)
-        _require(self.match_gain > 0, f"sparsity.match_gain={self.match_gain}: expected a positive number")
-        _require(
-            0 <= self.freeze_fraction <= 1, f"sparsity.freeze_fraction={self.freeze_fraction}: expected a fraction"
-        )
-        _require(self.aux >= 0, f"sparsity.aux={self.aux}: expected 0 or more")
-        _require(self.pre_activation >= 0, f"sparsity.pre_activation={self.pre_activation}: expected 0 or more")
-        _require(self.resample_every_steps >= 0, "sparsity.resample_every_steps: expected 0 or more")
-        _require(0 <= self.resample_until <= 1, f"sparsity.resample_until={self.resample_until}: expected a fraction")
-        _require(self.aux_k >= 1, f"sparsity.aux_k={self.aux_k}: expected at least 1")
-        _require(
-            self.dead_after_tokens >= 1, f"sparsity.dead_after_tokens={self.dead_after_tokens}: expected 1 or more"
-        )
-        _require(0 <= self.threshold_decay < 1, f"sparsity.threshold_decay={self.threshold_decay}: expected 0 up to 1")
 
 
 @dataclass(frozen=True)
@@ -203,31 +193,29 @@ class OptimizerConfig:
 
     name: str = option("adam", "any optax optimizer that takes a learning rate: adam, adamw, lion, sgd, ...")
     learning_rate: float = option(
-        3e-3, "peak learning rate (inputs are scaled to unit variance, decoder rows to norm 1)"
+        3e-3, "peak learning rate (inputs are scaled to unit variance, decoder rows to norm 1)", above=0
     )
-    warmup: float = option(0.05, "fraction of training over which the rate rises from 0")
-    decay: float = option(0.4, "last fraction of training over which the rate falls to 0")
+    warmup: float = option(0.05, "fraction of training over which the rate rises from 0", least=0, most=1)
+    decay: float = option(0.4, "last fraction of training over which the rate falls to 0", least=0, most=1)
     decay_shape: str = option("linear", "how it falls", ("linear", "cosine"))
-    beta1: float = option(0.9, "decay of the first moment, for optimizers that have one")
-    beta2: float = option(0.999, "decay of the second moment, for optimizers that have one")
-    epsilon: float = option(1e-8, "the denominator's epsilon, for optimizers that have one")
+    beta1: float = option(0.9, "decay of the first moment, for optimizers that have one", least=0, below=1)
+    beta2: float = option(0.999, "decay of the second moment, for optimizers that have one", least=0, below=1)
+    epsilon: float = option(1e-8, "the denominator's epsilon, for optimizers that have one", above=0)
     clip_norm: float | None = option(
         1.0,
         "largest norm of the gradient of a row's squared error (D x FVU), as other trainers clip; none: no clipping",
+        above=0,
     )
-    average: float | None = option(None, "decay of a moving average of the weights, which the SAE then is; none: off")
+    average: float | None = option(
+        None, "decay of a moving average of the weights, which the SAE then is; none: off", above=0, below=1
+    )
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: expected a positive number")
+        check(self, "optimizer.")
         _require(
-            self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1,
+            self.warmup + self.decay <= 1,
             f"optimizer.warmup={self.warmup} and decay={self.decay}: expected fractions that add up to at most 1",
         )
-        _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optimizer.beta1 and beta2: expected 0 up to 1")
-        _require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon}: expected a positive number")
-        _require(self.clip_norm is None or self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm}: expected > 0")
-        _require(self.average is None or 0 < self.average < 1, f"optimizer.average={self.average}: expected 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -235,32 +223,38 @@ class TrainConfig:
     """One training run. A variant is a preset of `penalty` (see `hafs_jax.presets`)."""
 
     variant: str = option("baseline", "the preset that this run's penalty came from")
-    seed: int = option(0, "seed of the weights, the penalty's chunks and, unless data_seed is given, the data order")
-    data_seed: int | None = option(None, "seed of the data order; none: the seed")
+    seed: int = option(
+        0, "seed of the weights, the penalty's chunks and, unless data_seed is given, the data order", least=0
+    )
+    data_seed: int | None = option(None, "seed of the data order; none: the seed", least=0)
     frozen: str = option(
         "nothing",
         "what never trains: nothing, W_dec, or everything (thresholds and the encoder's bias still follow L0)",
         ("nothing", "decoder", "everything"),
     )
-    tokens: int | None = option(None, "activation rows to train on; none: passes x the store's rows")
-    passes: float = option(1.4, "passes over the store, where tokens is none")
-    batch_size: int = option(1024, "B, rows per step")
-    steps_per_dispatch: int = option(8, "steps run in one call of the compiled program")
-    checkpoint_every_steps: int = option(400, "steps between checkpoints")
-    log_every_steps: int = option(8, "steps between lines of metrics.jsonl")
-    max_bad_fraction: float = option(0.01, "share of non-finite batches (skipped) above which the run stops")
+    tokens: int | None = option(None, "activation rows to train on; none: passes x the store's rows", least=1)
+    passes: float = option(1.4, "passes over the store, where tokens is none", above=0)
+    batch_size: int = option(1024, "B, rows per step", least=1)
+    steps_per_dispatch: int = option(8, "steps run in one call of the compiled program", least=1)
+    checkpoint_every_steps: int = option(400, "steps between checkpoints", least=1)
+    log_every_steps: int = option(8, "steps between lines of metrics.jsonl", least=1)
+    max_bad_fraction: float = option(
+        0.01, "share of non-finite batches (skipped) above which the run stops", least=0, below=1
+    )
     coherence_every_steps: int = option(
-        80, "steps between measurements of the decoder's coherence: of 4,096 latents, at the last step of all"
+        80, "steps between measurements of the decoder's coherence: of 4,096 latents, at the last step of all", least=1
     )
     products: str = option(
         "auto",
         "multiply by all latents, or by the active ones alone (not jumprelu, gated); auto: the faster, as measured",
         ("auto", "dense", "sparse"),
     )
-    dictionary_shards: int = option(1, "devices along the latents; the others split the batch")
-    evaluate_every_steps: int = option(0, "steps between held-out FVU measurements, the best checkpoint kept; 0: never")
-    heldout_rows: int = option(16_384, "rows of the held-out store that they use")
-    patience: int | None = option(None, "stop after so many of them without a better FVU; none: never")
+    dictionary_shards: int = option(1, "devices along the latents; the others split the batch", least=1)
+    evaluate_every_steps: int = option(
+        0, "steps between held-out FVU measurements, the best checkpoint kept; 0: never", least=0
+    )
+    heldout_rows: int = option(16_384, "rows of the held-out store that they use", least=1)
+    patience: int | None = option(None, "stop after so many of them without a better FVU; none: never", least=1)
     init_from: str | None = option(None, "start from the SAE in this SAELens folder; none: from random weights")
     tag: str = option("", "appended to the run's name")
     arm: str = option(
@@ -274,28 +268,16 @@ class TrainConfig:
     optimizer: OptimizerConfig = option(OptimizerConfig(), "the optimizer")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        _require(self.seed >= 0, f"seed={self.seed}: expected 0 or more")
-        _require(self.data_seed is None or self.data_seed >= 0, f"data_seed={self.data_seed}: expected 0 or more")
-        _require(self.evaluate_every_steps >= 0, "evaluate_every_steps: expected 0 or more")
-        _require(self.heldout_rows >= 1, f"heldout_rows={self.heldout_rows}: expected at least 1")
+        check(self)
         _require(
-            self.patience is None or (self.patience >= 1 and self.evaluate_every_steps > 0),
-            f"patience={self.patience}: expected at least 1, and evaluate_every_steps above 0",
+            self.patience is None or self.evaluate_every_steps > 0,
+            f"patience={self.patience}: expected evaluate_every_steps above 0, by which it counts",
         )
         _require(
             re.fullmatch(r"[\w.,=+-]*", self.tag) is not None,
             f"tag={self.tag!r}: expected letters, digits and any of _ . , = + -",
         )
         _require(self.arm.isprintable(), f"arm={self.arm!r}: expected one line of text")
-        _require(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
-        _require(self.steps_per_dispatch >= 1, f"steps_per_dispatch={self.steps_per_dispatch}: expected at least 1")
-        _require(self.checkpoint_every_steps >= 1, "checkpoint_every_steps: expected at least 1")
-        _require(self.log_every_steps >= 1, f"log_every_steps={self.log_every_steps}: expected at least 1")
-        _require(0 <= self.max_bad_fraction < 1, f"max_bad_fraction={self.max_bad_fraction}: expected 0 up to 1")
-        _require(self.passes > 0, f"passes={self.passes}: expected a positive number")
-        _require(self.coherence_every_steps >= 1, "coherence_every_steps: expected at least 1")
-        _require(self.dictionary_shards >= 1, f"dictionary_shards={self.dictionary_shards}: expected at least 1")
         _require(
             self.tokens is None or self.tokens >= self.batch_size,
             f"tokens={self.tokens}: expected at least one batch ({self.batch_size})",

@@ -66,10 +66,10 @@ def option(
     """A dataclass field with its default, one line of help (meaning and unit) and what it allows.
 
     `choices` are the allowed values of a string, the others the bounds of a number; of a tuple they are each element's.
-    They are only declared here: call `check` in `__post_init__`.
+    They are only declared here: call `check` in `__post_init__`. A list of choices may grow later.
     """
     bounds = Bounds(least, most, above, below)
-    metadata = {"help": help, "choices": tuple(choices) if choices else None, "bounds": bounds}
+    metadata = {"help": help, "choices": choices, "bounds": bounds}
     if dataclasses.is_dataclass(default) or isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -128,9 +128,6 @@ def from_dict(cls: type[C], values: Any, where: str) -> C:
     if missing:
         raise UserError(f"{where}: {cls.__name__} lacks {', '.join(missing)}")
     return cls(**{key: _coerce(hints[key], value, f"{where}: {key}") for key, value in values.items()})
-
-
-check_choices = check  # until every config calls `check`
 
 
 def did_you_mean(word: Any, known: Any) -> str:

@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(out: Path, tmp_path: Path) -> N
         (["train", "--penalty.lam-mx", "1"], "did you mean '--penalty.lam-max'?"),
         (["train", "--profile", "nope"], "profile 'nope': expected a folder"),
         (["train"], "auto.json, found none; run `make extract` or name"),
-        (["train", "--sae.k", "0"], "sae.k=0: expected 1 to"),
+        (["train", "--sae.k", "0"], "sae.k=0: expected at least 1"),
         (["train", "--tokens", "many"], "invalid int value: 'many'"),
         (["tau", "--baseline", "nowhere"], "expected a finished run's run.json"),
         (["inspect", "nowhere"], "expected a run's config.json"),
