@@ -20,7 +20,7 @@ SUITES = (
     "limits",
     "steps",
     "dead",
-    "moves",
+    "updates",
     "penalties",
     "products",
     "sweeping",

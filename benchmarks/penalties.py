@@ -18,7 +18,9 @@ import numpy as np
 from benchmarks.harness import Row, interleaved
 from benchmarks.workloads import D, K, config_of, our_steps, planted_rows
 from hafs_jax.config import PenaltyConfig, TrainConfig
-from hafs_jax.method.penalties import Structure, first_groups, hinge_pull, penalty_pull
+from hafs_jax.fast.hinge import hinge_and_gradient, penalty_and_gradient
+from hafs_jax.fast.plan import choose
+from hafs_jax.method.penalties import Structure, first_groups
 from hafs_jax.method.sae import init_params
 from hafs_jax.presets import preset
 
@@ -73,14 +75,15 @@ def _spread(F: int, draws: int) -> Row:
     strict = preset("strict").penalty
     W_dec = init_params(config_of("topk", F).sae, D, jax.random.key(0))["W_dec"]
     structure = Structure(first_groups(strict, config_of("topk", F).sae), jnp.zeros(F))
+    plan = choose(config_of("topk", F))
 
-    def pull(chunk_size: int, key: jax.Array) -> jax.Array:
+    def gradient(chunk_size: int, key: jax.Array) -> jax.Array:
         settings = dataclasses.replace(strict, chunk_size=chunk_size)
-        return hinge_pull(W_dec, jnp.float32(0.0), structure, _MU0, settings, key)[1]
+        return hinge_and_gradient(W_dec, jnp.float32(0.0), structure, _MU0, settings, key, plan)[1]
 
-    exact = pull(F, jax.random.key(0))
+    exact = gradient(F, jax.random.key(0))
     size = float(jnp.sum(exact**2))
-    estimate = jax.jit(lambda key: jnp.sum((pull(strict.chunk_size, key) - exact) ** 2))
+    estimate = jax.jit(lambda key: jnp.sum((gradient(strict.chunk_size, key) - exact) ** 2))
     found = float(np.mean([estimate(key) for key in jax.random.split(jax.random.key(1), draws)]))
     cosines = W_dec @ W_dec.T
     above = jnp.maximum(cosines - _MU0, 0.0) * (1 - jnp.eye(F))
@@ -94,7 +97,10 @@ def _spread(F: int, draws: int) -> Row:
 
 def _gradient(config: TrainConfig, settings: PenaltyConfig, W_dec: jax.Array) -> Callable[[], Any]:
     structure = Structure(first_groups(settings, config.sae), jnp.zeros(config.sae.F))
-    gradient = jax.jit(lambda W, key: penalty_pull(W, jnp.float32(0.5), structure, _MU0, settings, key)[1])
+    plan = choose(config)
+    gradient = jax.jit(
+        lambda W, key: penalty_and_gradient(W, jnp.float32(0.5), structure, _MU0, settings, key, plan)[1]
+    )
     return lambda: jax.block_until_ready(gradient(W_dec, jax.random.key(0)))
 
 

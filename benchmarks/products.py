@@ -1,10 +1,10 @@
-"""From which ratio of latents to slots kept entries beat dense products: what `hafs_jax.fast.entries.pays` goes by."""
+"""From which ratio of latents to capacity sparse products beat dense ones: what `fast.plan.resolve_products` uses."""
 
 from collections.abc import Iterator
 
 from benchmarks.harness import Row, interleaved
 from benchmarks.workloads import D, config_of, our_steps, planted_rows, random_weights
-from hafs_jax.method.architectures import ARCHITECTURES, slots
+from hafs_jax.fast.forms import FORMS, capacity
 
 _BATCH, _K, _STEPS = 512, 32, 4
 _RATIOS = (8, 16, 24, 32, 48, 64, 128, 256)
@@ -26,8 +26,8 @@ def measure(quick: bool) -> Iterator[Row]:
 
 
 def _row(architecture: str, ratio: int, dtype: str, quick: bool) -> Row:
-    rows_BD, any_number = planted_rows(_BATCH, seed=0), ARCHITECTURES[architecture].keeps_any_number
-    per_row = slots(config_of(architecture, ratio * _K).sae)
+    rows_BD, any_number = planted_rows(_BATCH, seed=0), FORMS[architecture].any_number
+    per_row = capacity(config_of(architecture, ratio * _K).sae)
     sae = {"n_latents": ratio * per_row, "k": _K, "compute_dtype": dtype}
     runs = {}
     for products in ("sparse", "dense"):
@@ -36,6 +36,6 @@ def _row(architecture: str, ratio: int, dtype: str, quick: bool) -> Row:
         runs[products] = our_steps(config, rows_BD, _STEPS, weights)
     times = interleaved(runs, 3 if quick else 7, warm_ups=1)
     (ours, spread), (theirs, _) = (times[name].rate(_STEPS * _BATCH) for name in ("sparse", "dense"))
-    sizes = {"B": _BATCH, "D": D, "F": ratio * per_row, "k": _K, "slots": per_row, "dtype": dtype}
-    name = f"kept entries of {architecture}, F / slots = {ratio}, {dtype}"
+    sizes = {"B": _BATCH, "D": D, "F": ratio * per_row, "k": _K, "capacity": per_row, "dtype": dtype}
+    name = f"sparse products of {architecture}, F / capacity = {ratio}, {dtype}"
     return Row(name, "dense products", ours, theirs, "tokens/s", ours / theirs, None, sizes=sizes, spread=spread)

@@ -21,7 +21,7 @@ _D = 576
 
 def measure(quick: bool) -> Iterator[Row]:
     """Rows x SAEs a second, together and one after the other; a GPU is to gain threefold, a CPU to lose nothing."""
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = target() == "cpu"
     sizes = ((1_024, 256),) if quick else ((1_024, 256), (4_096, 1_024))
     for F, B in sizes if on_cpu else ((4_096, 2_048),):
         rows_BD = planted_rows(B, seed=0)

@@ -1,5 +1,6 @@
 """What the suites measure: configs, rows, weights, our training steps and the products they need. No other library."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hafs_jax.config import TrainConfig
+from hafs_jax.fast.plan import resolve_products, this_machine
 from hafs_jax.method.sae import InputScale, init_params
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.training.loop import shared_config
@@ -61,6 +63,7 @@ def our_steps(
     config: TrainConfig, rows_BD: np.ndarray, steps: int = DISPATCH, weights: Weights | None = None
 ) -> Callable[[], Any]:
     """`steps` training steps in one call, as the training loop makes them; from `weights`, or from fresh ones."""
+    config = dataclasses.replace(config, products=resolve_products(config, this_machine()))
     hyper, d_model = hyperparameters(config), rows_BD.shape[1]
     fresh = init_params(config.sae, d_model, jax.random.key(0))
     params = fresh if weights is None else {name: jnp.asarray(value) for name, value in weights.items()}

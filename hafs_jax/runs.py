@@ -158,7 +158,10 @@ class Run:
 
     def check_same(self, config: TrainConfig, store: dict[str, Any]) -> None:
         """Raises `UserError` naming the first difference where the folder's run has another config or store."""
-        if (difference := _first_difference(identity(self.config()), identity(config))) is not None:
+        old, new = identity(self.config()), identity(config)
+        if old["products"] == "auto":  # of a version that chose anew at each start
+            old["products"] = new["products"]
+        if (difference := _first_difference(old, new)) is not None:
             path, before, after = difference
             raise UserError(
                 f"{self.folder} holds a run with {path}={before}, this one has {after}; "

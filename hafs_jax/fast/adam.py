@@ -1,9 +1,9 @@
-"""One move of the optimizer: gradients in, parameters and the optimizer's state out. Pure functions.
+"""One update of the optimizer: gradients in, parameters and the optimizer's state out. Pure functions.
 
-It only reads and writes memory, so it is fast where arrays are overwritten in place, which XLA does where it is sure
-that nobody reads the old one any more. On a CPU a branch makes sure of it, Adam's moments and parameters each in their
-own; other optimizers copy what they read twice. Off the CPU, and of many SAEs under `vmap`, which turns branches into
-selections, it selects.
+`plain_update` is the plain form, by optax alone; tests hold `update` to it. An update only reads and writes memory, so
+it is fast where XLA overwrites arrays in place. On a CPU we wrap it in `lax.cond`, Adam's moments and parameters each
+in one of their own, so that XLA does. Other optimizers copy what they read twice. Elsewhere, and under `vmap`, which
+turns branches into selections, we use `jnp.where`.
 """
 
 import inspect
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import did_you_mean
 from hafs_jax.config import TrainConfig
+from hafs_jax.fast.plan import Plan
 from hafs_jax.method.sae import unit_rows
 from hafs_jax.ops.products import Params
 
@@ -47,7 +48,7 @@ def optimizer(config: TrainConfig, d_out: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm / d_out), update)
 
 
-def move(
+def update(
     params: Params,
     opt_state: optax.OptState,
     grads: Params,
@@ -55,25 +56,26 @@ def move(
     learning_rate: Float[Array, ""],
     ok: Bool[Array, ""],
     config: TrainConfig,
+    plan: Plan,
 ) -> tuple[Params, optax.OptState]:
-    """The parameters after one move of the optimizer, within their bounds, and its state; as they were if not `ok`.
+    """The parameters after one update, within their bounds, and the optimizer's state; as they were if not `ok`.
 
     `gradient_norm` is that of all of `grads`.
     """
     if config.optimizer.name == "adam":
-        params, opt_state = _adam(params, opt_state, grads, gradient_norm, learning_rate, ok, config)
+        params, opt_state = _adam(params, opt_state, grads, gradient_norm, learning_rate, ok, config, plan)
     else:
         old = (params, opt_state)
-        params, opt_state = _kept_unless(ok, lambda: plain_move(*old, grads, learning_rate, config), old)
+        params, opt_state = _if_ok(ok, lambda: plain_update(*old, grads, learning_rate, config), old, plan)
     return params, opt_state
 
 
-def plain_move(
+def plain_update(
     params: Params, opt_state: optax.OptState, grads: Params, learning_rate: Float[Array, ""], config: TrainConfig
 ) -> tuple[Params, optax.OptState]:
-    """`move` of any optimizer by optax's own update."""
-    moves, opt_state = optimizer(config, params["W_dec"].shape[-1]).update(grads, opt_state, params)
-    return _within_bounds(params, cast(Params, moves), learning_rate, config), opt_state
+    """`update` of any optimizer by optax's own."""
+    changes, opt_state = optimizer(config, params["W_dec"].shape[-1]).update(grads, opt_state, params)
+    return _within_bounds(params, cast(Params, changes), learning_rate, config), opt_state
 
 
 def _adam(
@@ -84,8 +86,9 @@ def _adam(
     learning_rate: Float[Array, ""],
     ok: Bool[Array, ""],
     config: TrainConfig,
+    plan: Plan,
 ) -> tuple[Params, optax.OptState]:
-    """`plain_move` of clipped Adam: first the moments, then, from them alone, the parameters."""
+    """`plain_update` of clipped Adam: first the moments, then, from them alone, the parameters."""
     settings, clip = config.optimizer, jnp.ones(())
     if settings.clip_norm is not None:
         clip = jnp.minimum(1.0, settings.clip_norm / params["W_dec"].shape[-1] / gradient_norm)
@@ -97,31 +100,31 @@ def _adam(
         mu = optax.tree.update_moment(clipped, old[0], settings.beta1, 1)
         return mu, optax.tree.update_moment_per_elem_norm(clipped, old[1], settings.beta2, 2)
 
-    mu, nu = _kept_unless(ok, moments, old)
+    mu, nu = _if_ok(ok, moments, old, plan)
     count = jnp.where(ok, optax.safe_increment(count), count)
 
-    def moved() -> Params:
+    def updated() -> Params:
         mean = optax.tree.bias_correction(mu, settings.beta1, count)
         square = optax.tree.bias_correction(nu, settings.beta2, count)
-        moves = jax.tree.map(lambda m, v: -m / (jnp.sqrt(v) + settings.epsilon), mean, square)
-        return _within_bounds(params, moves, learning_rate, config)
+        changes = jax.tree.map(lambda m, v: -m / (jnp.sqrt(v) + settings.epsilon), mean, square)
+        return _within_bounds(params, changes, learning_rate, config)
 
-    return _kept_unless(ok, moved, params), optax.tree.set(opt_state, mu=mu, nu=nu, count=count)
+    return _if_ok(ok, updated, params, plan), optax.tree.set(opt_state, mu=mu, nu=nu, count=count)
 
 
-def _within_bounds(params: Params, moves: Params, learning_rate: Float[Array, ""], config: TrainConfig) -> Params:
-    """The parameters moved: decoder rows of norm 1, thresholds not negative, what is frozen as it was."""
+def _within_bounds(params: Params, changes: Params, learning_rate: Float[Array, ""], config: TrainConfig) -> Params:
+    """The changed parameters: decoder rows of norm 1, thresholds not negative, what is frozen as it was."""
     if config.frozen == "everything":
         return params
-    moved = jax.tree.map(lambda value, move: value + learning_rate * move, params, moves)
-    moved["W_dec"] = params["W_dec"] if config.frozen == "decoder" else unit_rows(moved["W_dec"])
-    if "threshold" in moved:  # below zero the gate would let negative pre-activations through
-        moved["threshold"] = jnp.maximum(moved["threshold"], 0.0)
-    return moved
+    new = jax.tree.map(lambda value, change: value + learning_rate * change, params, changes)
+    new["W_dec"] = params["W_dec"] if config.frozen == "decoder" else unit_rows(new["W_dec"])
+    if "threshold" in new:  # below zero the gate would let negative pre-activations through
+        new["threshold"] = jnp.maximum(new["threshold"], 0.0)
+    return new
 
 
-def _kept_unless(ok: Bool[Array, ""], new: Callable[[], Tree], old: Tree) -> Tree:
+def _if_ok(ok: Bool[Array, ""], new: Callable[[], Tree], old: Tree, plan: Plan) -> Tree:
     """`new()` where `ok`, else `old`: on a CPU by a branch, elsewhere, where nothing was measured, by selection."""
-    if jax.default_backend() == "cpu":
+    if plan.on_cpu:
         return cast(Tree, jax.lax.cond(ok, new, lambda: old))
     return cast(Tree, jax.tree.map(lambda a, b: jnp.where(ok, a, b), new(), old))

@@ -1,14 +1,12 @@
 """The SAE's products without the zeros: only the encoder's forward product is dense. Pure functions.
 
-Of the five products of B x D x F in a step, four multiply by latents of which few are not zero: the decoder's, its
-gradient with respect to the latents, and the gradients of both matrices. Here they are sums over the active entries, of
-which there are B k or, with ReLU, as many as there happen to be; values and gradients are those of the dense form
-(`sae.SAE`), in bfloat16 up to its rounding, which tests hold them to.
+The twin of the dense products in `hafs_jax.method.sae`. Of the five products of B x D x F in a step, four multiply by
+latents of which few are not zero: the decoder's, its gradient with respect to the latents, and the gradients of both
+matrices. Here they are sums over the active entries, of which there are B k or, with ReLU, as many as there happen to
+be. Values and gradients are those of the dense form, in bfloat16 up to its rounding; tests hold them to it.
 """
 
-import os
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,156 +14,138 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hafs_jax.config import SAEConfig, TrainConfig
-from hafs_jax.method.architectures import ARCHITECTURES, slots
+from hafs_jax.fast.forms import form_of
+from hafs_jax.fast.plan import Plan
 from hafs_jax.ops.products import Params, blocks_of, matmul, row_blocks
 from hafs_jax.ops.selection import Entries, where_true
 
-_LEAST_RATIO, _LEAST_RATIO_AMX = 11, 85  # F / slots, per core and one more, from which it pays: see `pays`
 _UNROLLED = 4  # entries added per turn of the loop
 _CHUNK = 4096  # entries whose rows are gathered at a time
 
 
-class Kept(struct.PyTreeNode):
-    """The latents that are active in a batch, row by row; an empty slot has the value 0."""
+class SparseLatents(struct.PyTreeNode):
+    """The active latents of a batch as a list of N entries, row by row. An entry of value 0 stands for nothing."""
 
     values_N: Float[Array, " N"]
     rows_N: Int[Array, " N"]
     latents_N: Int[Array, " N"]
-    filled: Int[Array, ""]  # from this slot on all are empty
-    whole: Bool[Array, ""]  # whether there was a slot for each active latent
+    count: Int[Array, ""]  # entries from this one on are 0
+    complete: Bool[Array, ""]  # whether there was room for every active latent
 
     def firing(self, n_latents: int) -> Float[Array, " F"]:
         """In how many of the rows each latent fires."""
         return jnp.zeros(n_latents).at[self.latents_N].add(self.values_N > 0)
 
 
-def pays(config: TrainConfig) -> bool:
-    """Whether a training of `config` multiplies by kept entries alone: as its `products` says, or by measurement.
+def active_latents(
+    acts_BD: Float[Array, "B D"],
+    W_enc: Float[Array, "D F"],
+    bias_F: Float[Array, " F"],
+    k: Array,
+    config: TrainConfig,
+    plan: Plan,
+) -> SparseLatents:
+    """The entries of relu(acts @ W_enc + bias) that the config's architecture leaves active; not differentiable.
 
-    `auto` takes dense products but where `benchmarks/products.py` measured the kept entries to be faster or, with AMX,
-    about as fast, by F over slots: on a CPU of one core from 22 on, of two from 33; in bfloat16 with AMX 170 and 255.
-    Dense products run on all cores and the sums over kept entries on one, so with more cores the ratio is taken to rise
-    as it does from one to two. ReLU has more slots than k, and goes by them only where a controller brings L0 to k. Off
-    the CPU nothing was measured.
+    Where rows stand alone, a large batch is taken in blocks of rows.
     """
-    architecture = ARCHITECTURES[config.sae.architecture]
-    asks_for_all = config.penalty.sharing == "cofiring" or config.sparsity.pre_activation > 0
-    if architecture.keep is None or asks_for_all or config.dictionary_shards > 1:
-        return False
-    if config.products != "auto":
-        return config.products == "sparse"
-    ratio = config.sae.F / slots(config.sae)
-    comes_to_k = config.sparsity.match_l0 or not architecture.keeps_any_number
-    fast_products = config.sae.compute_dtype == "bfloat16" and _has_amx()
-    least = (_LEAST_RATIO_AMX if fast_products else _LEAST_RATIO) * (_cores() + 1)
-    return comes_to_k and jax.default_backend() == "cpu" and ratio >= least
+    form = form_of(config.sae)
+    select = form.select
+    assert select is not None
 
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@cache
-def _has_amx() -> bool:
-    """Whether Linux says that the processor multiplies tiles of bfloat16."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-
-
-def find(
-    acts_BD: Float[Array, "B D"], W_enc: Float[Array, "D F"], bias_F: Float[Array, " F"], k: Array, config: TrainConfig
-) -> Kept:
-    """The kept entries of relu(acts @ W_enc + bias), as the config's architecture keeps them; not differentiable.
-
-    Where the architecture allows it, a large batch is taken in blocks of rows.
-    """
-    architecture = ARCHITECTURES[config.sae.architecture]
-    keep = architecture.keep
-    assert keep is not None
-
-    def of_rows(acts_ND: Array) -> Kept:
+    def of_rows(acts_ND: Array) -> SparseLatents:
         product_NF = matmul(acts_ND, W_enc, config.sae.compute_dtype)
-        entries: Entries = keep(product_NF, bias_F, config.sae, k)
+        entries: Entries = select(product_NF, bias_F, config.sae, k)
         values_N = product_NF[entries.rows_N, entries.columns_N] + bias_F[entries.columns_N]
         values_N = jnp.where(entries.real_N, values_N, 0.0)
-        filled = jnp.max(jnp.where(entries.real_N, jnp.arange(1, len(values_N) + 1, dtype=jnp.int32), 0))
-        return Kept(values_N, entries.rows_N, entries.columns_N, filled, entries.whole)
+        count = jnp.max(jnp.where(entries.real_N, jnp.arange(1, len(values_N) + 1, dtype=jnp.int32), 0))
+        return SparseLatents(values_N, entries.rows_N, entries.columns_N, count, entries.whole)
 
-    P = blocks_of(len(acts_BD), W_enc.shape[1]) if architecture.by_row else 1
+    P = blocks_of(len(acts_BD), W_enc.shape[1], plan.block_bytes) if form.by_row else 1
     if P == 1:
         return of_rows(acts_BD)
-    kept = jax.lax.map(of_rows, row_blocks(acts_BD, P))
-    rows_PN = kept.rows_N * P + jnp.arange(P, dtype=jnp.int32)[:, None]
-    kept = Kept(kept.values_N.reshape(-1), rows_PN.reshape(-1), kept.latents_N.reshape(-1), kept.filled, kept.whole)
-    if architecture.keeps_any_number:  # each block ends in empty slots, which are to come after all others
-        order_N, filled = where_true(kept.values_N > 0, len(kept.values_N)), jnp.sum(kept.values_N > 0, dtype=jnp.int32)
-        values_N = jnp.where(jnp.arange(len(order_N)) < filled, kept.values_N[order_N], 0.0)
-        return Kept(values_N, kept.rows_N[order_N], kept.latents_N[order_N], filled, jnp.all(kept.whole))
-    return kept.replace(filled=jnp.int32(len(kept.values_N)), whole=jnp.all(kept.whole))
+    blocks = jax.lax.map(of_rows, row_blocks(acts_BD, P))
+    rows_N = (blocks.rows_N * P + jnp.arange(P, dtype=jnp.int32)[:, None]).reshape(-1)
+    values_N, latents_N, complete = blocks.values_N.reshape(-1), blocks.latents_N.reshape(-1), jnp.all(blocks.complete)
+    if form.any_number:  # each block ends in zeros, which are to come after all others
+        order_N, count = where_true(values_N > 0, len(values_N)), jnp.sum(values_N > 0, dtype=jnp.int32)
+        in_order_N = jnp.where(jnp.arange(len(order_N)) < count, values_N[order_N], 0.0)
+        return SparseLatents(in_order_N, rows_N[order_N], latents_N[order_N], count, complete)
+    return SparseLatents(values_N, rows_N, latents_N, jnp.int32(len(values_N)), complete)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def encode(kept: Kept, acts_BD: Float[Array, "B D"], params: Params, config: SAEConfig) -> Kept:
-    """`kept`, which is `find`'s, with the gradient for `params` of relu(acts @ W_enc + pre_bias) at its entries."""
-    return kept
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def encode(
+    latents: SparseLatents, acts_BD: Float[Array, "B D"], params: Params, config: SAEConfig, plan: Plan
+) -> SparseLatents:
+    """`latents`, found by `active_latents`, with the gradient of relu(acts @ W_enc + pre_bias) for `params`."""
+    return latents
 
 
 def _encode_forward(
-    kept: Kept, acts_BD: Array, params: Params, config: SAEConfig
-) -> tuple[Kept, tuple[Kept, Array, Params]]:
-    return kept, (kept, acts_BD, params)
+    latents: SparseLatents, acts_BD: Array, params: Params, config: SAEConfig, plan: Plan
+) -> tuple[SparseLatents, tuple[SparseLatents, Array, Params]]:
+    return latents, (latents, acts_BD, params)
 
 
 def _encode_backward(
-    config: SAEConfig, saved: tuple[Kept, Array, Params], cotangent: Kept
+    config: SAEConfig, plan: Plan, saved: tuple[SparseLatents, Array, Params], cotangent: SparseLatents
 ) -> tuple[None, None, dict[str, Array | None]]:
-    kept, acts_BD, params = saved
-    pulls = kept.replace(values_N=jnp.where(kept.values_N > 0, cotangent.values_N, 0.0))
-    onto_bias_F = jnp.zeros(config.F).at[kept.latents_N].add(pulls.values_N)
+    latents, acts_BD, params = saved
+    gradient = latents.replace(values_N=jnp.where(latents.values_N > 0, cotangent.values_N, 0.0))
+    onto_bias_F = jnp.zeros(config.F).at[latents.latents_N].add(gradient.values_N)
     grads: dict[str, Array | None] = {**dict.fromkeys(params), "b_enc": onto_bias_F}  # None: 0
     if not config.transcode:
         grads["b_dec"] = -(params["W_enc"] @ onto_bias_F)
         acts_BD = acts_BD - params["b_dec"][None]  # so that b_enc - b_dec @ W_enc needs no pass over W_enc of its own
-    grads["W_enc"] = _onto_latents(pulls, acts_BD, config.F, config.compute_dtype).T
+    grads["W_enc"] = _onto_latents(gradient, acts_BD, config.F, config.compute_dtype, plan).T
     return None, None, grads
 
 
 encode.defvjp(_encode_forward, _encode_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def decode(kept: Kept, W_dec: Float[Array, "F D"], rows: int, dtype: str) -> Float[Array, "B D"]:
-    """latents @ W_dec for the kept entries of `rows` rows, factors in `dtype` and sums in float32."""
-    return _onto_rows(kept, W_dec, rows, dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def decode(
+    latents: SparseLatents, W_dec: Float[Array, "F D"], rows: int, dtype: str, plan: Plan
+) -> Float[Array, "B D"]:
+    """latents @ W_dec for the active latents of `rows` rows, factors in `dtype` and sums in float32."""
+    return _onto_rows(latents, W_dec, rows, dtype, plan)
 
 
-def _decode_forward(kept: Kept, W_dec: Array, rows: int, dtype: str) -> tuple[Array, tuple[Kept, Array]]:
-    return decode(kept, W_dec, rows, dtype), (kept, W_dec)
+def _decode_forward(
+    latents: SparseLatents, W_dec: Array, rows: int, dtype: str, plan: Plan
+) -> tuple[Array, tuple[SparseLatents, Array]]:
+    return decode(latents, W_dec, rows, dtype, plan), (latents, W_dec)
 
 
 def _decode_backward(
-    rows: int, dtype: str, saved: tuple[Kept, Array], cotangent_BD: Array
-) -> tuple[Kept, Float[Array, "F D"]]:
-    kept, W_dec = saved
-    pulls_N = _dots(kept, cotangent_BD, W_dec, dtype)
-    onto_W_dec = _onto_latents(kept, cotangent_BD, len(W_dec), dtype)
-    return Kept(pulls_N, None, None, None, None), onto_W_dec  # type: ignore[arg-type]  # whole numbers have no gradient
+    rows: int, dtype: str, plan: Plan, saved: tuple[SparseLatents, Array], cotangent_BD: Array
+) -> tuple[SparseLatents, Float[Array, "F D"]]:
+    latents, W_dec = saved
+    onto_values_N = _dots(latents, cotangent_BD, W_dec, dtype)
+    onto_W_dec = _onto_latents(latents, cotangent_BD, len(W_dec), dtype, plan)
+    # whole numbers have no gradient
+    return SparseLatents(onto_values_N, None, None, None, None), onto_W_dec  # type: ignore[arg-type]
 
 
 decode.defvjp(_decode_forward, _decode_backward)
 
 
-def _onto_rows(kept: Kept, source_FD: Float[Array, "F D"], rows: int, dtype: str) -> Float[Array, "B D"]:
-    """To each of B = `rows` rows the sum of its kept values times their latents' rows of `source`."""
-    return _gather_add(kept.rows_N, kept.values_N, kept.latents_N, source_FD, rows, kept.filled, dtype)
+def _onto_rows(
+    latents: SparseLatents, source_FD: Float[Array, "F D"], rows: int, dtype: str, plan: Plan
+) -> Float[Array, "B D"]:
+    """To each of B = `rows` rows the sum of its active values times their latents' rows of `source`."""
+    into_N, from_N = latents.rows_N, latents.latents_N
+    return _gather_add(into_N, latents.values_N, from_N, source_FD, rows, latents.count, dtype, plan)
 
 
-def _onto_latents(kept: Kept, source_BD: Float[Array, "B D"], latents: int, dtype: str) -> Float[Array, "F D"]:
-    """To each of F = `latents` latents the sum of its kept values times their rows of `source`."""
-    return _gather_add(kept.latents_N, kept.values_N, kept.rows_N, source_BD, latents, kept.filled, dtype)
+def _onto_latents(
+    latents: SparseLatents, source_BD: Float[Array, "B D"], F: int, dtype: str, plan: Plan
+) -> Float[Array, "F D"]:
+    """To each of F latents the sum of its active values times their rows of `source`."""
+    into_N, from_N = latents.latents_N, latents.rows_N
+    return _gather_add(into_N, latents.values_N, from_N, source_BD, F, latents.count, dtype, plan)
 
 
 def _gather_add(
@@ -174,17 +154,18 @@ def _gather_add(
     from_N: Int[Array, " N"],
     source: Float[Array, "M D"],
     size: int,
-    filled: Int[Array, ""],
+    count: Int[Array, ""],
     dtype: str,
+    plan: Plan,
 ) -> Float[Array, "size D"]:
-    """out[into[n]] += weights[n] * source[from[n]] for each n up to `filled`, from where on the weights are 0.
+    """out[into[n]] += weights[n] * source[from[n]] for each n up to `count`, from where on the weights are 0.
 
     On a CPU one row after the other: XLA's scatter there takes three times as long and materialises what it adds.
     """
     weights_N, source = weights_N.astype(dtype).astype(jnp.float32), source.astype(dtype)
     zero = jnp.minimum(jnp.abs(weights_N[0]), 0.0)  # not a constant, of which XLA fills one array and copies it
     out = jnp.full((size, source.shape[1]), zero)
-    if jax.default_backend() != "cpu":
+    if not plan.on_cpu:
         return out.at[into_N].add(weights_N[:, None] * source[from_N].astype(jnp.float32))
     into_N, weights_N, from_N = (_filled_up(array, _UNROLLED) for array in (into_N, weights_N, from_N))
 
@@ -195,16 +176,18 @@ def _gather_add(
             out = jax.lax.dynamic_update_slice_in_dim(out, sum_1D, into_N[n], 0)
         return out
 
-    return jax.lax.fori_loop(0, -(-filled // _UNROLLED), add, out)
+    return jax.lax.fori_loop(0, -(-count // _UNROLLED), add, out)
 
 
-def _dots(kept: Kept, of_rows: Float[Array, "B D"], of_latents: Float[Array, "F D"], dtype: str) -> Float[Array, " N"]:
-    """of_rows[row] . of_latents[latent] for each filled slot, `_CHUNK` of them at a time; 0 for the others.
+def _dots(
+    latents: SparseLatents, of_rows: Float[Array, "B D"], of_latents: Float[Array, "F D"], dtype: str
+) -> Float[Array, " N"]:
+    """of_rows[row] . of_latents[latent] for each active entry, `_CHUNK` of them at a time; 0 for the others.
 
     The sum is a product with ones: as a sum over a row, which XLA's CPU takes one after the other, it is twice as long.
     """
     of_rows, of_latents = of_rows.astype(dtype), of_latents.astype(dtype)
-    rows_N, latents_N = _filled_up(kept.rows_N, _CHUNK), _filled_up(kept.latents_N, _CHUNK)
+    rows_N, latents_N = _filled_up(latents.rows_N, _CHUNK), _filled_up(latents.latents_N, _CHUNK)
     ones_D = jnp.ones(of_rows.shape[1])
 
     def dots(chunk: Array, out_N: Array) -> Array:
@@ -214,7 +197,7 @@ def _dots(kept: Kept, of_rows: Float[Array, "B D"], of_latents: Float[Array, "F 
         return jax.lax.dynamic_update_slice_in_dim(out_N, found, chunk * _CHUNK, 0)
 
     out_N = jnp.zeros(len(rows_N))
-    return jax.lax.fori_loop(0, -(-kept.filled // _CHUNK), dots, out_N)[: len(kept.values_N)]
+    return jax.lax.fori_loop(0, -(-latents.count // _CHUNK), dots, out_N)[: len(latents.values_N)]
 
 
 def _filled_up(array_N: Array, unit: int) -> Array:

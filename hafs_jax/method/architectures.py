@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from hafs_jax.config import SAEConfig
 from hafs_jax.ops.products import Params, matmul
-from hafs_jax.ops.selection import Entries, batch_threshold, largest_of_all, largest_of_rows, positive, top_of_rows
+from hafs_jax.ops.selection import batch_threshold, top_of_rows
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -36,9 +36,6 @@ class Encoding(struct.PyTreeNode):
 
 Activate = Callable[[Float[Array, "B F"], Params, SAEConfig, OperatingPoint], Float[Array, "B F"]]
 """(pre_BF, params, config, at) -> latents_BF, not negative."""
-
-Keep = Callable[[Float[Array, "B F"], Float[Array, " F"], SAEConfig, Int[Array, ""] | int], Entries]
-"""(product_BF, bias_F, config, k) -> the entries that `activate` leaves of product + bias, in B * `slots` slots."""
 
 Cost = Callable[[Encoding, Params, SAEConfig], Float[Array, " B"]]
 """(encoding, params, config) -> what each row pays, times the sparsity coefficient."""
@@ -62,9 +59,6 @@ class Architecture:
     """What training and export need to know of an architecture."""
 
     activate: Activate
-    keep: Keep | None = None  # what lets `sparse` skip the zeros; None: all products are dense
-    keeps_any_number: bool = False  # how many `keep` keeps is not fixed: it may find no slot for some
-    by_row: bool = False  # what becomes of a row does not depend on the others of the batch
     cost: Cost | None = None  # None: the activation itself fixes L0; otherwise a coefficient times this does
     extra: Extra | None = None  # a further loss term
     params: Mapping[str, Callable[[SAEConfig], float]] = field(default_factory=dict)  # name -> first value of each of F
@@ -104,31 +98,6 @@ def batchtopk(
     B = len(pre_BF)
     smallest = batch_threshold(jax.lax.stop_gradient(positive_BF), B * config.largest_k, B * at.k)
     return jnp.where(positive_BF >= jnp.maximum(smallest, _TINY), positive_BF, 0.0)
-
-
-def _keep_of_rows(
-    product_BF: Float[Array, "B F"], bias_F: Float[Array, " F"], config: SAEConfig, k: Int[Array, ""] | int
-) -> Entries:
-    return largest_of_rows(product_BF, bias_F, config.largest_k, k)
-
-
-def _keep_of_batch(
-    product_BF: Float[Array, "B F"], bias_F: Float[Array, " F"], config: SAEConfig, k: Int[Array, ""] | int
-) -> Entries:
-    B = len(product_BF)
-    return largest_of_all(product_BF, bias_F, B * config.largest_k, B * k)
-
-
-def _keep_positive(
-    product_BF: Float[Array, "B F"], bias_F: Float[Array, " F"], config: SAEConfig, k: Int[Array, ""] | int
-) -> Entries:
-    return positive(product_BF, bias_F, len(product_BF) * slots(config))
-
-
-def slots(config: SAEConfig) -> int:
-    """Places for kept entries, per row: k; half as many again where L0 only comes to about k."""
-    k = config.largest_k
-    return min(3 * k // 2 if ARCHITECTURES[config.architecture].keeps_any_number else k, config.F)
 
 
 def jumprelu(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: OperatingPoint) -> Float[Array, "B F"]:
@@ -220,11 +189,9 @@ _STANDARD = SAELensForm("standard", "transcoder")
 _ONE_THRESHOLD = SAELensForm("jumprelu", "jumprelu_transcoder", repeats_threshold=True)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "batchtopk": Architecture(batchtopk, _keep_of_batch, learns_threshold=True, saelens=_ONE_THRESHOLD),
-    "topk": Architecture(topk, _keep_of_rows, by_row=True, saelens=SAELensForm("topk")),
-    "relu": Architecture(
-        relu, _keep_positive, keeps_any_number=True, by_row=True, cost=l1, starts_dense=True, saelens=_STANDARD
-    ),
+    "batchtopk": Architecture(batchtopk, learns_threshold=True, saelens=_ONE_THRESHOLD),
+    "topk": Architecture(topk, saelens=SAELensForm("topk")),
+    "relu": Architecture(relu, cost=l1, starts_dense=True, saelens=_STANDARD),
     "jumprelu": Architecture(
         jumprelu,
         cost=l0,
@@ -233,22 +200,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gated": Architecture(
         gated,
-        by_row=True,
         cost=gate_l1,
         extra=gate_reconstruction,
         params={"r_mag": _zero, "b_mag": _zero},
         starts_dense=True,
         saelens=SAELensForm("gated", renamed={"b_enc": "b_gate"}),
     ),
-    "matryoshka": Architecture(batchtopk, _keep_of_batch, learns_threshold=True, nested=True, saelens=_ONE_THRESHOLD),
-    "matryoshka_relu": Architecture(
-        relu,
-        _keep_positive,
-        keeps_any_number=True,
-        by_row=True,
-        cost=l1,
-        starts_dense=True,
-        nested=True,
-        saelens=_STANDARD,
-    ),
+    "matryoshka": Architecture(batchtopk, learns_threshold=True, nested=True, saelens=_ONE_THRESHOLD),
+    "matryoshka_relu": Architecture(relu, cost=l1, starts_dense=True, nested=True, saelens=_STANDARD),
 }
+"""Every architecture by its name. `hafs_jax.register_architecture` adds one."""

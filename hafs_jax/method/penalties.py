@@ -1,6 +1,10 @@
-"""The decoder's orthogonality penalty, its noise floor, and the coherence figures logged beside it. Pure functions."""
+"""The decoder's orthogonality penalty, its noise floor, and the coherence figures logged beside it. Pure functions.
+
+The plain forms: `hafs_jax.fast.hinge` computes the hinge's value and gradient more quickly.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -12,8 +16,6 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from hafs_jax.config import PenaltyConfig, SAEConfig
 from hafs_jax.method.matryoshka import bands
 from hafs_jax.method.sae import unit_rows
-
-_CHUNKS_A_TURN = 4  # of a CPU's loop; one a turn takes 8% longer
 
 
 class Structure(struct.PyTreeNode):
@@ -66,29 +68,6 @@ def sharing_weights(
     return (groups_CM[:, :, None] == groups_CM[:, None, :]).astype(jnp.float32)
 
 
-def penalty_pull(
-    W_dec: Float[Array, "F D"],
-    alpha: Float[Array, ""],
-    structure: Structure,
-    mu0: float,
-    config: PenaltyConfig,
-    key: Key[Array, ""],
-) -> tuple[Float[Array, ""], Float[Array, "F D"]]:
-    """The penalty of a decoder of unit rows, before lambda, and the part of its gradient that turns them.
-
-    By the config's kind `hinge_penalty`, or 1 - alpha times `ortsae_penalty` or `frobenius_penalty`.
-    """
-    if config.kind == "hinge":
-        return hinge_pull(W_dec, alpha, structure, mu0, config, key)
-
-    def value(W_dec: Array) -> Array:
-        whole = ortsae_penalty(W_dec, config, key) if config.kind == "ortsae" else frobenius_penalty(W_dec)
-        return (1.0 - alpha) * whole
-
-    found, gradient_FD = jax.value_and_grad(value)(W_dec)
-    return found, tangent(gradient_FD, W_dec)
-
-
 def tangent(gradient_FD: Float[Array, "F D"], unit_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
     """The gradient without its component along the unit rows."""
     return gradient_FD - jnp.sum(gradient_FD * unit_FD, axis=1, keepdims=True) * unit_FD
@@ -107,63 +86,22 @@ def hinge_penalty(
     O = w * mean_i sum_{j in chunk(i), j != i} (1 - alpha T_ij) relu(u_i . u_j - mu0)^2, u the unit rows of W_dec, with
     w the inverse probability that a pair shares a chunk: (F - 1)/(m - 1) where m divides F. Unbiased over partitions;
     exact where one chunk holds all latents. Cost F m D, never F x F. `yielding` decides which row of a pair the
-    gradient moves; the value is the same, and so is the size of the gradient. This is the plain form,
-    which tests hold `hinge_pull` to.
+    gradient turns; the value is the same, and so is the size of the gradient. This is the plain form,
+    which tests hold `hafs_jax.fast.hinge` to.
     """
     F = W_dec.shape[0]
-    chunks = _chunks(F, config.chunk_size, key)
+    chunks = partition(F, config.chunk_size, key)
     rows_CMD = unit_rows(W_dec)[chunks.ids_CM]
     fixed_CMD = jax.lax.stop_gradient(rows_CMD)
     onto_fixed = jnp.einsum("cid,cjd->cij", rows_CMD, fixed_CMD, preferred_element_type=jnp.float32)
     value = jax.lax.stop_gradient(onto_fixed)
-    moves_CMM = _moves(chunks.ids_CM, structure, config)
-    cosines_CMM = value + 2 * moves_CMM * (onto_fixed - value)  # one product backward where autodiff would take two
-    weights_CMM = _pair_weights(chunks.ids_CM, chunks.real_CM, alpha, structure, config)
+    turns_CMM = turning(chunks.ids_CM, structure, config)
+    cosines_CMM = value + 2 * turns_CMM * (onto_fixed - value)  # one product backward where autodiff would take two
+    weights_CMM = pair_weights(chunks.ids_CM, chunks.real_CM, alpha, structure, config)
     return jnp.sum(weights_CMM * jax.nn.relu(cosines_CMM - mu0) ** 2) * ((F - 1) / max(chunks.pairs, 1))
 
 
-def hinge_pull(
-    W_dec: Float[Array, "F D"],
-    alpha: Float[Array, ""],
-    structure: Structure,
-    mu0: float,
-    config: PenaltyConfig,
-    key: Key[Array, ""],
-) -> tuple[Float[Array, ""], Float[Array, "F D"]]:
-    """`hinge_penalty` of a decoder of unit rows, and the part of its gradient that turns them.
-
-    That gradient is a product with the chunk's own rows, sum_j H_ij u_j - (sum_j H_ij u_i . u_j) u_i with H_ij the
-    derivative for the cosine, so that a chunk is read once: on a CPU one after the other, each while it is in cache.
-
-    A latent sees n = m - 1 of its N = F - 1 others, drawn without replacement, so that its pull's mean squared error is
-    N (N - n) / n times the variance of its terms H_ij (u_j - (u_i . u_j) u_i) over all others j (with divisor N - 1).
-    """
-    F, D = W_dec.shape
-    chunks = _chunks(F, config.chunk_size, key)
-    scale = (F - 1) / max(chunks.pairs, 1)
-
-    def of_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        ids_1M, real_1M = chunk[0][None], chunk[1][None]
-        rows_MD = W_dec[chunk[0]]
-        cosines_MM = rows_MD @ rows_MD.T
-        above_MM = _pair_weights(ids_1M, real_1M, alpha, structure, config)[0] * jax.nn.relu(cosines_MM - mu0)
-        total = jnp.sum(above_MM * jax.nn.relu(cosines_MM - mu0))
-        slopes_MM = 4 * above_MM * _moves(ids_1M, structure, config)[0]
-        along_M = jnp.sum(slopes_MM * cosines_MM, axis=1)
-        return scale * total, scale * (slopes_MM - jnp.diag(along_M)) @ rows_MD
-
-    each = chunks.ids_CM, chunks.real_CM
-    if jax.default_backend() == "cpu":
-        _, of_each = jax.lax.scan(lambda _, chunk: (None, of_chunk(chunk)), None, each, unroll=_CHUNKS_A_TURN)
-    else:
-        of_each = jax.vmap(of_chunk)(each)
-    totals_C, pulls_CMD = of_each
-    numbers_F = jnp.arange(F, dtype=jnp.int32)
-    places_F = jnp.zeros_like(numbers_F).at[chunks.ids_CM.reshape(-1)[:F]].set(numbers_F, unique_indices=True)
-    return jnp.sum(totals_C), pulls_CMD.reshape(-1, D)[places_F]
-
-
-def _pair_weights(
+def pair_weights(
     ids_CM: Int[Array, "C M"],
     real_CM: Bool[Array, "C M"],
     alpha: Float[Array, ""],
@@ -175,8 +113,8 @@ def _pair_weights(
     return jnp.where(pairs_CMM, 1.0 - alpha * sharing_weights(ids_CM, structure, config), 0.0)
 
 
-def _moves(ids_CM: Int[Array, "C M"], structure: Structure, config: PenaltyConfig) -> Float[Array, "C M #M"]:
-    """1 where the pair (i, j) moves i, else 0: weights and cosines are symmetric, (j, i) moves j."""
+def turning(ids_CM: Int[Array, "C M"], structure: Structure, config: PenaltyConfig) -> Float[Array, "C M #M"]:
+    """1 where the penalty of the pair (i, j) turns i, else 0. Weights and cosines are symmetric: (j, i) turns j."""
     if config.yielding == "both":
         return jnp.ones((*ids_CM.shape, 1))
     order_CM = ids_CM if config.yielding == "later" else -structure.rate_F[ids_CM]
@@ -190,7 +128,7 @@ def ortsae_penalty(W_dec: Float[Array, "F D"], config: PenaltyConfig, key: Key[A
     """
     F = W_dec.shape[0]
     count = -(-F // config.chunk_size)
-    chunks = _chunks(F, -(-F // count), key)
+    chunks = partition(F, -(-F // count), key)
     rows_CMD = unit_rows(W_dec)[chunks.ids_CM]
     cosines_CMM = jnp.einsum("cid,cjd->cij", rows_CMD, rows_CMD, preferred_element_type=jnp.float32)
     others_CMM = chunks.real_CM[:, None, :] & ~jnp.eye(chunks.ids_CM.shape[1], dtype=bool)[None]
@@ -205,7 +143,41 @@ def frobenius_penalty(W_dec: Float[Array, "F D"]) -> Float[Array, ""]:
 
 
 @dataclass(frozen=True)
-class _Chunks:
+class Penalty:
+    """What training needs to know of a penalty."""
+
+    value: "Value"
+    has_margin: bool = False  # reads mu0, which is solved from the noise floor where the config has none
+
+
+Value = Callable[
+    [Float[Array, "F D"], Float[Array, ""], Structure, float, PenaltyConfig, Key[Array, ""]], Float[Array, ""]
+]
+"""(W_dec of unit rows, alpha, structure, mu0, config, key) -> the penalty O, before lambda."""
+
+
+def _ortsae(
+    W_dec: Array, alpha: Array, structure: Structure, mu0: float, config: PenaltyConfig, key: Array
+) -> Float[Array, ""]:
+    return (1.0 - alpha) * ortsae_penalty(W_dec, config, key)
+
+
+def _frobenius(
+    W_dec: Array, alpha: Array, structure: Structure, mu0: float, config: PenaltyConfig, key: Array
+) -> Float[Array, ""]:
+    return (1.0 - alpha) * frobenius_penalty(W_dec)
+
+
+PENALTIES: dict[str, Penalty] = {
+    "hinge": Penalty(hinge_penalty, has_margin=True),
+    "ortsae": Penalty(_ortsae),
+    "frob": Penalty(_frobenius),
+}
+"""Every penalty by the name that `penalty.kind` gives it. `hafs_jax.register_penalty` adds one."""
+
+
+@dataclass(frozen=True)
+class Chunks:
     """A random partition of the latents into chunks of one size."""
 
     ids_CM: Int[Array, "C M"]  # the last chunk is filled up with the last latent's number
@@ -213,13 +185,14 @@ class _Chunks:
     pairs: int  # ordered pairs of distinct latents that share a chunk
 
 
-def _chunks(F: int, size: int, key: Key[Array, ""]) -> _Chunks:
+def partition(F: int, size: int, key: Key[Array, ""]) -> Chunks:
+    """A random partition of F latents into chunks of `size`."""
     m = min(size, F)
     count = -(-F // m)
     order = jax.random.permutation(key, F).astype(jnp.int32)
     ids_CM = jnp.concatenate([order, jnp.full(count * m - F, F, jnp.int32)]).reshape(count, m)
     last = F - (count - 1) * m
-    return _Chunks(jnp.minimum(ids_CM, F - 1), ids_CM < F, (count - 1) * m * (m - 1) + last * (last - 1))
+    return Chunks(jnp.minimum(ids_CM, F - 1), ids_CM < F, (count - 1) * m * (m - 1) + last * (last - 1))
 
 
 def noise_floor_margin(n_latents: int, d_model: int, floor: float) -> float:

@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Int, Key
 
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.architectures import ARCHITECTURES
+from hafs_jax.method.latent_axes import latent_axis
 from hafs_jax.method.sae import unit_rows
+from hafs_jax.ops.members import largest_of_members
 from hafs_jax.ops.products import Params
-from hafs_jax.training.shardings import latent_axis
-from hafs_jax.training.state import largest_of_members
 
 _ENCODER_SHARE = 0.2  # norm of a new encoder column, relative to the mean of the live ones
 

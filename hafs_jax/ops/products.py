@@ -1,13 +1,12 @@
 """Matrix products of the SAE: inputs in the compute dtype, sums in float32, forward and backward."""
 
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
-
-_BLOCK_BYTES = {"cpu": 32 << 20, "accelerator": 2 << 30}
 
 Params = dict[str, Array]
 """W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and what the architecture adds, all float32."""
@@ -46,10 +45,10 @@ def _product(left: Float[Array, "M K"], right: Array, over: int) -> Float[Array,
 
 
 def _by_rows(matrix: Array, dtype: str) -> Array:
-    """The matrix in `dtype`; on a CPU, bfloat16 is laid out by rows.
+    """The matrix in `dtype`. In bfloat16 on a CPU it is laid out by rows.
 
-    XLA's CPU kernels for bfloat16 (AMX) take operands by rows whose sum goes over the left one's columns. Other
-    products it converts to float32, six times slower; and one whose result it transposes it cannot run at all, so the
+    XLA's CPU kernels for bfloat16 (AMX) take operands by rows and sum over the left one's columns. XLA converts other
+    products to float32, which is six times slower. It cannot run a product whose result it transposes at all, so the
     result is held by rows too.
     """
     matrix = matrix.astype(dtype)
@@ -57,21 +56,25 @@ def _by_rows(matrix: Array, dtype: str) -> Array:
 
 
 def _laid_out(matrix: Array) -> Array:
-    return with_layout_constraint(matrix, Layout((0, 1))) if jax.default_backend() == "cpu" else matrix
+    """The matrix, laid out by rows where the program is lowered for a CPU."""
+
+    def by_rows(matrix: Array) -> Array:
+        return cast(Array, with_layout_constraint(matrix, Layout((0, 1))))
+
+    return cast(Array, jax.lax.platform_dependent(matrix, cpu=by_rows, default=lambda matrix: matrix))
 
 
-def blocks_of(rows: int, width: int) -> int:
-    """The fewest equal blocks of rows of which an array [rows of a block, width] of float32 takes 32 MB at most.
+def blocks_of(rows: int, width: int, block_bytes: int) -> int:
+    """The fewest equal blocks of rows, of which one float32 array [rows of a block, width] takes at most `block_bytes`.
 
-    2 GB on an accelerator, where adding up the gradients of smaller blocks would cost as much as their products (by
-    arithmetic, not measured). One block where the number of rows has no divisor from there to four times as many.
+    One block where the number of rows has no divisor from there to four times as many.
     """
-    wanted = -(-4 * rows * width // _BLOCK_BYTES["cpu" if jax.default_backend() == "cpu" else "accelerator"])
+    wanted = -(-4 * rows * width // block_bytes)
     return next((parts for parts in range(wanted, 4 * wanted) if rows % parts == 0), 1)
 
 
 def row_blocks(rows_BD: Float[Array, "B D"], P: int) -> Float[Array, "P N D"]:
-    """The rows in P equal blocks; block p is every P-th row from p on: a batch split over devices stays where it is."""
+    """The rows in P equal blocks. Block p is every P-th row from p on: a batch split over devices stays where it is."""
     return rows_BD.reshape(-1, P, rows_BD.shape[-1]).swapaxes(0, 1)
 
 

@@ -9,19 +9,20 @@ import numpy as np
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
-from hafs_jax.fast import entries as sparse
-from hafs_jax.method.architectures import ARCHITECTURES
-from hafs_jax.method.loss import blocks_of_rows
+from hafs_jax.fast.forms import form_of
+from hafs_jax.fast.objective import blocks_of_rows
+from hafs_jax.fast.plan import choose, target
 from hafs_jax.ops.products import blocks_of
 from hafs_jax.store.manifest import KEPT_AS
 from hafs_jax.training.loop import Stores
 from hafs_jax.training.state import hyperparameters, init_state
 
-# What a compiled step holds at once on a CPU, beside its state, as XLA's own analysis of temporary memory has it: the
-# gradients and one array as large as either matrix, with a penalty two, and copies where the optimizer does not move in
-# place; and these many arrays [B, F] of float32 (of a block of rows, where the architecture can be taken so), or those
-# of the dead latents' auxiliary loss for a block.
-_GRADIENTS, _PULL, _COPIES = 1.5, 0.5, 1.5  # times the parameters
+# What a compiled step holds at once on a CPU beside its state, as XLA's own analysis of temporary memory has it:
+# - the gradients and one array as large as either matrix, with a penalty two;
+# - copies, where the optimizer does not update in place;
+# - these many float32 arrays [B, F] (of a block of rows, where the architecture can be taken so), or those of the dead
+#   latents' auxiliary loss for a block.
+_GRADIENTS, _PENALTY, _COPIES = 1.5, 0.5, 1.5  # times the parameters
 _DENSE_ARRAYS, _SPARSE_ARRAYS = {"gated": 5, "jumprelu": 5, "matryoshka_relu": 5}, 1
 _OTHERS = 3  # of _DENSE_ARRAYS
 _AUX_ARRAYS = 3
@@ -61,13 +62,14 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
     shards, devices = config.dictionary_shards, jax.device_count()
     whole = 4 * B * config.sae.F // devices
     arrays = _DENSE_ARRAYS.get(config.sae.architecture, _OTHERS)
-    if sparse.pays(config) and not ARCHITECTURES[config.sae.architecture].keeps_any_number:
+    plan = choose(config)
+    if plan.products == "sparse" and not form_of(config.sae).any_number:
         arrays = _SPARSE_ARRAYS
-    activations = arrays * whole // blocks_of_rows(config, B)
+    activations = arrays * whole // blocks_of_rows(config, B, plan)
     if config.sparsity.aux > 0:
-        activations = max(activations, _AUX_ARRAYS * whole // blocks_of(B, config.sae.F))
+        activations = max(activations, _AUX_ARRAYS * whole // blocks_of(B, config.sae.F, plan.block_bytes))
     copies = _COPIES if together == "vmap" or config.optimizer.name != "adam" else 0.0
-    gradients = round((_GRADIENTS + _PULL * (config.penalty.kind != "none") + copies) * parameters)
+    gradients = round((_GRADIENTS + _PENALTY * (config.penalty.kind != "none") + copies) * parameters)
     dispatched = [store for store in (stores.train, stores.target) if store is not None]
     row_bytes = sum(store.manifest.d_model * KEPT_AS[store.manifest.dtype].itemsize for store in dispatched)
     batches = _DISPATCHES * config.steps_per_dispatch * B * row_bytes
@@ -82,7 +84,7 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
 def check_memory(config: TrainConfig, stores: Stores, members: int = 1, together: str | None = None) -> None:
     """Raises `UserError` where the training's budget is larger than the memory that is free now, if that is known."""
     needed, free = budget(config, stores, members, together), available_bytes()
-    sharing = jax.local_device_count() if jax.default_backend() == "cpu" else 1  # devices in the same memory
+    sharing = jax.local_device_count() if target() == "cpu" else 1  # devices in the same memory
     if free is not None and sharing * needed.total > free:
         fewer = "--most-together, " if members > 1 else ""
         raise UserError(
@@ -109,7 +111,7 @@ def available_bytes() -> int | None:
 
 def _more_of_the_pool() -> str:
     """What else an accelerator's user can do: JAX takes three quarters of its memory unless told otherwise."""
-    return "" if jax.default_backend() == "cpu" else ", or give JAX more of it with XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+    return "" if target() == "cpu" else ", or give JAX more of it with XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
 
 
 def size(count: int) -> str:

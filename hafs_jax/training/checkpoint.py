@@ -59,7 +59,9 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(f"{unfit} ({str(error).splitlines()[0]}); train the run again with --force") from error
-        fields = restored["state"]
+        fields = dict(restored["state"])
+        if "pull" in fields:
+            fields["held_penalty"] = fields.pop("pull")
         return like.replace(**fields | {"key": jax.random.wrap_key_data(fields["key"])}), restored["scale"]
 
     def _check_shapes(self, step: int, abstract: dict[str, Any], unfit: str) -> None:
@@ -96,9 +98,10 @@ def blank(config: TrainConfig, d_model: int, d_out: int | None = None) -> tuple[
 
 
 def _plain(state: TrainState, scale: InputScale) -> dict[str, Any]:
-    """What is written; a field without arrays is left out, so that checkpoints from before there was one still fit."""
+    """What is written. `held_penalty` is called pull on disk, and left out where it holds no arrays."""
     fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
-    fields = {name: value for name, value in fields.items() if name != "pull" or value}
+    if held := fields.pop("held_penalty"):
+        fields["pull"] = held
     return {"state": fields | {"key": jax.random.key_data(state.key)}, "scale": scale}
 
 

@@ -11,16 +11,9 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.method.architectures import ARCHITECTURES
+from hafs_jax.method.latent_axes import latent_axis
 
 BATCHES = PartitionSpec(None, "data", None)  # [S, B, D]
-LATENT_AXIS = {
-    "W_enc": 1,
-    "W_dec": 0,
-    **dict.fromkeys(("b_enc", "steps_since_fired_F", "rate_F", "groups_F"), 0),
-    **{name: 0 for architecture in ARCHITECTURES.values() for name in architecture.params},
-}
-"""The axis of the latents in each array of the state that has one, wherever the name occurs."""
 
 
 def make_mesh(dictionary_shards: int) -> Mesh:
@@ -41,9 +34,3 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(of, state)
-
-
-def latent_axis(path: tuple) -> int | None:
-    """The axis of the latents in the leaf at `path` of a pytree of states, parameters or moments; None: it has none."""
-    names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
-    return next((LATENT_AXIS[name] for name in reversed(names) if name in LATENT_AXIS), None)

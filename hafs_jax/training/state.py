@@ -32,7 +32,7 @@ class TrainState(struct.PyTreeNode):
     step: Int[Array, "..."]
     params: Params
     average: Params  # the weights' moving average; empty where the config asks for none
-    pull: Params  # the penalty's gradient and value for the steps without a new one; empty where each step has one
+    held_penalty: Params  # the penalty's last gradient and value, for steps without a new one; empty where each has one
     opt_state: optax.OptState
     steps_since_fired_F: Int[Array, "... F"]  # steps, not rows, and saturating: never wraps
     rate_F: Float[Array, "... F"]  # moving average of the share of rows in which each latent fires
@@ -54,14 +54,6 @@ class TrainState(struct.PyTreeNode):
         return {**self.average, "W_dec": unit_rows(self.average["W_dec"])}
 
 
-def largest_of_members(value: Array, axis: str | None) -> Array:
-    """The largest of a number or flag over the SAEs that are trained together along `axis`; itself without one.
-
-    What branches on it stays a branch. On what differs between them `vmap` takes every branch and selects.
-    """
-    return value if axis is None else jax.lax.pmax(value.astype(jnp.int32), axis).astype(value.dtype)
-
-
 def hyperparameters(config: TrainConfig) -> Hyperparameters:
     """The config's own numbers."""
     tau = 1.0 if config.penalty.tau is None else config.penalty.tau
@@ -77,7 +69,7 @@ def init_state(
     return state_of(config, init_params(config.sae, d_model, init_key, d_out), chunk_key, hyper)
 
 
-def no_pull(params: Params) -> Params:
+def no_penalty(params: Params) -> Params:
     """The penalty's tangent gradient at W_dec, its value, and its share of the whole gradient, before any is known."""
     return {"W_dec": jnp.zeros_like(params["W_dec"]), "value": jnp.zeros(()), "share": jnp.zeros(())}
 
@@ -88,7 +80,7 @@ def state_of(config: TrainConfig, params: Params, key: Key[Array, ""], hyper: Hy
         step=jnp.zeros((), jnp.int32),
         params=params,
         average={} if config.optimizer.average is None else jax.tree.map(jnp.copy, params),
-        pull={} if config.penalty.kind == "none" or config.penalty.every_steps == 1 else no_pull(params),
+        held_penalty={} if config.penalty.kind == "none" or config.penalty.every_steps == 1 else no_penalty(params),
         opt_state=optimizer(config, params["W_dec"].shape[-1]).init(params),
         steps_since_fired_F=jnp.zeros(config.sae.F, jnp.int32),
         rate_F=jnp.zeros(config.sae.F),

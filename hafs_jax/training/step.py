@@ -10,14 +10,17 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from hafs_jax.config import TrainConfig
-from hafs_jax.fast.adam import move
+from hafs_jax.fast.adam import update
+from hafs_jax.fast.hinge import penalty_and_gradient
+from hafs_jax.fast.objective import loss_and_gradients
+from hafs_jax.fast.plan import Plan, choose
 from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.method.controllers import SparsityControl, update_gate, update_sparsity
-from hafs_jax.method.loss import Metrics, Weights, loss_and_gradients
-from hafs_jax.method.penalties import Structure, assign_parents, noise_floor_margin, penalty_pull, tangent
+from hafs_jax.method.loss import Metrics, Weights
+from hafs_jax.method.penalties import PENALTIES, Structure, assign_parents, noise_floor_margin, tangent
 from hafs_jax.method.resample import resample
 from hafs_jax.method.sae import InputScale
 from hafs_jax.method.schedules import (
@@ -27,8 +30,9 @@ from hafs_jax.method.schedules import (
     learning_rate_schedule,
     settled_step,
 )
+from hafs_jax.ops.members import largest_of_members
 from hafs_jax.ops.products import Params
-from hafs_jax.training.state import Hyperparameters, TrainState, largest_of_members
+from hafs_jax.training.state import Hyperparameters, TrainState
 
 Batch = Array | tuple[Array, Array]
 """Raw activations of any float dtype, [B, D]; for a transcoder those of its input and of its target, [B, D_out]."""
@@ -38,9 +42,11 @@ _RATE_DECAY = 0.99  # of the moving average of each latent's firing rate, per st
 
 
 def margin(config: TrainConfig, d_out: int) -> float:
-    """mu0: the config's, or the one solved from the noise floor in the decoder's `d_out` dimensions."""
+    """mu0: the config's, or the one solved from the noise floor in the decoder's `d_out` dimensions; 0 without one."""
     if config.penalty.mu0 is not None:
         return config.penalty.mu0
+    if not PENALTIES[config.penalty.kind].has_margin:
+        return 0.0
     return noise_floor_margin(config.sae.F, d_out, config.penalty.noise_floor)
 
 
@@ -51,12 +57,15 @@ def train_step(
     hyper: Hyperparameters,
     config: TrainConfig,
     axis: str | None = None,
+    platform: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update on a batch of raw activations; and the step's metrics.
 
     A batch whose loss or gradient is not finite changes nothing but the counters and lambda (halved). `axis` names the
-    mapped axis of SAEs that are trained together, where there is one.
+    mapped axis of SAEs that are trained together, where there is one. `platform` is what the step is to run on (none:
+    where JAX runs).
     """
+    plan = choose(config, platform)
     step, settings = state.step, config.sparsity
     architecture = ARCHITECTURES[config.sae.architecture]
     acts_BD, target_BD = _scaled(batch, scale)
@@ -70,7 +79,7 @@ def train_step(
     chunk_key = jax.random.fold_in(state.key, step)
     prefix_key, row_key = jax.random.fold_in(chunk_key, 1), jax.random.fold_in(chunk_key, 2)
     (loss, forward), grads = loss_and_gradients(
-        state.params, acts_BD, target_BD, weights, variance, prefix_key, config, axis
+        state.params, acts_BD, target_BD, weights, variance, prefix_key, config, plan, axis
     )
     B = len(acts_BD)
     rate_F = _RATE_DECAY * state.rate_F + (1 - _RATE_DECAY) * forward.firing_F / B
@@ -78,17 +87,21 @@ def train_step(
     # A unit row can only turn: what points along it would be undone by `unit_rows` but stay in Adam's moments.
     grads["W_dec"] = tangent(grads["W_dec"], state.params["W_dec"])
     metrics = {"penalty": jnp.zeros(()), "loss_orthogonality": jnp.zeros(()), "penalty_gradient_share": jnp.zeros(())}
-    pull, groups_F, alpha = state.pull, state.groups_F, jnp.float32(alpha_schedule(config.penalty, config.steps)(step))
+    held, groups_F = state.held_penalty, state.groups_F
+    alpha = jnp.float32(alpha_schedule(config.penalty, config.steps)(step))
     if config.penalty.kind != "none":
         active_BF = None if forward.encoding is None else forward.encoding.latents_BF > 0
-        penalised = _penalised(grads["W_dec"], state, alpha, rate_F, active_BF, config, chunk_key, axis)
-        grads["W_dec"], groups_F, pull, metrics = penalised
+        if config.penalty.sharing == "parent":
+            groups_F = _regrouped(state, config, axis)
+        structure = Structure(groups_F, rate_F, active_BF)
+        penalised = _penalised(grads["W_dec"], state, alpha, structure, config, plan, chunk_key, axis)
+        grads["W_dec"], held, metrics = penalised
         loss += metrics["loss_orthogonality"]
     gradient_norm = optax.global_norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
     learning_rate = hyper.learning_rate * learning_rate_schedule(config.optimizer, config.steps)(step)
-    params, opt_state = move(state.params, state.opt_state, grads, gradient_norm, learning_rate, ok, config)
+    params, opt_state = update(state.params, state.opt_state, grads, gradient_norm, learning_rate, ok, config, plan)
 
     l0 = jnp.sum(forward.firing_F) / B
     since_F = jnp.where(ok & (forward.firing_F > 0), 0, jnp.minimum(state.steps_since_fired_F + 1, _NEVER))
@@ -129,7 +142,7 @@ def train_step(
         step=step + 1,
         params=params,
         average=_averaged(state, params, config),
-        pull=pull,
+        held_penalty=held,
         opt_state=opt_state,
         steps_since_fired_F=since_F,
         rate_F=jnp.where(ok, rate_F, state.rate_F),
@@ -177,50 +190,36 @@ def _penalised(
     grad_FD: Float[Array, "F D"],
     state: TrainState,
     alpha: Float[Array, ""],
-    rate_F: Float[Array, " F"],
-    active_BF: Bool[Array, "B F"] | None,
-    config: TrainConfig,
-    key: Key[Array, ""],
-    axis: str | None,
-) -> tuple[Float[Array, "F D"], Int[Array, " F"], Params, Metrics]:
-    """W_dec's gradient with lambda times the penalty's, the groups, the gradient to hold, and the metrics."""
-    groups_F = _regrouped(state, config, axis) if config.penalty.sharing == "parent" else state.groups_F
-    mu0 = margin(config, grad_FD.shape[1])
-    held = _pull(grad_FD, state, alpha, Structure(groups_F, rate_F, active_BF), mu0, config, key, axis)
-    metrics = {
-        "penalty": held["value"],
-        "loss_orthogonality": state.gate.lam * held["value"],
-        "penalty_gradient_share": held["share"],
-    }
-    return grad_FD + state.gate.lam * held["W_dec"], groups_F, held if state.pull else {}, metrics
-
-
-def _pull(
-    grad_FD: Float[Array, "F D"],
-    state: TrainState,
-    alpha: Float[Array, ""],
     structure: Structure,
-    mu0: float,
     config: TrainConfig,
+    plan: Plan,
     key: Key[Array, ""],
     axis: str | None,
-) -> Params:
-    """The penalty's tangent gradient at W_dec, value, and share of the gradient; between `every_steps` the last ones.
+) -> tuple[Float[Array, "F D"], Params, Metrics]:
+    """W_dec's gradient with lambda times the penalty's, the penalty to hold, and the metrics.
 
-    Held, and not left out with a larger weight in turn: Adam's second moments would see the spikes, and clipping would
-    cut them.
+    Between its updates, every `every_steps` steps, we reuse the penalty's last gradient. Applying one that is
+    `every_steps` times larger at each update would inflate Adam's second moments and be clipped.
     """
     W_dec, every = state.params["W_dec"], config.penalty.every_steps
+    mu0 = margin(config, grad_FD.shape[1])
 
     def anew(_: Params) -> Params:
-        value, pull_FD = penalty_pull(W_dec, alpha, structure, mu0, config.penalty, key)
-        pull, rest = state.gate.lam * optax.global_norm(pull_FD), optax.global_norm(grad_FD)
-        return {"W_dec": pull_FD, "value": value, "share": pull / jnp.maximum(pull + rest, 1e-30)}
+        value, penalty_FD = penalty_and_gradient(W_dec, alpha, structure, mu0, config.penalty, key, plan)
+        size, rest = state.gate.lam * optax.global_norm(penalty_FD), optax.global_norm(grad_FD)
+        return {"W_dec": penalty_FD, "value": value, "share": size / jnp.maximum(size + rest, 1e-30)}
 
     if every == 1:
-        return anew(state.pull)
-    due = largest_of_members(state.step % every == 0, axis)
-    return cast(Params, jax.lax.cond(due, anew, lambda held: held, state.pull))
+        found = anew(state.held_penalty)
+    else:
+        due = largest_of_members(state.step % every == 0, axis)
+        found = cast(Params, jax.lax.cond(due, anew, lambda held: held, state.held_penalty))
+    metrics = {
+        "penalty": found["value"],
+        "loss_orthogonality": state.gate.lam * found["value"],
+        "penalty_gradient_share": found["share"],
+    }
+    return grad_FD + state.gate.lam * found["W_dec"], found if state.held_penalty else {}, metrics
 
 
 def _regrouped(state: TrainState, config: TrainConfig, axis: str | None) -> Int[Array, " F"]:
@@ -233,13 +232,17 @@ def _regrouped(state: TrainState, config: TrainConfig, axis: str | None) -> Int[
     )
 
 
-def compile_steps(state_shardings: Any = None, members: str | None = None) -> Callable[..., tuple[Any, Metrics]]:
+def compile_steps(
+    state_shardings: Any = None, members: str | None = None, platform: str | None = None
+) -> Callable[..., tuple[Any, Metrics]]:
     """The compiled program: (state, batches, scale, hyper, config) -> (state, metrics of [S]), S steps in one call.
 
     `batches` are a Batch with a leading axis of S. The state is donated. Its shardings are pinned to `state_shardings`,
     so that the state that comes out fits the program that it goes back into, and nothing compiles twice.
     `members` says how SAEs are trained together on the same batches, metrics of [S, members]: "vmap" batches their
     products, state and hyper having a leading axis; "map" runs the one program for each of a tuple of them in turn.
+    `platform` is what the program is for (none: where JAX runs): "gpu" gives one that can be lowered for a GPU on a
+    machine that has none.
     """
     axis = "members" if members == "vmap" else None
 
@@ -248,7 +251,7 @@ def compile_steps(state_shardings: Any = None, members: str | None = None) -> Ca
     ) -> tuple[TrainState, Metrics]:
         def run(state: TrainState, hyper: Hyperparameters) -> tuple[TrainState, Metrics]:
             def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-                return train_step(state, batch, scale, hyper, config, axis)
+                return train_step(state, batch, scale, hyper, config, axis, platform)
 
             return cast(tuple[TrainState, Metrics], jax.lax.scan(cast(Any, body), state, batches))
 

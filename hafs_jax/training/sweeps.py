@@ -11,12 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_text
 from hafs_jax.base.options import to_dict
 from hafs_jax.config import PenaltyConfig, TrainConfig
+from hafs_jax.fast.plan import target
 from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.runs import Run, identity
 from hafs_jax.training.budget import check_memory
@@ -42,7 +41,7 @@ COLUMNS = ("fvu_ema", "heldout_fvu", "l0", "dead_fraction", "coherence_mean", "c
 
 def automatic() -> str:
     """How members share a program where nobody says: a CPU gains nothing from batched products."""
-    return "map" if jax.default_backend() == "cpu" else "vmap"
+    return "map" if target() == "cpu" else "vmap"
 
 
 def parse_grid(text: str) -> list[dict[str, str]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hafs_jax.config import TrainConfig
+from hafs_jax.fast.plan import resolve_products, this_machine
+from hafs_jax.method.penalties import PENALTIES
 from hafs_jax.runs import Run, baseline_tau
 from hafs_jax.store.reader import Store
 from hafs_jax.training.budget import budget, check_memory
@@ -19,8 +21,14 @@ LOG = logging.getLogger(__name__)
 __all__ = ["Terminated", "TrainingStopped", "open_stores", "prepare", "resolve", "train"]
 
 
-def resolve(config: TrainConfig, store: Store, runs: Path, target: Store | None = None) -> tuple[TrainConfig, str]:
-    """The config with everything filled in that comes from the stores and the baseline, and a line saying what."""
+def resolve(
+    config: TrainConfig, store: Store, runs: Path, target: Store | None = None, force: bool = False
+) -> tuple[TrainConfig, str]:
+    """The config with everything filled in that comes from elsewhere, and a line saying what.
+
+    That is what the stores say, the baseline's FVU, and the form of the products, which is chosen for this machine. A
+    run that is there already, and is not replaced by `force`, keeps the products that it began with.
+    """
     notes = []
     if config.tokens is None:
         config = dataclasses.replace(config, tokens=int(config.passes * len(store)))
@@ -29,8 +37,9 @@ def resolve(config: TrainConfig, store: Store, runs: Path, target: Store | None 
         F = config.sae.expansion * store.manifest.d_model
         config = dataclasses.replace(config, sae=dataclasses.replace(config.sae, n_latents=F))
     config = dataclasses.replace(config, sae=dataclasses.replace(config.sae, transcode=target is not None))
+    config = dataclasses.replace(config, products=_products(config, Run(runs / config.run_name), force))
     penalty = config.penalty
-    if penalty.kind == "hinge" and penalty.mu0 is None:
+    if penalty.kind != "none" and PENALTIES[penalty.kind].has_margin and penalty.mu0 is None:
         d_out = (target or store).manifest.d_model
         penalty = dataclasses.replace(penalty, mu0=margin(config, d_out))
         notes.append(f"mu0 {penalty.mu0:.4f} from the noise floor")
@@ -39,6 +48,14 @@ def resolve(config: TrainConfig, store: Store, runs: Path, target: Store | None 
         penalty = dataclasses.replace(penalty, tau=tau)
         notes.append(f"tau {tau:.4f} = {penalty.tau_factor:g} x the final FVU of {source}")
     return dataclasses.replace(config, penalty=penalty), "; ".join(notes)
+
+
+def _products(config: TrainConfig, run: Run, force: bool) -> str:
+    if config.products == "auto" and run.config_path.exists() and not force:
+        begun_with = run.config().products
+        if begun_with != "auto":  # what runs of earlier versions say
+            return begun_with
+    return resolve_products(config, this_machine())
 
 
 def open_stores(store: Path, target: Path | None = None) -> Stores:
@@ -83,7 +100,7 @@ def train(
     """
     stores = open_stores(Path(store_folder), None if target_folder is None else Path(target_folder))
     runs = Path(runs)
-    config, notes = resolve(config, stores.train, runs, stores.target)
+    config, notes = resolve(config, stores.train, runs, stores.target, force)
     member, finished = prepare(config, stores, runs, force)
     if not finished:
         LOG.info(f"{member.run.folder.name}: {describe(config, stores)}" + (f"; {notes}" if notes else ""))

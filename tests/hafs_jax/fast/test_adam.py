@@ -11,7 +11,8 @@ import pytest
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
-from hafs_jax.fast.adam import move, optimizer, plain_move
+from hafs_jax.fast.adam import optimizer, plain_update, update
+from hafs_jax.fast.plan import choose
 from hafs_jax.method.sae import init_params
 from hafs_jax.ops.products import Params
 from hafs_jax.presets import preset
@@ -52,8 +53,10 @@ def test_a_move_is_that_of_optax(name: str, clip_norm: float | None, frozen: str
     params, state, steps = start(config)
     plain, plain_state, rate = params, state, jnp.float32(0.05)
     for grads in steps:
-        params, state = move(params, state, grads, optax.global_norm(grads), rate, jnp.bool_(True), config)
-        plain, plain_state = plain_move(plain, plain_state, grads, rate, config)
+        params, state = update(
+            params, state, grads, optax.global_norm(grads), rate, jnp.bool_(True), config, choose(config)
+        )
+        plain, plain_state = plain_update(plain, plain_state, grads, rate, config)
         assert_same((params, state), (plain, plain_state))
     first = init_params(config.sae, D, jax.random.key(0))
     assert bool(jnp.any(params["W_enc"] != first["W_enc"])) == (frozen != "everything")
@@ -63,41 +66,41 @@ def test_a_move_is_that_of_optax(name: str, clip_norm: float | None, frozen: str
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_a_move_that_is_not_ok_changes_nothing(name: str) -> None:
+def test_an_update_that_is_not_ok_changes_nothing(name: str) -> None:
     config = config_of(name=name)
     params, state, (grads, *_) = start(config)
     bad = jax.tree.map(lambda value: jnp.full_like(value, jnp.nan), grads)
-    found = move(params, state, bad, jnp.float32(jnp.nan), jnp.float32(0.1), jnp.bool_(False), config)
+    found = update(params, state, bad, jnp.float32(jnp.nan), jnp.float32(0.1), jnp.bool_(False), config, choose(config))
     for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves((params, state)), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"], ids=["by a branch", "by selection"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"], ids=["by a branch", "by selection"])
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_members_that_are_ok_move_and_the_others_stay(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_that_are_ok_change_and_the_others_stay(name: str, platform: str) -> None:
     """One program for two SAEs, of which the second's gradient is not finite; and one for each, compiled."""
     config = config_of(name=name)
     params, state, (_, grads, _) = start(config)
     two = jax.tree.map(lambda value: jnp.stack([value, jnp.full_like(value, jnp.nan)]), grads)
     norms, ok = jnp.stack([optax.global_norm(grads), jnp.float32(jnp.nan)]), jnp.array([True, False])
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
 
-    def moved(grads: Params, norm: jax.Array, ok: jax.Array) -> tuple[Params, optax.OptState]:
-        return move(params, state, grads, norm, jnp.float32(0.1), ok, config)
+    def updated(grads: Params, norm: jax.Array, ok: jax.Array) -> tuple[Params, optax.OptState]:
+        return update(params, state, grads, norm, jnp.float32(0.1), ok, config, choose(config, platform))
 
-    together = jax.jit(jax.vmap(moved))(two, norms, ok)
-    expected = plain_move(params, state, grads, jnp.float32(0.1), config), (params, state)
+    together = jax.jit(jax.vmap(updated))(two, norms, ok)
+    expected = plain_update(params, state, grads, jnp.float32(0.1), config), (params, state)
     for member in range(2):
         assert_same(jax.tree.map(lambda leaf, at=member: leaf[at], together), expected[member])
-        alone = jax.jit(moved)(jax.tree.map(lambda leaf, at=member: leaf[at], two), norms[member], ok[member])
+        alone = jax.jit(updated)(jax.tree.map(lambda leaf, at=member: leaf[at], two), norms[member], ok[member])
         assert_same(alone, expected[member])
 
 
-def test_a_gradient_of_zero_moves_nothing() -> None:
+def test_a_gradient_of_zero_changes_nothing() -> None:
     config = config_of()
     params, state, (grads, *_) = start(config)
     nothing = jax.tree.map(jnp.zeros_like, grads)
-    found, _ = move(params, state, nothing, optax.global_norm(nothing), jnp.float32(0.1), jnp.bool_(True), config)
+    norm = optax.global_norm(nothing)
+    found, _ = update(params, state, nothing, norm, jnp.float32(0.1), jnp.bool_(True), config, choose(config))
     assert_same(found, params)
 
 
@@ -107,11 +110,11 @@ def test_on_a_cpu_moments_and_parameters_are_overwritten_in_place() -> None:
     params = jax.eval_shape(lambda: init_params(config.sae, 64, jax.random.key(0)))
     state = jax.eval_shape(lambda: optimizer(config, 64).init(params))
 
-    def moved(params: Params, state: optax.OptState, grads: Params) -> tuple[Params, optax.OptState]:
+    def updated(params: Params, state: optax.OptState, grads: Params) -> tuple[Params, optax.OptState]:
         norm = optax.global_norm(grads)
-        return move(params, state, grads, norm, jnp.float32(0.1), jnp.isfinite(norm), config)
+        return update(params, state, grads, norm, jnp.float32(0.1), jnp.isfinite(norm), config, choose(config))
 
-    plan = jax.jit(moved, donate_argnums=(0, 1)).lower(params, state, params).compile().memory_analysis()
+    plan = jax.jit(updated, donate_argnums=(0, 1)).lower(params, state, params).compile().memory_analysis()
     assert plan.temp_size_in_bytes < 1.5 * 4 * 64 * 4096
 
 

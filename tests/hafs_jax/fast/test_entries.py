@@ -1,4 +1,4 @@
-"""The products with kept entries alone: values and every gradient are the dense form's."""
+"""Products with the active latents alone: values and every gradient are the dense form's."""
 
 import dataclasses
 from functools import partial
@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from hafs_jax.config import TrainConfig
-from hafs_jax.fast import entries as sparse
-from hafs_jax.method.architectures import slots
-from hafs_jax.method.loss import Weights, loss_and_gradients
+from hafs_jax.fast import entries, plan
+from hafs_jax.fast.forms import capacity
+from hafs_jax.fast.objective import loss_and_gradients
+from hafs_jax.method.loss import Weights
 from hafs_jax.method.sae import init_params, pre_bias
-from hafs_jax.ops import products
+from hafs_jax.ops.products import blocks_of
 from hafs_jax.ops.selection import (
     batch_threshold,
     count_threshold,
@@ -45,8 +46,8 @@ def outcome(config: TrainConfig, dead: int, seed: int = 0, k: int = 5, l0: float
         largest = jnp.sort(pre.reshape(-1))[::-1]
         params["b_enc"] -= (largest[round(l0 * B) - 1] + largest[round(l0 * B)]) / 2
     weights = Weights(jnp.int32(k), jnp.float32(1.0), jnp.arange(F) % 3 == 0 if dead == -1 else jnp.arange(F) < dead)
-    run = jax.jit(loss_and_gradients, static_argnums=6)
-    return run(params, acts, acts, weights, jnp.float32(D), jax.random.key(5), config)
+    run = jax.jit(loss_and_gradients, static_argnums=(6, 7))
+    return run(params, acts, acts, weights, jnp.float32(D), jax.random.key(5), config, plan.choose(config))
 
 
 @pytest.mark.parametrize(
@@ -58,11 +59,9 @@ def test_a_batch_in_blocks_of_rows_is_the_whole_one(
 ) -> None:
     config = dataclasses.replace(config_of(architecture), products=products_)
     (loss, whole), grads = outcome(config, dead=-1, l0=l0)
-    monkeypatch.setitem(products._BLOCK_BYTES, "cpu", 4 * F * B // 3)
-    assert products.blocks_of(B, F) == 3
-    jax.clear_caches()
+    monkeypatch.setitem(plan._BLOCK_BYTES, "cpu", 4 * F * B // 3)
+    assert blocks_of(B, F, plan.choose(config).block_bytes) == 3
     (loss_in_blocks, forward), grads_in_blocks = outcome(config, dead=-1, l0=l0)
-    jax.clear_caches()
     assert forward.encoding is None
     assert float(loss_in_blocks) == pytest.approx(float(loss), rel=1e-5)
     for name, value in whole.parts.items():
@@ -117,7 +116,7 @@ def test_the_sparse_step_is_the_dense_one(architecture: str, sae: dict, dead: in
 )
 def test_latents_that_are_few_or_many_give_the_same_by_either(architecture: str, sae: dict, l0: float) -> None:
     config = config_of(architecture, **sae)
-    assert slots(config.sae) == 7
+    assert capacity(config.sae) == 7
     (loss, forward), grads = outcome(dataclasses.replace(config, products="sparse"), dead=7, l0=l0)
     (plain_loss, plain), plain_grads = outcome(dataclasses.replace(config, products="dense"), dead=7, l0=l0)
     assert float(jnp.sum(plain.firing_F)) == pytest.approx(l0 * B)
@@ -139,41 +138,17 @@ def test_an_input_that_is_no_number_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("l0", "taken"), [(7.0, True), (7.1, False)])
-def test_kept_entries_alone_are_multiplied_where_there_is_a_slot_for_each(
+def test_active_latents_alone_are_multiplied_where_there_is_room_for_each(
     l0: float, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[None] = []
-    decode = sparse.decode
+    decode = entries.decode
     jax.clear_caches()
-    monkeypatch.setattr(sparse, "decode", lambda *of: jax.debug.callback(lambda: calls.append(None)) or decode(*of))
+    monkeypatch.setattr(entries, "decode", lambda *of: jax.debug.callback(lambda: calls.append(None)) or decode(*of))
     jax.block_until_ready(outcome(dataclasses.replace(config_of("relu"), products="sparse"), dead=0, l0=l0))
     jax.effects_barrier()
     jax.clear_caches()
     assert bool(calls) == taken
-
-
-@pytest.mark.parametrize("pays", [True, False])
-@pytest.mark.parametrize(
-    ("architecture", "dtype", "amx", "cores", "least"),
-    [
-        ("topk", "float32", True, 1, 220),
-        ("topk", "float32", True, 2, 330),
-        ("relu", "float32", False, 2, 495),
-        ("topk", "float32", False, 16, 1870),
-        ("topk", "bfloat16", True, 2, 2550),
-        ("topk", "bfloat16", False, 2, 330),
-    ],
-)
-def test_from_which_ratio_kept_entries_pay_counts_slots_and_cores(
-    architecture: str, dtype: str, amx: bool, cores: int, least: int, pays: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sparse, "_has_amx", lambda: amx)
-    monkeypatch.setattr(sparse, "_cores", lambda: cores)
-    config = config_of(architecture, n_latents=least - (not pays), k=10, compute_dtype=dtype)
-    assert sparse.pays(config) == pays
-    unmatched = with_fields(config, {"sparsity": {"match_l0": False}})
-    assert sparse.pays(unmatched) == (pays and architecture == "topk")
-    assert sparse.pays(dataclasses.replace(unmatched, products="sparse"))
 
 
 def test_in_bfloat16_the_two_differ_by_its_rounding() -> None:
@@ -203,9 +178,9 @@ def test_the_places_of_what_is_true_are_numpys(length: int, share: float) -> Non
 
 def test_a_row_without_positive_entries_keeps_nothing() -> None:
     values = jnp.zeros((3, 40)).at[1, 7].set(2.0).at[1, 39].set(1.0)
-    for entries in (largest_of_rows(values, jnp.zeros(40), 2, 2), largest_of_all(values, jnp.zeros(40), 6, 6)):
-        real = np.asarray(entries.real_N)
-        found = set(zip(np.asarray(entries.rows_N)[real], np.asarray(entries.columns_N)[real], strict=True))
+    for found_N in (largest_of_rows(values, jnp.zeros(40), 2, 2), largest_of_all(values, jnp.zeros(40), 6, 6)):
+        real = np.asarray(found_N.real_N)
+        found = set(zip(np.asarray(found_N.rows_N)[real], np.asarray(found_N.columns_N)[real], strict=True))
         assert found == {(1, 7), (1, 39)}
 
 

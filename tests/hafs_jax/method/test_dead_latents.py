@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hafs_jax.fast import plan
+from hafs_jax.fast.objective import _rooms, add_auxiliary
 from hafs_jax.method.architectures import OperatingPoint
-from hafs_jax.method.loss import _rooms, add_aux, pre_activation_loss
+from hafs_jax.method.revival import pre_activation_loss
 from hafs_jax.method.sae import SAE, init_params
-from hafs_jax.ops import products
 from hafs_jax.training.state import hyperparameters, init_state
 from hafs_jax.training.step import compile_steps
 from tests.support.steps import B, D, F, K, batch, fresh, one_step, small
@@ -52,8 +53,8 @@ def test_the_aux_loss_and_its_gradient_are_the_plain_ones(
     expected, expected_grads = jax.value_and_grad(plain)(params)
     rows = (jnp.asarray(acts), jnp.asarray(residual), jnp.asarray(is_dead))
     for blocks in (1, 3):
-        monkeypatch.setitem(products._BLOCK_BYTES, "cpu", 4 * n_latents * B // blocks)
-        ours, grads = add_aux(jax.tree.map(jnp.ones_like, params), params, *rows, config)
+        monkeypatch.setitem(plan._BLOCK_BYTES, "cpu", 4 * n_latents * B // blocks)
+        ours, grads = add_auxiliary(jax.tree.map(jnp.ones_like, params), params, *rows, config, plan.choose(config))
         assert float(ours) == pytest.approx(float(expected), rel=1e-5)
         for name, grad in expected_grads.items():
             assert float(jnp.abs(grad).max()) > 1e-3 or (transcode and name == "b_dec")

@@ -13,19 +13,10 @@ from hafs_jax.method.penalties import (
     first_groups,
     frobenius_penalty,
     hinge_penalty,
-    hinge_pull,
     noise_floor_margin,
     ortsae_penalty,
 )
-from hafs_jax.method.sae import unit_rows
-
-F, D, B = 22, 7, 9
-
-
-def structure(config: PenaltyConfig = PenaltyConfig(), n_latents: int = F) -> Structure:
-    """Groups of the config's sharing; every latent fires as often as its number says; a random batch."""
-    active_BF = jax.random.uniform(jax.random.key(9), (B, n_latents)) < 0.4
-    return Structure(first_groups(config, SAEConfig(n_latents=n_latents, k=1)), jnp.arange(n_latents) / 50.0, active_BF)
+from tests.support.penalties import D, F, structure_of
 
 
 def naive(W_dec: jax.Array, alpha: float, mu0: float, T: np.ndarray | None = None) -> jax.Array:
@@ -51,7 +42,7 @@ def test_one_chunk_equals_the_plain_sum_and_its_gradient(W_dec: jax.Array, alpha
     config = PenaltyConfig(kind="hinge", chunk_size=64)
 
     def ours(W: jax.Array) -> jax.Array:
-        return hinge_penalty(W, jnp.float32(alpha), structure(), 0.1, config, jax.random.key(0))
+        return hinge_penalty(W, jnp.float32(alpha), structure_of(), 0.1, config, jax.random.key(0))
 
     np.testing.assert_allclose(ours(W_dec), naive(W_dec, alpha, 0.1), rtol=1e-5)
     theirs = jax.grad(lambda W: naive(W, alpha, 0.1))(W_dec)
@@ -63,7 +54,7 @@ def test_chunks_are_unbiased_over_partitions_in_value_and_gradient(W_dec: jax.Ar
     config = PenaltyConfig(kind="hinge", chunk_size=chunk_size)
     keys = jax.random.split(jax.random.key(2), 20_000)
     value_and_grad = jax.value_and_grad(
-        lambda W, key: hinge_penalty(W, jnp.float32(0.3), structure(), 0.1, config, key)
+        lambda W, key: hinge_penalty(W, jnp.float32(0.3), structure_of(), 0.1, config, key)
     )
     values, grads = jax.vmap(value_and_grad, (None, 0))(W_dec, keys)
     error = float(values.std()) / np.sqrt(len(keys))
@@ -73,46 +64,9 @@ def test_chunks_are_unbiased_over_partitions_in_value_and_gradient(W_dec: jax.Ar
     assert (np.abs(np.asarray(grads.mean(0) - theirs)) < 5 * errors + 1e-6).all()
 
 
-@pytest.mark.parametrize("chunk_size", [1000, 11, 5])  # 5 leaves a last chunk of 2
-@pytest.mark.parametrize("yielding", ["both", "later", "rarer"])
-@pytest.mark.parametrize("sharing", ["global", "contiguous", "cofiring"])
-def test_the_pull_is_the_value_and_what_of_its_gradient_turns_the_rows(
-    W_dec: jax.Array, sharing: str, yielding: str, chunk_size: int
-) -> None:
-    config = PenaltyConfig(kind="hinge", sharing=sharing, yielding=yielding, chunk_size=chunk_size, group_size=3)
-    units = unit_rows(W_dec)
-    given = (units, jnp.float32(0.6), structure(config), 0.1, config, KEY)
-    value, gradient = jax.value_and_grad(hinge_penalty)(*given)
-    turning = gradient - jnp.sum(gradient * units, axis=1, keepdims=True) * units
-    found, pull = hinge_pull(*given)
-    assert float(found) == pytest.approx(float(value), rel=1e-5)
-    assert float(jnp.max(jnp.abs(turning))) > 0.01
-    np.testing.assert_allclose(pull, turning, rtol=1e-4, atol=1e-6)
-
-
-def test_the_pulls_spread_over_partitions_is_what_it_says() -> None:
-    n_latents, chunk_size, mu0 = 24, 6, 0.05
-    units = unit_rows(jax.random.normal(jax.random.key(4), (n_latents, D)))
-    given = (jnp.float32(0.0), structure(n_latents=n_latents), mu0)
-    by_size = {m: PenaltyConfig(kind="hinge", chunk_size=m) for m in (chunk_size, n_latents)}
-    _, exact = hinge_pull(units, *given, by_size[n_latents], KEY)
-    keys = jax.random.split(jax.random.key(8), 4000)
-    _, pulls = jax.vmap(lambda key: hinge_pull(units, *given, by_size[chunk_size], key))(keys)
-    found = np.mean(np.sum((np.asarray(pulls) - np.asarray(exact)) ** 2, axis=2), axis=0)
-
-    U = np.asarray(units, np.float64)
-    cosines = U @ U.T
-    terms = 4 / n_latents * np.maximum(cosines - mu0, 0)[:, :, None] * (U[None] - cosines[:, :, None] * U[:, None])
-    others = np.stack([np.delete(terms[i], i, axis=0) for i in range(n_latents)])
-    N, n = n_latents - 1, chunk_size - 1
-    expected = N * (N - n) / n * np.sum(np.var(others, axis=1, ddof=1), axis=1)
-    np.testing.assert_allclose(found, expected, rtol=0.15)
-    np.testing.assert_allclose(np.sum(found), np.sum(expected), rtol=0.03)
-
-
 def test_contiguous_sharing_relaxes_only_pairs_of_a_group(W_dec: jax.Array) -> None:
     config = PenaltyConfig(kind="hinge", chunk_size=64, sharing="contiguous", group_size=4)
-    ours = hinge_penalty(W_dec, jnp.float32(0.9), structure(config), 0.1, config, jax.random.key(5))
+    ours = hinge_penalty(W_dec, jnp.float32(0.9), structure_of(config), 0.1, config, jax.random.key(5))
     groups = np.arange(F) // 4
     np.testing.assert_allclose(ours, naive(W_dec, 0.9, 0.1, groups[:, None] == groups[None]), rtol=1e-5)
 
@@ -120,7 +74,7 @@ def test_contiguous_sharing_relaxes_only_pairs_of_a_group(W_dec: jax.Array) -> N
 def test_inside_the_margin_there_is_no_force_and_scale_does_not_matter() -> None:
     config = PenaltyConfig(kind="hinge")
     gradient = jax.grad(
-        lambda W: hinge_penalty(W, jnp.float32(0.0), structure(n_latents=len(W)), 0.05, config, jax.random.key(0))
+        lambda W: hinge_penalty(W, jnp.float32(0.0), structure_of(n_latents=len(W)), 0.05, config, jax.random.key(0))
     )
     assert not gradient(jnp.eye(5, 9)).any()
     W = jax.random.normal(jax.random.key(3), (F, D))
@@ -137,7 +91,7 @@ def test_random_rows_have_the_noise_floor_as_their_penalty() -> None:
     mu0 = noise_floor_margin(600, 64, 0.25)
     W = jax.random.normal(jax.random.key(4), (600, 64))
     config = PenaltyConfig(kind="hinge", chunk_size=1000)
-    value = hinge_penalty(W, jnp.float32(0.0), structure(n_latents=600), mu0, config, jax.random.key(0))
+    value = hinge_penalty(W, jnp.float32(0.0), structure_of(n_latents=600), mu0, config, jax.random.key(0))
     assert float(value) == pytest.approx(0.25, rel=0.1)
     assert noise_floor_margin(3, 64, 0.25) == 0.0
 
@@ -184,18 +138,18 @@ KEY = jax.random.key(5)
 
 
 def grouped(groups: np.ndarray) -> Structure:
-    return structure().replace(groups_F=jnp.asarray(groups, jnp.int32))
+    return structure_of().replace(groups_F=jnp.asarray(groups, jnp.int32))
 
 
 def test_cofiring_pairs_share_as_far_as_the_rarer_fires_with_the_other(W_dec: jax.Array) -> None:
-    active = np.asarray(structure().active_BF, float)
+    active = np.asarray(structure_of().active_BF, float)
     T = np.zeros((F, F))
     for i in range(F):
         for j in range(F):
             rarer = min(active[:, i].sum(), active[:, j].sum())
             T[i, j] = (active[:, i] * active[:, j]).sum() / rarer if rarer else 0.0
     config = PenaltyConfig(kind="hinge", sharing="cofiring", chunk_size=64)
-    ours = hinge_penalty(W_dec, jnp.float32(0.7), structure(), 0.1, config, KEY)
+    ours = hinge_penalty(W_dec, jnp.float32(0.7), structure_of(), 0.1, config, KEY)
     np.testing.assert_allclose(ours, naive(W_dec, 0.7, 0.1, T), rtol=1e-5)
 
 
@@ -206,7 +160,7 @@ def test_only_the_latent_that_yields_is_moved(yielding: str, moved: int, fixed: 
 
     def value(W: jax.Array, who: str) -> jax.Array:
         config = PenaltyConfig(kind="hinge", yielding=who)
-        return hinge_penalty(W, jnp.float32(0.0), structure(n_latents=2), 0.1, config, KEY)
+        return hinge_penalty(W, jnp.float32(0.0), structure_of(n_latents=2), 0.1, config, KEY)
 
     both, one = (jax.grad(value)(W, who) for who in ("both", yielding))
     np.testing.assert_allclose(value(W, yielding), value(W, "both"), rtol=1e-6)
@@ -216,7 +170,7 @@ def test_only_the_latent_that_yields_is_moved(yielding: str, moved: int, fixed: 
 
 def test_equal_rates_move_both() -> None:
     W = jnp.array([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0]])
-    even = structure(n_latents=2).replace(rate_F=jnp.array([0.2, 0.2]))
+    even = structure_of(n_latents=2).replace(rate_F=jnp.array([0.2, 0.2]))
 
     def value(W: jax.Array, who: str) -> jax.Array:
         return hinge_penalty(W, jnp.float32(0.0), even, 0.1, PenaltyConfig(kind="hinge", yielding=who), KEY)

@@ -9,7 +9,7 @@ import pytest
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
-from hafs_jax.ops import products
+from hafs_jax.fast import plan
 from hafs_jax.presets import preset
 from hafs_jax.store.reader import Store
 from hafs_jax.training import budget as module
@@ -61,7 +61,7 @@ def test_what_is_counted(stores: Stores) -> None:
 
 def test_blocks_are_counted_only_where_the_batch_divides(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = 4 * B * F
-    monkeypatch.setitem(products._BLOCK_BYTES, "cpu", whole // 4)
+    monkeypatch.setitem(plan._BLOCK_BYTES, "cpu", whole // 4)
     parameters = budget(config_of(), stores).parameters
     assert budget(config_of(), stores).step == 1.5 * parameters + 3 * whole // 4
     prime = dataclasses.replace(config_of(), batch_size=67)

@@ -8,9 +8,9 @@ from pathlib import Path
 STEPS = """
 import jax, numpy as np, jax.numpy as jnp, dataclasses
 from tests.support.steps import small, fresh, batch
-from hafs_jax.ops import products
 from hafs_jax.training import shardings
-from hafs_jax.method.loss import blocks_of_rows
+from hafs_jax.fast import plan
+from hafs_jax.fast.objective import blocks_of_rows
 from hafs_jax.training.state import hyperparameters
 from hafs_jax.training.step import compile_steps
 acts = jnp.stack([batch(0), batch(1)])
@@ -35,8 +35,8 @@ check(small('adaptive', sae={'n_latents': 12, 'k': 3}), 2)
 relu = small('adaptive', 'relu', sae={'n_latents': 12, 'k': 3})
 by_active = dataclasses.replace(relu, products='sparse')
 assert check(by_active, 1) > 4.5 > check(by_active, 1, shift=-1.0) > 0
-products._BLOCK_BYTES['cpu'] = 4 * 12 * 4
-assert blocks_of_rows(relu, acts.shape[1]) > 1
+plan._BLOCK_BYTES['cpu'] = 4 * 12 * 4
+assert blocks_of_rows(relu, acts.shape[1], plan.choose(relu)) > 1
 check(dataclasses.replace(relu, products='dense'), 1)
 check(by_active, 1, shift=-1.0)
 print('equal on', jax.device_count())

@@ -10,7 +10,8 @@ import torch
 from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 
 from hafs_jax.config import TrainConfig
-from hafs_jax.method.architectures import OperatingPoint, slots
+from hafs_jax.fast.forms import capacity
+from hafs_jax.method.architectures import OperatingPoint
 from hafs_jax.method.sae import InputScale
 from hafs_jax.presets import ARCHITECTURES
 from hafs_jax.training.state import TrainState, hyperparameters, init_state
@@ -162,7 +163,9 @@ def test_many_saes_in_one_program_equal_their_solo_runs(architecture: str, produ
         together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *together)
     assert metrics["loss"].shape == (2, 3)
     if (architecture, products) == ("relu", "sparse"):  # two have a slot for each active latent, the last has not
-        assert (metrics["l0"][:, :2] < slots(config.sae)).all() and (metrics["l0"][:, 2] > slots(config.sae)).all()
+        assert (metrics["l0"][:, :2] < capacity(config.sae)).all() and (
+            metrics["l0"][:, 2] > capacity(config.sae)
+        ).all()
         assert (metrics["l0"][1, :2] > 0).any()
     solo = compile_steps()
     for index, state in enumerate(states):
@@ -220,16 +223,16 @@ def test_a_penalty_of_every_few_steps_is_held_in_between() -> None:
     for name in ("loss_orthogonality", "penalty_gradient_share", "gradient_norm"):
         np.testing.assert_allclose(metrics[name], own[name], rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(first.params["W_dec"], alone.params["W_dec"], atol=1e-6)
-    assert not alone.pull and float(jnp.abs(first.pull["W_dec"]).max()) > 0
+    assert not alone.held_penalty and float(jnp.abs(first.held_penalty["W_dec"]).max()) > 0
 
     second, metrics = one_step(config, first, scale, batch(1))
-    np.testing.assert_array_equal(second.pull["W_dec"], first.pull["W_dec"])
+    np.testing.assert_array_equal(second.held_penalty["W_dec"], first.held_penalty["W_dec"])
     np.testing.assert_allclose(metrics["penalty"], own["penalty"], rtol=1e-6)
-    without, _ = one_step(small(), first.replace(pull={}), scale, batch(1))
+    without, _ = one_step(small(), first.replace(held_penalty={}), scale, batch(1))
     assert float(jnp.abs(second.params["W_dec"] - without.params["W_dec"]).max()) > 1e-4
 
     due, _ = one_step(config, second.replace(step=jnp.int32(3)), scale, batch(1))
-    assert float(jnp.abs(due.pull["W_dec"] - first.pull["W_dec"]).max()) > 0
+    assert float(jnp.abs(due.held_penalty["W_dec"] - first.held_penalty["W_dec"]).max()) > 0
 
 
 def test_children_are_assigned_to_parents_every_few_steps() -> None:

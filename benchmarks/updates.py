@@ -1,4 +1,4 @@
-"""The optimizer's move in place against optax's update of the same gradients, kept where they are finite."""
+"""The optimizer's update in place against optax's of the same gradients, kept where they are finite."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,49 +11,56 @@ import optax
 from benchmarks.harness import Row, interleaved
 from benchmarks.workloads import D, config_of
 from hafs_jax.config import TrainConfig
-from hafs_jax.fast.adam import move, optimizer, plain_move
+from hafs_jax.fast.adam import optimizer, plain_update, update
+from hafs_jax.fast.plan import choose
 from hafs_jax.method.sae import init_params
 from hafs_jax.ops.products import Params
 
 _STEPS, _RATE = 4, 1e-5
-Move = Callable[[Params, optax.OptState, Params, jax.Array, jax.Array, jax.Array, TrainConfig], Any]
+Update = Callable[[Params, optax.OptState, Params, jax.Array, jax.Array, jax.Array, TrainConfig], Any]
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """Milliseconds a move, norm of the gradient included, and megabytes of temporary memory."""
+    """Milliseconds an update, norm of the gradient included, and megabytes of temporary memory."""
     for F in (4_608,) if quick else (4_608, 16_384):
         config = config_of("topk", F)
-        programs = {"ours": _program(config, move), "theirs": _program(config, _selected)}
+        programs = {"ours": _program(config, _ours), "theirs": _program(config, _selected)}
         _check_same(config, *programs.values())
         runs = {name: _runs(config, program) for name, program in programs.items()}
         times = interleaved(runs, 3 if quick else 7)
         ours, theirs = (times[name].median / _STEPS * 1e3 for name in programs)
         held = [program.memory_analysis().temp_size_in_bytes / 1e6 for program in programs.values()]
         sizes, peer = {"D": D, "F": F}, "optax's update, selected"
-        yield Row(f"the optimizer's move, F={F:,}", peer, ours, theirs, "ms", theirs / ours, None, sizes=sizes)
-        name = f"temporary memory of the optimizer's move, F={F:,}"
+        yield Row(f"the optimizer's update, F={F:,}", peer, ours, theirs, "ms", theirs / ours, None, sizes=sizes)
+        name = f"temporary memory of the optimizer's update, F={F:,}"
         yield Row(name, peer, held[0], held[1], "MB", held[0] / held[1], None, "<=", sizes)
+
+
+def _ours(
+    params: Params, state: optax.OptState, grads: Params, norm: Any, rate: jax.Array, ok: jax.Array, config: TrainConfig
+) -> tuple[Params, optax.OptState]:
+    return update(params, state, grads, norm, rate, ok, config, choose(config))
 
 
 def _selected(
     params: Params, state: optax.OptState, grads: Params, _: Any, rate: jax.Array, ok: jax.Array, config: TrainConfig
 ) -> tuple[Params, optax.OptState]:
-    """The move as it is written without a thought of memory."""
-    new = plain_move(params, state, grads, rate, config)
+    """The update as it is written without a thought of memory."""
+    new = plain_update(params, state, grads, rate, config)
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, (params, state))
 
 
-def _program(config: TrainConfig, one: Move) -> Any:
-    """The compiled program of `_STEPS` moves: (params, state), gradients -> (params, state)."""
+def _program(config: TrainConfig, one: Update) -> Any:
+    """The compiled program of `_STEPS` updates: (params, state), gradients -> (params, state)."""
 
-    def moves(old: tuple[Params, optax.OptState], grads: Params) -> tuple[Params, optax.OptState]:
+    def updates(old: tuple[Params, optax.OptState], grads: Params) -> tuple[Params, optax.OptState]:
         def body(_: Any, old: tuple[Params, optax.OptState]) -> tuple[Params, optax.OptState]:
             norm = optax.global_norm(grads)
             return one(*old, grads, norm, jnp.float32(_RATE), jnp.isfinite(norm), config)
 
         return jax.lax.fori_loop(0, _STEPS, body, old)
 
-    return jax.jit(moves, donate_argnums=0).lower(*_start(config)).compile()
+    return jax.jit(updates, donate_argnums=0).lower(*_start(config)).compile()
 
 
 def _start(config: TrainConfig) -> tuple[tuple[Params, optax.OptState], Params]:
@@ -77,4 +84,4 @@ def _check_same(config: TrainConfig, ours: Any, theirs: Any) -> None:
     """Raises `RuntimeError` where the two leave other parameters or moments."""
     for mine, other in zip(*(jax.tree.leaves(program(*_start(config))) for program in (ours, theirs)), strict=True):
         if not np.allclose(mine, other, rtol=1e-4, atol=1e-7):
-            raise RuntimeError(f"the move in place differs from optax's by {np.abs(mine - other).max():.1e}")
+            raise RuntimeError(f"the update in place differs from optax's by {np.abs(mine - other).max():.1e}")

@@ -1,0 +1,215 @@
+"""The loss and its gradient, computed quickly: the twin of `hafs_jax.method.loss`.
+
+Sparse products skip the zeros, a large batch is taken in blocks of rows, and dead latents are multiplied alone.
+"""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from hafs_jax.config import TrainConfig
+from hafs_jax.fast import entries
+from hafs_jax.fast.entries import SparseLatents
+from hafs_jax.fast.forms import form_of
+from hafs_jax.fast.plan import Plan
+from hafs_jax.method.architectures import ARCHITECTURES, l1
+from hafs_jax.method.loss import Forward, Weights, forward, total
+from hafs_jax.method.matryoshka import prefix_ends, prefix_errors, prefix_shares
+from hafs_jax.method.revival import auxiliary_error, auxiliary_weight
+from hafs_jax.method.sae import pre_bias
+from hafs_jax.ops.members import largest_of_members
+from hafs_jax.ops.products import Params, blocks_of, row_blocks, whole_rows
+
+
+def loss_and_gradients(
+    params: Params,
+    acts_BD: Float[Array, "B D"],
+    target_BD: Float[Array, "B D_out"],
+    weights: Weights,
+    variance: Float[Array, ""],
+    key: Key[Array, ""],
+    config: TrainConfig,
+    plan: Plan,
+    axis: str | None = None,
+) -> tuple[tuple[Float[Array, ""], Forward], Params]:
+    """`hafs_jax.method.loss.loss` and its gradient, as `plan` says.
+
+    `key` samples a Matryoshka's prefixes. `axis` names the mapped axis of SAEs that are trained together.
+    """
+    rows = (acts_BD, target_BD)
+
+    def dense() -> tuple[tuple[Array, Forward], Params]:
+        return _in_blocks(
+            partial(forward, weights=weights, variance=variance, key=key, config=config), params, rows, config, plan
+        )
+
+    if plan.products == "dense":
+        (loss, found), grads = dense()
+    else:
+        bias_F = pre_bias(params, config.sae)
+        latents = entries.active_latents(acts_BD, params["W_enc"], bias_F, weights.k, config, plan)
+        latents = latents.replace(count=largest_of_members(latents.count, axis))
+
+        def sparse() -> tuple[tuple[Array, Forward], Params]:
+            run = partial(_forward_sparse, latents=latents, weights=weights, variance=variance, key=key)
+            return jax.value_and_grad(total, has_aux=True)(params, partial(run, config=config, plan=plan), *rows)
+
+        if form_of(config.sae).any_number:
+            (loss, found), grads = jax.lax.cond(largest_of_members(~latents.complete, axis), dense, sparse)
+        else:
+            (loss, found), grads = sparse()
+    if config.sparsity.aux > 0:
+        aux, grads = add_auxiliary(grads, params, acts_BD, found.residual_BD, weights.is_dead_F, config, plan, axis)
+        found.parts["loss_aux"] += aux
+        loss += aux
+    return (loss, found), grads
+
+
+def _in_blocks(
+    run: Callable[..., Forward], params: Params, rows: tuple[Array, Array], config: TrainConfig, plan: Plan
+) -> tuple[tuple[Float[Array, ""], Forward], Params]:
+    """`total` of all rows and its gradient, by blocks of rows where the batch is large and no row needs the others.
+
+    Losses are means over rows, so those of equal blocks are averaged. Without `encoding`, if there are several blocks.
+    """
+    P = blocks_of_rows(config, len(rows[0]), plan)
+    blocks = [row_blocks(of, P) for of in rows]
+    if P == 1:
+        (loss, found), grads = jax.value_and_grad(total, has_aux=True)(params, run, *rows)
+        return (loss, found if plan.products == "dense" else found.replace(encoding=None)), grads
+
+    def share(params: Params, *block: Array) -> tuple[Array, Forward]:
+        loss, found = total(params, run, *block)
+        return loss / P, found.replace(encoding=None)
+
+    def add(grads: Params, block: list[Array]) -> tuple[Params, tuple[Array, Forward]]:
+        found, more = jax.value_and_grad(share, has_aux=True)(params, *block)
+        return jax.tree.map(jnp.add, grads, more), found
+
+    grads, (losses, forwards) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), blocks)
+    whole = Forward(
+        whole_rows(forwards.residual_BD),
+        {name: jnp.mean(parts) for name, parts in forwards.parts.items()},
+        firing_F=jnp.sum(forwards.firing_F, axis=0),
+        smallest=jnp.min(forwards.smallest),
+        encoding=None,
+    )
+    return (jnp.sum(losses), whole), grads
+
+
+def blocks_of_rows(config: TrainConfig, batch_size: int, plan: Plan) -> int:
+    """In how many blocks a dense step takes a batch."""
+    apart = form_of(config.sae).by_row and config.penalty.sharing != "cofiring"
+    return blocks_of(batch_size, config.sae.F, plan.block_bytes) if apart else 1
+
+
+def _forward_sparse(
+    params: Params,
+    acts_BD: Array,
+    target_BD: Array,
+    weights: Weights,
+    variance: Array,
+    key: Key[Array, ""],
+    latents: SparseLatents,
+    config: TrainConfig,
+    plan: Plan,
+) -> Forward:
+    """`forward` of an architecture with a sparse form, by products with its active latents alone."""
+    architecture, W_dec, dtype = ARCHITECTURES[config.sae.architecture], params["W_dec"], config.sae.compute_dtype
+    latents = entries.encode(latents, acts_BD, params, config.sae, plan)
+    if architecture.nested:
+        changes = _changes_by_band(latents, W_dec, prefix_ends(config.sae, key), len(acts_BD), dtype, plan)
+    else:
+        changes = [entries.decode(latents, W_dec, len(acts_BD), dtype, plan)]
+    errors_G, residual_BD = prefix_errors(changes, target_BD, params["b_dec"])
+    parts = {"fvu": errors_G[-1] / variance, "loss_reconstruction": jnp.mean(errors_G) / variance}
+    assert architecture.cost in (None, l1)
+    if architecture.cost is not None:
+        paid_N = latents.values_N * (prefix_shares(config.sae, key)[latents.latents_N] if architecture.nested else 1.0)
+        parts["loss_sparsity"] = weights.coefficient * jnp.sum(paid_N) / len(acts_BD) / variance
+    return Forward(
+        residual_BD,
+        parts,
+        firing_F=latents.firing(config.sae.F),
+        smallest=jnp.min(jnp.where(latents.values_N > 0, latents.values_N, jnp.inf)),
+        encoding=None,
+    )
+
+
+def _changes_by_band(
+    latents: SparseLatents, W_dec: Float[Array, "F D"], ends_G: Int[Array, " G"], rows: int, dtype: str, plan: Plan
+) -> list[Float[Array, "B D"]]:
+    """`prefix_changes` for the active latents of B = `rows` rows: each is added to its band's copy of its row."""
+    band_N = jnp.searchsorted(ends_G, latents.latents_N, side="right")
+    banded = latents.replace(rows_N=(band_N * rows + latents.rows_N).astype(jnp.int32))
+    return list(entries.decode(banded, W_dec, len(ends_G) * rows, dtype, plan).reshape(len(ends_G), rows, -1))
+
+
+def add_auxiliary(
+    grads: Params,
+    params: Params,
+    acts_BD: Float[Array, "B D"],
+    residual_BD: Float[Array, "B D_out"],
+    is_dead_F: Bool[Array, " F"],
+    config: TrainConfig,
+    plan: Plan,
+    axis: str | None = None,
+) -> tuple[Float[Array, ""], Params]:
+    """The auxiliary reconstruction's term of the loss, and `grads` with its gradient added.
+
+    The term is `auxiliary_weight` times `auxiliary_error`. While no latent is dead it is 0 and `grads` are not touched.
+    Only the dead latents' columns of the encoder and rows of the decoder are multiplied, in a program for at least as
+    many (`_rooms`). A large batch is taken in blocks of rows. SAEs that are trained together along `axis` all do what
+    the one with the most dead latents needs.
+    """
+    F = len(is_dead_F)
+    dead = jnp.sum(is_dead_F)
+    weight = auxiliary_weight(residual_BD, is_dead_F, config.sparsity.aux)
+
+    def revived(params: Params, is_dead_M: Array, acts_ND: Array, target_ND: Array) -> Array:
+        return weight * auxiliary_error(params, is_dead_M, acts_ND, target_ND, config.sparsity.aux_k, config.sae)
+
+    def add(
+        sums: tuple[Array, Params], room: int, is_dead_F: Array, params: Params, *rows: Array
+    ) -> tuple[Array, Params]:
+        """The sums with a block's error and gradient added, for which only `room` latents are looked at."""
+        loss, grads = sums
+        if room == F:
+            error, more = jax.value_and_grad(revived)(params, is_dead_F, *rows)
+            return loss + error, jax.tree.map(jnp.add, grads, more)
+        ids_M = jnp.nonzero(is_dead_F, size=room, fill_value=F)[0]
+        of_dead = {name: (..., ids_M) if name == "W_enc" else ids_M for name in ("W_enc", "b_enc", "W_dec")}
+        some = {name: params[name].at[at].get(mode="clip") for name, at in of_dead.items()}
+        error, more = jax.value_and_grad(revived)({**some, "b_dec": params["b_dec"]}, ids_M < F, *rows)
+        added = {name: grads[name].at[at].add(more[name], mode="drop") for name, at in of_dead.items()}
+        return loss + error, {**grads, **added, "b_dec": grads["b_dec"] + more["b_dec"]}
+
+    def added(sums: tuple[Array, Params], room: int, wanted: Array) -> tuple[Array, Params]:
+        """The sums and, if `wanted`, those of all blocks: a loop of as many turns, whose sums stay where they are."""
+        P = blocks_of(len(acts_BD), room, plan.block_bytes)
+        rows_NPD = [rows_BD.reshape(-1, P, rows_BD.shape[1]) for rows_BD in (acts_BD, residual_BD)]  # every P-th row
+
+        def turn(block: Array, sums: tuple[Array, Params]) -> tuple[Array, Params]:
+            rows_ND = (jax.lax.dynamic_index_in_dim(rows, block, axis=1, keepdims=False) for rows in rows_NPD)
+            # Without the barrier XLA computes what is the same in all turns ahead of them, even where there are none.
+            held, held_dead_F, _ = jax.lax.optimization_barrier((params, is_dead_F, block))
+            return add(sums, room, held_dead_F, held, *rows_ND)
+
+        return jax.lax.fori_loop(0, jnp.where(wanted, P, 0), turn, sums)
+
+    most = largest_of_members(dead, axis)
+    sums, enough = (jnp.zeros(()), grads), 0
+    for room in _rooms(F):
+        sums = added(sums, room, (most > enough) & (most <= room))
+        enough = room
+    return sums
+
+
+def _rooms(n_latents: int) -> list[int]:
+    """For how many dead latents there are programs: 32, 128, 512, ... as far as half of all, and all."""
+    powers = (32 * 4**n for n in range(16))
+    return [*itertools.takewhile(lambda room: room <= n_latents // 2, powers), n_latents]

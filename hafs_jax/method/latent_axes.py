@@ -1,0 +1,13 @@
+"""Which axis of an array counts the latents, by the array's name in the training state."""
+
+from hafs_jax.method.architectures import ARCHITECTURES
+
+_OTHERS = {"W_enc": 1, "W_dec": 0, **dict.fromkeys(("b_enc", "steps_since_fired_F", "rate_F", "groups_F"), 0)}
+
+
+def latent_axis(path: tuple) -> int | None:
+    """The axis of the latents in the leaf at `path` of a pytree of states, parameters or moments; None: it has none."""
+    own = {name: 0 for architecture in ARCHITECTURES.values() for name in architecture.params}
+    axes = _OTHERS | own
+    names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+    return next((axes[name] for name in reversed(names) if name in axes), None)
