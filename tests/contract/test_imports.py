@@ -33,7 +33,7 @@ LAYERS = (
     {"method"},
     {"fast"},
     {"training"},
-    {"saelens", "api"},
+    {"saelens", "api", "registry"},
     {"commands", "cli", "__main__", "__init__"},
 )
 """hafs_jax from the ground up: a module imports its own layer and those below."""
