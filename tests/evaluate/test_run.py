@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import hafs_evaluate.stages
+import hafs_evaluate.stage
 from hafs_evaluate.cli import main
-from hafs_evaluate.config import EvalConfig
-from hafs_evaluate.workspace import finished_runs, hashed_export, open_workspace
+from hafs_evaluate.config import EvalConfig, resolved
+from hafs_evaluate.latents.dashboards import LatentsConfig
+from hafs_evaluate.stage import Evaluation
+from hafs_evaluate.stages import STAGES
+from hafs_evaluate.workspace import fingerprint, finished_runs, hashed_export, open_workspace
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.options import to_dict
 from tests.support.torch_saes import saved_sae
 from tests.support.workspaces import CONFIG, HOOK, TASK, D, F, run
 
@@ -77,12 +81,29 @@ def test_all_stages_write_what_the_report_reads_and_are_not_done_twice(workspace
     llm = json.loads(workspace.llm_probing.read_text())
     assert llm["tasks"][TASK].keys() == {"full", "top_1", "top_2", "pca_1", "pca_2"}
     seconds = json.loads(workspace.seconds.read_text())
-    assert {"splice", "core/strict-s0", "probing/activations", "probing/llm", "latents/baseline-s0"} <= seconds.keys()
+    assert {"splice", "core/strict-s0", "probing", "probing/llm", "latents/baseline-s0"} <= seconds.keys()
 
     before = written(workspace)
     forbid(monkeypatch, *WORK)
     run(workspace)
     assert written(workspace) == before
+
+
+def test_what_is_done_is_marked_as_the_versions_before_marked_it(workspace):
+    """So that an evaluation of theirs is gone on with: these are the values that version 0.1 hashed."""
+    run(workspace, skip=("probing", "hierarchy"), names=["strict-s0"])
+    done = json.loads(workspace.result("strict-s0", "done.json").read_text())
+    sae = hashed_export("strict-s0", workspace.runs / "strict-s0" / "sae")
+    heldout, train = workspace.heldout.manifest.fingerprint, workspace.train.manifest.fingerprint
+    hashed = [1, sae.weights_sha256, sae.cfg_sha256]
+    assert done["core"] == fingerprint([*hashed, heldout, None])
+    assert done["splice"] == fingerprint([*hashed, heldout, 4, 0])
+    assert done["latents"] == fingerprint([*hashed, train, to_dict(LatentsConfig())])
+    config = resolved(CONFIG, {"resolved": "offline"})
+    settings = ["sae_probes", [TASK], [1, 2], "l2", 42]
+    settings += [to_dict(workspace.heldout.manifest.model), to_dict(workspace.heldout.manifest.tokenizer), HOOK]
+    assert STAGES["probing"].inputs(Evaluation(workspace, config)) == [settings]
+    assert STAGES["probing"].language_model.inputs(Evaluation(workspace, config)) == [1, "pca", settings]
 
 
 def test_another_sae_is_measured_anew_and_the_rest_is_kept(workspace):
@@ -165,24 +186,24 @@ def test_the_hub_is_left_alone_where_nothing_needs_it(workspace, monkeypatch):
         raise AssertionError("the hub was asked")
 
     offline = []
-    monkeypatch.setattr(hafs_evaluate.stages, "hub_problem", asked)
-    monkeypatch.setattr(hafs_evaluate.stages, "go_offline", lambda: offline.append(True))
+    monkeypatch.setattr(hafs_evaluate.stage, "hub_problem", asked)
+    monkeypatch.setattr(hafs_evaluate.stage, "go_offline", lambda: offline.append(True))
     run(workspace, skip=("splice", "probing", "hierarchy", "latents"))
     assert offline
-    monkeypatch.setattr(hafs_evaluate.stages, "hub_problem", lambda: None)
+    monkeypatch.setattr(hafs_evaluate.stage, "hub_problem", lambda: None)
     offline.clear()
     run(workspace, dataclasses.replace(CONFIG, suite="standard"), skip=("splice", "probing", "hierarchy", "latents"))
     assert offline  # standard needs it, but probing is skipped
-    monkeypatch.setattr(hafs_evaluate.stages, "hub_problem", lambda: "no route")
+    monkeypatch.setattr(hafs_evaluate.stage, "hub_problem", lambda: "no route")
     with pytest.raises(UserError, match="SAE-Bench has none of that name"):
         run(workspace, dataclasses.replace(CONFIG, suite="standard", tasks=("local/x",)), skip=("splice", "latents"))
 
 
 def test_the_standard_suite_says_what_space_it_needs(workspace, monkeypatch):
-    monkeypatch.setattr(hafs_evaluate.stages, "hub_problem", lambda: None)
-    monkeypatch.setattr(hafs_evaluate.stages, "go_offline", lambda: None)
+    monkeypatch.setattr(hafs_evaluate.stage, "hub_problem", lambda: None)
+    monkeypatch.setattr(hafs_evaluate.stage, "go_offline", lambda: None)
     monkeypatch.setattr("hafs_evaluate.saebench.standard.StandardProbing.bytes_needed", lambda self: 10**18)
-    with pytest.raises(UserError, match=r"needs 1000000000\.0 GB, found .* GB free; .* or take --suite sae_probes"):
+    with pytest.raises(UserError, match=r"needs 1000000000\.0 GB, found .* GB free; .* or take another --suite"):
         run(workspace, dataclasses.replace(CONFIG, suite="standard", tasks=()), skip=("splice", "latents"))
 
 
@@ -236,7 +257,8 @@ def test_names_for_saebench_change_with_weights_and_config(tmp_path):
         (["evaluate", "--contexts", "0"], "error: contexts=0: expected at least 1"),
         (["evaluate", "--skip", "core"], "invalid choice: 'core'"),
         (["export", "nowhere"], "error: expected a run's folder at nowhere, found none"),
-        ([], "required: COMMAND"),
+        ([], "error: expected one of the commands evaluate, synth-score,"),
+        (["evalute"], "did you mean 'evaluate'?"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from hafs_evaluate.config import EvalConfig
-from hafs_evaluate.stages import Evaluation
+from hafs_evaluate.stages import evaluate
 from hafs_evaluate.workspace import Workspace, finished_runs, open_workspace
 from hafs_extract.models import LanguageModel
 from hafs_jax.store.manifest import TokenizerInfo
@@ -47,4 +47,4 @@ def make_workspace(out: Path, model: LanguageModel) -> Workspace:
 
 def run(workspace: Workspace, config: EvalConfig = CONFIG, skip: Sequence[str] = (), names: Sequence[str] = ()) -> None:
     """Evaluates the finished runs `names`, or all of them."""
-    Evaluation(workspace, config, skip).run(finished_runs(workspace, names))
+    evaluate(workspace, config, finished_runs(workspace, names), skip)

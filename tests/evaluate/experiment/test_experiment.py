@@ -109,9 +109,9 @@ def test_the_committed_experiments_are_valid_and_so_is_every_training_in_them(na
         points = parse_grid(config.grid())
         runs = [_run_config([*config.train, "--arch", architecture, *arguments_of(point)]).run_name for point in points]
         assert runs == [c.run for c in config.cells() if (c.architecture, c.seed) == (architecture, 0)]
-    from hafs_evaluate.cli import _parser
+    from hafs_evaluate.cli import evaluate_parser
 
-    _parser().parse_args(["evaluate", *config.evaluate])
+    evaluate_parser().parse_args(config.evaluate)
 
 
 @pytest.mark.parametrize(

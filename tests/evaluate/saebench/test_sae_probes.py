@@ -10,7 +10,7 @@ import pandas
 import pytest
 import torch
 
-from hafs_evaluate.config import OFFLINE_TASKS, EvalConfig, resolved
+from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.saebench import task_activations
 from hafs_evaluate.saebench.sae_probes import (
     ProbeSettings,
@@ -20,6 +20,7 @@ from hafs_evaluate.saebench.sae_probes import (
     probe_language_model,
     probe_sae,
 )
+from hafs_evaluate.saebench.suites import OFFLINE_TASKS
 from hafs_evaluate.saebench.task_activations import ActivationCache, fill_cache, last_activations, read_task, task_key
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
@@ -301,16 +302,6 @@ def test_saebench_leaving_something_out_is_an_error(planted, tmp_path, monkeypat
         path.write_text(json.dumps(json.loads(path.read_text())[:1]))  # k = 2 is lost
     with pytest.raises(RuntimeError, match=rf"returned k=\[1\] for {TASK}, asked for \[1, 2\]"):
         probe_sae("run", sae_of(3, 5), HOOK, planted, SETTINGS_12, tmp_path)
-
-
-def test_the_suite_follows_the_stores_profile():
-    for profile in ({"resolved": "offline"}, {"resolved": "mine", "suite": "sae_probes"}):
-        assert resolved(EvalConfig(), profile).suite == "sae_probes"
-        assert resolved(EvalConfig(), profile).tasks == OFFLINE_TASKS
-    for profile in ({"resolved": "pythia70m"}, {"resolved": "mine"}, {"resolved": "offline", "suite": "standard"}):
-        assert resolved(EvalConfig(), profile).suite == "standard" and len(resolved(EvalConfig(), profile).tasks) == 8
-    assert resolved(EvalConfig(suite="standard"), {"resolved": "offline", "suite": "sae_probes"}).suite == "standard"
-    assert resolved(EvalConfig(suite="sae_probes", tasks=("a",)), {"resolved": "pythia70m"}).tasks == ("a",)
 
 
 @pytest.mark.parametrize(
