@@ -1,4 +1,4 @@
-"""The exception that means a user's mistake, and how every command line of the project reports it."""
+"""The exception for a user's mistake, and how every command line of the project reports it. Standard library only."""
 
 import contextlib
 import errno
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
-"""The errors of writing that a user can mend."""
+"""The errors of writing that a user can correct."""
 
 
 class UserError(Exception):
@@ -29,7 +29,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """Turns what the disk refuses, such as more space, into a `UserError`; any other OSError is our bug and passes.
+    """Turns what the disk refuses (it is full, say) into a `UserError`; any other OSError is our bug and passes.
 
     `out` is named where the error itself names no file.
     """
@@ -39,4 +39,4 @@ def disk_errors(out: Path) -> Iterator[None]:
         if error.errno not in _DISK:
             raise
         where = error.filename or out
-        raise UserError(f"{where}: {error.strerror}; mend it and give the same command, or another --out") from None
+        raise UserError(f"{where}: {error.strerror}; put that right and repeat the command, or change --out") from None

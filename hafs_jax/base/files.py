@@ -15,7 +15,7 @@ from hafs_jax.base.errors import UserError
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Calls `write(file)` on a temporary file beside `path`, syncs it, and renames it to `path`.
 
-    A reader sees the old file or the whole new one, never a part, whenever the process is killed.
+    Whenever the process is killed, a reader sees the old file or the whole new one, never a part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -32,7 +32,7 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    """Writes `value` as indented JSON, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
 
@@ -58,7 +58,10 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file. A last line cut by a kill is left out; any other bad line raises."""
+    """The records of a JSON-lines file that this project writes.
+
+    A last line without its end is left out: the process was killed while writing it. Any other bad line raises.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -66,7 +69,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def jsonl_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a user's JSON-lines file, blank lines left out; `UserError` names the line that is none."""
+    """The objects of a user's JSON-lines file, without blank lines; `UserError` names a line that is no JSON object."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

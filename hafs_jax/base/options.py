@@ -24,7 +24,7 @@ Number = int | float
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The numbers that an option allows: from `least` to `most`, both allowed, or from `above` to `below`, both not."""
+    """The numbers that an option allows. `least` and `most` are themselves allowed, `above` and `below` are not."""
 
     least: Number | None = None
     most: Number | None = None
@@ -48,7 +48,10 @@ class Bounds:
 
     @property
     def in_help(self) -> str:
-        """The words for a line of help: without a limit over a billion, and empty where only numbers below 0 go."""
+        """The words for a line of help.
+
+        They leave out a limit of over a billion, and are empty where only negative numbers (and 0) are ruled out.
+        """
         shown = dataclasses.replace(self, most=None) if self.most is not None and self.most > 10**9 else self
         return "" if shown in (Bounds(), Bounds(least=0), Bounds(above=0)) else str(shown)
 
@@ -65,8 +68,9 @@ def option(
 ) -> Any:
     """A dataclass field with its default, one line of help (meaning and unit) and what it allows.
 
-    `choices` are the allowed values of a string, the others the bounds of a number; of a tuple they are each element's.
-    They are only declared here: call `check` in `__post_init__`. A list of choices may grow later.
+    `choices` are the allowed values of a string; it may be a list that grows later. `least`, `most`, `above` and
+    `below` bound a number (see `Bounds`). For a tuple they hold for each element. All this is only declared here: call
+    `check` in `__post_init__` to enforce it.
     """
     bounds = Bounds(least, most, above, below)
     metadata = {"help": help, "choices": choices, "bounds": bounds}
@@ -131,7 +135,7 @@ def from_dict(cls: type[C], values: Any, where: str) -> C:
 
 
 def did_you_mean(word: Any, known: Any) -> str:
-    """'; did you mean 'x'?' for the nearest of `known`, or the empty string where nothing is near."""
+    """The end of an error message that suggests the nearest of `known`; empty where nothing is near."""
     near = difflib.get_close_matches(str(word), [str(item) for item in known], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -164,8 +168,8 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser: argparse.ArgumentParser, default: Any, prefix: str = "", skip: Sequence[str] = ()) -> None:
     """Adds a flag for every field of the config `default`; the help shows the field's line and default value.
 
-    `skip` names dotted fields that the caller sets in another way. Nothing given on the command line means nothing
-    in the namespace, so that `with_flags` overrides only what the user said.
+    `skip` names dotted fields that the caller sets in another way. A flag that is not given adds nothing to the parsed
+    namespace, so that `with_flags` changes only what the user named.
     """
     hints = typing.get_type_hints(type(default))
     for field in dataclasses.fields(default):
@@ -190,7 +194,7 @@ def add_flags(parser: argparse.ArgumentParser, default: Any, prefix: str = "", s
 
 
 def with_flags(default: C, namespace: argparse.Namespace) -> C:
-    """The config `default` with every field that the command line named replaced, validated anew."""
+    """The config `default` with the fields that the command line named replaced, and validated again."""
     changes: dict[str, Any] = {}
     for path, value in vars(namespace).items():
         node = changes

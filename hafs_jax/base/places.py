@@ -1,4 +1,4 @@
-"""How finished folders come to their places, and how a place is held by one process. Standard library only."""
+"""Locking a folder for one process, and putting a finished folder in its place. Standard library only."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,7 @@ from hafs_jax.base.errors import UserError
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process alone; `UserError` where another extraction is at work there."""
+    """Makes `folder` and locks it for this process; `UserError` where another process has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
@@ -25,7 +25,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def put_in_place(made: Path, place: Path, old: Path) -> None:
-    """Renames the folder `made` to `place`; what was there before becomes `old`, which is emptied first."""
+    """Renames the folder `made` to `place`. A folder that is there already becomes `old`, in place of an older one."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.exists():
         shutil.rmtree(old, ignore_errors=True)

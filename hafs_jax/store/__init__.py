@@ -1,5 +1,13 @@
-"""The activation store: its format, its reader, and making one of any array. Standard library and numpy only.
+"""The activation store on disk: its format, reading it, making it. Standard library and numpy only.
 
-`manifest` owns the format and `reader` opens a store. `arrays` makes stores of any array (with `npy` and
-`descriptions`). Extraction from text shares `shuffle` and `shards` with it. `verify` checks a whole store.
+    manifest      the format: files, records, names, dtypes; reading and writing the manifest
+    reader        opens a store, and reads its rows in batches
+    verify        checks a whole store: checksums, contents, statistics
+    shuffle       the global shuffle in bounded memory
+    shards        writes the shuffled rows and sums up their statistics
+    arrays        makes a store of any array (`hafs import`)
+    npy           the arrays and npy files that a user gives for that
+    descriptions  which split and document each of their rows belongs to
+
+`hafs_extract` makes stores of text with `shuffle` and `shards`.
 """

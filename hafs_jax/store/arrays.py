@@ -1,15 +1,16 @@
-"""Stores made of any [..., D] arrays: vision, audio, protein embeddings. Standard library and numpy only.
+"""Makes stores of any [..., D] arrays: vision, audio, protein embeddings. Standard library and numpy only.
 
-Such a store has the published format and no tokens, which its manifest says by an empty tokenizer (`has_tokens` is
-False), `hook_point` "array" and the model's `origin` "array:<file>". What is kept in place of tokens leads back from
-every stored row to where it came from:
+Such a store has the format of any other, but no tokens. Its manifest says so: the tokenizer is empty (`has_tokens` is
+False), `hook_point` is "array", and the model's `origin` is "array:<file>". In place of tokens, the fields of ROW lead
+from every stored row back to where it came from:
 
-    ROW["source"]      number of the input file, as in the manifest's `sources`
-    ROW["token"]       number of the row in that file, leading dimensions flattened
-    ROW["document"]    line of documents.jsonl, which has the row's "group" (of ungrouped rows the row's number)
-    ROW["context"]     number of the row among the split's, in input order; each is a context of one token
+    source      number of the input file, in the order of the manifest's `sources`
+    token       number of the row in that file, leading dimensions flattened
+    document    line of documents.jsonl, which holds the row's "group" (without groups: the row's number)
+    context     number of the row within its split, in input order; each row is a context of one token
+    position    0
 
-Targets, for transcoders, become a second pair of stores of the same rows in the same order.
+Targets, for transcoders, become a second pair of stores with the same rows in the same order.
 """
 
 import contextlib
@@ -50,7 +51,7 @@ HOOK_POINT = "array"
 WORK = ".import"
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many rows more are done, and how many there are in all."""
+"""Called with (what is being done, rows done since the last call, rows in all)."""
 
 _SPARE_BYTES = 64 << 20
 _LINE_BYTES = 48  # of documents.jsonl
@@ -58,15 +59,17 @@ _LINE_BYTES = 48  # of documents.jsonl
 
 @dataclass(frozen=True)
 class ArrayConfig:
-    """What decides the bytes of a store of arrays, beside the arrays."""
+    """What decides the bytes of a store of arrays, apart from the arrays themselves."""
 
-    name: str = option("array", "what the activations are of, as the manifest's model")
+    name: str = option("array", "what the activations are of; the manifest's model name")
     heldout_fraction: float = option(
         0.05, "share of the groups (of the rows, if ungrouped) kept in the held-out store", above=0, below=1
     )
     seed: int = option(0, "seed of the held-out split and of the shuffle", least=0, most=2**63 - 1)
     dtype: str = option(
-        "keep", "dtype of the stored activations; keep: float16 as such, else float32", choices=("keep", *KEPT_AS)
+        "keep",
+        "dtype of the stored activations; keep: float16 where the input is float16, else float32",
+        choices=("keep", *KEPT_AS),
     )
     shard_rows: int = option(65_536, "rows a shard", least=1, most=2**31 - 1)
 
@@ -90,12 +93,17 @@ def write_array_store(
     force: bool = False,
     progress: Progress = lambda what, rows, total: None,
 ) -> dict[str, Path]:
-    """Makes the stores `folder`/store/{train,heldout} of [..., D] activations; {"train": ..., "heldout": ...}.
+    """Makes the stores `folder`/store/{train,heldout} of [..., D] activations and returns their folders by split.
 
-    `acts` is an array, an npy file (read in blocks, so that it may be larger than memory) or several of them. Rows of
-    one group, an integer a row, fall into one split. With `target`, as many rows of any width, also makes the stores
-    `folder`/target/{train,heldout}, "target_train" and "target_heldout". Does nothing where the stores are there
-    already. Raises `UserError` for unusable input and, unless `force`, where stores of other rows are there.
+    acts      an array, an npy file (read in blocks, so that it may be larger than memory), or several of them
+    target    as many rows of any width, for transcoders: makes `folder`/target/{train,heldout} too, which are returned
+              as "target_train" and "target_heldout"
+    groups    an integer for each row; rows of one group fall into one split
+    force     replaces stores of other rows, which otherwise are a `UserError`
+    progress  is called as the work goes on, see `Progress`
+
+    The other arguments are the fields of `ArrayConfig`. Nothing is done where stores of these very rows are there.
+    Raises `UserError` for input that cannot be stored.
     """
     config = ArrayConfig(name, heldout_fraction, seed, dtype, shard_rows)
     job = ArrayImport(Path(folder), config, acts, target, groups)
@@ -104,7 +112,7 @@ def write_array_store(
 
 
 class ArrayImport:
-    """The making of the stores of one set of arrays."""
+    """One import: the input, checked, and the stores to make of it."""
 
     def __init__(
         self,
@@ -143,9 +151,9 @@ class ArrayImport:
         }
 
     def make(self, force: bool, progress: Progress) -> bool:
-        """Makes the stores and puts them in their places, the training store last; False where they are there already.
+        """Makes the stores and puts them in their places, the training store last. False where they were there already.
 
-        Raises `UserError` where, unless `force`, stores of other rows or an unfinished extraction are there.
+        Unless `force`, raises `UserError` where there are stores of other rows or an unfinished extraction.
         """
         root = self.folder / "store"
         work, unfinished = root / WORK, root / ".work"
@@ -171,14 +179,14 @@ class ArrayImport:
         return True
 
     def _is_complete(self, progress: Progress) -> bool:
-        """Whether all stores are there, made of these very arrays; `UserError` where some are of others."""
+        """Whether all stores are there and made of these very arrays; `UserError` where one is made of others."""
         made = [folder for folder in self.folders.values() if (folder / MANIFEST).exists()]
         extra = self.folder / "target" / SPLITS[0]
         if "target" not in self.inputs and (extra / MANIFEST).exists():
             made.append(extra)
         if not made:
             return False
-        self._check_same(made, self._made_from({place: None for place in self.inputs}))  # before all is read
+        self._check_same(made, self._made_from({place: None for place in self.inputs}))  # before reading all the input
         digests = {place: hashlib.sha256() for place in self.inputs}
         for _, start, stop in self.acts.blocks():
             for place, rows in self.inputs.items():
@@ -224,7 +232,7 @@ class ArrayImport:
     def _spill(
         self, spills: list[Spill], descriptions: list[Descriptions], dtypes: list[str], progress: Progress
     ) -> dict[str, str]:
-        """Pass 1: every row into the bucket of its key, by split; the inputs' checksums."""
+        """Pass 1: puts every row into its split's bucket. Returns the checksums of the inputs."""
         digests = {place: hashlib.sha256() for place in self.inputs}
         for source, start, stop in self.acts.blocks():
             kept = [
@@ -245,7 +253,7 @@ class ArrayImport:
                 spill.append(records)
             progress("reading", stop - start, self.rows)
         for spill, described in zip(spills, descriptions, strict=True):
-            spill.flush()  # an import that is killed begins anew
+            spill.flush()  # no sync: an import that is killed begins anew
             described.sync()
         return {place: digest.hexdigest() for place, digest in digests.items()}
 
@@ -293,7 +301,7 @@ class ArrayImport:
         )
 
     def _made_from(self, digests: dict[str, Any]) -> dict[str, Any]:
-        """What a store's manifest says that it was made from; a digest of None is not known yet."""
+        """The manifest's `config`: what a store was made from. A digest of None is not known yet."""
         found = {"kind": "array", **to_dict(self.config), "rows": self.rows, "groups_sha256": self.grouping.sha256}
         for place in ("store", "target"):
             rows = self.inputs.get(place)

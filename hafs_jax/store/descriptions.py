@@ -1,6 +1,6 @@
-"""What describes the rows of a store of arrays: its split and documents, and the files that text would fill.
+"""Which split and document each row of an array belongs to, and the files that say so (`arrays` explains the fields).
 
-Standard library and numpy only; `arrays` says what each field means.
+Standard library and numpy only.
 """
 
 import hashlib
@@ -19,9 +19,10 @@ _ROWS_AT_ONCE = 1 << 20
 
 
 class Grouping:
-    """Which split each row belongs to: decided by group, by a hash of the seed and the group's number.
+    """Which group and split each row belongs to. A hash of the seed and the group's number decides on the split.
 
-    Ungrouped rows are groups of one with the row's number, and take no memory; groups take 8 bytes a row.
+    Without groups, each row is a group of its own, with the row's number; this takes no memory. Groups take 8 bytes a
+    row.
     """
 
     def __init__(self, rows: int, groups_N: np.ndarray | None, seed: int, heldout_fraction: float) -> None:
@@ -34,21 +35,22 @@ class Grouping:
 
     @property
     def sha256(self) -> str | None:
-        """The checksum of the groups as int64; None of ungrouped rows."""
+        """The checksum of the groups as int64; None without groups."""
         if self.groups_N is None:
             return None
         return hashlib.sha256(self.groups_N.astype("<i8").tobytes()).hexdigest()
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of rows `start` to `stop`: whether each is held out, [N] bool, and its group, [N]."""
+        """For rows `start` to `stop`: whether each is held out, [N] bool, and its group, [N]."""
         group_N = np.arange(start, stop) if self.groups_N is None else self.groups_N[start:stop]
         return hashed(self.seed, _SPLIT_STREAM, group_N) < self.below, group_N
 
 
 class Descriptions:
-    """Writes one split's contexts.npy, tokens.npy and documents.jsonl as its rows come, in input order.
+    """Writes one split's contexts.npy, tokens.npy and documents.jsonl while its rows come in, in input order.
 
-    Documents are numbered as their groups first appear; those of ungrouped rows are not remembered.
+    Documents are numbered in the order in which their groups first appear. Groups are remembered for this; single rows
+    need no memory.
     """
 
     def __init__(self, folder: Path, rows: int, n_sources: int, is_grouped: bool) -> None:
@@ -63,7 +65,7 @@ class Descriptions:
             np.lib.format.write_array_header_1_0(file, {**header, "shape": (rows,)})
 
     def add(self, row_N: np.ndarray, group_N: np.ndarray) -> None:
-        """Fills in the documents of rows of ROW, which are of one source, and writes what describes them."""
+        """Fills in the documents of rows [N] of ROW, all of one source, and writes what describes these rows."""
         if not len(row_N):
             return
         row_N["document"] = self._number(group_N, int(row_N["source"][0]))

@@ -10,8 +10,8 @@ A store is a folder:
     documents.jsonl    one object a document: its number, source, text hash and labels
     timing.json        what extraction took; not part of the checksums, since it differs from run to run
 
-npy has no bfloat16: such a store keeps the 16 bits as uint16, and the manifest's `dtype` says "bfloat16".
-`to_float32` undoes this; a JAX reader can view the bits as `ml_dtypes.bfloat16` at no cost.
+npy has no bfloat16. A store of that dtype keeps the 16 bits as uint16, and the manifest's `dtype` says "bfloat16".
+`to_float32` converts them; a JAX reader can view the bits as `ml_dtypes.bfloat16` at no cost.
 """
 
 import hashlib
@@ -30,13 +30,14 @@ MANIFEST = "manifest.json"
 TIMING = "timing.json"
 
 ROW = np.dtype([("token", "<i4"), ("document", "<i4"), ("context", "<i4"), ("position", "<u2"), ("source", "<u2")])
-"""Of one activation row: token id, document number, context number, position in that context, source number."""
+"""What describes one activation row: token id, document, context, position in that context, source (all numbers)."""
 
 CONTEXT = np.dtype([("start", "<i8"), ("length", "<i4"), ("document", "<i4"), ("offset", "<i4"), ("source", "<u2")])
-"""Of one context: its slice of tokens.npy, its document and source, the offset of its first token in the document."""
+"""What describes one context: its slice of tokens.npy, its document and source, and the offset in the document of its
+first token that is not BOS."""
 
 KEPT_AS: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
-"""The numpy dtype in which each activation dtype is kept on disk."""
+"""The numpy dtype in which activations of each dtype lie on disk."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """The tokenizer that made the token ids; with a vocabulary of 0 there was none, see `Manifest.has_tokens`."""
+    """The tokenizer that made the token ids. A vocabulary of 0: there was none, see `Manifest.has_tokens`."""
 
     name: str
     vocab_size: int
@@ -63,7 +64,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """One text source of the mix and what came of it. Row numbers are of this store alone."""
+    """One text source of the mix and what came of it. Its numbers are those of this store alone, not of both splits."""
 
     name: str
     path: str  # hub dataset, packaged data or local file
@@ -77,7 +78,8 @@ class SourceInfo:
 class NormFilter:
     """Rows whose norm exceeds `multiple` x the median norm of the training split are not stored.
 
-    Of several hook points extracted together each has its own median, and a row that one of them drops all drop.
+    Where several hook points were extracted together, each has its own median. A row that one of them drops is dropped
+    from all of their stores, which so stay aligned.
     """
 
     multiple: float | None  # None: no filter
@@ -97,7 +99,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that a reader needs to know of a store. `mean` and the norms are of the stored rows, in float64."""
+    """Everything that a reader needs to know of a store. Statistics are of the stored rows, computed in float64."""
 
     format_version: int
     split: str  # "train" or "heldout"; the two never share a document
@@ -121,12 +123,12 @@ class Manifest:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether the rows come from a language model over text; False for imported arrays (`arrays` says how)."""
+        """Whether the rows come from a language model over text. False for imported arrays and synthetic worlds."""
         return self.tokenizer.vocab_size > 0
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of the stored bytes: equal exactly where two stores hold the same rows in the same order."""
+        """A short hash of all shards' activations: equal where two stores hold the same ones in the same order."""
         digest = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode())
         return digest.hexdigest()[:16]
 
@@ -140,12 +142,12 @@ def rows_name(index: int) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest, and so makes the folder a store. Everything else must be on disk already."""
+    """Writes the manifest, which makes the folder a store. Everything else must be on disk already."""
     write_json(folder / MANIFEST, to_dict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the store at `folder`; `UserError` where there is none or it is of another format."""
+    """The manifest of the store at `folder`; `UserError` where there is none, or one of another format."""
     path = folder / MANIFEST
     values = read_json(path, "an activation store's manifest (no manifest, no store: run `make extract`)")
     version = values.get("format_version") if isinstance(values, dict) else None
@@ -155,14 +157,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Activations as kept on disk (KEPT_AS[dtype]) as float32; exact."""
+    """Activations as they lie on disk (KEPT_AS[dtype]), converted to float32. Exact."""
     if dtype == "bfloat16":
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float32)
 
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 activations as they are kept on disk, rounded to nearest even. Overflow becomes infinity: check it."""
+    """float32 activations as they lie on disk (KEPT_AS[dtype]), rounded to nearest even.
+
+    A value too large for `dtype` becomes infinity; the caller must check for it.
+    """
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

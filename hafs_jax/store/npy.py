@@ -1,7 +1,7 @@
-"""Activations as a user has them: numpy arrays and npy files, one after another, read in blocks of rows.
+"""Reads the activations that a user gives: numpy arrays and npy files, one after another, in blocks of rows.
 
-Standard library and numpy only. Whatever the leading dimensions are, [images, patches, D] say, the last is the width
-and the others are flattened to rows.
+The last dimension is the width D. The others, such as [images, patches], are flattened to rows. Standard library and
+numpy only.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,20 +21,20 @@ _BLOCK_BYTES = 8 << 20  # of float32
 
 @dataclass(frozen=True)
 class Part:
-    """One array or file: its rows as [rows, D], and where they stand among the rows of all parts."""
+    """One array or file of the input, as [rows, D]."""
 
     name: str  # the file's path, or "array <n>"
-    first: int
+    first: int  # number of its first row among the rows of all parts
     rows: int
     dtype: np.dtype
-    read: Callable[[int, int], np.ndarray]  # of its own rows
+    read: Callable[[int, int], np.ndarray]  # its own rows from start to stop
 
 
 class ArrayRows:
     """The rows of one or more [..., D] float arrays or npy files, one after another."""
 
     def __init__(self, arrays: Arrays) -> None:
-        """Opens the files; raises `UserError` naming what does not open, is not float16/32/64, or differs in D."""
+        """Opens the files. Raises `UserError` naming one that does not open, is no float16/32/64, or differs in D."""
         several = [arrays] if isinstance(arrays, (np.ndarray, str, Path)) else list(arrays)
         if not several:
             raise UserError("expected at least one array of activations, found none")
@@ -64,7 +64,7 @@ class ArrayRows:
                 raise UserError(f"{name}: expected C order, found {found} in Fortran order; save it again in C order")
 
             def read(start: int, stop: int) -> np.ndarray:
-                # mapped anew each time: pages of a mapping that is kept would count as this process's memory
+                # mapped anew for each block: the pages of a mapping that stays open count as this process's memory
                 return np.array(_opened(given).reshape(-1, width)[start:stop])
 
         self.parts.append(Part(name, self.rows, values.size // width if width else 0, values.dtype, read))
@@ -73,18 +73,18 @@ class ArrayRows:
 
     @property
     def dtype(self) -> str:
-        """The store's dtype that keeps these: float16 if all are float16, else float32."""
+        """The dtype to store these rows in: float16 if all parts are float16, else float32."""
         return "float16" if all(part.dtype.itemsize == 2 for part in self.parts) else "float32"
 
     def blocks(self) -> Iterator[tuple[int, int, int]]:
-        """All rows in order as (part number, start, stop), of a bounded size and of one part each."""
+        """All rows in order, in blocks (part number, start, stop) of a bounded size; each lies in one part."""
         size = max(1, _BLOCK_BYTES // (4 * self.d_model))
         for number, part in enumerate(self.parts):
             for start in range(part.first, part.first + part.rows, size):
                 yield number, start, min(start + size, part.first + part.rows)
 
     def pieces(self, start: int, stop: int, digest: Any) -> list[np.ndarray]:
-        """Rows `start` to `stop` in their own dtype, a piece [n, D] of each part; adds their bytes to `digest`."""
+        """Rows `start` to `stop` in their own dtype, one piece [n, D] for each part; adds their bytes to `digest`."""
         pieces = []
         for part in self.parts:
             first, last = max(start, part.first), min(stop, part.first + part.rows)
@@ -94,12 +94,12 @@ class ArrayRows:
         return pieces
 
     def kept(self, start: int, stop: int, dtype: str, digest: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Rows `start` to `stop` as kept on disk, [N, D] of KEPT_AS[dtype], and their norms [N].
+        """Rows `start` to `stop` converted to KEPT_AS[dtype], [N, D], and their norms [N].
 
-        Raises `UserError` naming the first row that is not finite or does not fit into `dtype`.
+        Raises `UserError` naming the first row that is not finite or whose values are too large for `dtype`.
         """
         pieces = self.pieces(start, stop, digest)
-        with np.errstate(over="ignore"):  # of float64: becomes infinity
+        with np.errstate(over="ignore"):  # a float64 that is too large becomes infinity, which is found below
             acts_ND = np.concatenate([piece.astype(np.float32) for piece in pieces])
         kept_ND, norm_N, is_finite_N = as_kept(acts_ND, dtype)
         if is_finite_N.all():
@@ -115,13 +115,13 @@ class ArrayRows:
         raise UserError(f"{self._place(start + bad)}: value {values_D[column]:g} in dimension {column} {why}")
 
     def _place(self, row: int) -> str:
-        """Which row of which file the row `row` of all is."""
+        """The part and the row in it that row `row` of all is, in words."""
         part = next(part for part in self.parts if row < part.first + part.rows)
         return f"{part.name}: row {row - part.first}"
 
 
 def read_groups(groups: np.ndarray | str | Path, rows: int) -> np.ndarray:
-    """The group of each row, [rows] of an integer dtype; `UserError` where there are not `rows` of them."""
+    """The group of each row, [rows] of an integer dtype; `UserError` where there is not one integer for each row."""
     values = _opened(groups)
     if values.dtype.kind not in "iu" or values.size != rows:
         name = "groups" if isinstance(groups, np.ndarray) else str(groups)

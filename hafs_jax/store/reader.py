@@ -14,7 +14,7 @@ from hafs_jax.store.manifest import CONTEXT, KEPT_AS, MANIFEST, ROW, read_manife
 
 @dataclass(frozen=True)
 class Contexts:
-    """The tokenised contexts of a store: `table` [contexts] of CONTEXT, `tokens` [tokens] int32."""
+    """The tokenised contexts of a store: `table` is [contexts] of CONTEXT, `tokens` is [tokens] int32."""
 
     table: np.ndarray
     tokens: np.ndarray
@@ -37,10 +37,13 @@ class Batch(NamedTuple):
 
 
 class Store:
-    """A store opened for reading: memory-mapped, checked for completeness, shapes and sizes (not checksums)."""
+    """A store opened for reading. Its files are memory-mapped; their shapes and sizes are checked, not their checksums.
+
+    The store is shuffled as a whole: its first n rows are a random sample of all.
+    """
 
     def __init__(self, folder: Path | str) -> None:
-        """Opens the store; raises `UserError` naming the file where one is missing or of the wrong shape or dtype."""
+        """Opens the store. Raises `UserError` naming a file that is missing or of the wrong shape or dtype."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         problems = self.shape_problems()
@@ -66,10 +69,11 @@ class Store:
     def batches(self, rows: int, max_rows: int | None = None, *, raw: bool = False) -> Iterator[Batch]:
         """The store's first `max_rows` rows (default: all) in stored order, at most `rows` of them at a time.
 
-        Every row comes once. A batch never spans two shards, so each shard's last one may be shorter; no batch is
-        empty. Since a store is shuffled, its first rows are a random sample. The arrays are the caller's own copies,
-        activations in float32. With `raw` both are instead read-only views of the mapped files, the activations in
-        KEPT_AS[dtype]: nothing is read until it is looked at, so that a pass over `rows_B` alone is cheap.
+        Every row comes once. A batch never spans two shards, so each shard's last one may be shorter. No batch is
+        empty. The arrays are the caller's own copies, activations in float32.
+
+        With `raw` both arrays are read-only views of the mapped files instead, the activations in KEPT_AS[dtype].
+        Nothing is then read before it is used, so that a pass over `rows_B` alone is cheap.
         """
         if rows < 1:
             raise ValueError(f"rows={rows}: expected at least 1")
@@ -79,7 +83,7 @@ class Store:
                 return
             for start in range(0, min(size, left), rows):
                 part = slice(start, min(start + rows, size, left))
-                # mapped anew each time: pages of a mapping that is kept would count as this process's memory
+                # mapped anew for each batch: the pages of a mapping that stays open count as this process's memory
                 acts_BD, rows_B = self.raw(shard)[part], self.rows(shard)[part]
                 if not raw:
                     acts_BD, rows_B = to_float32(acts_BD, self.manifest.dtype), np.array(rows_B)
@@ -96,7 +100,7 @@ class Store:
         return [json.loads(line) for line in lines]
 
     def shape_problems(self) -> list[str]:
-        """Files that are missing, do not open, or have another shape or dtype than the manifest says."""
+        """A line for each file that is missing, does not open, or has another shape or dtype than the manifest says."""
         manifest, problems = self.manifest, []
         if manifest.dtype not in KEPT_AS:
             return [f"{self.folder / MANIFEST}: dtype {manifest.dtype!r}, expected one of {', '.join(KEPT_AS)}"]
@@ -123,10 +127,10 @@ class Store:
 
 
 def check_aligned(store_a: Store, store_b: Store) -> None:
-    """Raises `UserError` unless both stores hold the same rows in the same order (not: of the same width).
+    """Raises `UserError` unless both stores hold the same rows in the same order; their widths may differ.
 
-    That is so where their shards are of equal sizes and their rows files have equal checksums, as the stores of hook
-    points extracted together and of an array imported with its targets do.
+    They do where their shards have equal sizes and their rows files equal checksums. Stores of hook points that were
+    extracted together are aligned, and so are those of an array and the targets imported with it.
     """
     a, b = store_a.manifest, store_b.manifest
     found = None

@@ -1,4 +1,4 @@
-"""Pass 2's output: full shards, their checksums, and the statistics of the stored rows. Numpy only."""
+"""Writing a store's shards: rows in their final order, checksums and statistics. Standard library and numpy only."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import numpy as np
 from hafs_jax.base.files import sha256_of, write_npy
 from hafs_jax.store.manifest import KEPT_AS, ROW, ShardInfo, rows_name, shard_name, to_float32
 
-_ROWS_AT_ONCE = 256  # whose float64 values stay in the processor's cache
+_ROWS_AT_ONCE = 256  # so that their float64 values stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of all stored rows, in float64."""
+    """Statistics of all stored rows, computed in float64."""
 
     mean_D: np.ndarray
     mean_squared_norm: float  # mean of |x|^2
@@ -22,16 +22,16 @@ class Statistics:
 
 
 class ShardWriter:
-    """Collects rows in their final order and writes them to shards, all of `shard_rows` rows but the last.
+    """Collects rows in their final order and writes them to shards of `shard_rows` rows each; the last may be shorter.
 
-    A full shard is written and hashed by one thread, and summed up by another, while the next one fills; `shards` and
-    `rows_by_source` are complete after `finish`, which ends the threads, as `close` does where something fails before.
+    While the next shard fills, one thread writes and hashes the full one and another sums up its statistics. Call
+    `finish` at the end: `shards` and `rows_by_source` are complete after it. Call `close` if something fails before.
     """
 
     def __init__(self, folder: Path, d_model: int, dtype: str, shard_rows: int, n_sources: int) -> None:
         self.folder, self.d_model, self.dtype, self.shard_rows = folder, d_model, dtype, shard_rows
         self.shards: list[ShardInfo] = []
-        self.rows = 0  # in the shards that are full
+        self.rows = 0  # of full shards
         self.rows_by_source = np.zeros(n_sources, np.int64)
         self._sum_D = np.zeros(d_model, np.float64)
         self._squares_D = np.zeros(d_model, np.float64)
@@ -40,7 +40,7 @@ class ShardWriter:
         self._acts, self._rows, self._filled = self._empty()
 
     def add(self, acts_BD: np.ndarray, rows_B: np.ndarray) -> None:
-        """Appends rows, [B, D] as kept on disk and [B] of ROW, and has the shards written that they fill."""
+        """Appends rows, [B, D] in KEPT_AS[dtype] and [B] of ROW; shards that they fill are written."""
         done = 0
         while done < len(rows_B):
             count = min(len(rows_B) - done, self.shard_rows - self._filled)
@@ -51,7 +51,7 @@ class ShardWriter:
                 self._hand_over()
 
     def finish(self) -> Statistics | None:
-        """Writes the last shard; the statistics of everything written, None where that is nothing."""
+        """Writes the last shard and ends the threads. Returns the statistics of all rows; None if there were none."""
         if self._filled:
             self._hand_over()
         self._wait()
@@ -63,14 +63,14 @@ class ShardWriter:
         return Statistics(mean_D, mean_squared_norm, mean_squared_norm - float(mean_D @ mean_D))
 
     def close(self) -> None:
-        """Ends the threads, once they have done what they were given; a failure of that is not told."""
+        """Ends the threads when they have done their work. If that work fails, nothing is raised here."""
         self._threads.shutdown()
 
     def _empty(self) -> tuple[np.ndarray, np.ndarray, int]:
         return np.empty((self.shard_rows, self.d_model), KEPT_AS[self.dtype]), np.empty(self.shard_rows, ROW), 0
 
     def _hand_over(self) -> None:
-        """Gives what is collected to the threads, once they are done with the shard before."""
+        """Gives the collected rows to the threads, once these are done with the shard before."""
         self._wait()
         self.rows += self._filled
         acts, rows = self._acts[: self._filled], self._rows[: self._filled]
@@ -89,7 +89,7 @@ class ShardWriter:
         self.shards.append(ShardInfo(len(acts), sha256_of(paths[0]), sha256_of(paths[1])))
 
     def _sum(self, acts: np.ndarray, rows: np.ndarray) -> None:
-        # shard by shard and in order, so that the sums are the same anywhere
+        # in the order of the rows, so that the sums are the same on every machine
         for start in range(0, len(acts), _ROWS_AT_ONCE):
             values = to_float32(acts[start : start + _ROWS_AT_ONCE], self.dtype).astype(np.float64)
             self._sum_D += values.sum(0)

@@ -1,8 +1,9 @@
 """The global shuffle in bounded memory, and the exact median of the norms. Standard library and numpy only.
 
-Every row of a split has a 64-bit key, a hash of the seed, the split and the row's number; the stored order is that of
-the keys. Pass 1 appends rows to buckets by the top bits of their keys; pass 2 sorts one bucket after another. So the
-order is that of one sort of all rows: it depends neither on the number of buckets nor on when a run was interrupted.
+Every row of a split has a 64-bit key: a hash of the seed, the split and the row's number. Rows are stored in the order
+of their keys. Pass 1 appends each row to a bucket on disk, chosen by the top bits of its key. Pass 2 reads one bucket
+after another and sorts it. The result is the order of one sort over all rows. It depends neither on the number of
+buckets nor on when a run was interrupted.
 """
 
 import os
@@ -16,23 +17,24 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.store.manifest import KEPT_AS, ROW, from_float32, to_float32
 
 BUCKET_BYTES = 96 << 20
-MAX_BUCKETS = 256  # each is an open file
+MAX_BUCKETS = 256  # each is a file that is open
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _CHUNK = 1 << 20
-_ROWS_AT_ONCE = 64  # whose float64 values stay in the processor's cache
+_ROWS_AT_ONCE = 64  # so that their float64 values stay in the processor's cache
 
 
 def shuffle_keys(seed: int, stream: int, start: int, count: int) -> np.ndarray:
     """Keys [count] uint64 of rows `start` to `start + count`: splitmix64 (Steele et al. 2014) at those counters.
 
-    Counter-based, so that any row's key is known without the rows before it; a bijection, so that no two rows tie.
+    The hash of a counter gives any row's key without those of the rows before it. It is a bijection, so that no two
+    rows have the same key.
     """
     return hashed(seed, stream, np.arange(start, start + count, dtype=np.uint64))
 
 
 def hashed(seed: int, stream: int, numbers_N: np.ndarray) -> np.ndarray:
-    """The keys [N] uint64 of the integers `numbers_N`, negative ones modulo 2^64: `shuffle_keys` at any counters."""
+    """The keys [N] uint64 of any integers [N], negative ones modulo 2^64 (`shuffle_keys` takes consecutive ones)."""
     state = _splitmix(np.array([seed], np.uint64) + _GOLDEN)
     state = _splitmix(state + np.array([stream + 1], np.uint64) * _GOLDEN)
     return _splitmix(state + (numbers_N.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
@@ -45,23 +47,24 @@ def _splitmix(z: np.ndarray) -> np.ndarray:
 
 
 def spilled(kinds: Sequence[tuple[int, str]]) -> np.dtype:
-    """A row on its way through the shuffle: its key, what it is, and a norm and activations of each kind.
+    """The record of a row on its way through the shuffle: its key, its ROW, and a norm and activations of each kind.
 
-    Kinds, (width, dtype), are what stays together, such as several hook points' activations: `acts0`, `acts1`, ...
+    A kind is (width, dtype). Kinds are what must stay together, such as the activations of several hook points; they
+    are the fields `acts0`, `acts1`, ...
     """
     acts = [(f"acts{index}", KEPT_AS[dtype], (width,)) for index, (width, dtype) in enumerate(kinds)]
     return np.dtype([("key", "<u8"), ("norm", "<f4", (len(kinds),)), ("row", ROW), *acts])
 
 
 def as_kept(acts_ND: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 rows as kept on disk [N, D] of KEPT_AS, the norms [N] of what is kept, and whether each is finite [N]."""
+    """float32 rows converted to KEPT_AS[dtype] [N, D], the norms [N] of the result, and whether each is finite [N]."""
     kept_ND = from_float32(acts_ND, dtype)
     norm_N = norms(kept_ND, dtype)
     return kept_ND, norm_N, np.isfinite(norm_N)
 
 
 def norms(kept_ND: np.ndarray, dtype: str) -> np.ndarray:
-    """The norms [N], float64, of rows as kept on disk: finite exactly where all of a row is."""
+    """The norms [N] float64 of rows in KEPT_AS[dtype]. A norm is finite exactly where all values of its row are."""
     norm_N = np.empty(len(kept_ND))
     for start in range(0, len(kept_ND), _ROWS_AT_ONCE):
         values = to_float32(kept_ND[start : start + _ROWS_AT_ONCE], dtype).astype(np.float64)
@@ -70,15 +73,21 @@ def norms(kept_ND: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def n_buckets(rows: int, record: np.dtype) -> int:
-    """Buckets for `rows` rows, so that one of them fits into memory with ease."""
+    """The number of buckets for `rows` rows: about BUCKET_BYTES in each, and at most MAX_BUCKETS."""
     return min(MAX_BUCKETS, max(1, -(-rows * record.itemsize // BUCKET_BYTES)))
 
 
 class Spill:
-    """One split's rows in buckets on disk, and all norms in row order."""
+    """One split's rows on disk, between the two passes.
+
+    They lie in buckets, and their norms in one more file, in row order.
+    """
 
     def __init__(self, folder: Path, record: np.dtype, counts: list[int]) -> None:
-        """Opens `len(counts)` buckets and cuts them back to `counts` rows, as a journal says; zeros begin anew."""
+        """Opens `len(counts)` buckets and cuts each back to its number of rows in `counts`, which a journal has noted.
+
+        Zeros begin anew.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.record, self.counts, self.kinds = record, list(counts), record["norm"].shape[0]
         self._paths = [folder / f"bucket-{index:04d}.bin" for index in range(len(counts))]
@@ -104,12 +113,12 @@ class Spill:
         self._norms.write(np.ascontiguousarray(records["norm"]).tobytes())
 
     def flush(self) -> None:
-        """Hands everything appended to the operating system, from where it can be read."""
+        """Hands everything appended to the operating system, so that it can be read."""
         for file in (*self._files, self._norms):
             file.flush()
 
     def sync(self) -> None:
-        """Puts everything appended on disk, as far as the operating system can promise."""
+        """Puts everything appended on disk (fsync)."""
         self.flush()
         for file in (*self._files, self._norms):
             os.fsync(file.fileno())
@@ -124,18 +133,18 @@ class Spill:
             records = np.fromfile(path, self.record, count)
             records = taken(records, np.argsort(records["key"]))
             yield records
-            del records  # before the next bucket is read
+            del records  # frees its memory before the next bucket is read
 
     def median_norms(self) -> list[float]:
-        """The exact median of each kind's norms; of an even number the mean of the middle two, as numpy's."""
+        """The exact median of each kind's norms. For an even number it is the mean of the middle two, as in numpy."""
         return [exact_median(self._norms_path, kind, self.kinds) for kind in range(self.kinds)]
 
 
 def exact_median(path: Path, column: int = 0, columns: int = 1) -> float:
     """The exact median of one column of the non-negative float32 numbers in a raw file, in constant memory.
 
-    The bits of non-negative floats are ordered as the floats are: one pass counts the upper 16 bits, and one more
-    the lower 16 of those numbers that share the median's upper half.
+    The bits of non-negative floats, read as integers, have the order of the floats. One pass counts the upper 16 bits;
+    this gives the median's upper half. A second pass counts the lower 16 bits of the numbers that share it.
     """
     count = path.stat().st_size // (4 * columns)
     upper = np.zeros(1 << 16, np.int64)
@@ -161,7 +170,7 @@ def _bits(path: Path, column: int, columns: int) -> Iterator[np.ndarray]:
 
 
 def taken(records: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """records[order], copied as bytes: field by field it takes numpy eight times as long."""
+    """records[order], copied as bytes. Field by field, numpy takes eight times as long."""
     return np.take(records.view(np.dtype((np.void, records.itemsize))), order).view(records.dtype)
 
 

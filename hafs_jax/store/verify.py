@@ -1,4 +1,4 @@
-"""Every check of an activation store, down to each row. Standard library and numpy only."""
+"""Checks a whole activation store, down to each row. Standard library and numpy only."""
 
 from pathlib import Path
 
@@ -10,21 +10,21 @@ from hafs_jax.store.manifest import MANIFEST, read_manifest, rows_name, shard_na
 from hafs_jax.store.reader import Store
 
 STATISTICS_TOLERANCE = 1e-9
-"""Relative. The writer sums the same rows in float64 too, in pieces that need not be these."""
+"""Relative. The writer also sums in float64, but in another order."""
 
 _ROWS_AT_ONCE = 4096
 
 
 def verify(folder: Path | str) -> list[str]:
-    """Every problem of the store at `folder`, one line each, checksums and contents included; empty if none.
+    """Every problem of the store at `folder`, one line each; empty where there is none.
 
-    Contents are looked into only where files and checksums are right.
+    Files, shapes and checksums are checked first. Where they are right, so are the contents and the statistics.
     """
     try:
         manifest = read_manifest(Path(folder))
     except UserError as error:
         return [str(error)]
-    store = object.__new__(Store)  # Store() raises the first problem; here all are wanted
+    store = object.__new__(Store)  # Store() raises at the first problem, and all are wanted here
     store.folder, store.manifest = Path(folder), manifest
     problems = store.shape_problems() or _checksum_problems(store)
     return problems or _context_problems(store) or _row_problems(store)

@@ -248,7 +248,7 @@ def test_what_the_disk_refuses_is_one_line(
 
     with monkeypatch.context() as patch:
         patch.setattr("hafs_jax.store.shuffle.Spill.append", full)
-        assert "out: No space left on device; mend it and give the same command" in said("--context-length", "64")
+        assert "out: No space left on device; put that right and repeat" in said("--context-length", "64")
     assert main([*flags, "--context-length", "64"]) == 0
     (tmp_path / "file").write_text("")
     assert "file/offline/store: Not a directory" in said("--context-length", "64", "--out", str(tmp_path / "file"))
