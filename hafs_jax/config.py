@@ -262,7 +262,10 @@ class TrainConfig:
         "",
         "what this SAE is one seed of, beside its architecture and k, such as 'strict lam=0.3'; none: variant and tag",
     )
-    tensorboard: bool = option(False, "also write TensorBoard events (needs the tensorboardX package)")
+    tensorboard: bool = option(False, "also write TensorBoard events into the run's folder (extra tensorboard)")
+    wandb: str | None = option(
+        None, "also log to this Weights & Biases project (extra wandb; WANDB_MODE=offline: to disk); none: do not"
+    )
     sae: SAEConfig = option(SAEConfig(), "the autoencoder")
     penalty: PenaltyConfig = option(PenaltyConfig(), "the orthogonality penalty")
     sparsity: SparsityConfig = option(SparsityConfig(), "sparsity and dead latents")

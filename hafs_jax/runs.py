@@ -2,6 +2,8 @@
 
 config.json      the resolved config, the store that the run trains on and the store's fingerprint; written first
 metrics.jsonl    one object per logged step
+tensorboard/     TensorBoard events, where they were asked for
+wandb/           Weights & Biases' own files, and in wandb.json its id of the run, where it was asked for
 checkpoints/     Orbax's, the last two
 best/            the checkpoint of the best held-out FVU, where that is measured
 run.json         a `RunSummary`; written last, when training has finished

@@ -27,7 +27,7 @@ from hafs_jax.training import shardings
 from hafs_jax.training.checkpoint import Checkpoints
 from hafs_jax.training.data import Batches, first_rows, geometric_median, input_scale, prefetch
 from hafs_jax.training.heldout import Heldout
-from hafs_jax.training.runlog import Progress, RunLog
+from hafs_jax.training.runlog import OnRunMetrics, Progress, RunLog
 from hafs_jax.training.state import TrainState, hyperparameters, init_state, state_of
 from hafs_jax.training.step import compile_steps
 
@@ -70,21 +70,38 @@ class Member:
     run: Run
 
 
-def fit(members: list[Member], stores: Stores, folder: Path, together: str | None = None) -> list[str]:
+def fit(
+    members: list[Member],
+    stores: Stores,
+    folder: Path,
+    together: str | None = None,
+    on_metrics: OnRunMetrics | None = None,
+    progress: bool | None = None,
+) -> list[str]:
     """Trains the members to the end on the same batches and writes their runs; what became of those that failed.
 
     The configs differ in swept numbers alone. One member trains as it is; several train in one program, as `together`
     says ("vmap" or "map", see `compile_steps`), with checkpoints of all of them in `folder` until each has its own.
+    `on_metrics` is called on every logged step of each member; `progress` shows or hides the bar (see `bar_options`).
     Raises `Terminated`; `TrainingStopped` where no member can go on; `UserError` where the devices do not fit.
     """
-    return _Fit(members, stores, folder, together).run()
+    return _Fit(members, stores, folder, together, on_metrics, progress).run()
 
 
 class _Fit:
     """One attempt at a training."""
 
-    def __init__(self, members: list[Member], stores: Stores, folder: Path, together: str | None) -> None:
+    def __init__(
+        self,
+        members: list[Member],
+        stores: Stores,
+        folder: Path,
+        together: str | None,
+        on_metrics: OnRunMetrics | None,
+        progress: bool | None,
+    ) -> None:
         self.members, self.stores, self.folder, self.together = members, stores, folder, together
+        self.on_metrics, self.progress = on_metrics, progress
         self.config = shared_config(members[0].config)
         self.mesh = shardings.make_mesh(self.config.dictionary_shards)
         data = self.mesh.shape["data"]
@@ -133,9 +150,9 @@ class _Fit:
         step, bad = int(own_states[0].step), [int(own.gate.bad) for own in own_states]
         del own_states
         heldout = [Heldout(member.config, member.run, self.stores, step) for member in members]
-        logs = [RunLog(member.run.metrics_path, config.batch_size, step, config.tensorboard) for member in members]
+        logs = [RunLog(member.run, member.config, step, self.on_metrics) for member in members]
         label = members[0].run.folder.name if self.together is None else f"{len(members)} SAEs"
-        progress = Progress(label, config.steps, config.batch_size, step)
+        progress = Progress(label, config.steps, config.batch_size, step, self.progress)
         blocks = prefetch(
             self.batches.dispatches(step, config.steps, config.steps_per_dispatch),
             NamedSharding(self.mesh, shardings.BATCHES),
@@ -255,6 +272,8 @@ def shared_config(config: TrainConfig) -> TrainConfig:
         variant="",
         seed=0,
         tag="",
+        tensorboard=False,
+        wandb=None,
         arm="",
         penalty=penalty,
         sparsity=dataclasses.replace(config.sparsity, coefficient=1.0),

@@ -1,32 +1,59 @@
-"""What a run writes and shows while it trains: metrics.jsonl, TensorBoard, the progress bar; finished numbers only."""
+"""What a run writes and shows while it trains: metrics.jsonl, the sinks of its metrics, and the progress bar.
+
+A sink is TensorBoard, Weights & Biases or a user's callable. It gets what the step has returned already, so that
+training is the same with and without it.
+"""
 
 import json
 import logging
+import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_jsonl, write_text
+from hafs_jax.base.files import read_json, read_jsonl, write_json, write_text
 from hafs_jax.base.log import bar_options
+from hafs_jax.base.options import to_dict
+from hafs_jax.config import TrainConfig
+from hafs_jax.runs import Run
 
 LOG = logging.getLogger(__name__)
 
+Values = dict[str, float | int | None]
+"""The metrics of a logged step by name, as in metrics.jsonl; None for a number that is not finite."""
+
+OnMetrics = Callable[[int, Values], object]
+"""What `train` calls with the step and its values, on each logged step."""
+
+OnRunMetrics = Callable[[str, int, Values], object]
+"""What `sweep` calls with the run's name, the step and its values, on each logged step of each run."""
+
 
 class RunLog:
-    """Writes one line per logged step; on resume it drops the lines past the checkpoint and continues the clock."""
+    """Writes one line per logged step, and gives it to the sinks; on resume it drops the lines past the checkpoint.
 
-    def __init__(self, path: Path, batch_size: int, start: int, tensorboard: bool) -> None:
-        kept = [record for record in read_jsonl(path) if record["step"] <= start]
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._batch_size = batch_size
+    The line is on disk before a sink gets it. A sink's exception passes: it ends the training as a kill would, and the
+    run goes on from its last checkpoint.
+    """
+
+    def __init__(self, run: Run, config: TrainConfig, start: int, on_metrics: OnRunMetrics | None = None) -> None:
+        kept = [record for record in read_jsonl(run.metrics_path) if record["step"] <= start]
+        write_text(run.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._batch_size, self._name = config.batch_size, run.name
         self._seconds = kept[-1]["seconds"] if kept else 0.0
         self._clock = time.perf_counter()
-        self._events = _event_writer(path.parent / "tensorboard") if tensorboard else None
+        self._on_metrics = on_metrics
+        self._sinks: list[Sink] = []
+        if config.tensorboard:
+            self._sinks.append(_TensorBoard(run.folder / "tensorboard"))
+        if config.wandb is not None:
+            self._sinks.append(_Wandb(config, run))
+        self._file: IO[str] = open(run.metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self.last: dict[str, Any] = kept[-1] if kept else {}
 
     @property
@@ -44,15 +71,86 @@ class RunLog:
         record.update(extra, tokens=step * self._batch_size, seconds=now, tokens_per_second=rows / max(since, 1e-9))
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if self._events:
-            for name, value in record.items():
-                self._events.add_scalar(name, value, step)
         self.last = record
+        for sink in self._sinks:
+            sink.write(step, record)
+        if self._on_metrics is not None:
+            self._on_metrics(self._name, step, dict(record))
 
     def close(self) -> None:
         self._file.close()
-        if self._events:
-            self._events.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+class Sink(Protocol):
+    """Where a run's metrics go beside metrics.jsonl."""
+
+    def write(self, step: int, values: Values) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    """Events in the run's folder `tensorboard`."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "--tensorboard needs the package tensorboardX: pip install 'hafs-jax[tensorboard]'"
+            ) from None
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, step: int, values: Values) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """A run of the Weights & Biases project `config.wandb`, under this run's name.
+
+    Its id is kept in the run's folder, so that a resumed training goes on in the same run. The environment variable
+    WANDB_MODE says whether it goes to the server ("online"), to the folder `wandb` ("offline") or nowhere ("disabled").
+    """
+
+    def __init__(self, config: TrainConfig, run: Run) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb needs the package wandb: pip install 'hafs-jax[wandb]'") from None
+        noted = run.folder / "wandb.json"
+        if not noted.exists():
+            write_json(noted, {"id": secrets.token_hex(4)})
+        try:
+            self._run = wandb.init(
+                project=config.wandb,
+                id=read_json(noted, "the run's Weights & Biases id")["id"],
+                name=run.name,
+                config=to_dict(config),
+                dir=run.folder,
+                resume="allow",
+                reinit="create_new",  # the runs of a sweep are open at the same time
+                settings=wandb.Settings(console="off"),
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"--wandb {config.wandb}: {reason}; log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+        self._first = self._run.starting_step  # what the server has from before a resume is not sent again
+
+    def write(self, step: int, values: Values) -> None:
+        if step >= self._first:
+            self._run.log({name: value for name, value in values.items() if value is not None}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class Progress:
@@ -83,14 +181,6 @@ class Progress:
 
 
 def _number(value: np.generic) -> float | int | None:
-    """A JSON number; null where it is not finite."""
+    """A JSON number; None where it is not finite."""
     number = value.item()
     return number if np.isfinite(number) else None
-
-
-def _event_writer(folder: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the package tensorboardX: pip install 'hafs-jax[tensorboard]'") from None
-    return SummaryWriter(str(folder))

@@ -20,6 +20,7 @@ from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.runs import Run, identity
 from hafs_jax.training.budget import check_memory
 from hafs_jax.training.loop import Member, Stores, fit, shared_config
+from hafs_jax.training.runlog import OnRunMetrics
 from hafs_jax.training.train import describe, prepare, resolve
 
 LOG = logging.getLogger(__name__)
@@ -98,6 +99,9 @@ def sweep(
     together: str,
     force: bool = False,
     most: int = 32,
+    *,
+    on_metrics: OnRunMetrics | None = None,
+    progress: bool | None = None,
 ) -> tuple[list[Run], list[str]]:
     """Trains all of `configs`, at most `most` in one program, and returns their runs and what became of failed ones.
 
@@ -105,6 +109,7 @@ def sweep(
     same batches in the same order (`data_seed`, the first config's seed where it is none). Runs without a gate come
     first, so that a baseline's FVU can give the others' tau. Each run is left as a solo run would leave it; runs that
     have finished are kept. `together` says how members share a program (see `compile_steps`).
+    `on_metrics(name, step, values)` is called on every logged step of each run, with the run's name; see `train`.
     Raises `UserError`, `Terminated` (the sweep goes on when called again) and `TrainingStopped` (all members failed).
     """
     seed = configs[0].seed if configs[0].data_seed is None else configs[0].data_seed
@@ -147,9 +152,9 @@ def sweep(
                 check_memory(part[0].config, stores, len(part), together)
                 LOG.info(f"{len(part)} together: {', '.join(member.run.folder.name for member in part)}: {size}")
                 if len(part) == 1:
-                    failures += fit(part, stores, part[0].run.checkpoints)
+                    failures += fit(part, stores, part[0].run.checkpoints, None, on_metrics, progress)
                 else:
-                    failures += fit(part, stores, runs / f".together-{_digest(part)}", together)
+                    failures += fit(part, stores, runs / f".together-{_digest(part)}", together, on_metrics, progress)
     order = {name: index for index, name in enumerate(names)}
     return sorted(done, key=lambda run: order[run.folder.name]), failures
 

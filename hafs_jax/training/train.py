@@ -14,6 +14,7 @@ from hafs_jax.runs import Run, baseline_tau
 from hafs_jax.store.reader import Store
 from hafs_jax.training.budget import budget, check_memory
 from hafs_jax.training.loop import Member, Stores, Terminated, TrainingStopped, fit
+from hafs_jax.training.runlog import OnMetrics
 from hafs_jax.training.step import margin
 
 LOG = logging.getLogger(__name__)
@@ -91,12 +92,21 @@ def train(
     runs: Path | str,
     force: bool = False,
     target_folder: Path | str | None = None,
+    *,
+    on_metrics: OnMetrics | None = None,
+    progress: bool | None = None,
 ) -> Run:
     """Trains to the end, or goes on where an earlier call was stopped, and returns the finished run.
 
-    `target_folder` is a second store, aligned with the first, whose rows a transcoder reconstructs. Raises `UserError`
-    for a config that does not fit the store or the memory and for a folder that holds another run, `Terminated` after
-    SIGTERM or SIGINT (checkpointed), `TrainingStopped` when too many batches were not finite.
+    `target_folder` is a second store, aligned with the first, whose rows a transcoder reconstructs.
+
+    `on_metrics(step, values)` is called on every logged step, with the values that metrics.jsonl gets. It does not
+    change the training. What it raises passes through and ends the training as a kill would: the run's folder holds the
+    last checkpoint, from which the next call goes on. `progress` True shows a progress bar and False hides it; by
+    default it is shown where the logger "hafs_jax" takes INFO.
+
+    Raises `UserError` for a config that does not fit the store or the memory and for a folder that holds another run,
+    `Terminated` after SIGTERM or SIGINT (checkpointed), `TrainingStopped` when too many batches were not finite.
     """
     stores = open_stores(Path(store_folder), None if target_folder is None else Path(target_folder))
     runs = Path(runs)
@@ -104,7 +114,8 @@ def train(
     member, finished = prepare(config, stores, runs, force)
     if not finished:
         LOG.info(f"{member.run.folder.name}: {describe(config, stores)}" + (f"; {notes}" if notes else ""))
-        fit([member], stores, member.run.checkpoints)
+        call = None if on_metrics is None else (lambda _, step, values: on_metrics(step, values))
+        fit([member], stores, member.run.checkpoints, on_metrics=call, progress=progress)
     return member.run
 
 
