@@ -1,6 +1,7 @@
 """The training config: frozen dataclasses, each default in one place, checked at construction. No JAX here."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hafs_jax.base.errors import UserError
@@ -312,6 +313,15 @@ def run_name(variant: str, architecture: str, seed: int, tag: str = "") -> str:
     """
     named = "" if architecture == SAEConfig().architecture else f"-{architecture}"
     return f"{variant}{named}-s{seed}" + (f"-{tag}" if tag else "")
+
+
+def axes_tag(axes: Mapping[str, str], first: str = "") -> str:
+    """The tag that names a point of a grid: `first`, and each axis without the part of the config that it lies in.
+
+    {"penalty.lam_max": "1", "k": "16"} gives "lam_max=1,k=16".
+    """
+    parts = (f"{name.rpartition('.')[2]}={value}" for name, value in axes.items())
+    return ",".join([*([first] if first else []), *parts])
 
 
 def arm_name(variant: str, tag: str, k: int) -> str:

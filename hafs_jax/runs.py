@@ -112,7 +112,8 @@ class Run:
                 f"{self.result_path}: expected a finished run's summary, found none of {', '.join(missing)}; "
                 "train the run again with --force"
             )
-        return from_dict(RunSummary, {name: result[name] for name in names}, str(self.result_path))
+        found = {name: result[name] for name in names} | {"name": self.name}  # it may have been renamed
+        return from_dict(RunSummary, found, str(self.result_path))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged steps so far, ascending; of a step that was logged again after a resume, the last."""
@@ -121,18 +122,24 @@ class Run:
 
     def config(self) -> TrainConfig:
         """The resolved config that the run was started with."""
-        return from_dict(TrainConfig, self._record()["config"], str(self.config_path))
+        return from_dict(TrainConfig, self.record()["config"], str(self.config_path))
 
-    def plain_config(self) -> dict[str, Any]:
-        """The config as config.json has it: of an earlier version it may lack fields, or hold others."""
-        return self._record()["config"]
+    def record(self) -> dict[str, Any]:
+        """config.json as it stands there: {"variant", "architecture", "seed", "config", "store"}.
+
+        The config of an earlier version may lack fields, or have others.
+        """
+        record = read_json(self.config_path, "a run's config.json")
+        if not isinstance(record, dict) or not {"config", "store"} <= set(record):
+            raise UserError(f"{self.config_path}: expected the keys config and store, found {sorted(record)}")
+        return record
 
     def store_record(self) -> dict[str, Any]:
         """{"folder", "fingerprint"} of the store that the run trains on, and of a transcoder's "target" likewise.
 
         Folders are relative to the run's.
         """
-        return self._record()["store"]
+        return self.record()["store"]
 
     @property
     def is_transcoder(self) -> bool:
@@ -178,15 +185,9 @@ class Run:
                 f"{expected['fingerprint']}); pass --force to replace it, or choose another OUT"
             )
 
-    def _record(self) -> dict[str, Any]:
-        record = read_json(self.config_path, "a run's config.json")
-        if not isinstance(record, dict) or not {"config", "store"} <= set(record):
-            raise UserError(f"{self.config_path}: expected the keys config and store, found {sorted(record)}")
-        return record
-
     def _from_config(self, names: set[str]) -> dict[str, Any]:
         """Those of the summary's `names` that config.json and the stores tell."""
-        record = self._record()
+        record = self.record()
         config, sae = record["config"], record["config"].get("sae", {})
         known = {name: record.get(name, config.get(name)) for name in ("variant", "seed")}
         known |= {"name": self.name, "architecture": record.get("architecture", sae.get("architecture"))}

@@ -1,7 +1,7 @@
 """Where the results of one profile lie, which runs have finished, what identifies a result. No torch, no jax.
 
-O is `OUT/<profile>`: O/store is the extraction's, O/runs the training's (but for each run's sae/, which is the
-bridge's), O/eval and O/cache this room's, O/report the report's.
+O is `OUT/<profile>`. The extraction writes O/store, the training O/runs (`hafs_jax.runs`), the evaluations O/eval and
+O/cache, the report O/report. O/imported holds SAEs of other libraries.
 """
 
 import hashlib
@@ -15,10 +15,8 @@ from typing import Any
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of, write_json
 from hafs_jax.base.options import did_you_mean
+from hafs_jax.runs import all_runs, profile_folder
 from hafs_jax.store.reader import Store
-
-AUTO = "auto.json"
-RUN = "run.json"
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A training run that wrote its run.json, or an imported SAE."""
+    """A finished training run, or an imported SAE."""
 
     name: str
     folder: Path
@@ -101,44 +99,25 @@ class Exported:
 
 
 def open_workspace(out: Path, profile: str) -> Workspace:
-    """The workspace of `profile` under `out`; `auto` is what the last `make extract` resolved it to.
-
-    Raises `UserError` where nothing was extracted or the profile has no folder. Nothing is guessed.
-    """
-    if profile == "auto":
-        path = out / AUTO
-        if not path.exists():
-            raise UserError(f"profile auto: expected {path}, found none; run `make extract` or name the --profile")
-        profile = read_json(path, "the resolved profile").get("profile", "")
-    folder = out / profile
-    if not profile or not folder.is_dir():
-        known = sorted(path.parent.name for path in out.glob("*/store"))
-        found = f"found {', '.join(known)}{did_you_mean(profile, known)}" if known else "found no profile's folder"
-        raise UserError(f"profile {profile!r}: expected a folder {folder}, {found}; run `make extract PROFILE=...`")
-    return Workspace(folder)
+    """The workspace of `profile` under `out`, see `hafs_jax.runs.profile_folder`."""
+    return Workspace(profile_folder(out, profile))
 
 
 def finished_runs(workspace: Workspace, names: Sequence[str] = ()) -> list[FinishedRun]:
     """The runs named, or all that have finished, by name; `UserError` where a name is unknown or none has finished."""
-    folders = {path.name: path for path in sorted(workspace.runs.glob("*")) if path.is_dir()}
+    runs = {run.name: run for run in all_runs(workspace.runs)}
     for name in names:
-        if name not in folders:
-            raise UserError(f"no run {name!r} in {workspace.runs}{did_you_mean(name, folders)}")
-        if not (folders[name] / RUN).exists():
-            raise UserError(f"run {name}: expected {folders[name] / RUN}, found none; finish it with `make train`")
-        if _is_transcoder(folders[name]):
+        if name not in runs:
+            raise UserError(f"no run {name!r} in {workspace.runs}{did_you_mean(name, runs)}")
+        if not runs[name].finished():
+            raise UserError(f"run {name}: expected {runs[name].result_path}, found none; finish it with `make train`")
+        if runs[name].is_transcoder:
             raise UserError(f"run {name}: expected an SAE, found a transcoder, which the evaluations do not cover")
-    finished = {name: path for name, path in folders.items() if (path / RUN).exists() and not _is_transcoder(path)}
+    finished = [name for name, run in runs.items() if run.finished() and not run.is_transcoder]
     if not finished:
-        unfinished = f" ({', '.join(folders)} not finished)" if folders else ""
+        unfinished = f" ({', '.join(runs)} not finished)" if runs else ""
         raise UserError(f"expected a finished run in {workspace.runs}, found none{unfinished}; run `make train`")
-    return [FinishedRun(name, finished[name]) for name in (dict.fromkeys(names) or finished)]
-
-
-def _is_transcoder(run: Path) -> bool:
-    """Whether the run reconstructs another store's rows."""
-    config = run / "config.json"
-    return config.exists() and "target" in read_json(config, "a run's config.json").get("store", {})
+    return [FinishedRun(name, runs[name].folder) for name in (dict.fromkeys(names) or finished)]
 
 
 def hashed_export(name: str, folder: Path) -> Exported:

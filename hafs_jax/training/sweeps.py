@@ -14,7 +14,7 @@ from typing import Any
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_text
 from hafs_jax.base.options import to_dict
-from hafs_jax.config import PenaltyConfig, TrainConfig
+from hafs_jax.config import PenaltyConfig, TrainConfig, axes_tag
 from hafs_jax.fast.plan import target
 from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.runs import Run, identity
@@ -78,8 +78,8 @@ def arguments_of(point: dict[str, str], tag_of_all: str = "", variant: str = "ba
     where it is no axis) and the axes but for architecture, seed and k.
     """
     flags: list[str] = []
-    tag = [tag_of_all] if tag_of_all else []
-    arm = [point.get("variant", variant), *tag]
+    named: dict[str, str] = {}  # the axes that a run's name lacks
+    arm = [point.get("variant", variant), *([tag_of_all] if tag_of_all else [])]
     for name, value in point.items():
         path = ALIASES.get(name, name)
         if value in ("true", "false"):
@@ -87,9 +87,10 @@ def arguments_of(point: dict[str, str], tag_of_all: str = "", variant: str = "ba
         else:
             flags += ["--" + path.replace("_", "-"), value]
         if path not in ("arch", "variant", "seed"):
-            tag.append(f"{name.rpartition('.')[2]}={value}")
+            named[name] = value
             arm += [] if path == "sae.k" else [f"{name}={value}"]
-    return [*flags, "--arm", " ".join(arm), *(["--tag", ",".join(tag)] if tag else [])]
+    tag = axes_tag(named, tag_of_all)
+    return [*flags, "--arm", " ".join(arm), *(["--tag", tag] if tag else [])]
 
 
 def sweep(

@@ -72,7 +72,7 @@ def test_a_summary_comes_back_as_it_was_written_and_needs_no_store(run: Run) -> 
     assert run.summary() == summary_of(run)
     assert run.name == "strict-relu-s2-lam=0.3,k=3" and run.finished() and run.is_transcoder
     assert run.widths() == (5, 7)
-    assert run.config() == config_of() and run.plain_config() == json.loads(run.config_path.read_text())["config"]
+    assert run.config() == config_of() and run.record() == json.loads(run.config_path.read_text())
 
 
 def test_a_run_of_the_version_before_is_read_from_its_config(run: Run) -> None:

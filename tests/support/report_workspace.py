@@ -13,6 +13,7 @@ import numpy as np
 from hafs_evaluate.report.embedded import LEVELS
 from hafs_evaluate.report.report import write_report
 from hafs_jax.base.files import write_json
+from tests.support.runs import config_of, finished_run
 from tests.support.stores import write_store
 
 RUNS = ("baseline-relu-s0", "adaptive-s0", "strict-s0", "gate_only-s0", "baseline-s0")
@@ -22,9 +23,8 @@ TASKS = ("task_a", "task_b")
 NASTY = ["</script><b>", "<!--", "\"'&", "\u202e\u2028", "|`*_$x$"]
 
 
-def write_run(folder: Path, run: str, seed: int = 0, **changes: Any) -> None:
-    variant = run.split("-")[0]
-    architecture = "relu" if "relu" in run else "batchtopk"
+def write_run(folder: Path, run: str, seed: int = 0, k: int = 4, tag: str = "", **summary: Any) -> None:
+    variant, architecture = run.split("-")[0], "relu" if "relu" in run else "batchtopk"
     lines = [
         {
             "step": step, "tokens": 64 * (step + 1), "loss": 1.2 / (step + 1), "fvu": 0.9, "fvu_ema": 1 / (step + 1),
@@ -33,18 +33,11 @@ def write_run(folder: Path, run: str, seed: int = 0, **changes: Any) -> None:
         }
         for step in range(5)
     ]  # fmt: skip
-    run_folder = folder / "runs" / run
-    write_json(
-        run_folder / "run.json",
-        {
-            "name": run, "variant": variant, "architecture": architecture, "seed": seed,
-            "steps": 5, "tokens": 320, "seconds": 1.5, "d_model": 6, "n_latents": 13, "k_or_target_l0": 4,
-            "tau": 0.25 if variant == "adaptive" else None, "tau_reached": True if variant == "adaptive" else None,
-            "final": lines[-1], "store_fingerprint": "0", **changes,
-        },
-    )  # fmt: skip
-    write_json(run_folder / "config.json", {"variant": variant, "learning_rate": 1e-3})
-    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = config_of(variant, architecture, seed=seed, tag=tag, sae={"k": k, "n_latents": 64})
+    gate = {"tau": 0.25, "tau_reached": True} if variant == "adaptive" else {"tau": None, "tau_reached": None}
+    known = {"steps": 5, "tokens": 320, "final": lines[-1], **gate}
+    made = finished_run(folder / "runs" / run, config, **{**known, **summary})
+    made.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_core(folder: Path, run: str, fvu: float, l0: float = 4.0, **model: float | None) -> None:
@@ -267,7 +260,7 @@ def make_experiment(folder: Path, seeds: int = 3, variants: tuple[str, ...] = AR
     for architecture, k, (place, variant), seed in numbers:
         run = f"{variant}{'' if architecture == 'batchtopk' else '-relu'}-s{seed}-k={k}"
         noise = 0.004 * math.sin(7 * seed + place) + 0.01 * place
-        write_run(folder, run, seed, k_or_target_l0=k)
+        write_run(folder, run, seed, k, f"k={k}")
         write_core(folder, run, 3 / (k + 10) + noise, l0=k + noise)
         write_probing(folder, run, 0.6 + noise)
         write_hierarchy(folder, run, 0.6 + noise + 0.02 * (k == 16))

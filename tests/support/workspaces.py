@@ -10,7 +10,9 @@ from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.stages import evaluate
 from hafs_evaluate.workspace import Workspace, finished_runs, open_workspace
 from hafs_extract.models import LanguageModel
+from hafs_jax.runs import Run
 from hafs_jax.store.manifest import TokenizerInfo
+from tests.support.runs import STORE, config_of, finished_run
 from tests.support.stores import write_store
 from tests.support.torch_saes import saved_sae
 
@@ -40,8 +42,8 @@ def make_workspace(out: Path, model: LanguageModel) -> Workspace:
     for seed, name in enumerate(("baseline-s0", "strict-s0")):
         folder = out / "offline" / "runs" / name
         saved_sae(folder / "sae", D, F, seed=seed, hook=HOOK)
-        (folder / "run.json").write_text("{}")
-    (out / "offline" / "runs" / "adaptive-s0").mkdir()
+        finished_run(folder)
+    Run(out / "offline" / "runs" / "adaptive-s0").write_config(config_of("adaptive"), STORE)
     return open_workspace(out, "offline")
 
 

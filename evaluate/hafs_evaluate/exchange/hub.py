@@ -13,6 +13,7 @@ from typing import Any
 from hafs_evaluate.report.markdown import table
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, write_text
+from hafs_jax.runs import Run, RunSummary
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -92,8 +93,7 @@ def write_upload(run_folder: Path, target: Path, repo_id: str, licence: str | No
         if (sae / name).exists():
             with open(sae / name, "rb") as original:
                 write_atomic(target / run / name, partial(shutil.copyfileobj, original))
-    config = read_json(run_folder / "config.json", "a run's config.json")["config"]
-    write_json(target / run / "training_config.json", config)
+    write_json(target / run / "training_config.json", Run(run_folder).record()["config"])
     write_text(target / "README.md", model_card(run_folder, sae, repo_id, licence))
     return target
 
@@ -101,14 +101,13 @@ def write_upload(run_folder: Path, target: Path, repo_id: str, licence: str | No
 def model_card(run_folder: Path, sae: Path, repo_id: str, licence: str | None = None) -> str:
     """README.md of the run: YAML for the hub, how to load it, and the metrics that are of exactly these weights."""
     cfg = read_json(sae / "cfg.json", "a SAELens folder's cfg.json")
-    result = read_json(run_folder / "run.json", "a finished run's run.json")
-    config = read_json(run_folder / "config.json", "a run's config.json")["config"]
-    known, run = cfg["metadata"], run_folder.resolve().name
+    summary, config = Run(run_folder).summary(), Run(run_folder).record()["config"]
+    known, run = cfg["metadata"], summary.name
     front = ["library_name: saelens", "tags:", "- sparse-autoencoder", "- mechanistic-interpretability", "- saelens"]
     front += ["- hafs-jax"] + ([f"license: {json.dumps(licence)}"] if licence else [])
     if known.get("model_revision") and "/" in str(known.get("model_name")):  # a model of the hub's
         front.append(f"base_model: {json.dumps(known['model_name'])}")
-    found = metrics(run_folder, sae, result)
+    found = metrics(run_folder, sae, summary)
     settings = [[name, str(_at(config, name))] for name in _TRAINING if _at(config, name) is not None]
     return _CARD.format(
         front_matter="\n".join(front),
@@ -120,7 +119,7 @@ def model_card(run_folder: Path, sae: Path, repo_id: str, licence: str | None = 
         architecture=known.get("training_architecture"),
         variant=known.get("variant"),
         seed=known.get("seed"),
-        tokens=result["tokens"],
+        tokens=summary.tokens,
         repo_id=repo_id,
         run=run,
         metrics=table(["metric", "value", "of"], [[name, f"{value:.4g}", of] for name, value, of in found]),
@@ -128,12 +127,12 @@ def model_card(run_folder: Path, sae: Path, repo_id: str, licence: str | None = 
     )
 
 
-def metrics(run_folder: Path, sae: Path, result: dict[str, Any]) -> list[tuple[str, float, str]]:
+def metrics(run_folder: Path, sae: Path, summary: RunSummary) -> list[tuple[str, float, str]]:
     """(name, value, where it was measured): of run.json, and of eval/<run>/ where that is of the same weights."""
-    final = result["final"]
+    final = summary.final
     names = {"fvu_ema": "FVU", "l0": "L0", "dead_fraction": "dead latents, fraction"}
     found = [(label, final.get(name), "training, last step") for name, label in names.items()]
-    evaluated = run_folder.resolve().parents[1] / "eval" / run_folder.resolve().name
+    evaluated = run_folder.resolve().parents[1] / "eval" / summary.name
     weights_sha256 = sha256_of(sae / "sae_weights.safetensors")
     core = _optional(evaluated / "core.json")
     if core.get("sae_sha256") == weights_sha256:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hafs_evaluate.experiment.measurements import Cell
+from hafs_jax import config
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import from_dict, option
-
-DEFAULT_ARCHITECTURE = "batchtopk"  # the one that a run's name leaves out
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,10 @@ class ExperimentConfig:
 
 
 def run_name(arm: str, architecture: str, k: int, seed: int) -> str:
-    """The name that a sweep gives the run: `<variant>[-<architecture>]-s<seed>-[<axes>,]k=<k>`."""
+    """The name that a sweep gives the run of an arm such as "strict lam=0.3"."""
     variant, *axes = arm.split()
-    middle = "" if architecture == DEFAULT_ARCHITECTURE else f"-{architecture}"
-    tags = [axis.rpartition("=")[0].rpartition(".")[2] + "=" + axis.rpartition("=")[2] for axis in axes]
-    return f"{variant}{middle}-s{seed}-{','.join([*tags, f'k={k}'])}"
+    point = dict(axis.split("=", 1) for axis in axes)
+    return config.run_name(variant, architecture, seed, config.axes_tag({**point, "k": str(k)}))
 
 
 def read_experiment(path: Path) -> ExperimentConfig:

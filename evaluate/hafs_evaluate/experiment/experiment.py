@@ -23,11 +23,12 @@ from tqdm import tqdm
 from hafs_evaluate.experiment import comparisons as claims
 from hafs_evaluate.experiment.config import ExperimentConfig
 from hafs_evaluate.experiment.measurements import Cell, Values, rows_of
-from hafs_evaluate.workspace import RUN, Workspace, open_workspace
+from hafs_evaluate.workspace import Workspace, open_workspace
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, write_atomic, write_json, write_text
+from hafs_jax.base.files import write_atomic, write_json, write_text
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import to_dict
+from hafs_jax.runs import Run
 
 LOG = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def run_experiment(config: ExperimentConfig, out: Path, workers: int, stages: Se
 
 def train(config: ExperimentConfig, workspace: Workspace, workers: int) -> None:
     """Trains what has not finished. Seed 0 comes first: its baselines give the gates of all seeds their tau."""
-    missing = [cell for cell in config.cells() if not (workspace.runs / cell.run / RUN).exists()]
+    missing = [cell for cell in config.cells() if not Run(workspace.runs / cell.run).finished()]
     jobs = sorted({(cell.seed > 0, cell.architecture, cell.seed) for cell in missing})
     total, n_arms = len(list(config.cells())), len(config.arms) * len(config.ks)
     with tqdm(total=total, initial=total - len(missing), desc="training", unit="SAE", **bar_options(LOG)) as bar:
@@ -128,13 +129,16 @@ def off_level(table: Any, margin: float) -> dict[str, float]:
 
 
 def _check(cell: Cell, workspace: Workspace) -> None:
-    path = workspace.runs / cell.run / RUN
-    if not path.exists():
-        raise UserError(f"expected the sweep to leave {path}, found none; see {workspace.folder / FOLDER / 'logs'}")
-    result = read_json(path, "a finished run")
-    found = (result["architecture"], result["k_or_target_l0"], result["seed"])
-    if found != (cell.architecture, cell.k, cell.seed):
-        raise UserError(f"{path}: expected {cell.architecture}, k={cell.k}, seed {cell.seed}, found {found}")
+    run = Run(workspace.runs / cell.run)
+    if not run.finished():
+        logs = workspace.folder / FOLDER / "logs"
+        raise UserError(f"expected the sweep to leave {run.result_path}, found none; see {logs}")
+    found = run.summary()
+    if (found.architecture, found.k, found.seed) != (cell.architecture, cell.k, cell.seed):
+        raise UserError(
+            f"{run.result_path}: expected {cell.architecture}, k={cell.k}, seed {cell.seed}, "
+            f"found {found.architecture}, k={found.k}, seed {found.seed}"
+        )
 
 
 def _place(workspace: Workspace) -> list[str]:

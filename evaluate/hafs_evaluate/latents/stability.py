@@ -24,6 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from hafs_evaluate.latents.neighbours import rounded
 from hafs_evaluate.workspace import Workspace, fingerprint, hashed_export, read_result
 from hafs_jax.base.files import read_json, write_json, write_text
+from hafs_jax.runs import Run, RunSummary
 
 THRESHOLD = 0.7  # the cosine over which two dictionary vectors of different runs are the same (arXiv 2501.16615)
 CHUNK_FLOATS = 1 << 24
@@ -59,20 +60,19 @@ def evaluated_runs(workspace: Workspace) -> list[Evaluated]:
 
 def write_stability(workspace: Workspace, runs: list[Evaluated]) -> dict[str, Any]:
     """Writes eval/stability.json, where it would change, and returns it; see `stability`."""
-    dictionaries = []
+    dictionaries, trained = [], dict[str, RunSummary]()
     for run in runs:
-        own = read_result(run.run_folder / "run.json") if run.run_folder else {}
-        if run.run_folder is None or own.get("seed") is None:
+        if run.run_folder is None:
             continue
-        arm = arm_of(own, read_result(run.run_folder / "config.json"))
+        trained[run.name] = (own := Run(run.run_folder)).summary()
         density = workspace.result(run.name, "core_latents.npz")
+        arm = arm_of(trained[run.name], own.record()["config"])
         dictionaries.append(Dictionary(run.name, arm, run.sae, run.weights_sha256, density))
     path = workspace.eval / STABILITY
     values = stability(dictionaries, path)
     for arm in values["arms"]:
-        first = next(run.run_folder for run in runs if run.name == arm["runs"][0])
-        own = read_result(first / "run.json") if first else {}
-        arm.update(architecture=own.get("architecture"), variant=own.get("variant"), k=own.get("k_or_target_l0"))
+        first = trained[arm["runs"][0]]
+        arm.update(architecture=first.architecture, variant=first.variant, k=first.k)
     if read_result(path) != values and (values["arms"] or path.exists()):
         write_json(path, values)
     return values
@@ -139,15 +139,16 @@ def decoder(folder: Path) -> Float[torch.Tensor, "F D"]:
         return file.get_tensor("W_dec").float()
 
 
-def arm_of(run: dict[str, Any], config: dict[str, Any]) -> str:
-    """A hash that runs share where only seeds differ, of a run's run.json and config.json.
+def arm_of(run: RunSummary, config: dict[str, Any]) -> str:
+    """A hash that runs share where only seeds differ.
 
-    tau is left out: it is measured on a baseline, and may be that of the same seed.
+    tau is left out: it is measured on a baseline, and may be that of the same seed. So is the arm's own name, which
+    says nothing more, and which runs of earlier versions lack.
     """
-    trained = {key: value for key, value in config.get("config", {}).items() if key not in ("seed", "data_seed")}
+    trained = {key: value for key, value in config.items() if key not in ("seed", "data_seed", "arm")}
     trained["penalty"] = {key: value for key, value in trained.get("penalty", {}).items() if key != "tau"}
-    names = [run.get(key) for key in ("architecture", "variant", "k_or_target_l0", "n_latents", "d_model")]
-    return fingerprint([*names, trained, run.get("store_fingerprint")])
+    names = [run.architecture, run.variant, run.k, run.n_latents, run.d_model]
+    return fingerprint([*names, trained, run.store_fingerprint])
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 from hafs_extract import packaged
-from hafs_jax.base.files import read_json
+from hafs_jax.runs import Run
 from hafs_jax.store.manifest import Manifest
 
 # Of what the hub serves; packaged models and texts say theirs themselves.
@@ -73,7 +73,5 @@ def configs(folder: Path, runs: dict[str, str], manifest: Manifest) -> dict[str,
     """The resolved configs as JSON texts: the extraction's, and each variant's (`runs`: {variant: run})."""
     found = {"extract": json.dumps(manifest.config, indent=2, ensure_ascii=False)}
     for name, run in runs.items():
-        path = folder / "runs" / run / "config.json"
-        if path.exists():
-            found[name] = json.dumps(read_json(path, "a run's config"), indent=2, ensure_ascii=False)
+        found[name] = json.dumps(Run(folder / "runs" / run).record(), indent=2, ensure_ascii=False)
     return found

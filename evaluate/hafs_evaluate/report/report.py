@@ -16,8 +16,9 @@ from hafs_evaluate.report.styles import styles_of
 from hafs_evaluate.report.tree_view import tree_data, tree_tables
 from hafs_evaluate.report.verdict import verdict, what_ran
 from hafs_evaluate.results.arms import compared, groups
-from hafs_evaluate.results.results import build_results, published, training_lines
+from hafs_evaluate.results.results import build_results, published
 from hafs_jax.base.files import read_json, write_json, write_text
+from hafs_jax.runs import Run
 from hafs_jax.store.manifest import Manifest, read_manifest
 
 FEW_RUNS = 12  # more runs than this have no config of their own on the page: an arm's first seed's stands for all
@@ -130,7 +131,7 @@ def _latents(
 def _groups(folder: Path, results: dict[str, Any], latents: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """What is drawn of each group of arms that share axes; `is_main` is the one that the page opens with."""
     arms = results["arms"]
-    lines = {name: training_lines(folder / "runs" / values["run"]) for name, values in results["variants"].items()}
+    lines = {name: Run(folder / "runs" / values["run"]).metrics() for name, values in results["variants"].items()}
     found = []
     grouped = groups(arms)
     for number, (title, names) in enumerate(grouped.items()):

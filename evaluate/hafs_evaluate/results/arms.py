@@ -1,26 +1,24 @@
 """Arms: what was trained, seeds taken together, with the uncertainty of their means. Pure: no files, no drawing.
 
-An arm is an architecture, a variant, a k (or target L0) and, where several were tried, a tag; its runs are its seeds.
-Imports nothing of torch or jax.
+An arm is an architecture, a k (or target L0) and what its runs call their arm, which is a variant and further axes of a
+sweep. Its runs are its seeds. Imports nothing of torch or jax.
 """
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from scipy import stats
 
+from hafs_jax.config import SAEConfig
+
 VARIANT_ORDER = ("baseline", "strict", "adaptive")
 ABLATIONS = ("ramp_only", "gate_only", "ortsae", "frob")
-DEFAULT_ARCHITECTURE = "batchtopk"
-DEFAULT_K = 40  # the training's own default: not part of a name
+DEFAULT_ARCHITECTURE, DEFAULT_K = SAEConfig().architecture, SAEConfig().k  # not part of a name
 LEAST_SEEDS = 3  # with fewer, a t interval says nothing that the points do not
 CONFIDENCE = 0.95
 REFERENCES = ("random_init", "frozen_decoder")  # variants that are only there to be compared with
 GROUP_ARMS = 8  # more arms than this are shown by architecture and k, one group at a time
-
-_K_TAG = re.compile(r"(k|l0)=?\d+(\.\d+)?$")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def estimate(values: list[float]) -> Estimate:
 
 
 def build_arms(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{arm: {architecture, variant, k, tag, seeds, runs, measures}} of results' variants, in their order.
+    """{arm: {architecture, variant, k, arm, tag, seeds, runs, measures}} of results' variants, in their order.
 
     `runs` are keys of results["variants"]; `measures` is {measure: the fields of an Estimate}.
     """
@@ -57,7 +55,7 @@ def build_arms(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
         members.setdefault(_identity(values), []).append(name)
     arms = {}
     for identity in sorted(members, key=_order):
-        architecture, variant, k, tag = identity
+        architecture, variant, k, arm = identity
         runs = members[identity]
         known: dict[str, list[float]] = {}
         for run in runs:
@@ -67,7 +65,8 @@ def build_arms(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "architecture": architecture,
             "variant": variant,
             "k": k,
-            "tag": tag,
+            "arm": arm,
+            "tag": _tag(variant, arm),
             "seeds": [results["variants"][run]["seed"] for run in runs],
             "runs": runs,
             "measures": {measure: vars(estimate(values)) for measure, values in known.items()},
@@ -102,31 +101,30 @@ def is_reference(arm: dict[str, Any]) -> bool:
     return arm["variant"] in REFERENCES
 
 
-def tag_of(run: str, seed: int) -> str:
-    """What follows the seed in a run's name, the parts that only say k left out: "baseline-s0-lam=1,k=16": "lam=1"."""
-    tail = run.partition(f"-s{seed}-")[2]
-    return ",".join(part for part in tail.split(",") if part and not _K_TAG.fullmatch(part))
-
-
 def _identity(values: dict[str, Any]) -> tuple[Any, ...]:
-    return values["architecture"], values["variant"], values["k"], tag_of(values["run"], values["seed"])
+    return values["architecture"], values["variant"], values["k"], values["arm"]
+
+
+def _tag(variant: str, arm: str) -> str:
+    """What an arm's name says beside its variant: of "strict lam=0.3 lr=1" it is "lam=0.3,lr=1"."""
+    return ",".join(part for part in arm.split() if part != variant)
 
 
 def _order(identity: tuple[Any, ...]) -> tuple[Any, ...]:
-    architecture, variant, k, tag = identity
+    architecture, variant, k, arm = identity
     known = (*VARIANT_ORDER, *ABLATIONS)
     place = known.index(variant) if variant in known else len(known) + (variant in REFERENCES)
-    return architecture != DEFAULT_ARCHITECTURE, architecture, k is not None, k or 0, place, variant, tag
+    return architecture != DEFAULT_ARCHITECTURE, architecture, k is not None, k or 0, place, variant, arm
 
 
 def _name(identity: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
     """`<variant>[-<architecture>][-k<k>][-<tag>]`, each part only where it is needed to tell arms apart."""
-    architecture, variant, k, tag = identity
+    architecture, variant, k, arm = identity
     name = variant if architecture == DEFAULT_ARCHITECTURE else f"{variant}-{architecture}"
     if k != DEFAULT_K and len({other[2] for other in every if other[0] == architecture}) > 1:
         name += f"-k{_k(k)}"
-    if len({other[3] for other in every if other[:3] == identity[:3]}) > 1 and tag:
-        name += f"-{tag}"
+    if len({other[3] for other in every if other[:3] == identity[:3]}) > 1 and arm != variant:
+        name += f"-{_tag(variant, arm)}"
     return name
 
 

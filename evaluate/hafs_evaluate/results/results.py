@@ -12,7 +12,8 @@ from hafs_evaluate.results.arms import DEFAULT_ARCHITECTURE, VARIANT_ORDER, buil
 from hafs_evaluate.results.measures import CORE, DOMAINS, FIRST_LETTER, HIERARCHY, PROBING
 from hafs_evaluate.results.probing_means import column, llm_probing, sae_probing
 from hafs_evaluate.results.readings import read_result, read_results, run_figures
-from hafs_jax.base.files import read_json, read_jsonl
+from hafs_jax.base.files import read_json
+from hafs_jax.runs import RunSummary, all_runs, finished_runs
 from hafs_jax.store.manifest import TIMING, read_manifest
 
 RESULTS_VERSION = 1
@@ -30,14 +31,9 @@ def build_results(workspace_folder: Path) -> dict[str, Any]:
     folder = Path(workspace_folder)
     manifest = read_manifest(folder / "store" / "train")
     heldout = folder / "store" / "heldout"
-    finished: list[Path] = []
-    unfinished: list[Path] = []
-    for run_folder in sorted(path for path in (folder / "runs").glob("*") if path.is_dir()):
-        (finished if (run_folder / "run.json").exists() else unfinished).append(run_folder)
-    runs = [read_json(run_folder / "run.json", "a finished run") for run_folder in finished]
-    runs.sort(key=run_order)
+    runs = sorted((run.summary() for run in finished_runs(folder / "runs")), key=run_order)
     names = variant_names(runs)
-    found = {run["name"]: read_results(folder / "eval" / run["name"]) for run in runs}
+    found = {run.name: read_results(folder / "eval" / run.name) for run in runs}
     llm_folder = folder / "eval" / LANGUAGE_MODEL
     llm = llm_probing(read_result(llm_folder, PROBING), (by_file[PROBING] for by_file in found.values()))
     figures = run_figures(found)
@@ -51,15 +47,13 @@ def build_results(workspace_folder: Path) -> dict[str, Any]:
             "heldout_rows": read_manifest(heldout).rows if heldout.exists() else None,
             "d_model": manifest.d_model,
             "seconds": _seconds(folder, runs),
-            "variants": {
-                names[run["name"]]: _variant(folder, run, found[run["name"]], figures[run["name"]]) for run in runs
-            },
+            "variants": {names[run.name]: _variant(run, found[run.name], figures[run.name]) for run in runs},
             "llm": {
                 "probing": column(llm, "test_accuracy"),
                 "probing_auc": column(llm, "test_auc"),
                 "hierarchy": read_result(llm_folder, HIERARCHY),
             },
-            "unfinished_runs": [path.name for path in unfinished],
+            "unfinished_runs": [run.name for run in all_runs(folder / "runs") if not run.finished()],
             "experiment": _optional(folder / "experiment" / "summary.json", "the experiment's summary"),
         }
     )
@@ -89,62 +83,49 @@ def published(results: dict[str, Any]) -> dict[str, Any]:
     return {**results, "variants": variants, "llm": llm}
 
 
-def run_order(run: dict[str, Any]) -> tuple[Any, ...]:
+def run_order(run: RunSummary) -> tuple[Any, ...]:
     """The order of variants everywhere: the default architecture first; baseline, strict, adaptive, others by name."""
-    known = run["variant"] in VARIANT_ORDER
+    known = run.variant in VARIANT_ORDER
     return (
-        run["architecture"] != DEFAULT_ARCHITECTURE,
-        run["architecture"],
-        VARIANT_ORDER.index(run["variant"]) if known else len(VARIANT_ORDER),
-        run["variant"],
-        run["seed"],
+        run.architecture != DEFAULT_ARCHITECTURE,
+        run.architecture,
+        VARIANT_ORDER.index(run.variant) if known else len(VARIANT_ORDER),
+        run.variant,
+        run.seed,
     )
 
 
-def variant_names(runs: list[dict[str, Any]]) -> dict[str, str]:
+def variant_names(runs: list[RunSummary]) -> dict[str, str]:
     """What each run is called: its name without "-s0", but with its seed where several seeds were trained."""
     seeds: dict[tuple[str, str], int] = {}
     for run in runs:
-        arm = (run["variant"], run["architecture"])
-        seeds[arm] = seeds.get(arm, 0) + 1
+        seeds[run.variant, run.architecture] = seeds.get((run.variant, run.architecture), 0) + 1
     return {
-        run["name"]: run["name"] if seeds[run["variant"], run["architecture"]] > 1 else run["name"].removesuffix("-s0")
-        for run in runs
+        run.name: run.name if seeds[run.variant, run.architecture] > 1 else run.name.removesuffix("-s0") for run in runs
     }
 
 
-def training_lines(run_folder: Path) -> list[dict[str, Any]]:
-    """A run's metrics, one object a logged step, ascending; of a step logged again after a resume, the last."""
-    by_step = {line["step"]: line for line in read_jsonl(run_folder / "metrics.jsonl")}
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _variant(
-    folder: Path, run: dict[str, Any], found: dict[str, dict[str, Any]], figures: dict[str, float]
-) -> dict[str, Any]:
+def _variant(run: RunSummary, found: dict[str, dict[str, Any]], figures: dict[str, float]) -> dict[str, Any]:
     core, probing = found[CORE], sae_probing(found[PROBING])
-    lines = training_lines(folder / "runs" / run["name"])
     reconstruction = core.get("reconstruction") or {}
     return {
-        "run": run["name"],
-        "variant": run["variant"],
-        "architecture": run["architecture"],
-        "seed": run["seed"],
-        "k": run.get("k_or_target_l0"),
-        "n_latents": run.get("n_latents"),
+        "run": run.name,
+        "variant": run.variant,
+        "architecture": run.architecture,
+        "seed": run.seed,
+        "k": run.k,
+        "tag": run.tag,
+        "arm": run.arm,
+        "n_latents": run.n_latents,
         **{name: figures.get(name) for name in ("fvu", "l0", "dead_fraction", "ce_score", "kl_score")},
         "explained_variance": reconstruction.get("explained_variance"),
         **{name: figures.get(name) for name in ("max_coherence", "mean_coherence")},
-        "tau": run.get("tau"),
-        "tau_reached": run.get("tau_reached"),
+        "tau": run.tau,
+        "tau_reached": run.tau_reached,
         "measures": figures,
         "probing": column(probing, "test_accuracy"),
         "probing_auc": column(probing, "test_auc"),
-        "training": {
-            "steps": run.get("steps"),
-            "tokens": run.get("tokens"),
-            "final": run.get("final") or (lines[-1] if lines else {}),
-        },
+        "training": {"steps": run.steps, "tokens": run.tokens, "final": run.final},
         "core": core,
         "hierarchy": found[HIERARCHY],
         "domains": found[DOMAINS],
@@ -152,13 +133,13 @@ def _variant(
     }
 
 
-def _seconds(folder: Path, runs: list[dict[str, Any]]) -> dict[str, float | None]:
+def _seconds(folder: Path, runs: list[RunSummary]) -> dict[str, float | None]:
     seconds: dict[str, float | None] = {}
     timing = _optional(folder / "store" / "train" / TIMING, "a store's timing")
     if "seconds" in timing:
         seconds["extract"] = timing["seconds"]
     for run in runs:
-        seconds[f"train/{run['name']}"] = run.get("seconds")
+        seconds[f"train/{run.name}"] = run.seconds
     for what, taken in sorted(_optional(folder / "eval" / "seconds.json", "the evaluation's times").items()):
         seconds[f"eval/{what}"] = taken
     return seconds

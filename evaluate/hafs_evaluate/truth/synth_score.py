@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from hafs_evaluate.truth.ground_truth import Truth, load_truth
 from hafs_evaluate.truth.scores import SETTINGS, score_sae
-from hafs_evaluate.workspace import RUN, FinishedRun, Workspace, finished_runs, hashed_export, read_result
+from hafs_evaluate.workspace import FinishedRun, Workspace, finished_runs, hashed_export, read_result
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, sha256_of, write_json, write_text
+from hafs_jax.base.files import sha256_of, write_json, write_text
 from hafs_jax.base.log import bar_options
+from hafs_jax.runs import Run
 from hafs_jax.store.reader import Store
 
 LOG = logging.getLogger(__name__)
@@ -89,15 +90,14 @@ def _result(
     path = workspace.result(run.name, RESULT)
     before = read_result(path)
     marks: dict[str, Any] = {"truth_sha256": truth.sha256, "settings": SETTINGS}
-    files = [run.folder / RUN, run.folder / "config.json"]
-    marks["run_sha256"] = [sha256_of(file) if file.exists() else None for file in files]
+    marks["run_sha256"] = [sha256_of(file) for file in (Run(run.folder).result_path, Run(run.folder).config_path)]
     if all(before.get(name) == value for name, value in marks.items()) and before == {**before, **_hashes(run)}:
         return before
     exported = hashed_export(run.name, export(run.folder))
     marks |= {"sae_sha256": exported.weights_sha256, "cfg_sha256": exported.cfg_sha256}
     same = all(before.get(name) == value for name, value in marks.items() if name != "run_sha256")
     metrics = before["metrics"] if same else score_folder(exported.folder, store, truth, device)
-    result = {**_facts(run, exported.folder), **marks, "metrics": metrics}
+    result = {**_facts(run), **marks, "metrics": metrics}
     write_json(path, result)
     return result
 
@@ -111,20 +111,11 @@ def _hashes(run: FinishedRun) -> dict[str, str]:
     return {"sae_sha256": exported.weights_sha256, "cfg_sha256": exported.cfg_sha256}
 
 
-def _facts(run: FinishedRun, sae_folder: Path) -> dict[str, Any]:
-    """FACTS of a run and its config: from its config.json, and what that lacks from the SAE's cfg.json."""
-    path = run.folder / "config.json"
-    record = read_json(path, "a run's config.json") if path.exists() else {}
-    metadata = read_json(sae_folder / "cfg.json", "an SAE's cfg.json").get("metadata") or {}
-    config = record.get("config", {})
-    return {
-        "run": run.name,
-        "variant": record.get("variant", metadata.get("variant")),
-        "architecture": record.get("architecture", metadata.get("training_architecture")),
-        "seed": record.get("seed", metadata.get("seed")),
-        "k": config.get("sae", {}).get("k", metadata.get("k")),
-        "config": config,
-    }
+def _facts(run: FinishedRun) -> dict[str, Any]:
+    """FACTS of a run, and its config."""
+    summary = Run(run.folder).summary()
+    named = {"variant": summary.variant, "architecture": summary.architecture, "seed": summary.seed, "k": summary.k}
+    return {"run": run.name, **named, "config": Run(run.folder).record()["config"]}
 
 
 def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,9 +18,9 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.config import SAEConfig, TrainConfig
 from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.method.sae import InputScale, init_params
-from hafs_jax.runs import Run
 from tests.support.both_saes import CLASSES, D_OUT, B, D, F, K, assert_same, input_scale, of_saelens, of_trainer, rows
 from tests.support.peers import dictionary_learning
+from tests.support.runs import finished_run
 from tests.support.stores import write_store
 
 TRANSCODED = [name for name in ARCHITECTURES if name not in ("topk", "gated")]
@@ -39,11 +39,10 @@ def hand_made_run(
     random = np.random.default_rng(2)
     for name in set(params) - {"W_enc", "W_dec"}:
         params[name] = jnp.asarray(random.uniform(0.0, 0.3, params[name].shape), jnp.float32)
-    run, threshold = Run(tmp_path / "runs" / f"baseline-{architecture}"), jnp.float32(0.35)
-    record = {"folder": "../../store", "fingerprint": "x"}
-    run.write_config(config, record | ({"target": {**record, "folder": "../../target"}} if transcode else {}))
-    final = {"l0": 3.0, "dead_fraction": 0.0, "fvu_ema": 0.25}
-    run.result_path.write_text(json.dumps({"name": run.folder.name, "tokens": 50, "final": final}))
+    threshold = jnp.float32(0.35)
+    record: dict[str, Any] = {"folder": "../../store", "fingerprint": "x"}
+    record |= {"target": {**record, "folder": "../../target"}} if transcode else {}
+    run = finished_run(tmp_path / "runs" / f"baseline-{architecture}", config, record, (D, D_OUT if transcode else D))
     state = SimpleNamespace(weights=lambda: params, threshold=lambda decay: threshold)
 
     def load_checkpoint(folder: Path, config: TrainConfig, d_model: int, d_out: int | None = None) -> Any:

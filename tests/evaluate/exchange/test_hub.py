@@ -14,6 +14,7 @@ from hafs_evaluate.cli import main
 from hafs_evaluate.exchange.hub import model_card, upload
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of
+from tests.support.runs import config_of, finished_run
 from tests.support.torch_saes import saved_sae
 
 D, F = 5, 11
@@ -29,9 +30,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cfg["metadata"] |= {"variant": "adaptive", "seed": 3}
     (folder / "sae" / "cfg.json").write_text(json.dumps(cfg))
     final = {"fvu_ema": 0.21, "l0": 4.5, "dead_fraction": 0.0}
-    (folder / "run.json").write_text(json.dumps({"name": "adaptive-s0", "tokens": 123456, "final": final}))
-    config = {"batch_size": 64, "sae": {"architecture": "relu", "k": 4}, "penalty": {"tau": None}}
-    (folder / "config.json").write_text(json.dumps({"config": config, "store": {"folder": "../../store"}}))
+    config = config_of("adaptive", "relu", sae={"k": 4, "n_latents": F})
+    finished_run(folder, config, tokens=123456, final=final)
     sha256 = sha256_of(folder / "sae" / "sae_weights.safetensors")
     evaluated = tmp_path / "offline" / "eval" / "adaptive-s0"
     evaluated.mkdir(parents=True)

@@ -10,9 +10,11 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 from hafs_evaluate.latents import stability as room
-from hafs_evaluate.latents.stability import compare, evaluated_runs, matched, write_matches, write_stability
+from hafs_evaluate.latents.stability import arm_of, compare, evaluated_runs, matched, write_matches, write_stability
 from hafs_evaluate.workspace import Workspace, sha256_of
 from hafs_jax.base.files import write_json
+from hafs_jax.runs import Run
+from tests.support.runs import config_of, finished_run
 from tests.support.torch_saes import saved_sae
 
 D, F = 12, 9
@@ -61,10 +63,9 @@ def workspace(tmp_path):
     for seed, (name, k) in enumerate([("a-s0", 8), ("a-s1", 8), ("a-s2", 8), ("b-s0", 16)]):
         folder = workspace.runs / name
         saved_sae(folder / "sae", D, F, seed=seed)
-        own = {"architecture": "topk", "variant": "baseline", "seed": int(name[-1]), "k_or_target_l0": k}
-        write_json(folder / "run.json", own)
-        config = {"seed": own["seed"], "data_seed": own["seed"], "sae": {"k": k}, "penalty": {"tau": 0.1 * seed}}
-        write_json(folder / "config.json", {"config": config})
+        own = int(name[-1])
+        fields = {"seed": own, "data_seed": own, "sae": {"k": k, "n_latents": 32}, "penalty": {"tau": 0.1 * (seed + 1)}}
+        finished_run(folder, config_of("baseline", "topk", **fields))
     weights = workspace.runs / "a-s0" / "sae" / "sae_weights.safetensors"
     state = load_file(weights)
     state["W_dec"] = state["W_dec"].flip(0).contiguous()
@@ -97,6 +98,15 @@ def test_seeds_of_an_arm_are_paired_and_no_others(workspace):
     assert arm["mean_max_cosine"] == pytest.approx((first + second + third) / 3)
     assert values["runs"]["a-s2"]["mean_max_cosine"] == pytest.approx((second + third) / 2)
     assert set(values["runs"]) == {"a-s0", "a-s1", "a-s2"}
+
+
+def test_a_run_from_before_arms_had_names_is_paired_with_later_ones(workspace):
+    run = Run(workspace.runs / "a-s0")
+    record = run.record()
+    arms = [arm_of(run.summary(), {**record["config"], "arm": name}) for name in ("", "baseline k=8")]
+    del record["config"]["arm"]
+    assert {*arms, arm_of(run.summary(), record["config"])} == {arms[0]}
+    assert arm_of(run.summary(), {**record["config"], "tokens": 1}) != arms[0]
 
 
 def test_dead_latents_do_not_count_and_a_dead_run_has_no_figure(workspace):

@@ -15,9 +15,10 @@ from hafs_evaluate.report.report import write_report
 from hafs_evaluate.report.styles import styles_of
 from hafs_evaluate.report.verdict import verdict
 from hafs_evaluate.results.probing_means import mean_probing
-from hafs_evaluate.results.results import build_results, training_lines
+from hafs_evaluate.results.results import build_results
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
+from hafs_jax.runs import Run
 from tests.support.report_workspace import (
     NASTY,
     ORDER,
@@ -33,6 +34,7 @@ from tests.support.report_workspace import (
     write_probing,
     write_run,
 )
+from tests.support.runs import STORE, config_of
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_several_seeds_keep_their_seed_in_the_name_and_one_does_not(tmp_path):
 
 def test_an_unfinished_run_is_named_and_is_no_variant(tmp_path):
     folder = make_workspace(tmp_path, ("baseline-s0",))
-    (folder / "runs" / "strict-s0").mkdir()
+    Run(folder / "runs" / "strict-s0").write_config(config_of("strict"), STORE)
     results = build_results(folder)
     assert list(results["variants"]) == ["baseline"]
     assert results["unfinished_runs"] == ["strict-s0"]
@@ -135,12 +137,6 @@ def test_tasks_are_in_the_order_of_their_numbers(tmp_path):
     folder = make_workspace(tmp_path, ("baseline-s0",))
     write_probing(folder, "baseline-s0", 0.6, tasks=("105_b", "92_a", "ag_news"))
     assert mean_probing(build_results(folder))[0] == ["92_a", "105_b", "ag_news"]
-
-
-def test_a_step_logged_twice_counts_once(tmp_path):
-    lines = [{"step": 0, "loss": 3.0}, {"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}, {"step": 10, "loss": 1.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "lo')
-    assert [line["loss"] for line in training_lines(tmp_path)] == [3.0, 1.0, 1.5]
 
 
 def test_without_a_store_there_is_one_clear_error(tmp_path):

@@ -17,9 +17,10 @@ from hafs_evaluate.report.styles import STYLES, SYMBOLS, styles_of
 from hafs_evaluate.report.tables import comparison_groups, falsifiers
 from hafs_evaluate.report.tree_view import tree_data
 from hafs_evaluate.report.verdict import verdict
-from hafs_evaluate.results.arms import build_arms, compared, estimate, groups, tag_of
-from hafs_evaluate.results.results import build_results, training_lines
+from hafs_evaluate.results.arms import build_arms, compared, estimate, groups
+from hafs_evaluate.results.results import build_results
 from hafs_jax.base.files import read_json
+from hafs_jax.runs import Run
 from tests.support.report_workspace import (
     ARM_VARIANTS,
     ORDER,
@@ -87,29 +88,33 @@ def test_stability_is_read_from_the_file_of_all_runs(results):
 
 def test_an_arms_name_holds_only_what_tells_it_apart(tmp_path):
     folder = make_workspace(tmp_path, ())
-    for run in ("baseline-s0", "baseline-relu-s0", "adaptive-s0-lam=1", "adaptive-s1-lam=1"):
-        write_run(folder, run, seed=int("s1" in run), k_or_target_l0=40)
+    for run in ("baseline-s0", "baseline-relu-s0"):
+        write_run(folder, run, k=40)
+    for seed in (0, 1):
+        write_run(folder, f"adaptive-s{seed}-lam=1", seed, k=40, tag="lam=1")
     assert list(build_results(folder)["arms"]) == ["baseline", "adaptive", "baseline-relu"]
-    write_run(folder, "adaptive-s0-lam=3", k_or_target_l0=40)
-    write_run(folder, "baseline-s0-k=16", k_or_target_l0=16)
-    arms = build_results(folder)["arms"]
+    write_run(folder, "adaptive-s0-lam=3", k=40, tag="lam=3")
+    write_run(folder, "baseline-s0-k=16", k=16, tag="k=16")
+    results = build_results(folder)
+    arms = results["arms"]
     assert list(arms) == ["baseline-k16", "baseline", "adaptive-lam=1", "adaptive-lam=3", "baseline-relu"]
     assert arms["adaptive-lam=1"]["seeds"] == [0, 1]
     assert arms["adaptive-lam=1"]["measures"] == {}
+    assert [(arm["arm"], arm["tag"]) for arm in arms.values()][1:3] == [("baseline", ""), ("adaptive lam=1", "lam=1")]
+    variant = results["variants"]["baseline-s0-k=16"]
+    assert (variant["k"], variant["tag"], variant["arm"]) == (16, "k=16", "baseline")
 
 
-@pytest.mark.parametrize(
-    ("run", "seed", "tag"),
-    [
-        ("baseline-s0", 0, ""),
-        ("baseline-relu-s12-k=16", 12, ""),
-        ("adaptive-s1-lam=1,k=16", 1, "lam=1"),
-        ("adaptive-s1-c576", 1, "c576"),
-        ("another-library", 0, ""),
-    ],
-)
-def test_a_tag_is_what_follows_the_seed_but_for_k(run, seed, tag):
-    assert tag_of(run, seed) == tag
+def test_seeds_that_say_the_same_arm_are_one_whatever_their_names(tmp_path):
+    folder = make_workspace(tmp_path, ())
+    write_run(folder, "adaptive-s0-x", k=40, tag="x", arm="adaptive lam=1 penalty.yielding=rarer")
+    write_run(folder, "adaptive-s1-y", 1, k=40, tag="y", arm="adaptive lam=1 penalty.yielding=rarer")
+    write_run(folder, "adaptive-s0", k=40)
+    arms = build_results(folder)["arms"]
+    assert {name: arm["runs"] for name, arm in arms.items()} == {
+        "adaptive": ["adaptive-s0"],
+        "adaptive-lam=1,penalty.yielding=rarer": ["adaptive-s0-x", "adaptive-s1-y"],
+    }
 
 
 def test_many_arms_are_drawn_by_architecture_and_k_and_few_together(results, tmp_path):
@@ -165,7 +170,7 @@ def test_curves_of_several_seeds_are_means_with_intervals(results, experiment):
     )
     assert all(series.y_interval for panel in per_task for series in panel.series if not series.key.startswith("llm"))
     assert {"llm-top-k"} == {series.key for series in mean[0].series if series.key not in results["arms"]}
-    lines = {name: training_lines(experiment / "runs" / values["run"]) for name, values in results["variants"].items()}
+    lines = {name: Run(experiment / "runs" / values["run"]).metrics() for name, values in results["variants"].items()}
     own = results["arms"]["strict-k16"]["runs"]
     for step, line in enumerate(lines[own[0]]):
         line["alpha"] = 0.2 + 0.01 * step

@@ -12,6 +12,8 @@ from hafs_evaluate.cli import main as evaluate_main
 from hafs_evaluate.truth.ground_truth import load_truth
 from hafs_evaluate.workspace import open_workspace
 from hafs_extract.synthetic.samples import HOOK_POINT, generate
+from hafs_jax.runs import Run
+from tests.support.runs import STORE, config_of, finished_run
 from tests.support.torch_saes import saved_sae
 from tests.support.worlds import TINY, D, files
 
@@ -27,11 +29,9 @@ def workspace(tiny, tmp_path, monkeypatch):
     for seed, (name, lam) in enumerate(LAM.items()):
         folder = tmp_path / "synth-tiny" / "runs" / name
         saved_sae(folder / "sae", D, 23, seed=seed, hook=HOOK_POINT)
-        config = {"seed": seed, "sae": {"k": 4, "n_latents": 23}, "penalty": {"lam_max": lam, "kind": "hinge"}}
-        record = {"variant": name[:-3], "architecture": "batchtopk", "seed": seed, "config": config, "store": {}}
-        (folder / "config.json").write_text(json.dumps(record))
-        (folder / "run.json").write_text("{}")
-    (tmp_path / "synth-tiny" / "runs" / "adaptive-s0").mkdir()
+        penalty = {"lam_max": lam, "kind": "hinge"}
+        finished_run(folder, config_of(name[:-3], seed=seed, sae={"k": 4, "n_latents": 23}, penalty=penalty))
+    Run(tmp_path / "synth-tiny" / "runs" / "adaptive-s0").write_config(config_of("adaptive"), STORE)
     return open_workspace(tmp_path, "synth-tiny")
 
 
@@ -79,7 +79,8 @@ def test_runs_are_scored_once(workspace, monkeypatch):
     monkeypatch.setattr(stage, "score_folder", called)
     assert stage.evaluate_synthetic(workspace, device="cpu", export=called) == results
     assert {path: path.stat().st_mtime_ns for path in workspace.eval.rglob("*.json")} == before
-    (workspace.runs / "strict-s1" / "run.json").write_text('{"trained": "again, to the same weights"}')
+    run = Run(workspace.runs / "strict-s1")
+    run.write_result(dataclasses.replace(run.summary(), seconds=99.0))  # trained again, to the same weights
     again = stage.evaluate_synthetic(workspace, device="cpu", export=export)
     assert export.calls[2:] == ["strict-s1"]
     assert again[1]["metrics"] == results[1]["metrics"]
