@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hafs_evaluate.report import figures
-from hafs_evaluate.report.styles import LLM_LABELS, SYMBOLS, css_name, style_variables
+from hafs_evaluate.report.figures import LLM_LABELS, SYMBOLS, css_name, style_variables
 from hafs_evaluate.report.tree_view import CONTRASTS, METRICS, NODE_MEASURES
 
 TEMPLATES = Path(__file__).parent / "template"

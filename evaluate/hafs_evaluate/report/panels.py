@@ -1,13 +1,16 @@
-"""The curves of training and of sparse probing, seeds taken together. Pure: no drawing, no files."""
+"""What each figure shows, seeds taken together: curves of training and of sparse probing, frontiers, histograms.
+
+Pure: no drawing, no files.
+"""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
 
-from hafs_evaluate.report.figures import Panel, Series
-from hafs_evaluate.report.styles import LLM_LABELS
-from hafs_evaluate.results.arms import estimate
+from hafs_evaluate.report.figures import LLM_LABELS, Panel, Series
+from hafs_evaluate.results.arms import GROUP_ARMS, estimate
 from hafs_evaluate.results.probing_means import mean_probing, top_k
 
 POINTS = 240  # a curve's points; more can't be told apart at the page's width
@@ -28,8 +31,15 @@ TRAINING: tuple[tuple[str, str, str, bool, tuple[float | None, float | None]], .
 )
 LEAST_TOP = {"l0": 1.0, "dead_fraction": 0.02, "lambda": 1.0}  # so that a constant 0 lies at the foot
 
+# key, title, measure of x, unit of x, measure of y, unit of y, logarithmic x
+FRONTIERS = (
+    ("fvu-absorption", "FVU and absorption", "fvu", "held-out FVU", "absorption_fraction", "absorbed share", False),
+    ("fvu-hole", "FVU and the worst-child hole", "fvu", "held-out FVU", "hole", "hole (difference of recalls)", False),
+    ("fvu-l0", "L0 and FVU", "l0", "L0: active latents a token", "fvu", "held-out FVU", True),
+)
 
 Lines = dict[str, list[dict[str, Any]]]  # {variant: its logged lines}
+Arrays = dict[str, list[np.ndarray]]  # {arm: an array over latents for each seed}
 
 
 def training_panels(lines: Lines, results: dict[str, Any], names: list[str], prefix: str = "") -> list[Panel]:
@@ -161,3 +171,117 @@ def _probing_panel(
         x_ticks=[(float(k), str(k)) for k in sorted(ks)],
         y_limits=(floor - 0.01, 1.01),
     )
+
+
+def frontier_panels(results: dict[str, Any]) -> list[Panel]:
+    """A panel a frontier and an architecture: a point an arm with its 95% intervals, lines joining an arm's L0 levels.
+
+    Few arms share one panel. A frontier that fewer than two arms have figures for is left out, and so is an
+    architecture that has none of them.
+    """
+    arms = results["arms"]
+    few = len(arms) <= GROUP_ARMS
+    architectures = [""] if few else list(dict.fromkeys(arm["architecture"] for arm in arms.values()))
+    panels = []
+    for key, title, x, x_label, y, y_label, x_log in FRONTIERS:
+        known = {name: arm for name, arm in arms.items() if x in arm["measures"] and y in arm["measures"]}
+        if len(known) < 2:
+            continue
+        for architecture in architectures:
+            own = {name: arm for name, arm in known.items() if few or arm["architecture"] == architecture}
+            if not own:
+                continue
+            by_line: dict[tuple[str, ...], list[str]] = {}
+            for name, arm in own.items():
+                by_line.setdefault((arm["architecture"], arm["variant"], arm["tag"]), []).append(name)
+            series = [_series(arms, names, x, y) for names in by_line.values()]
+            shown = f"{title}: {architecture}" if len(architectures) > 1 else title
+            levels = sorted({arm["k"] for arm in own.values() if arm["k"] is not None})
+            wide = x_log and max(arm["measures"][x]["mean"] for arm in own.values()) > 1.5 * min(
+                arm["measures"][x]["mean"] for arm in own.values()
+            )
+            ticks = [(float(level), f"{level:g}") for level in levels] if wide else None
+            name = f"{key}-{re.sub(r'[^a-z0-9]+', '-', architecture.lower())}".rstrip("-")
+            panels.append(Panel(name, shown, x_label, y_label, series, x_log=wide, x_ticks=ticks, scatter=True))
+    return panels
+
+
+def _series(arms: dict[str, dict[str, Any]], names: list[str], x: str, y: str) -> Series:
+    names = sorted(names, key=lambda name: arms[name]["k"] or 0)
+    found = [(arms[name]["measures"][x], arms[name]["measures"][y]) for name in names]
+    first = arms[names[0]]
+    label = names[0] if len(arms) <= GROUP_ARMS else first["variant"] + (f" ({first['tag']})" if first["tag"] else "")
+    return Series(
+        names[0],
+        label,
+        [one["mean"] for one, _ in found],
+        [other["mean"] for _, other in found],
+        x_interval=([one["low"] for one, _ in found], [one["high"] for one, _ in found]),
+        y_interval=([other["low"] for _, other in found], [other["high"] for _, other in found]),
+        notes=[_note(arms[name]) for name in names],
+    )
+
+
+def _note(arm: dict[str, Any]) -> str:
+    n = len(arm["seeds"])
+    return f"k = {arm['k']:g}, {n} seed{'' if n == 1 else 's'}" if arm["k"] is not None else f"{n} seeds"
+
+
+def latent_panels(latents: dict[str, list[dict[str, Any]]], prefix: str = "") -> list[Panel]:
+    """Histograms over all latents: density on a log10 axis (those that never fired apart), and the nearest cosine.
+
+    `latents` is {arm: what latents.json holds of each seed}. The share of a bin is the mean over seeds.
+    """
+    panels = []
+    densities = _arrays(latents, "density")
+    if densities:
+        rows = max(values["rows_scanned"] for seeds in latents.values() for values in seeds)
+        panels.append(_density_panel(densities, rows, prefix))
+    cosines = _arrays(latents, "nearest_cosine")
+    if cosines:
+        low = min(0.0, *(float(values.min()) for seeds in cosines.values() for values in seeds))
+        series = [_outline(name, np.linspace(low, 1, 41), seeds) for name, seeds in cosines.items()]
+        title, unit = "Coherence", "cosine of a dictionary vector with its nearest"
+        panels.append(Panel(prefix + "coherence", title, unit, "share of latents", series, y_limits=(0, None)))
+    return panels
+
+
+def _arrays(latents: dict[str, list[dict[str, Any]]], key: str) -> Arrays:
+    found = {name: [np.array(values[key]) for values in seeds if values.get(key)] for name, seeds in latents.items()}
+    return {name: seeds for name, seeds in found.items() if seeds}
+
+
+def _outline(name: str, edges: np.ndarray, seeds: list[np.ndarray]) -> Series:
+    """The outline of the mean histogram over seeds, as shares, with each bin's 95% interval where it has one."""
+    bins = [estimate(list(column)) for column in zip(*[_shares(values, edges) for values in seeds], strict=True)]
+    interval = ([one.low for one in bins], [one.high for one in bins])
+    return Series(name, name, edges.tolist(), [one.mean for one in bins], steps=True, y_interval=interval)
+
+
+def _shares(values: np.ndarray, edges: np.ndarray) -> list[float]:
+    return (np.histogram(values, edges)[0] / len(values)).tolist()
+
+
+def _density_panel(densities: Arrays, rows: int, prefix: str) -> Panel:
+    low = math.floor(math.log10(1 / rows))
+    edges = np.concatenate([[10 ** (low - 0.5)], np.logspace(low, 0, 5 * -low + 1)])
+    never = math.sqrt(edges[0] * edges[1])
+    series = [
+        _outline(name, edges, [np.clip(np.where(values > 0, values, never), never, 1) for values in seeds])
+        for name, seeds in densities.items()
+    ]
+    ticks = [(never, "never")] + [(10.0**power, _percent(power)) for power in range(low, 1) if power > low or low == 0]
+    return Panel(
+        prefix + "density",
+        "Latent density",
+        "share of tokens on which it fires (log10)",
+        "share of latents",
+        series,
+        x_log=True,
+        x_ticks=ticks,
+        y_limits=(0, None),
+    )
+
+
+def _percent(power: int) -> str:
+    return f"{100 * 10.0**power:.{max(0, -2 - power)}f}%"

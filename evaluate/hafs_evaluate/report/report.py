@@ -7,12 +7,11 @@ Equal workspaces give equal bytes, under equal versions of the libraries.
 from pathlib import Path
 from typing import Any
 
-from hafs_evaluate.report import figures, frontiers, histograms, panels, tables
+from hafs_evaluate.report import figures, panels, tables
 from hafs_evaluate.report.embedded import chosen_runs, embed
 from hafs_evaluate.report.markdown import markdown
 from hafs_evaluate.report.page import page
 from hafs_evaluate.report.provenance import configs, sources, store_note, versions
-from hafs_evaluate.report.styles import styles_of
 from hafs_evaluate.report.tree_view import tree_data, tree_tables
 from hafs_evaluate.report.verdict import verdict, what_ran
 from hafs_evaluate.results.arms import compared, groups
@@ -53,7 +52,7 @@ def _view(folder: Path, results: dict[str, Any], manifest: Manifest) -> dict[str
     strings, records = embed(embedded, run_names)
     kept = [record["name"] for record in records]
     grouped = _groups(folder, results, histogrammed)
-    frontier = frontiers.frontier_panels(results)
+    frontier = panels.frontier_panels(results)
     main = next((group for group in grouped if group["is_main"]), None)
     return {
         "title": f"{_short_name(results['model'])}, {results['hook']}",
@@ -61,7 +60,7 @@ def _view(folder: Path, results: dict[str, Any], manifest: Manifest) -> dict[str
         "verdict": verdict(results),
         "unfinished": results["unfinished_runs"],
         "names": list(arms),
-        "styles": styles_of(arms),
+        "styles": figures.styles_of(arms),
         "columns": [vars(column) for column in tables.shown_columns(results)],
         "rows": tables.arm_rows(results),
         "n_tasks": len(tables.task_table(results, list(arms))["rows"]),
@@ -152,7 +151,7 @@ def _groups(folder: Path, results: dict[str, Any], latents: dict[str, list[dict[
                 "probing_llm": ([one.key for one in mean[0].series if one.key not in arms] if mean else [])
                 + ([key for key, _, _ in mean[0].levels] if mean else []),
                 "task_table": tables.task_table(results, names),
-                "dictionary": histograms.latent_panels(own, prefix),
+                "dictionary": panels.latent_panels(own, prefix),
                 "latent_names": list(own),
             }
         )

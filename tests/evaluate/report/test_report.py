@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hafs_evaluate.report.figures import Panel, Series, svg
+from hafs_evaluate.report.figures import Panel, Series, styles_of, svg
 from hafs_evaluate.report.markdown import context_line, escape
 from hafs_evaluate.report.page import script_json
 from hafs_evaluate.report.report import write_report
-from hafs_evaluate.report.styles import styles_of
 from hafs_evaluate.report.verdict import verdict
 from hafs_evaluate.results.probing_means import mean_probing
 from hafs_evaluate.results.results import build_results

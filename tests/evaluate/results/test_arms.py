@@ -9,11 +9,9 @@ import pytest
 
 from hafs_evaluate.report import embedded
 from hafs_evaluate.report.embedded import chosen_runs, embed
-from hafs_evaluate.report.frontiers import frontier_panels
-from hafs_evaluate.report.histograms import latent_panels
-from hafs_evaluate.report.panels import probing_panels, training_panels
+from hafs_evaluate.report.figures import STYLES, SYMBOLS, styles_of
+from hafs_evaluate.report.panels import frontier_panels, latent_panels, probing_panels, training_panels
 from hafs_evaluate.report.report import write_report
-from hafs_evaluate.report.styles import STYLES, SYMBOLS, styles_of
 from hafs_evaluate.report.tables import comparison_groups, falsifiers
 from hafs_evaluate.report.tree_view import tree_data
 from hafs_evaluate.report.verdict import verdict
