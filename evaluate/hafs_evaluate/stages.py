@@ -122,10 +122,11 @@ def _latents_config() -> Any:
 
 
 def _latents(job: Job) -> None:
-    from hafs_evaluate.latents.dashboards import write_latents
+    from hafs_evaluate.latents.dashboards import show_latents, write_latents
 
     model = job.evaluation.any_model()
-    write_latents(job.sae(model.device), job.train, model, job.path, run=job.run.name, config=_latents_config())
+    found = show_latents(job.sae(model.device), job.train, model, _latents_config())
+    write_latents(job.path, {"run": job.run.name, **found})
 
 
 def _domains_config() -> Any:

@@ -53,7 +53,7 @@ WORK = (
     "hafs_evaluate.core.reconstruction.core_metrics",
     "hafs_evaluate.core.splice.splice_metrics",
     "hafs_evaluate.saebench.sae_probes.probe_sae",
-    "hafs_evaluate.latents.dashboards.write_latents",
+    "hafs_evaluate.latents.dashboards.show_latents",
     "hafs_evaluate.latents.domains.detections",
     "hafs_extract.models.load_for_manifest",
 )

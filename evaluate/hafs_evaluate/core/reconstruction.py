@@ -1,10 +1,17 @@
 """Core metrics of an SAE on stored activations: reconstruction and sparsity. Torch; must not import jax.
 
-Every field of SAE-Bench 0.6.0's core output that needs no language model (`SAE_BENCH_FIELDS` says which of ours it
-is), computed right: variance is centred, no figure depends on the batch size, sums are float64. Three of SAE-Bench's
-own are wrong: its explained variance does not centre, its MSE is divided by the batch size, its L1 has no absolute
-value. The SAE itself computes in its own dtype. Notation: x a stored row, y its reconstruction, f its latents, mean_i
-over all n rows, m the mean of those rows.
+These are the fields of SAE-Bench 0.6.0's core output that need no language model (`core.splice` has the others;
+tests/evaluate/core/test_reconstruction.py maps each of SAE-Bench's names to ours). Three of SAE-Bench's own figures are
+wrong and are corrected here:
+
+- its explained variance does not subtract the mean;
+- its MSE is divided by the batch size;
+- its L1 adds the latents without taking absolute values.
+
+No figure depends on the batch size. Sums are float64, while the SAE computes in its own dtype.
+
+Notation: x_i is a stored row, y_i its reconstruction, f_i its latents, mean_i the mean over all n rows, and m the mean
+of those rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,104 +20,75 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hafs_evaluate.core.encode import TorchSAE, batch_rows, encode_store
 from hafs_evaluate.core.weights import weight_metrics
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.reader import Store
 
-BATCH_FLOATS = 1 << 25  # floats that a batch's activations and latents may take together: 128 MiB
 DENSE = 0.1  # a latent is dense when it fires on more than this share of the rows
-COMMON = 0.01
-
-SAE_BENCH_FIELDS = {
-    "explained_variance": "reconstruction.explained_variance",
-    "explained_variance_legacy": "reconstruction.explained_variance_by_row",
-    "mse": "reconstruction.mse",
-    "cossim": "reconstruction.cosine",
-    "l2_norm_in": "reconstruction.norm_in",
-    "l2_norm_out": "reconstruction.norm_out",
-    "l2_ratio": "reconstruction.l2_ratio",
-    "relative_reconstruction_bias": "reconstruction.relative_reconstruction_bias",
-    "l0": "sparsity.l0",
-    "l1": "sparsity.l1",
-    "freq_over_1_percent": "sparsity.common_fraction",
-    "freq_over_10_percent": "sparsity.dense_fraction",
-    "normalized_freq_over_1_percent": "sparsity.common_share",
-    "normalized_freq_over_10_percent": "sparsity.dense_share",
-    "average_max_encoder_cosine_sim": "weights.encoder_nearest_cosine_mean",
-    "average_max_decoder_cosine_sim": "geometry.mean_coherence",
-    "frac_alive": "sparsity.alive_fraction",
-    "total_tokens_eval_sparsity_variance": "rows",
-}
-"""SAE-Bench's name of each figure, and where it is in core.json. The language model's are in `core.splice`."""
-
-SAE_BENCH_LATENT_FIELDS = {
-    "feature_density": "density",
-    "consistent_activation_heuristic": "rows_a_context",
-    "encoder_bias": "encoder_bias",
-    "encoder_norm": "encoder_norm",
-    "encoder_decoder_cosine_sim": "encoder_decoder_cosine",
-    "max_decoder_cosine_sim": "decoder_nearest_cosine",
-    "max_encoder_cosine_sim": "encoder_nearest_cosine",
-}
-"""SAE-Bench's name of each figure of a latent, and its array in core_latents.npz."""
+COMMON = 0.01  # and common when it fires on more than this share
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the first `rows` rows of a store, in float64: what FVU divides by. Computed once for all SAEs."""
+    """Mean and variation of a store's first `rows` rows, in float64: what FVU divides by, the same for all SAEs.
+
+    The arrays over sources (S) hold the same for the rows of each text source alone.
+    """
 
     rows: int
-    mean_D: np.ndarray
+    mean_D: Float[np.ndarray, "D"]
     variation: float  # sum_i |x_i - m|^2
-    rows_S: np.ndarray  # per source
-    variation_S: np.ndarray  # per source, about the source's own mean
+    rows_S: Int[np.ndarray, "S"]
+    variation_S: Float[np.ndarray, "S"]  # about the source's own mean
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over n rows, from which the metrics below follow. `variation` is sum_i |x_i - m|^2, m of these n rows."""
+    """Sums over n rows, from which the metrics below follow."""
 
-    rows: int
-    variation: float
+    rows: int  # n
+    variation: float  # sum_i |x_i - m|^2, m the mean of these n rows
     residual: float  # sum_i |x_i - y_i|^2
-    residual_share: float  # sum_i |x_i - y_i|^2 / |x_i - m|^2, m of all rows
+    residual_share: float  # sum_i |x_i - y_i|^2 / |x_i - m|^2, m the mean of all rows
     cosine: float  # sum_i x_i.y_i / (|x_i| |y_i|), 0 where either is 0
     norm_in: float  # sum_i |x_i|
     norm_out: float  # sum_i |y_i|
     norm_ratio: float  # sum_i |y_i| / |x_i|, 0 where x_i is 0
     squared_out: float  # sum_i |y_i|^2
     dot: float  # sum_i x_i.y_i
-    active: float  # sum_i (number of f_i that are not 0)
+    active: float  # sum_i (number of latents in f_i that are not 0)
     absolute: float  # sum_i |f_i|_1
 
 
-ROW_SUMS = tuple(field.name for field in fields(Sums) if field.name not in ("rows", "variation"))  # a number a row
+ROW_SUMS = tuple(field.name for field in fields(Sums) if field.name not in ("rows", "variation"))
+"""The sums to which each row adds a number of its own (`_row_sums`)."""
 
 
 @dataclass(frozen=True)
 class CoreResult:
-    """`values` as they lie in core.json; `latents`, an [F] array of each figure of a latent."""
+    """The core metrics of one SAE."""
 
-    values: dict[str, Any]
-    latents: dict[str, np.ndarray]
+    values: dict[str, Any]  # what core.json holds
+    latents: dict[str, np.ndarray]  # what core_latents.npz holds: [F] arrays, one figure of each latent
 
 
 def fvu(sums: Sums) -> float | None:
-    """sum_i |x_i - y_i|^2 / sum_i |x_i - m|^2; none where the rows do not vary."""
+    """sum_i |x_i - y_i|^2 / sum_i |x_i - m|^2, the share of variance left unexplained; None where rows do not vary."""
     return sums.residual / sums.variation if sums.variation > 0 else None
 
 
 def explained_variance(sums: Sums) -> float | None:
-    """1 - FVU: 1 for a perfect reconstruction, 0 for y_i = m."""
+    """1 - FVU: 1 for a perfect reconstruction, 0 where every y_i is m."""
     unexplained = fvu(sums)
     return None if unexplained is None else 1 - unexplained
 
 
 def explained_variance_by_row(sums: Sums) -> float:
-    """mean_i (1 - |x_i - y_i|^2 / |x_i - m|^2): SAE-Bench's legacy figure, which rows near the mean dominate."""
+    """mean_i (1 - |x_i - y_i|^2 / |x_i - m|^2): SAE-Bench's legacy figure, dominated by rows that lie near the mean."""
     return 1 - sums.residual_share / sums.rows
 
 
@@ -120,7 +98,7 @@ def mse(sums: Sums) -> float:
 
 
 def cosine(sums: Sums) -> float:
-    """mean_i x_i.y_i / (|x_i| |y_i|), a row with x_i = 0 or y_i = 0 counting as 0."""
+    """mean_i x_i.y_i / (|x_i| |y_i|); a row with x_i = 0 or y_i = 0 counts as 0."""
     return sums.cosine / sums.rows
 
 
@@ -135,22 +113,22 @@ def norm_out(sums: Sums) -> float:
 
 
 def l2_ratio(sums: Sums) -> float:
-    """mean_i |y_i| / |x_i|; under 1 means shrinkage."""
+    """mean_i |y_i| / |x_i|; below 1 the reconstructions are too short (shrinkage)."""
     return sums.norm_ratio / sums.rows
 
 
 def relative_reconstruction_bias(sums: Sums) -> float | None:
-    """sum_i |y_i|^2 / sum_i x_i.y_i (arXiv 2404.16014, equation 10); 1 is unbiased, none where y is 0 throughout."""
+    """sum_i |y_i|^2 / sum_i x_i.y_i (arXiv 2404.16014, equation 10); 1 is unbiased. None where every y_i is 0."""
     return sums.squared_out / sums.dot if sums.dot != 0 else None
 
 
 def l0(sums: Sums) -> float:
-    """mean_i of the number of latents that are not 0."""
+    """mean_i of the number of latents in f_i that are not 0."""
     return sums.active / sums.rows
 
 
 def l1(sums: Sums) -> float:
-    """mean_i sum_j |f_ij|."""
+    """mean_i sum_j |f_ij|, over the latents j."""
     return sums.absolute / sums.rows
 
 
@@ -165,14 +143,18 @@ RECONSTRUCTION: tuple[Callable[[Sums], float | None], ...] = (
     l2_ratio,
     relative_reconstruction_bias,
 )
+"""The metrics in core.json's `reconstruction`, over all rows."""
+
 BY_SOURCE = (fvu, mse, cosine, l0)
+"""The metrics in core.json's `by_source`, over the rows of one text source."""
 
 
-def density_metrics(density_F: np.ndarray) -> dict[str, float]:
-    """Figures of the latents' densities d_j, the share of rows on which latent j is positive.
+def density_metrics(density_F: Float[np.ndarray, "F"]) -> dict[str, float]:
+    """Figures of the latents' densities d_j, the share of rows on which latent j is positive:
 
-    dead_fraction: share of latents with d_j = 0; alive_fraction: the rest. common_fraction and dense_fraction: share of
-    latents with d_j > .01 and > .1. common_share and dense_share: sum of d_j over those latents / sum of all d_j.
+    - dead_fraction: share of the latents with d_j = 0; alive_fraction: share of the others;
+    - common_fraction, dense_fraction: share of the latents with d_j > 0.01, and with d_j > 0.1;
+    - common_share, dense_share: sum of d_j over those latents / sum of d_j over all latents.
     """
     total = density_F.sum()
     common_F, dense_F = density_F > COMMON, density_F > DENSE
@@ -187,10 +169,10 @@ def density_metrics(density_F: np.ndarray) -> dict[str, float]:
 
 
 def store_moments(store: Store, max_rows: int | None = None) -> Moments:
-    """The moments of the store's first `max_rows` rows (a store is shuffled), in two passes: mean, then variation."""
+    """The moments of the store's first `max_rows` rows (default: all), in two passes: the mean, then the variation."""
     sources, d_model = len(store.manifest.sources), store.manifest.d_model
     rows_S, sum_SD = np.zeros(sources), np.zeros((sources, d_model))
-    for acts_BD, table_B in _batches(store, max_rows, BATCH_FLOATS // d_model):
+    for _, acts_BD, table_B in store.batches(batch_rows(d_model), max_rows):
         for source in np.unique(table_B["source"]):
             is_of_source_B = table_B["source"] == source
             rows_S[source] += is_of_source_B.sum()
@@ -200,7 +182,7 @@ def store_moments(store: Store, max_rows: int | None = None) -> Moments:
     mean_D = sum_SD.sum(0) / rows_S.sum()
     mean_SD = sum_SD / np.maximum(rows_S, 1)[:, None]
     variation, variation_S = 0.0, np.zeros(sources)
-    for acts_BD, table_B in _batches(store, max_rows, BATCH_FLOATS // d_model):
+    for _, acts_BD, table_B in store.batches(batch_rows(d_model), max_rows):
         variation += float(np.square(acts_BD - mean_D).sum())  # float32 - float64 is float64
         own_B = np.square(acts_BD - mean_SD[table_B["source"]]).sum(1)
         variation_S += np.bincount(table_B["source"], own_B, sources)
@@ -208,33 +190,25 @@ def store_moments(store: Store, max_rows: int | None = None) -> Moments:
 
 
 @torch.no_grad()
-def core_metrics(
-    sae: Any, store: Store, moments: Moments, max_rows: int | None = None, batch_rows: int | None = None
-) -> CoreResult:
-    """Every core metric of `sae` on the store's first `max_rows` rows, of which `moments` are.
+def core_metrics(sae: TorchSAE, store: Store, moments: Moments, max_rows: int | None = None) -> CoreResult:
+    """Every core metric of `sae` on the store's first `max_rows` rows (default: all).
 
-    `batch_rows` bounds memory and changes no figure. `by_source` centres each source's FVU on that source's own mean.
+    `moments` are those of the same rows. `by_source` has the figures of each text source; there FVU is about the
+    source's own mean.
     """
     manifest, n_latents = store.manifest, sae.W_dec.shape[0]
-    if sae.W_dec.shape[1] != manifest.d_model:
-        raise UserError(
-            f"{store.folder} has d_model={manifest.d_model}, the SAE has d_in={sae.W_dec.shape[1]};"
-            " evaluate it on the store of its own hook point"
-        )
-    batch_rows = batch_rows or max(1, BATCH_FLOATS // (manifest.d_model + 2 * n_latents))
     mean_D = torch.from_numpy(moments.mean_D).to(sae.device)
     sums = {name: np.zeros(len(manifest.sources)) for name in ROW_SUMS}
     fired_F = np.zeros(n_latents, np.int64)
-    fired_CF = np.zeros((len(store.contexts()), -(-n_latents // 8)), np.uint8)  # bits: fired in the context
-    for acts_BD, table_B in _batches(store, max_rows, batch_rows):
-        acts = torch.from_numpy(acts_BD).to(sae.device)
-        latents_BF = sae.encode(acts.to(sae.dtype))
-        recon_BD = sae.decode(latents_BF)
-        for name, values_B in _row_sums(acts.double(), recon_BD.double(), latents_BF, mean_D).items():
-            sums[name] += np.bincount(table_B["source"], values_B.cpu().numpy(), len(manifest.sources))
-        is_active_BF = (latents_BF > 0).cpu().numpy()
+    fired_CF = np.zeros((len(store.contexts()), -(-n_latents // 8)), np.uint8)  # a bit: fired in the context
+    for batch in encode_store(sae, store, max_rows):
+        acts_BD = torch.from_numpy(batch.acts_BD).to(sae.device).double()
+        recon_BD = sae.decode(batch.latents_BF).double()
+        for name, values_B in _row_sums(acts_BD, recon_BD, batch.latents_BF, mean_D).items():
+            sums[name] += np.bincount(batch.rows_B["source"], values_B.cpu().numpy(), len(manifest.sources))
+        is_active_BF = (batch.latents_BF > 0).cpu().numpy()
         fired_F += is_active_BF.sum(0)
-        _mark_contexts(fired_CF, is_active_BF, table_B["context"])
+        _mark_contexts(fired_CF, is_active_BF, batch.rows_B["context"])
     contexts_F = sum(
         (np.unpackbits(part, axis=1, count=n_latents).sum(0, dtype=np.int64) for part in _chunks(fired_CF, 4096)),
         start=np.zeros(n_latents, np.int64),
@@ -259,14 +233,14 @@ def core_metrics(
     }
     arrays["density"] = density_F
     with np.errstate(invalid="ignore"):
-        arrays["rows_a_context"] = fired_F / contexts_F  # rows / contexts on which it fires; NaN where never
+        arrays["rows_a_context"] = fired_F / contexts_F  # rows / contexts on which it fires; NaN where it never does
     return CoreResult(values, arrays)
 
 
 def _row_sums(
     acts_BD: Float[Tensor, "B D"], recon_BD: Float[Tensor, "B D"], latents_BF: Float[Tensor, "B F"], mean_D: Tensor
-) -> dict[str, Tensor]:
-    """Each row's share of the sums, [B] float64; activations and reconstructions are float64."""
+) -> dict[str, Float[Tensor, "B"]]:
+    """What each row adds to each of ROW_SUMS, float64; activations and reconstructions are float64."""
     residual_B = (acts_BD - recon_BD).square().sum(1)
     norm_in_B, norm_out_B = acts_BD.norm(dim=1), recon_BD.norm(dim=1)
     dot_B = (acts_BD * recon_BD).sum(1)
@@ -289,7 +263,10 @@ def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator > 0, numerator / denominator.clamp(min=1e-300), 0.0)
 
 
-def _mark_contexts(fired_CF: np.ndarray, is_active_BF: np.ndarray, context_B: np.ndarray) -> None:
+def _mark_contexts(
+    fired_CF: np.ndarray, is_active_BF: Bool[np.ndarray, "B F"], context_B: Int[np.ndarray, "B"]
+) -> None:
+    """Sets the bits of `fired_CF`, eight latents a byte, of the latents that fire on a row of the context."""
     order = np.argsort(context_B, kind="stable")
     contexts, starts = np.unique(context_B[order], return_index=True)
     fired_CF[contexts] |= np.bitwise_or.reduceat(np.packbits(is_active_BF, axis=1)[order], starts, axis=0)
@@ -298,14 +275,3 @@ def _mark_contexts(fired_CF: np.ndarray, is_active_BF: np.ndarray, context_B: np
 def _chunks(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
     for start in range(0, len(array), size):
         yield array[start : start + size]
-
-
-def _batches(store: Store, max_rows: int | None, batch_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(activations [B, D] float32, rows [B] of ROW) over the store's first `max_rows` rows."""
-    left = len(store) if max_rows is None else min(max_rows, len(store))
-    for shard, size in enumerate(store.shard_sizes):
-        take = min(size, left)
-        left -= take
-        for start in range(0, take, batch_rows):
-            stop = min(start + batch_rows, take)
-            yield store.read(shard, start, stop), np.array(store.rows(shard)[start:stop])

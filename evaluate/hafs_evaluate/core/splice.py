@@ -1,14 +1,18 @@
 """What the language model loses when an SAE stands in for its activations: cross-entropy and KL. Torch; no jax.
 
-Definitions are SAE-Bench 0.6.0's core ones. On held-out contexts the model runs clean, with the SAE's reconstruction
-in the place of the activations at the hook point, and with those activations set to zero at every position (the
-ablation that SAE-Bench and SAELens use). The splice leaves BOS untouched, and every position whose activation has a
-norm over the store's `norm_filter.max_norm`: the SAE never saw such rows. All figures are means over the positions
-after BOS, high-norm ones included.
+The definitions are those of SAE-Bench 0.6.0's core output. On held-out contexts the language model runs in three ways:
+
+- clean;
+- spliced: the SAE's reconstruction takes the place of the activations at the hook point;
+- ablated: those activations are zero at every position, as in SAE-Bench and SAELens.
+
+The splice leaves two kinds of positions as they are, since the SAE never saw such rows: BOS, and positions whose
+activation has a norm above the store's `norm_filter.max_norm`. All figures are means over the positions after BOS,
+those of high norm included.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from hafs_evaluate.core.encode import TorchSAE, encode
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.log import bar_options
 from hafs_jax.store.reader import Store
@@ -26,39 +31,33 @@ LOG = logging.getLogger(__name__)
 
 CHUNK_FLOATS = 1 << 24  # log-probabilities computed at once: 64 MiB
 
-SAE_BENCH_FIELDS = {
-    "ce_loss_without_sae": "model.ce_clean",
-    "ce_loss_with_sae": "model.ce_spliced",
-    "ce_loss_with_ablation": "model.ce_ablated",
-    "ce_loss_score": "model.ce_score",
-    "kl_div_with_sae": "model.kl_spliced",
-    "kl_div_with_ablation": "model.kl_ablated",
-    "kl_div_score": "model.kl_score",
-    "total_tokens_eval_reconstruction": "model.tokens",
-}
-"""SAE-Bench's name of each figure, and where it is in core.json."""
-
 
 @dataclass
 class Losses:
-    """Sums of one way of running the model, over predictions: cross-entropy in nats, and KL(clean || this way)."""
+    """Sums over the positions that count, of one way of running the model, in nats."""
 
-    ce: float = 0.0
-    kl: float = 0.0
+    ce: float = 0.0  # cross-entropy of the next token
+    kl: float = 0.0  # KL(clean || this way) of the next token's distribution
 
 
 def ce_score(clean: float, spliced: float, ablated: float) -> float | None:
-    """(ce_ablated - ce_spliced) / (ce_ablated - ce_clean): 1 is no loss, 0 as bad as zero ablation; none for 0/0."""
+    """(ce_ablated - ce_spliced) / (ce_ablated - ce_clean): 1 is no loss, 0 is as bad as zero ablation.
+
+    The arguments are the three ways' mean cross-entropies. None where ablation costs nothing.
+    """
     return (ablated - spliced) / (ablated - clean) if ablated != clean else None
 
 
 def kl_score(spliced: float, ablated: float) -> float | None:
-    """1 - kl_spliced / kl_ablated, KL of the spliced (ablated) model's next token from the clean one's."""
+    """1 - kl_spliced / kl_ablated: 1 is no loss, 0 is as bad as zero ablation. None where ablation changes nothing.
+
+    The arguments are the mean KL(clean || spliced) and KL(clean || ablated) of the next token's distribution.
+    """
     return 1 - spliced / ablated if ablated != 0 else None
 
 
 def choose_contexts(store: Store, contexts: int, seed: int) -> np.ndarray:
-    """Numbers of `contexts` contexts drawn without replacement, longest first; each has a token to predict."""
+    """Numbers of `contexts` contexts drawn without replacement, longest first. Each has a token to predict."""
     lengths = store.contexts().table["length"]
     shortest = 3 if store.manifest.tokenizer.prepend_bos else 2
     usable = np.flatnonzero(lengths >= shortest)
@@ -72,15 +71,16 @@ def choose_contexts(store: Store, contexts: int, seed: int) -> np.ndarray:
 def splice_metrics(
     model: Any,
     store: Store,
-    saes: Mapping[str, Any],
+    saes: Mapping[str, TorchSAE],
     contexts: int = 64,
     seed: int = 0,
     batch_contexts: int = 4,
 ) -> dict[str, dict[str, Any]]:
-    """The `model` part of core.json for each of `saes`, by name, through `model` (a `LanguageModel`).
+    """The `model` part of core.json for each of `saes`, by name. `model` is a `LanguageModel`.
 
-    The clean and the ablated model run once a batch for all SAEs. Log-probabilities are float32, their sums float64.
-    `tokens` counts all positions, `tokens_untouched` those left as they were: `tokens_bos` and `tokens_over_norm`.
+    The clean and the ablated model run once per batch for all SAEs. Log-probabilities are float32, their sums float64.
+    `tokens` counts all positions. `tokens_untouched` counts those that the splice leaves as they are, which are
+    `tokens_bos` and `tokens_over_norm`.
     """
     manifest, texts = store.manifest, store.contexts()
     chosen = choose_contexts(store, contexts, seed)
@@ -135,13 +135,15 @@ def splice_metrics(
 
 
 class _Target:
-    """The clean model's predictions on a batch, against which the others are measured."""
+    """The clean model's predictions on a batch, with which those of the other ways are compared."""
 
     def __init__(
         self, logits_BLV: Float[Tensor, "B L V"], tokens_BL: Int[Tensor, "B L"], is_counted_BL: Bool[Tensor, "B L"]
     ) -> None:
-        """`is_counted_BL`: the positions whose next-token distribution counts. Of those, the ones with a next token
-        in the context have a cross-entropy."""
+        """`is_counted_BL` marks the positions whose next-token distribution counts.
+
+        Those of them that have a next token in the context have a cross-entropy too.
+        """
         self._at = is_counted_BL.nonzero(as_tuple=True)
         has_next_BL = torch.zeros_like(is_counted_BL)
         has_next_BL[:, :-1] = is_counted_BL[:, 1:]
@@ -169,16 +171,18 @@ class _Target:
         return -float(chosen_N[self._has_next_N[part]].sum())
 
 
-def _splice(sae: Any, untouched_BL: Bool[Tensor, "B L"]) -> Any:
-    def spliced(acts_BLD: Tensor) -> Tensor:
-        recon_BLD = sae.decode(sae.encode(acts_BLD.to(sae.device, sae.dtype)))
+def _splice(sae: TorchSAE, untouched_BL: Bool[Tensor, "B L"]) -> Callable[[Tensor], Tensor]:
+    """The function from activations to what takes their place: reconstructions, but for the untouched positions."""
+
+    def spliced(acts_BLD: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        recon_BLD = sae.decode(encode(sae, acts_BLD))
         return torch.where(untouched_BL[..., None], acts_BLD, recon_BLD.to(acts_BLD.device, acts_BLD.dtype))
 
     return spliced
 
 
 def _padded(contexts: list[np.ndarray]) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
-    """The contexts padded on the right with token 0, which attention, being causal, never shows to them."""
+    """The contexts, padded on the right (causal attention hides that from them), and which positions are text."""
     tokens_BL = np.zeros((len(contexts), max(map(len, contexts))), np.int64)
     is_text_BL = np.zeros(tokens_BL.shape, bool)
     for row, context in enumerate(contexts):

@@ -1,4 +1,4 @@
-"""What an SAE's weights say of it without any data: geometry of the dictionary, norms, alignments. Torch; no jax."""
+"""What an SAE's weights tell without any data: dictionary geometry, norms, alignments. Torch; must not import jax."""
 
 from typing import Any
 
@@ -7,11 +7,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hafs_evaluate.core.encode import TorchSAE
+
 CHUNK_FLOATS = 1 << 24  # cosines computed at once: 64 MiB
 
 
 def frobenius_excess(W_dec: Float[Tensor, "F D"]) -> float:
-    """(|U^T U|_F^2 - F) / (F (F-1) / D), U the unit rows: the mean squared cosine of pairs, over random rows' 1/D."""
+    """(|U^T U|_F^2 - F) / (F (F-1) / D), where U [F, D] is W_dec with its rows normalised.
+
+    It is the mean squared cosine of two different dictionary vectors, divided by 1/D, which random ones have.
+    """
     unit_FD = torch.nn.functional.normalize(W_dec.double(), dim=1)
     n_latents, d_model = unit_FD.shape
     squares = float((unit_FD.T @ unit_FD).square().sum())
@@ -20,7 +25,7 @@ def frobenius_excess(W_dec: Float[Tensor, "F D"]) -> float:
 
 @torch.no_grad()
 def nearest_vectors(W_dec: Float[torch.Tensor, "F D"]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each dictionary vector, the index of the other one with the highest cosine, and that cosine: ([F], [F])."""
+    """For each dictionary vector, the index of the other one with the highest cosine, and that cosine: ([F], [F])."""
     unit_FD = torch.nn.functional.normalize(W_dec.float(), dim=1)
     index_parts, cosine_parts = [], []
     chunk = max(1, CHUNK_FLOATS // len(unit_FD))
@@ -33,13 +38,20 @@ def nearest_vectors(W_dec: Float[torch.Tensor, "F D"]) -> tuple[np.ndarray, np.n
     return torch.cat(index_parts).numpy(), torch.cat(cosine_parts).numpy()
 
 
-def weight_metrics(sae: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Geometry and weights, which need no data: ({"geometry": ..., "weights": ...}, arrays of each latent).
+def weight_metrics(sae: TorchSAE) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Figures of the weights alone: ({"geometry": ..., "weights": ...}, arrays with one figure of each latent).
 
-    u_i is row i of W_dec and e_i column i of W_enc, normalised. geometry: max_coherence and mean_coherence are the
-    maximum and the mean over i of max_{j != i} u_i.u_j (signed); frobenius_excess has its own docstring. weights: means
-    over i of b_enc, |W_enc column i|, e_i.u_i, max_{j != i} e_i.e_j, |W_dec row i| (with minimum and maximum), the
-    JumpReLU threshold; and |b_dec|.
+    Notation: u_i is row i of W_dec and e_i column i of W_enc, both normalised; means are over the latents i.
+
+    geometry:
+    - max_coherence, mean_coherence: maximum and mean over i of max_{j != i} u_i.u_j (signed);
+    - frobenius_excess: see there.
+
+    weights:
+    - encoder_bias_mean: mean of b_enc; encoder_norm_mean: mean of |W_enc column i|;
+    - encoder_decoder_cosine_mean: mean of e_i.u_i; encoder_nearest_cosine_mean: mean of max_{j != i} e_i.e_j;
+    - decoder_norm_mean, _min, _max: of |W_dec row i|; decoder_bias_norm: |b_dec|;
+    - threshold_mean: mean JumpReLU threshold, None for other architectures.
     """
     W_enc, W_dec = sae.W_enc.detach(), sae.W_dec.detach()
     biases = (getattr(sae, name, None) for name in ("b_enc", "b_mag"))  # a gated SAE's b_enc is None

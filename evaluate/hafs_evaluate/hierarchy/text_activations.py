@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 from tqdm import tqdm
 
+from hafs_evaluate.core.encode import TorchSAE, batch_rows, encode
 from hafs_evaluate.saebench.task_activations import by_length
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
@@ -34,7 +34,6 @@ LOG = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the same key would hold other numbers
 PART_TEXTS = 512
-BATCH_FLOATS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,12 @@ class LabelledActs:
         """Tokens of each text that have an activation here."""
         return np.array([self.where[_sha256(text)][2] for text in texts])
 
-    def pooled(
-        self, texts: Sequence[str], encode: Callable[[Tensor], Tensor] | None = None, width: int = 1
-    ) -> Float[np.ndarray, "N F"]:
-        """Mean over each text's tokens of `encode` of the activations (none: of themselves), float32.
+    def pooled(self, texts: Sequence[str], sae: TorchSAE | None = None) -> Float[np.ndarray, "N F"]:
+        """Mean over each text's tokens of the SAE's latents (default: of the activations themselves), float32.
 
-        `encode` maps [B, D] float32 to [B, F]; `width` is the F that bounds its batches. A text all of whose tokens
-        were left out has mean 0.
+        A text all of whose tokens were left out has mean 0.
         """
+        n_latents = 0 if sae is None else sae.W_dec.shape[0]
         by_part: dict[str, list[tuple[int, int, int]]] = {}
         for index, text in enumerate(texts):
             part, first, rows = self.where[_sha256(text)]
@@ -64,10 +61,10 @@ class LabelledActs:
         found: np.ndarray | None = None
         for part, spans in by_part.items():
             kept = np.load(self.folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
-            for batch in _batches(spans, max(1, BATCH_FLOATS // (kept.shape[1] + 2 * width))):
+            for batch in _batches(spans, batch_rows(kept.shape[1], n_latents)):
                 raw = np.concatenate([kept[first : first + rows] for _, first, rows in batch])
-                acts = torch.from_numpy(to_float32(raw, self.dtype))
-                values_BF = (acts if encode is None else encode(acts)).float().cpu()
+                acts_BD = torch.from_numpy(to_float32(raw, self.dtype))
+                values_BF = acts_BD if sae is None else encode(sae, acts_BD).float().cpu()
                 if found is None:
                     found = np.zeros((len(texts), values_BF.shape[1]), np.float32)
                 counts = torch.tensor([rows for _, _, rows in batch])

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from threadpoolctl import threadpool_limits
-from torch import Tensor
 
 from hafs_evaluate.config import EvalConfig
+from hafs_evaluate.core.encode import TorchSAE, to_numpy
 from hafs_evaluate.hierarchy import absorption
 from hafs_evaluate.hierarchy.label_trees import LabelledTexts, find_trees, labelled_texts, tree_sha256
 from hafs_evaluate.hierarchy.probes import (
@@ -149,16 +148,11 @@ class HierarchyStage:
         identity = {"model": manifest.model.name, "hook_point": manifest.hook_point, "grid": list(GRID)}
         write_json(path, {**identity, **self._result(trees)})
 
-    def sae(self, sae: Any, answers_path: Path) -> dict[str, Any]:
+    def sae(self, sae: TorchSAE, answers_path: Path) -> dict[str, Any]:
         """The result of one SAE: {"trees", "macro", "skipped", "seconds"}."""
         started = time.monotonic()
-        W_dec_FD, b_dec_D = (value.detach().float().cpu().numpy() for value in (sae.W_dec, sae.b_dec))
-
-        @torch.no_grad()
-        def encode(acts_BD: Tensor) -> Tensor:
-            return sae.encode(acts_BD.to(sae.device, sae.dtype))
-
-        latents = self.acts.pooled(self.every_text, encode, len(W_dec_FD))
+        W_dec_FD, b_dec_D = to_numpy(sae.W_dec), to_numpy(sae.b_dec)
+        latents = self.acts.pooled(self.every_text, sae)
         encoded = time.monotonic()
         trees = {}
         with np.load(answers_path, allow_pickle=False) as answers, threadpool_limits(1, user_api="blas"):

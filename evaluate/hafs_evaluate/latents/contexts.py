@@ -1,105 +1,117 @@
-"""The tokens around rows of a store and a latent's activation on each: what a reader sees of a latent. Torch; no jax.
+"""The tokens around rows of a store, with a latent's activation on each: what a reader sees of a latent. Torch; no jax.
 
-A store is shuffled but keeps every row's context and position: a row's neighbours are found in the store itself.
+A store is shuffled, but keeps every row's context and position, so that the neighbours of a row can be found.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
+from jaxtyping import Float, Int
 
-from hafs_evaluate.latents import firing
-from hafs_jax.store.manifest import to_float32
+from hafs_evaluate.core.encode import TorchSAE, encode_store, to_numpy
 from hafs_jax.store.reader import Store
 
 
 @dataclass(frozen=True)
-class Window:
-    """The tokens around one top row and the latent's activation on each; 0 where the store has no such row."""
+class Context:
+    """The W tokens around one row, and a latent's activation on each; 0 on tokens of which the store has no row."""
 
-    context: int
     document: int
     source: int
-    peak: int  # index into the window
-    token_ids: np.ndarray  # [W] int32
-    values: np.ndarray  # [W] float32
+    context: int  # number of the store's context that the tokens are a part of
+    peak: int  # the row's own token, as an index into the W tokens
+    token_ids: Int[np.ndarray, "W"]
+    values: Float[np.ndarray, "W"]
 
 
-@torch.no_grad()
-def read_windows(
-    sae: Any, store: Store, latents_C: np.ndarray, top_rows_CN: np.ndarray, before: int, after: int
-) -> list[list[Window]]:
-    """For each latent, the window around each of its top rows (-1: none), by a second pass over the store's rows.
+@dataclass(frozen=True)
+class _Tokens:
+    """All tokens of all contexts that are read, sorted by their place in the store's tokens.npy."""
 
-    All shards are looked through, since the neighbours of a row lie anywhere in a shuffled store. BOS and the tokens
-    that the norm filter dropped have no row: their value is 0.
+    place_P: Int[np.ndarray, "P"]  # in tokens.npy
+    context_P: Int[np.ndarray, "P"]  # index into the list of contexts
+    offset_P: Int[np.ndarray, "P"]  # index into the context's tokens
+
+
+def read_contexts(
+    sae: TorchSAE,
+    store: Store,
+    latents_C: Int[np.ndarray, "C"],
+    rows_CN: Int[np.ndarray, "C N"],
+    before: int,
+    after: int,
+) -> list[list[Context]]:
+    """For each latent, the contexts around its rows: `before` tokens before each row's token and `after` after it.
+
+    A row of -1 is left out. The latents' activations come from a second pass over all shards, since a row's neighbours
+    lie anywhere in a shuffled store. BOS and the tokens that the norm filter dropped have no row: their value is 0.
     """
-    contexts = store.contexts()
-    places = rows_at(store, top_rows_CN[top_rows_CN >= 0])
-    windows: list[list[Window]] = []
-    token_parts, window_parts, offset_parts = [], [], []  # one entry a (window, token): where the token lies, and whose
-    flat: list[tuple[int, Window]] = []
-    for latent, rows in zip(latents_C.tolist(), top_rows_CN.tolist(), strict=True):
-        windows.append([])
-        for row in rows:
-            if row < 0:
-                continue
-            place = places[row]
-            entry = contexts.table[place["context"]]
-            start = max(0, int(place["position"]) - before)
-            stop = min(int(entry["length"]), int(place["position"]) + after + 1)
-            at = np.arange(start, stop) + int(entry["start"])
-            window = Window(
-                int(place["context"]),
-                int(place["document"]),
-                int(place["source"]),
-                int(place["position"]) - start,
-                np.array(contexts.tokens[at]),
-                np.zeros(len(at), np.float32),
+    rows = rows_at(store, rows_CN[rows_CN >= 0])
+    table, tokens = store.contexts().table, store.contexts().tokens
+    found: list[list[Context]] = []
+    contexts, latents, places = [], [], []
+    for latent, numbers in zip(latents_C.tolist(), rows_CN.tolist(), strict=True):
+        own = []
+        for row in (rows[number] for number in numbers if number >= 0):
+            entry, position = table[row["context"]], int(row["position"])
+            start = max(0, position - before)
+            place_W = np.arange(start, min(int(entry["length"]), position + after + 1)) + int(entry["start"])
+            own.append(
+                Context(
+                    document=int(row["document"]),
+                    source=int(row["source"]),
+                    context=int(row["context"]),
+                    peak=position - start,
+                    token_ids=np.array(tokens[place_W]),
+                    values=np.zeros(len(place_W), np.float32),
+                )
             )
-            token_parts.append(at)
-            window_parts.append(np.full(len(at), len(flat)))
-            offset_parts.append(np.arange(len(at)))
-            flat.append((latent, window))
-            windows[-1].append(window)
-    if not flat:
-        return windows
-    token_P, window_P, offset_P = map(np.concatenate, (token_parts, window_parts, offset_parts))
-    order = np.argsort(token_P, kind="stable")
-    token_P, window_P, offset_P = token_P[order], window_P[order], offset_P[order]
-    latent_P = np.array([latent for latent, _ in flat])[window_P]
-    for acts_BD, token_B in _rows_of_tokens(store, np.unique(token_P), sae.W_dec.shape[0]):
-        latents_BF = sae.encode(torch.from_numpy(acts_BD).to(sae.device, sae.dtype)).float().cpu().numpy()
-        first, last = np.searchsorted(token_P, token_B, "left"), np.searchsorted(token_P, token_B, "right")
-        for row, (low, high) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
-            for pair in range(low, high):
-                flat[window_P[pair]][1].values[offset_P[pair]] = latents_BF[row, latent_P[pair]]
-    return windows
-
-
-def rows_at(store: Store, numbers: np.ndarray) -> dict[int, np.void]:
-    """The ROW of each global row number."""
-    found, base = {}, 0
-    for shard, size in enumerate(store.shard_sizes):
-        table = store.rows(shard)
-        for number in np.unique(numbers[(numbers >= base) & (numbers < base + size)]).tolist():
-            found[number] = table[number - base]
-        base += size
+            latents.append(latent)
+            places.append(place_W)
+        found.append(own)
+        contexts += own
+    if contexts:
+        _fill_in(sae, store, contexts, np.array(latents), _sorted_tokens(places))
     return found
 
 
-def _rows_of_tokens(store: Store, wanted: np.ndarray, n_latents: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Activations [B, D] and places in tokens.npy [B] of the store's rows whose token is in the sorted `wanted`."""
-    starts = np.array(store.contexts().table["start"])
-    batch_rows = firing.batch_rows(store, n_latents)
-    for shard in range(len(store.shard_sizes)):
-        table = store.rows(shard)
-        token = starts[table["context"]] + table["position"]
-        nearest = np.minimum(np.searchsorted(wanted, token), len(wanted) - 1)
-        hits = np.flatnonzero(wanted[nearest] == token)
-        raw = store.raw(shard)
-        for start in range(0, len(hits), batch_rows):
-            batch = hits[start : start + batch_rows]
-            yield to_float32(raw[batch], store.manifest.dtype), token[batch]
+def _sorted_tokens(places: list[Int[np.ndarray, "_"]]) -> _Tokens:
+    """The tokens of the contexts whose places are given."""
+    place_P = np.concatenate(places)
+    context_P = np.repeat(np.arange(len(places)), [len(place_W) for place_W in places])
+    offset_P = np.concatenate([np.arange(len(place_W)) for place_W in places])
+    order = np.argsort(place_P, kind="stable")
+    return _Tokens(place_P[order], context_P[order], offset_P[order])
+
+
+def _fill_in(
+    sae: TorchSAE, store: Store, contexts: list[Context], latents: Int[np.ndarray, "_"], tokens: _Tokens
+) -> None:
+    """Writes each context's latent's activation on each of its tokens into the context's `values`."""
+    starts, wanted = np.array(store.contexts().table["start"]), np.unique(tokens.place_P)
+
+    def place_of(rows: np.ndarray) -> np.ndarray:
+        return starts[rows["context"]] + rows["position"]
+
+    def is_wanted(rows: np.ndarray) -> np.ndarray:
+        place = place_of(rows)
+        nearest = np.minimum(np.searchsorted(wanted, place), len(wanted) - 1)
+        return np.flatnonzero(wanted[nearest] == place)
+
+    latent_P = latents[tokens.context_P]
+    for batch in encode_store(sae, store, keep=is_wanted):
+        latents_BF, place_B = to_numpy(batch.latents_BF), place_of(batch.rows_B)
+        first, last = (np.searchsorted(tokens.place_P, place_B, side) for side in ("left", "right"))
+        for row, (low, high) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
+            for token in range(low, high):  # of every context that holds this row's token
+                value = latents_BF[row, latent_P[token]]
+                contexts[tokens.context_P[token]].values[tokens.offset_P[token]] = value
+
+
+def rows_at(store: Store, numbers: Int[np.ndarray, "_"]) -> dict[int, np.void]:
+    """The ROW of each row number, counted through all shards."""
+    found = {}
+    for first, _, rows in store.batches(max(1, len(store)), raw=True):
+        for number in np.unique(numbers[(numbers >= first) & (numbers < first + len(rows))]).tolist():
+            found[number] = rows[number - first]
+    return found

@@ -1,18 +1,22 @@
-"""Single latents over a store: what each fires on, with, and for. Torch; no jax; writes latents.json.
+"""The dashboard of single latents, for a person: what each one fires on, with, and for. Torch; must not import jax.
 
-Needs no language model but for the promoted tokens; the parts are in `windows`, `firing`, `neighbours`, `selectivity`.
+`show_latents` gathers what latents.json holds. Its parts come from `firing`, `contexts`, `neighbours` and
+`selectivity`. The language model is needed for the promoted tokens alone.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 
+from hafs_evaluate.core.encode import TorchSAE
 from hafs_evaluate.core.weights import nearest_vectors
-from hafs_evaluate.latents.contexts import Window, read_windows, rows_at
+from hafs_evaluate.latents.contexts import Context, read_contexts, rows_at
 from hafs_evaluate.latents.firing import observe, scan
 from hafs_evaluate.latents.neighbours import partners, rounded, sharing
 from hafs_evaluate.latents.selectivity import selectivity
@@ -22,7 +26,7 @@ from hafs_jax.base.files import write_text
 from hafs_jax.base.options import option
 from hafs_jax.store.reader import Store
 
-SHADE_DIGITS = 3  # of an activation in a context: the page shades by it
+SHADE_DIGITS = 3  # significant digits of an activation in a context, which the page only shades by
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # Llama and most others; GPT-2; GPT-NeoX; Phi
 
 
@@ -30,19 +34,21 @@ FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # Llama a
 class LatentsConfig:
     """What latents.json holds."""
 
-    max_rows: int = option(131_072, "rows scanned; a store is shuffled, so that its first rows are a sample of it")
-    latents: int = option(200, "latents shown, spread evenly over the live ones' density ranks [latents]")
+    max_rows: int = option(131_072, "rows read; the store is shuffled, so that its first rows are a random sample")
+    latents: int = option(200, "latents shown, spread evenly over the density ranks of those that fire [latents]")
     most_active: int = option(20, "of those, how many are the ones with the highest activation [latents]")
-    examples: int = option(20, "top contexts a latent, each from another document [contexts]")
-    random_examples: int = option(8, "contexts a latent drawn where it fires, each from another document [contexts]")
-    seed: int = option(0, "seed of that draw")
+    examples: int = option(20, "top contexts per latent, each from another document [contexts]")
+    random_examples: int = option(
+        8, "contexts per latent drawn from where it fires, each from another document [contexts]"
+    )
+    seed: int = option(0, "seed of the draw of random contexts")
     tokens_before: int = option(24, "tokens shown before the peak [tokens]")
     tokens_after: int = option(12, "tokens shown after the peak [tokens]")
-    promoted: int = option(10, "promoted and suppressed tokens a latent, each [tokens]")
-    partners: int = option(5, "latents that it fires with, a latent [latents]")
-    partner_rows: int = option(10, "rows on which a partner fires with it, at least [rows]")
-    shares: int = option(5, "latents whose dictionary vectors share its direction, a latent [latents]")
-    shared_cosine: float = option(0.2, "cosine from which two dictionary vectors share direction")
+    promoted: int = option(10, "promoted tokens per latent, and as many suppressed ones [tokens]")
+    partners: int = option(5, "latents that it fires with, per latent [latents]")
+    partner_rows: int = option(10, "fewest rows on which a partner fires with it [rows]")
+    shares: int = option(5, "latents whose dictionary vectors share its direction, per latent [latents]")
+    shared_cosine: float = option(0.2, "least cosine at which two dictionary vectors share a direction")
 
     def __post_init__(self) -> None:
         for name, least in {"max_rows": 1, "examples": 1, "partner_rows": 1}.items():
@@ -58,60 +64,61 @@ class LatentsConfig:
             raise UserError(f"shared_cosine={self.shared_cosine}: expected more than 0 and at most 1")
 
 
-def write_latents(
-    sae: Any, store: Store, model: Any, path: Path, *, run: str, config: LatentsConfig | None = None
-) -> dict[str, Any]:
-    """Writes latents.json for one SAE to `path` and returns what it wrote.
+def show_latents(sae: TorchSAE, store: Store, model: Any, config: LatentsConfig | None = None) -> dict[str, Any]:
+    """What latents.json holds of one SAE, but for the run's name.
 
-    `sae` is a `sae_lens.SAE` for the store's hook point. `model` is a `LanguageModel` or only its tokenizer; without
-    the model, `promoted` and `suppressed` stay empty. A latent's promoted tokens are the highest entries of its
-    dictionary vector through the final norm's gain and the unembedding, and its suppressed the lowest: direct logit
-    attribution, with the later layers and the final norm's data-dependent scale left out.
+    `store` is of the SAE's hook point. `model` is a `LanguageModel`, or only its tokenizer; without the model,
+    `promoted` and `suppressed` stay empty. Arrays over all F latents come first, then `latents`, a dashboard of each
+    latent shown:
 
-    Of each latent shown: `contexts` are those of its highest activations and `random_contexts` of rows drawn from all
-    on which it fires, one of each equal share by activation, highest first; `selectivity`, `partners` and `shares_with`
-    are what the functions of those names say. `matches` is added by `across`, which needs the other runs.
+    - `promoted`, `suppressed`: the tokens of the highest and of the lowest entries of W_U (g * u), where u is the
+      dictionary vector, g the gain of the final norm and W_U the unembedding. This is direct logit attribution; it
+      leaves out the later layers and the final norm's scale, which depends on the data.
+    - `contexts`, `random_contexts`: around the rows of its highest activations, and around rows drawn from all on which
+      it fires (`firing.spread_rows`), highest first.
+    - `selectivity`, `partners`, `shares_with`: what `selectivity`, `partners` and `sharing` return.
+
+    `stability.write_matches` adds `matches`, which needs the other runs.
     """
     config = config or LatentsConfig()
-    _check_width(sae, store)
     text = TokenText(getattr(model, "tokenizer", model))
     found = scan(sae, store, config.max_rows, config.examples)
-    chosen = choose_latents(found.density_F, found.max_activation_F, config.latents, config.most_active)
-    fired = observe(sae, store, chosen, config.max_rows, config.random_examples, config.seed)
-    shown_rows_CN = np.concatenate([found.top_rows_FN[chosen], fired.random_rows_CR], axis=1)
-    windows = read_windows(sae, store, chosen, shown_rows_CN, config.tokens_before, config.tokens_after)
-    top_C = (found.top_rows_FN[chosen] >= 0).sum(1).tolist()
-    nearest_F, cosine_F = nearest_vectors(sae.W_dec.detach())
-    through_CV = _logits(sae.W_dec.detach()[chosen], model) if hasattr(model, "hf") else None
+    chosen_C = choose_latents(found.density_F, found.max_activation_F, config.latents, config.most_active)
+    fired = observe(sae, store, chosen_C, config.max_rows, config.random_examples, config.seed)
+    shown_rows_CN = np.concatenate([found.top_rows_FN[chosen_C], fired.random_rows_CR], axis=1)
+    contexts_C = read_contexts(sae, store, chosen_C, shown_rows_CN, config.tokens_before, config.tokens_after)
+    n_top_C = (found.top_rows_FN[chosen_C] >= 0).sum(1).tolist()
+    W_dec = sae.W_dec.detach()
+    nearest_F, cosine_F = nearest_vectors(W_dec)
+    logits_CV = _logits(W_dec[chosen_C], model) if hasattr(model, "hf") else None
+    together_CF, count_F = fired.together_CF, fired.count_F
+    partners_C = partners(chosen_C, together_CF, count_F, fired.rows, config.partner_rows, config.partners)
+    shares_C = sharing(W_dec, chosen_C, together_CF, count_F, config.shared_cosine, config.shares)
     documents = store.documents()
-    together, count_F = fired.together_CF, fired.count_F
-    partners_C = partners(chosen, together, count_F, fired.rows, config.partner_rows, config.partners)
-    shares_C = sharing(sae.W_dec.detach(), chosen, together, count_F, config.shared_cosine, config.shares)
     looked_at = [documents[number] for number in fired.documents_N.tolist()]
-    selective_C = selectivity(fired.maximum_CN, fired.mass_CN, fired.rows_N, looked_at)
+    selectivity_C = selectivity(fired.maximum_CN, fired.mass_CN, fired.rows_N, looked_at)
     titles = [(entry.get("labels") or {}).get("title") for entry in documents]
     sources = [source.name for source in store.manifest.sources]
     latents = []
-    for slot, index in enumerate(chosen.tolist()):
-        contexts = [_shown(window, titles, sources, text) for window in windows[slot]]
-        contexts, random_contexts = contexts[: top_C[slot]], contexts[top_C[slot] :]
+    for place, index in enumerate(chosen_C.tolist()):
+        contexts = [_shown(context, titles, sources, text) for context in contexts_C[place]]
+        contexts, random_contexts = contexts[: n_top_C[place]], contexts[n_top_C[place] :]
         latents.append(
             {
                 "index": index,
                 "density": rounded(found.density_F[index]),
                 "max_activation": rounded(found.max_activation_F[index]),
                 "nearest": {"index": int(nearest_F[index]), "cosine": rounded(cosine_F[index])},
-                "selectivity": selective_C[slot],
-                "partners": partners_C[slot],
-                "shares_with": shares_C[slot],
+                "selectivity": selectivity_C[place],
+                "partners": partners_C[place],
+                "shares_with": shares_C[place],
                 "top_tokens": _token_shares([context["tokens"][context["peak"]] for context in contexts]),
-                **_attribution(None if through_CV is None else through_CV[slot], config.promoted, text),
+                **_attribution(None if logits_CV is None else logits_CV[place], config.promoted, text),
                 "contexts": contexts,
                 "random_contexts": random_contexts,
             }
         )
-    values = {
-        "run": run,
+    return {
         "rows_scanned": found.rows,
         "density": [rounded(value) for value in found.density_F],
         "max_activation": [rounded(value) for value in found.max_activation_F],
@@ -119,12 +126,20 @@ def write_latents(
         "token": _commonest(store, found.top_rows_FN, text),
         "latents": latents,
     }
+
+
+def write_latents(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a latents.json, without the spaces and line breaks that would double its size."""
     write_text(path, json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
-    return values
 
 
-def choose_latents(density_F: np.ndarray, max_activation_F: np.ndarray, latents: int, most_active: int) -> np.ndarray:
-    """Indices of the latents to show, ascending: the most active, then the live rest at evenly spaced density ranks."""
+def choose_latents(
+    density_F: Float[np.ndarray, "F"], max_activation_F: Float[np.ndarray, "F"], latents: int, most_active: int
+) -> Int[np.ndarray, "C"]:
+    """Indices of the latents to show, ascending, from those that fire at all.
+
+    The `most_active` of the highest activation, and others at evenly spaced ranks of density, `latents` in all.
+    """
     live = np.flatnonzero(density_F > 0)
     active = live[np.argsort(-max_activation_F[live], kind="stable")][: min(most_active, latents)]
     rest = np.setdiff1d(live, active)
@@ -134,17 +149,8 @@ def choose_latents(density_F: np.ndarray, max_activation_F: np.ndarray, latents:
     return np.sort(np.concatenate([active, rest[middles]]))
 
 
-def _check_width(sae: Any, store: Store) -> None:
-    width = sae.W_dec.shape[1]
-    if width != store.manifest.d_model:
-        raise UserError(
-            f"{store.folder}: expected activations of the SAE's width {width}, found d_model="
-            f"{store.manifest.d_model}; evaluate the SAE on a store of its own hook point"
-        )
-
-
-def _logits(vectors_CD: torch.Tensor, model: Any) -> torch.Tensor:
-    """The vectors through the final norm's gain, where the model has one, and the unembedding, [C, V] float32."""
+def _logits(vectors_CD: Float[torch.Tensor, "C D"], model: Any) -> Float[torch.Tensor, "C V"]:
+    """Each vector times the final norm's gain, where the model has one, through the unembedding, float32."""
     vectors = vectors_CD.float().cpu()
     final_norm = next((norm for name, norm in model.hf.base_model.named_children() if name in FINAL_NORMS), None)
     if final_norm is not None:
@@ -153,7 +159,7 @@ def _logits(vectors_CD: torch.Tensor, model: Any) -> torch.Tensor:
 
 
 def _attribution(logits_V: torch.Tensor | None, n: int, text: TokenText) -> dict[str, list[Any]]:
-    """The `n` tokens of the highest and the lowest logits, and those logits; empty where there are none."""
+    """The `n` tokens of the highest and of the lowest logits, with those logits; all empty without logits."""
     found: dict[str, list[Any]] = {}
     for name, sign in (("promoted", 1), ("suppressed", -1)):
         scores_V = torch.empty(0) if logits_V is None else sign * logits_V
@@ -168,7 +174,10 @@ def _best(scores_V: torch.Tensor, n: int, text: TokenText) -> list[str]:
 
 
 def _commonest(store: Store, top_rows_FN: np.ndarray, text: TokenText) -> list[str | None]:
-    """Of every latent, the commonest token of its top rows (of several the better row's): names those not shown."""
+    """The commonest token of each latent's top rows, by which the page names a latent without a dashboard.
+
+    Of several equally common ones it is that of the better row; None where the latent has no top row.
+    """
     rows = rows_at(store, top_rows_FN[top_rows_FN >= 0])
     found: list[str | None] = []
     for top_N in top_rows_FN:
@@ -178,19 +187,20 @@ def _commonest(store: Store, top_rows_FN: np.ndarray, text: TokenText) -> list[s
 
 
 def _token_shares(tokens: list[str]) -> list[list[Any]]:
-    """[token, share of the list], most frequent first and then by first appearance, at most 5."""
+    """At most five [token, share of the list], most frequent first; of equally frequent ones, the first to appear."""
     counts: dict[str, int] = {}
     for token in tokens:
         counts[token] = counts.get(token, 0) + 1
     return [[token, rounded(n / len(tokens))] for token, n in sorted(counts.items(), key=lambda item: -item[1])[:5]]
 
 
-def _shown(window: Window, titles: list[str | None], sources: list[str], text: TokenText) -> dict[str, Any]:
+def _shown(context: Context, titles: list[str | None], sources: list[str], text: TokenText) -> dict[str, Any]:
+    """A context as latents.json has it; `titles` by document, `sources` by number."""
     return {
-        "source": sources[window.source],
-        "document": window.document,
-        "title": titles[window.document],
-        "peak": window.peak,
-        "tokens": [text(int(token)) for token in window.token_ids],
-        "values": [rounded(value, SHADE_DIGITS) for value in window.values],
+        "source": sources[context.source],
+        "document": context.document,
+        "title": titles[context.document],
+        "peak": context.peak,
+        "tokens": [text(int(token)) for token in context.token_ids],
+        "values": [rounded(value, SHADE_DIGITS) for value in context.values],
     }

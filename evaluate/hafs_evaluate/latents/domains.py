@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hafs_evaluate.latents.firing import batch_rows, batches, documents_of
+from hafs_evaluate.core.encode import TorchSAE, encode_store, to_numpy
+from hafs_evaluate.latents.firing import documents_of
 from hafs_evaluate.latents.neighbours import rounded
 from hafs_evaluate.latents.selectivity import auroc
 from hafs_jax.base.errors import UserError
@@ -49,28 +50,25 @@ class Detections:
 
 
 @torch.no_grad()
-def detections(sae: Any, store: Store, config: DomainsConfig) -> Detections:
+def detections(sae: TorchSAE, store: Store, config: DomainsConfig) -> Detections:
     """One pass over all rows of the store's drawn documents, in memory of F x documents floats."""
     n_latents, n_sources = sae.W_dec.shape[0], len(store.manifest.sources)
-    documents_N = documents_of(store, None)
+    documents_N = documents_of(store)
     if len(documents_N) > config.documents:
         drawn = np.random.default_rng(config.seed).choice(documents_N, config.documents, replace=False)
         documents_N = np.sort(drawn)
     rows_S, source_N = np.zeros(n_sources, np.int64), np.zeros(len(documents_N), np.int64)
     fired_FS = np.zeros((n_latents, n_sources), np.int64)
     maximum_FN = np.zeros((n_latents, len(documents_N)), np.float32)
-    for _, acts_BD, table_B in batches(store, len(store), batch_rows(store, n_latents)):
-        place_B = np.minimum(np.searchsorted(documents_N, table_B["document"]), len(documents_N) - 1)
-        kept = np.flatnonzero(documents_N[place_B] == table_B["document"])
-        place_K, source_K = place_B[kept], table_B["source"][kept].astype(np.int64)
-        acts = torch.from_numpy(acts_BD[kept]).to(sae.device, sae.dtype)
-        latents_KF = sae.encode(acts).float().cpu().numpy()
-        row, latent = np.divmod(np.flatnonzero(latents_KF > 0), n_latents)
-        np.maximum.at(maximum_FN, (latent, place_K[row]), latents_KF[row, latent])
-        fired = np.bincount(latent * n_sources + source_K[row], minlength=n_latents * n_sources)
+    for batch in encode_store(sae, store, keep=lambda rows: np.flatnonzero(np.isin(rows["document"], documents_N))):
+        latents_BF, source_B = to_numpy(batch.latents_BF), batch.rows_B["source"].astype(np.int64)
+        document_B = np.searchsorted(documents_N, batch.rows_B["document"])
+        row, latent = np.divmod(np.flatnonzero(latents_BF > 0), n_latents)
+        np.maximum.at(maximum_FN, (latent, document_B[row]), latents_BF[row, latent])
+        fired = np.bincount(latent * n_sources + source_B[row], minlength=n_latents * n_sources)
         fired_FS += fired.reshape(n_latents, n_sources)
-        rows_S += np.bincount(source_K, minlength=n_sources)
-        source_N[place_K] = source_K
+        rows_S += np.bincount(source_B, minlength=n_sources)
+        source_N[document_B] = source_B
     return Detections(rows_S, fired_FS, maximum_FN, source_N)
 
 

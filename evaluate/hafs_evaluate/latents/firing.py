@@ -1,63 +1,65 @@
-"""What each latent of an SAE fires on: passes over a store in bounded memory. Torch; no jax.
+"""What each latent of an SAE fires on: passes over a store in bounded memory. Torch; must not import jax.
 
-`scan` sees all latents: how often each fires, and its best rows. `observe` sees a few chosen ones: with which other
-latents they fire, on which documents, and on which rows by chance.
+A latent fires on a row where its activation is positive. `scan` sees all latents: how often each fires, and its top
+rows. `observe` sees a few chosen latents more closely: with which other latents they fire, on which documents, and on
+rows drawn at random.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from scipy import sparse
 
+from hafs_evaluate.core.encode import TorchSAE, encode_store, to_numpy
 from hafs_jax.store.reader import Store
 
-BATCH_FLOATS = 1 << 24  # floats that a batch's activations and latents may take together: 64 MiB
-SAMPLED = 8  # rows drawn for each one shown, so that the shown ones can be spread over the activation's quantiles
+DRAWN_PER_SHOWN = 8  # rows drawn for each random row shown, so that those shown can be spread over the quantiles
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One pass over a store. Rows are numbered through the store's shards; an empty place in the top is row -1."""
+    """How often each latent fires, how strongly, and its top rows: those on which it is highest, one per document.
 
-    rows: int
-    density_F: np.ndarray  # float64, share of the rows on which the latent is positive
-    max_activation_F: np.ndarray  # float32
-    top_rows_FN: np.ndarray  # int64, best first; at most one row a document; of equal activations the earlier row
-    top_values_FN: np.ndarray  # float32
+    Rows are numbered through all shards of the store. Where a latent has fewer than N top rows, the rest are -1.
+    """
+
+    rows: int  # rows of the store that were read
+    density_F: Float[np.ndarray, "F"]  # float64, share of the rows on which the latent fires
+    max_activation_F: Float[np.ndarray, "F"]
+    top_rows_FN: Int[np.ndarray, "F N"]  # best first; of equal activations the earlier row
+    top_values_FN: Float[np.ndarray, "F N"]  # the activations there
 
 
 @torch.no_grad()
-def scan(sae: Any, store: Store, max_rows: int, examples: int) -> Scan:
-    """Density, maximum and the `examples` best rows of every latent over the store's first `max_rows` rows.
+def scan(sae: TorchSAE, store: Store, max_rows: int, examples: int) -> Scan:
+    """`Scan` of the store's first `max_rows` rows, with `examples` top rows of each latent.
 
-    Memory is bounded by the batch and by F x examples; only rows that beat a latent's present n-th best are looked at.
+    Memory is bounded by a batch and F x examples. Only activations above those of a latent's top rows are looked at.
     """
     n_latents = sae.W_dec.shape[0]
     count_F = torch.zeros(n_latents, dtype=torch.int64)
     max_F = torch.zeros(n_latents)
     top = TopRows(n_latents, examples)
     seen = 0
-    for first, acts_BD, rows_B in batches(store, max_rows, batch_rows(store, n_latents)):
-        latents_BF = sae.encode(torch.from_numpy(acts_BD).to(sae.device, sae.dtype)).float().cpu()
+    for batch in encode_store(sae, store, max_rows):
+        latents_BF = batch.latents_BF.float().cpu()
         count_F += (latents_BF > 0).sum(0, dtype=torch.int32)
         max_F = torch.maximum(max_F, latents_BF.amax(0))
         beats = np.flatnonzero((latents_BF > torch.from_numpy(top.floor_F)).numpy())  # 2x as fast as torch.nonzero
         row, latent = np.divmod(beats, n_latents)
-        top.add(latent, latents_BF.numpy()[row, latent], rows_B["document"][row], first + row)
-        seen += len(acts_BD)
+        value, document = latents_BF.numpy()[row, latent], batch.rows_B["document"][row]
+        top.add(latent, value, document, batch.numbers_B[row])
+        seen += len(latents_BF)
     return Scan(seen, count_F.numpy() / max(seen, 1), max_F.numpy(), top.rows_FN, top.values_FN)
 
 
-def batch_rows(store: Store, n_latents: int) -> int:
-    """Rows a batch, so that activations, latents and one comparison of them stay within BATCH_FLOATS."""
-    return max(1, min(8192, BATCH_FLOATS // (store.manifest.d_model + 2 * n_latents)))
-
-
 class TopRows:
-    """The running best `n` rows of every latent, of distinct documents; beside each a payload of the caller's."""
+    """The N rows of the highest value seen so far, of each latent, from different documents.
+
+    Each row may carry one more number of the caller's, the payload.
+    """
 
     def __init__(self, n_latents: int, n: int) -> None:
         self.n = n
@@ -67,28 +69,29 @@ class TopRows:
         self._documents_FN = np.full((n_latents, n), -1, np.int64)
 
     @property
-    def floor_F(self) -> np.ndarray:
-        """What a value must exceed to enter. An equal one never does: it is of a later row."""
+    def floor_F(self) -> Float[np.ndarray, "F"]:
+        """What a value must exceed to enter. An equal one never enters, since its row comes later."""
         return self.values_FN[:, -1]
 
     def add(
         self,
-        latent: np.ndarray,
-        value: np.ndarray,
-        document: np.ndarray,
-        row: np.ndarray,
-        payload: np.ndarray | None = None,
+        latent: Int[np.ndarray, "P"],
+        value: Float[np.ndarray, "P"],
+        document: Int[np.ndarray, "P"],
+        row: Int[np.ndarray, "P"],
+        payload: Float[np.ndarray, "P"] | None = None,
     ) -> None:
+        """Offers P pairs of a latent and a row, later rows than those before; `payload` is by default the value."""
         touched = np.unique(latent)
-        slot, place = np.nonzero(self.rows_FN[touched] >= 0)
-        kept = touched[slot]
-        latent = np.concatenate([kept, latent])
-        payload = np.concatenate([self.payload_FN[kept, place], value if payload is None else payload])
-        value = np.concatenate([self.values_FN[kept, place], value])
-        document = np.concatenate([self._documents_FN[kept, place], document])
-        row = np.concatenate([self.rows_FN[kept, place], row])
+        which, rank = np.nonzero(self.rows_FN[touched] >= 0)
+        known = touched[which]
+        latent = np.concatenate([known, latent])
+        payload = np.concatenate([self.payload_FN[known, rank], value if payload is None else payload])
+        value = np.concatenate([self.values_FN[known, rank], value])
+        document = np.concatenate([self._documents_FN[known, rank], document])
+        row = np.concatenate([self.rows_FN[known, rank], row])
 
-        order = np.lexsort((row, -value, document, latent))  # each document's best row
+        order = np.lexsort((row, -value, document, latent))  # puts each document's best row first
         is_best = np.ones(len(order), bool)
         is_best[1:] = (np.diff(latent[order]) != 0) | (np.diff(document[order]) != 0)
         order = order[is_best]
@@ -101,82 +104,76 @@ class TopRows:
         self._documents_FN[at], self.rows_FN[at] = document[order], row[order]
 
 
-def batches(store: Store, max_rows: int, rows_at_once: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(number of the first row, activations [B, D] float32, rows [B] of ROW) over the store's first `max_rows`."""
-    base = 0
-    for shard, size in enumerate(store.shard_sizes):
-        table = store.rows(shard)
-        for start in range(0, min(size, max_rows - base), rows_at_once):
-            stop = min(start + rows_at_once, size, max_rows - base)
-            yield base + start, store.read(shard, start, stop), np.array(table[start:stop])
-        base += size
-
-
 @dataclass(frozen=True)
 class Firing:
-    """C chosen latents over the first `rows` rows of a store; a latent fires where its activation is positive."""
+    """How C chosen latents fire over the first `rows` rows of a store, which come from N documents."""
 
     rows: int
-    count_F: np.ndarray  # int64, rows on which each latent of the dictionary fires
-    together_CF: np.ndarray  # int64, rows on which the chosen latent and the other one both fire
-    documents_N: np.ndarray  # int64, numbers of the N documents that the rows are of, ascending
-    maximum_CN: np.ndarray  # float32, the chosen latent's highest activation on each document; 0 where it is silent
-    mass_CN: np.ndarray  # float32, the sum of its activations on each document
-    rows_N: np.ndarray  # int64, rows of each document looked at
-    random_rows_CR: np.ndarray  # int64, see `spread_rows`; -1: none
+    count_F: Int[np.ndarray, "F"]  # rows on which each latent of the dictionary fires
+    together_CF: Int[np.ndarray, "C F"]  # rows on which the chosen latent and the other one both fire
+    documents_N: Int[np.ndarray, "N"]  # the documents' numbers, ascending
+    maximum_CN: Float[np.ndarray, "C N"]  # the chosen latent's highest activation on each document; 0 where silent
+    mass_CN: Float[np.ndarray, "C N"]  # the sum of its activations on each document
+    rows_N: Int[np.ndarray, "N"]  # rows of each document
+    random_rows_CR: Int[np.ndarray, "C R"]  # rows drawn from those on which it fires, see `spread_rows`; -1: none
 
 
 @torch.no_grad()
-def observe(sae: Any, store: Store, chosen_C: np.ndarray, max_rows: int, random_rows: int, seed: int) -> Firing:
-    """What `Firing` holds of the latents `chosen_C`, over the store's first `max_rows` rows."""
+def observe(
+    sae: TorchSAE, store: Store, chosen_C: Int[np.ndarray, "C"], max_rows: int, random_rows: int, seed: int
+) -> Firing:
+    """`Firing` of the latents `chosen_C` over the store's first `max_rows` rows, with `random_rows` rows of each drawn.
+
+    Memory is bounded by a batch, C x F counts, and C x N maxima and sums.
+    """
     n_latents, n_chosen, documents_N = sae.W_dec.shape[0], len(chosen_C), documents_of(store, max_rows)
     n_documents = len(documents_N)
     count_F = np.zeros(n_latents, np.int64)
     together_CF = np.zeros((n_chosen, n_latents), np.int64)
     maximum_CN, mass_CN = np.zeros((2, n_chosen, n_documents), np.float32)
     rows_N = np.zeros(n_documents, np.int64)
-    sample, generator, seen = TopRows(n_chosen, SAMPLED * random_rows), np.random.default_rng(seed), 0
-    for first, acts_BD, rows_B in batches(store, max_rows, batch_rows(store, n_latents)):
-        latents_BF = sae.encode(torch.from_numpy(acts_BD).to(sae.device, sae.dtype)).float().cpu().numpy()
-        document_B = np.searchsorted(documents_N, rows_B["document"])
+    # the rows of the highest random keys are a uniform draw; their payload is the activation
+    draw, generator, seen = TopRows(n_chosen, DRAWN_PER_SHOWN * random_rows), np.random.default_rng(seed), 0
+    for batch in encode_store(sae, store, max_rows):
+        latents_BF = to_numpy(batch.latents_BF)
+        document_B = np.searchsorted(documents_N, batch.rows_B["document"])
         row, latent = np.divmod(np.flatnonzero(latents_BF > 0), n_latents)
         fires_BF = sparse.csr_array((np.ones(len(row), np.int32), (row, latent)), latents_BF.shape)
         together_CF += (fires_BF[:, chosen_C].T @ fires_BF).toarray()
         count_F += np.bincount(latent, minlength=n_latents)
         rows_N += np.bincount(document_B, minlength=n_documents)
-        row, slot = np.nonzero(latents_BF[:, chosen_C] > 0)
-        value = latents_BF[row, chosen_C[slot]]
-        np.maximum.at(maximum_CN, (slot, document_B[row]), value)
-        np.add.at(mass_CN, (slot, document_B[row]), value)
+        row, which = np.nonzero(latents_BF[:, chosen_C] > 0)
+        value = latents_BF[row, chosen_C[which]]
+        np.maximum.at(maximum_CN, (which, document_B[row]), value)
+        np.add.at(mass_CN, (which, document_B[row]), value)
         key = generator.random(len(row), np.float32)
-        enters = key > sample.floor_F[slot] if random_rows else np.zeros(len(row), bool)
-        sample.add(slot[enters], key[enters], document_B[row[enters]], first + row[enters], value[enters])
-        seen += len(acts_BD)
-    random_rows_CR = spread_rows(sample.rows_FN, sample.payload_FN, random_rows)
+        enters = key > draw.floor_F[which] if random_rows else np.zeros(len(row), bool)
+        draw.add(which[enters], key[enters], document_B[row[enters]], batch.numbers_B[row[enters]], value[enters])
+        seen += len(latents_BF)
+    random_rows_CR = spread_rows(draw.rows_FN, draw.payload_FN, random_rows)
     return Firing(seen, count_F, together_CF, documents_N, maximum_CN, mass_CN, rows_N, random_rows_CR)
 
 
-def documents_of(store: Store, max_rows: int | None) -> np.ndarray:
-    """The numbers of the documents that the store's first `max_rows` rows are of, ascending, int64."""
-    left = len(store) if max_rows is None else max_rows
+def documents_of(store: Store, max_rows: int | None = None) -> Int[np.ndarray, "N"]:
+    """The numbers of the documents that the store's first `max_rows` rows (default: all) come from, ascending."""
     found = [np.empty(0, np.int64)]
-    for shard, size in enumerate(store.shard_sizes):
-        found.append(np.unique(store.rows(shard)["document"][: min(size, left)]).astype(np.int64))
-        left -= min(size, left)
+    for batch in store.batches(max(1, len(store)), max_rows, raw=True):
+        found.append(np.unique(batch.rows_B["document"]).astype(np.int64))
     return np.unique(np.concatenate(found))
 
 
-def spread_rows(rows_CS: np.ndarray, values_CS: np.ndarray, n: int) -> np.ndarray:
-    """Of each latent's drawn rows, `n` at the middles of n equal shares of them by activation, highest first; [C, n].
+def spread_rows(rows_CS: Int[np.ndarray, "C S"], values_CS: Float[np.ndarray, "C S"], n: int) -> Int[np.ndarray, "C n"]:
+    """`n` of each latent's S drawn rows, spread evenly over their activations, highest first.
 
-    The drawn rows are a uniform draw, at most one a document, of those on which the latent fires; so the i-th row
-    stands for the i-th n-quantile of the latent's activation. Places that no row fills are -1 (and come last).
+    The drawn rows of a latent, ordered by activation, are divided into n equal parts, and the middle one of each is
+    taken. Since they are a uniform draw from the rows on which the latent fires (at most one per document), the n rows
+    stand for the n-quantiles of its activation. Of a latent with fewer drawn rows all are taken, and -1 fills up.
     """
     found = np.full((len(rows_CS), n), -1, np.int64)
-    for slot, (rows, values) in enumerate(zip(rows_CS, values_CS, strict=True)):
+    for latent, (rows, values) in enumerate(zip(rows_CS, values_CS, strict=True)):
         order = np.flatnonzero(rows >= 0)
         order = order[np.lexsort((rows[order], -values[order]))]
         take = min(n, len(order))
         middles = ((np.arange(take) + 0.5) * len(order) / max(take, 1)).astype(np.int64)
-        found[slot, :take] = rows[order[middles]]
+        found[latent, :take] = rows[order[middles]]
     return found

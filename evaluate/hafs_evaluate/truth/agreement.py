@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import spearmanr
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from hafs_evaluate.core.encode import TorchSAE, encode_rows, to_numpy
 from hafs_evaluate.hierarchy import absorption
 from hafs_evaluate.hierarchy.probes import Contrast, TreeData, sparse_scores
 from hafs_evaluate.truth.ground_truth import Truth, load_truth
@@ -69,11 +69,9 @@ def root_labels(truth: Truth, rows: int = ROWS) -> Labels:
     return Labels(acts_ND, fires_NF[:, roots].T, children, found_RN, half_N)
 
 
-@torch.no_grad()
-def proxies(sae: Any, labels: Labels) -> dict[str, float | None]:
+def proxies(sae: TorchSAE, labels: Labels) -> dict[str, float | None]:
     """MEASURES of one SAE, each the mean over the roots that have it; `_grown` of the grown set of main latents."""
-    latents_NF = sae.encode(torch.from_numpy(labels.acts_ND).to(sae.device, sae.dtype)).float().cpu().numpy()
-    W_dec_FD, b_dec_D = (value.detach().float().cpu().numpy() for value in (sae.W_dec, sae.b_dec))
+    latents_NF, W_dec_FD, b_dec_D = encode_rows(sae, labels.acts_ND), to_numpy(sae.W_dec), to_numpy(sae.b_dec)
     values: dict[str, float | None] = {}
     for suffix in ("", "_grown"):
         found = [

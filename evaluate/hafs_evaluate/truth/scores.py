@@ -6,7 +6,6 @@ is the one-to-one matching of min(F, n) pairs with the largest sum of c; where F
 fires where it is not 0, a feature where its coefficient is over 0.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csc_array, csr_array
 
+from hafs_evaluate.core.encode import TorchSAE, encode_store, to_numpy
 from hafs_evaluate.truth.ground_truth import Truth
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.reader import Store
@@ -25,8 +25,6 @@ MIN_NORM = 1e-6  # shorter rows have no shrinkage; SAELens's bound
 
 SETTINGS = {"min_edge_rows": MIN_EDGE_ROWS, "recovered_cosine": RECOVERED, "version": 1}
 """What the figures depend on besides SAE, store and truth. Raise `version` when figures of the same inputs change."""
-
-_BLOCK_FLOATS = 1 << 23
 
 
 def cosines(W_dec_FD: Float[np.ndarray, "F D"], directions_ND: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "F n"]:
@@ -186,40 +184,19 @@ class Scorer:
         }
 
 
-def score(latents: Any, W_dec: Any, recon: Any, truth: Truth) -> dict[str, Any]:
-    """`Scorer.result` of latents [rows, F] and reconstructions [rows, D] of all of the truth's rows, in memory."""
-    latents_NF, W_dec_FD, recon_ND = _numpy(latents), _numpy(W_dec), _numpy(recon)
-    if len(latents_NF) != truth.rows or len(recon_ND) != truth.rows:
-        found = f"{len(latents_NF)} latents and {len(recon_ND)} reconstructions"
-        raise UserError(f"expected the truth's {truth.rows} rows, found {found}")
-    scorer = Scorer(W_dec_FD, truth)
-    for start, stop in _spans(truth.rows, scorer):
-        scorer.add(start, latents_NF[start:stop], truth.acts(start, stop), recon_ND[start:stop])
-    return scorer.result()
-
-
 @torch.no_grad()
-def score_sae(sae: Any, store: Store, truth: Truth) -> dict[str, Any]:
+def score_sae(sae: TorchSAE, store: Store, truth: Truth) -> dict[str, Any]:
     """`Scorer.result` of a SAELens SAE on the held-out store of the truth; `UserError` where the two do not belong."""
     if truth.heldout_fingerprint not in (None, store.manifest.fingerprint) or len(store) != truth.rows:
         raise UserError(
             f"{store.folder} is not the truth's held-out store: expected {truth.rows} rows of fingerprint"
             f" {truth.heldout_fingerprint}, found {len(store)} of {store.manifest.fingerprint}; sample the world again"
         )
-    scorer, first = Scorer(_numpy(sae.W_dec), truth), 0
-    for shard, size in enumerate(store.shard_sizes):
-        for start, stop in _spans(size, scorer):
-            acts_BD = store.read(shard, start, stop)
-            latents_BF = sae.encode(torch.from_numpy(acts_BD).to(sae.device, sae.dtype))
-            scorer.add(first + start, _numpy(latents_BF), acts_BD, _numpy(sae.decode(latents_BF)))
-        first += size
+    scorer = Scorer(to_numpy(sae.W_dec), truth)
+    for batch in encode_store(sae, store):
+        recon_BD = to_numpy(sae.decode(batch.latents_BF))
+        scorer.add(int(batch.numbers_B[0]), to_numpy(batch.latents_BF), batch.acts_BD, recon_BD)
     return scorer.result()
-
-
-def _spans(rows: int, scorer: Scorer) -> Iterator[tuple[int, int]]:
-    step = max(1, _BLOCK_FLOATS // (scorer.F + len(scorer.sum_D)))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
 
 
 def _column_sums(array: csc_array) -> np.ndarray:
@@ -228,7 +205,3 @@ def _column_sums(array: csc_array) -> np.ndarray:
 
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
-
-
-def _numpy(values: Any) -> np.ndarray:
-    return values.detach().float().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)

@@ -8,16 +8,57 @@ import numpy as np
 import pytest
 import torch
 
-from hafs_evaluate.core import reconstruction as core
-from hafs_evaluate.core import splice
+from hafs_evaluate.core import encode
 from hafs_evaluate.core.reconstruction import core_metrics, store_moments
+from hafs_evaluate.core.splice import splice_metrics
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.manifest import MANIFEST
 from hafs_jax.store.reader import Store
 from tests.support.stores import write_store
-from tests.support.torch_saes import identity_sae, random_sae
+from tests.support.torch_saes import identity_sae, random_sae, tiny_model
 
 N, D, F = 90, 6, 11
+
+SAE_BENCH_FIELDS = {
+    "explained_variance": "reconstruction.explained_variance",
+    "explained_variance_legacy": "reconstruction.explained_variance_by_row",
+    "mse": "reconstruction.mse",
+    "cossim": "reconstruction.cosine",
+    "l2_norm_in": "reconstruction.norm_in",
+    "l2_norm_out": "reconstruction.norm_out",
+    "l2_ratio": "reconstruction.l2_ratio",
+    "relative_reconstruction_bias": "reconstruction.relative_reconstruction_bias",
+    "l0": "sparsity.l0",
+    "l1": "sparsity.l1",
+    "freq_over_1_percent": "sparsity.common_fraction",
+    "freq_over_10_percent": "sparsity.dense_fraction",
+    "normalized_freq_over_1_percent": "sparsity.common_share",
+    "normalized_freq_over_10_percent": "sparsity.dense_share",
+    "average_max_encoder_cosine_sim": "weights.encoder_nearest_cosine_mean",
+    "average_max_decoder_cosine_sim": "geometry.mean_coherence",
+    "frac_alive": "sparsity.alive_fraction",
+    "total_tokens_eval_sparsity_variance": "rows",
+    "ce_loss_without_sae": "model.ce_clean",
+    "ce_loss_with_sae": "model.ce_spliced",
+    "ce_loss_with_ablation": "model.ce_ablated",
+    "ce_loss_score": "model.ce_score",
+    "kl_div_with_sae": "model.kl_spliced",
+    "kl_div_with_ablation": "model.kl_ablated",
+    "kl_div_score": "model.kl_score",
+    "total_tokens_eval_reconstruction": "model.tokens",
+}
+"""SAE-Bench's name of each figure of its core output, and where that is in core.json."""
+
+SAE_BENCH_LATENT_FIELDS = {
+    "feature_density": "density",
+    "consistent_activation_heuristic": "rows_a_context",
+    "encoder_bias": "encoder_bias",
+    "encoder_norm": "encoder_norm",
+    "encoder_decoder_cosine_sim": "encoder_decoder_cosine",
+    "max_decoder_cosine_sim": "decoder_nearest_cosine",
+    "max_encoder_cosine_sim": "encoder_nearest_cosine",
+}
+"""SAE-Bench's name of each figure of a latent, and its array in core_latents.npz."""
 
 
 @pytest.fixture
@@ -152,9 +193,11 @@ def test_geometry_and_weights_equal_the_whole_cosine_matrix(store):
     np.testing.assert_allclose(result.latents["decoder_nearest_cosine"], cosines.max(1), rtol=1e-6)
 
 
-def test_no_figure_depends_on_the_batch_size(store):
+def test_no_figure_depends_on_the_batch_size(store, monkeypatch):
     sae = random_sae(D, F).to(torch.float64)
-    whole, small = measured(sae, store, batch_rows=1000), measured(sae, store, batch_rows=7)
+    whole = measured(sae, store)
+    monkeypatch.setattr(encode, "BATCH_FLOATS", 7 * (D + 2 * F))
+    small = measured(sae, store)
     for group in ("reconstruction", "sparsity"):
         assert small.values[group] == pytest.approx(whole.values[group], rel=1e-12)
     np.testing.assert_allclose(small.latents["rows_a_context"], whole.latents["rows_a_context"], rtol=0)
@@ -243,26 +286,28 @@ def test_saebench_explains_variance_with_the_mean_alone_and_scales_mse_by_the_ba
     assert theirs(6)["l2_ratio"] == pytest.approx(ours["l2_ratio"], rel=1e-5)
 
 
-def test_every_field_of_saebench_core_output_is_ours_too(store):
+def test_every_field_of_saebench_core_output_is_ours_too(store, tmp_path):
     from sae_bench.evals.core.eval_output import CoreFeatureMetric, CoreMetricCategories
 
-    result = measured(random_sae(D, F), store)
+    sae, model = random_sae(D, F), tiny_model(tmp_path / "model")
+    result = measured(sae, store)
+    spliced = splice_metrics(model, store, {"random": random_sae(20, F, hook=store.manifest.hook_point)})["random"]
     categories = [field.type for field in dataclasses.fields(CoreMetricCategories)]
     theirs = {field.name for category in categories for field in dataclasses.fields(category)}
-    assert theirs == core.SAE_BENCH_FIELDS.keys() | splice.SAE_BENCH_FIELDS.keys()
-    for place in core.SAE_BENCH_FIELDS.values():
-        value = result.values
+    assert theirs == SAE_BENCH_FIELDS.keys()
+    for place in SAE_BENCH_FIELDS.values():
+        value = {**result.values, "model": spliced}
         for key in place.split("."):
             value = value[key]
         assert isinstance(value, (int, float))
     of_latents = {field.name for field in dataclasses.fields(CoreFeatureMetric)} - {"index"}
-    assert of_latents == core.SAE_BENCH_LATENT_FIELDS.keys()
-    assert set(core.SAE_BENCH_LATENT_FIELDS.values()) == result.latents.keys()
+    assert of_latents == SAE_BENCH_LATENT_FIELDS.keys()
+    assert set(SAE_BENCH_LATENT_FIELDS.values()) == result.latents.keys()
     assert all(array.shape == (F,) for array in result.latents.values())
 
 
 def test_errors_name_what_is_wrong(store, tmp_path):
-    with pytest.raises(UserError, match=r"has d_model=6, the SAE has d_in=5; evaluate it on the store of its own"):
+    with pytest.raises(UserError, match=r"activations of the SAE's width 5, found d_model=6; evaluate the SAE on a"):
         measured(random_sae(5, F), store)
     constant = Store(write_store(tmp_path / "constant", np.ones((20, D), np.float32)))
     with pytest.raises(UserError, match="its 20 held-out rows do not vary"):

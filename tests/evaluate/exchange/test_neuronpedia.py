@@ -9,8 +9,8 @@ import pytest
 
 from hafs_evaluate.cli import main
 from hafs_evaluate.exchange.neuronpedia import EMPTY, write_neuronpedia
-from hafs_evaluate.latents.dashboards import LatentsConfig, write_latents
-from tests.evaluate.latents.test_dashboards import D, F, make_store, tiny_tokenizer
+from hafs_evaluate.latents.dashboards import LatentsConfig, show_latents, write_latents
+from tests.support.shuffled_store import D, F, shuffled_store, tiny_tokenizer
 from tests.support.torch_saes import random_sae
 
 # the arguments of sae_dashboard 0.8.0's NeuronpediaDashboardFeature, -Activation and -Batch
@@ -68,12 +68,13 @@ REQUIRED = {
 
 @pytest.fixture
 def run_folder(tmp_path):
-    store = make_store(tmp_path / "offline" / "store" / "train")
+    store = shuffled_store(tmp_path / "offline" / "store" / "train")
     folder = tmp_path / "offline" / "runs" / "strict-s0"
     folder.mkdir(parents=True)
     config = LatentsConfig(latents=5, examples=3, random_examples=2, partner_rows=2)
     path = tmp_path / "offline" / "eval" / "strict-s0" / "latents.json"
-    write_latents(random_sae(D, F, "jumprelu", seed=3), store, tiny_tokenizer(), path, run="strict-s0", config=config)
+    values = show_latents(random_sae(D, F, "jumprelu", seed=3), store, tiny_tokenizer(), config)
+    write_latents(path, {"run": "strict-s0", **values})
     return folder
 
 

@@ -1,9 +1,11 @@
 """Hierarchical probing: contrasts, folds, the solver against scikit-learn, leaks, the stage and its cache."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
@@ -20,7 +22,7 @@ from hafs_evaluate.hierarchy.probes import (
 )
 from hafs_evaluate.hierarchy.text_activations import fill
 from hafs_jax.base.errors import UserError
-from tests.support.workspaces import CONFIG, F, run
+from tests.support.workspaces import CONFIG, D, run
 
 LEAVES = ("a/x", "a/y", "b/z", "b/w", "")
 RANDOM = np.random.default_rng(0)
@@ -246,13 +248,13 @@ def test_an_interrupted_pass_goes_on_and_means_are_of_the_kept_tokens(workspace,
     limit = manifest.norm_filter.max_norm or np.inf
     for text, mean in zip(texts, pooled, strict=True):
         (ids,) = model.tokenize([text])
-        import torch
-
         tokens = torch.tensor([[model.bos_token_id, *ids[:15]]])
         rows = model.activations(tokens, manifest.hook_point)[0, 1:].numpy()
         rows = rows[np.linalg.norm(rows, axis=1) <= limit]
         np.testing.assert_allclose(mean, rows.mean(0), atol=1e-4)
-    doubled = acts.pooled(texts, lambda acts_BD: acts_BD.repeat(1, 2), F)
+    doubling = SimpleNamespace(W_dec=torch.eye(2 * D, D), device="cpu", dtype=torch.float32)
+    doubling.encode = lambda acts_BD: acts_BD.repeat(1, 2)
+    doubled = acts.pooled(texts, doubling)
     np.testing.assert_allclose(doubled, np.tile(pooled, 2), rtol=1e-6)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
 
-from hafs_evaluate.latents import firing
+from hafs_evaluate.core import encode
 from hafs_evaluate.latents.domains import (
     Detections,
     DomainsConfig,
@@ -18,7 +18,7 @@ from hafs_evaluate.latents.domains import (
     grow_union,
 )
 from hafs_jax.base.errors import UserError
-from tests.evaluate.latents.test_dashboards import D, F, everything, make_store
+from tests.support.shuffled_store import D, F, everything, shuffled_store
 from tests.support.torch_saes import random_sae
 
 N = 200
@@ -112,9 +112,9 @@ def test_greedy_union_and_threshold_equal_a_plain_search():
 
 @pytest.mark.parametrize("batch_rows", [7, 1000])
 def test_detections_equal_a_naive_computation(tmp_path, monkeypatch, batch_rows):
-    store, sae = make_store(tmp_path / "store"), random_sae(D, F, "jumprelu", seed=3)
+    store, sae = shuffled_store(tmp_path / "store"), random_sae(D, F, "jumprelu", seed=3)
     values, rows = everything(store, sae)
-    monkeypatch.setattr(firing, "BATCH_FLOATS", batch_rows * (D + 2 * F))
+    monkeypatch.setattr(encode, "BATCH_FLOATS", batch_rows * (D + 2 * F))
     found = detections(sae, store, DomainsConfig())
     for document in range(9):
         np.testing.assert_allclose(found.maximum_FN[:, document], values[rows["document"] == document].max(0).clip(0))
@@ -125,7 +125,7 @@ def test_detections_equal_a_naive_computation(tmp_path, monkeypatch, batch_rows)
 
 
 def test_only_the_drawn_documents_are_looked_at(tmp_path):
-    store, sae = make_store(tmp_path / "store"), random_sae(D, F, "jumprelu", seed=3)
+    store, sae = shuffled_store(tmp_path / "store"), random_sae(D, F, "jumprelu", seed=3)
     found = detections(sae, store, DomainsConfig(documents=4))
     assert found.maximum_FN.shape == (F, 4)
     assert found.rows_S.sum() < len(store)
@@ -159,7 +159,7 @@ def test_every_option_changes_the_result(change, measure):
 
 
 def test_detections_keep_an_sae_on_its_device_and_dtype(tmp_path):
-    store = make_store(tmp_path / "store")
+    store = shuffled_store(tmp_path / "store")
     seen = []
     half = SimpleNamespace(W_dec=torch.eye(D), device="cpu", dtype=torch.float64)
     half.encode = lambda acts: (seen.append(acts.dtype), acts)[1]

@@ -11,7 +11,7 @@ import torch
 from hafs_evaluate.saebench import first_letter as room
 from hafs_evaluate.saebench.first_letter import check_validity, first_letter, parameters, validity
 from hafs_jax.base.errors import UserError
-from tests.evaluate.latents.test_dashboards import D, F, make_store
+from tests.support.shuffled_store import D, F, shuffled_store
 from tests.support.torch_saes import random_sae
 
 
@@ -63,7 +63,7 @@ def saebench(monkeypatch):
 
 def test_the_result_is_saebenchs_with_its_validity_and_nothing_lies_outside(saebench, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    manifest = make_store(tmp_path / "store").manifest
+    manifest = shuffled_store(tmp_path / "store").manifest
     model = SimpleNamespace(hf=torch.nn.Linear(3, 4), bridge=object(), device="cpu")
     originals = saebench.main.HookedTransformer, saebench.main.run_k_sparse_probing_experiment
     assert parameters(model) == 16
