@@ -1,6 +1,5 @@
 """A small shuffled store of several documents and sources, as extraction leaves one, and a tokenizer for its tokens."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +8,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from hafs_jax.base.files import sha256_of, write_npy
-from hafs_jax.store.manifest import (
-    CONTEXT,
-    ROW,
-    Manifest,
-    ModelInfo,
-    NormFilter,
-    ShardInfo,
-    SourceInfo,
-    TokenizerInfo,
-    rows_name,
-    shard_name,
-    write_manifest,
-)
+from hafs_jax.store.manifest import CONTEXT, ROW, SourceInfo, TokenizerInfo
 from hafs_jax.store.reader import Store
 from hafs_jax.store.verify import verify
+from tests.support.stores import save_store
 
 D, F = 5, 11
 LENGTH = 7  # tokens per context, BOS included
@@ -47,43 +34,19 @@ def shuffled_store(folder: Path, documents: int = 9, contexts_each: int = 2, see
         token = tokens[entry["start"] + position]
         rows[index] = (token, entry["document"], context, position, entry["source"])
     acts = random.normal(size=(len(rows), D)).astype(np.float32)
-    exact = acts.astype(np.float64)
-    folder.mkdir(parents=True)
-    write_npy(folder / "contexts.npy", table)
-    write_npy(folder / "tokens.npy", tokens)
     lines = [{"document": n, "source": ["a", "b"][n % 2], "labels": {"title": f"Title {n}"}} for n in range(documents)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shards = []
-    for shard, start in enumerate(range(0, len(rows), 40)):
-        write_npy(folder / shard_name(shard), acts[start : start + 40])
-        write_npy(folder / rows_name(shard), rows[start : start + 40])
-        digests = sha256_of(folder / shard_name(shard)), sha256_of(folder / rows_name(shard))
-        shards.append(ShardInfo(len(acts[start : start + 40]), *digests))
-    write_manifest(
+    sources = [SourceInfo(name, name, 1.0, 0, 0, int((rows["source"] == n).sum())) for n, name in enumerate("ab")]
+    fields: dict[str, Any] = {"split": "heldout", "hook_point": "blocks.1.hook_resid_post", "sources": tuple(sources)}
+    fields["tokenizer"] = TokenizerInfo("tiny", 18, 1, True)
+    save_store(
         folder,
-        Manifest(
-            format_version=1,
-            split="heldout",
-            profile={"requested": "test", "resolved": "test", "reason": "a test"},
-            model=ModelInfo("tiny", None, "folder:tiny", "float32", 3, D),
-            tokenizer=TokenizerInfo("tiny", 18, 1, True),
-            hook_point="blocks.1.hook_resid_post",
-            d_model=D,
-            dtype="float32",
-            context_length=LENGTH,
-            seed=0,
-            sources=tuple(
-                SourceInfo(name, name, 1.0, 0, 0, int((rows["source"] == n).sum())) for n, name in enumerate("ab")
-            ),
-            norm_filter=NormFilter(None, 1.0, None, 0),
-            rows=len(rows),
-            shards=tuple(shards),
-            files_sha256={name: sha256_of(folder / name) for name in ("contexts.npy", "tokens.npy", "documents.jsonl")},
-            mean=tuple(exact.mean(0).tolist()),
-            mean_squared_norm=float((exact**2).sum(1).mean()),
-            variance=float(((exact - exact.mean(0)) ** 2).sum(1).mean()),
-            config={},
-        ),
+        acts,
+        rows,
+        table,
+        tokens,
+        lines,
+        [min(40, len(rows) - start) for start in range(0, len(rows), 40)],
+        **fields,
     )
     assert verify(folder) == []
     return Store(folder)
