@@ -35,8 +35,10 @@ checks a store.
 """
 
 EPILOG = """\
-profiles (--profile NAME; a flag overrides its profile's value):
+profiles (--profile NAME):
 {profiles}
+A flag overrides its profile's value. The defaults in [] are those of offline.
+
 datasets (--text NAME):
 {datasets}
 --text {syntax}
@@ -80,8 +82,8 @@ def _synth_world(arguments: list[str]) -> int:
 def _verify(arguments: list[str]) -> int:
     parser = Parser(
         prog="hafs verify",
-        description="Check everything of an activation store: files, shapes, checksums, rows against contexts.",
-        epilog="Exits 0 with a line of facts, or 1 naming what is wrong.",
+        description="Check a whole activation store: files, shapes, checksums, rows against contexts, statistics.",
+        epilog="Prints one line about the store and exits 0, or a line for each problem and exits 1.",
     )
     parser.add_argument("store", type=Path, metavar="STORE", help="a store's folder, such as OUT/offline/store/train")
     folder = parser.parse_args(arguments).store
@@ -147,7 +149,7 @@ def _listed(entries: dict[str, str]) -> str:
 
 
 def _note_profile(out: Path, resolved: Resolved) -> None:
-    """Notes in `out`/auto.json which profile `--profile auto` of the later stages stands for: the last extracted."""
+    """Writes `out`/auto.json: `--profile auto` of later commands is the profile that was extracted last."""
     write_json(out / "auto.json", {"profile": resolved.resolved, "reason": resolved.reason})
 
 

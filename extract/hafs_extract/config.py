@@ -1,6 +1,6 @@
-"""What an extraction depends on: the frozen configs, and the `--text` flag. Standard library only.
+"""What an extraction depends on: its config, and the `--text` flag. Standard library and numpy only.
 
-The resolved config is saved in every store's manifest, and a store is only resumed or reused under an equal one.
+The config is saved in every store's manifest. A store is resumed or reused only where the config is equal.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ class SourceConfig:
     """One source of text: where it lies, how its records become documents, and its share of the mix."""
 
     name: str = option("", "what the store calls this source")
-    path: str = option("", "local .jsonl, .parquet or .txt file or folder of them, hub dataset, or packaged data")
-    subset: str | None = option(None, "the hub dataset's config; of a local folder, the folder inside it")
-    split: str = option("train", "the hub dataset's split; of a local folder, how its files' names begin")
+    path: str = option("", "a .jsonl, .parquet or .txt file, a folder of them, a dataset of the hub, or packaged data")
+    subset: str | None = option(None, "configuration of a hub dataset; the folder inside a local folder")
+    split: str = option("train", "split of a hub dataset; in a local folder, how the names of its files begin")
     kind: str = option("rows", "how records become documents", choices=KINDS)
-    template: str = option("{text}", "a document of kind rows: its columns in braces")
-    keep: str | None = option(None, "only records with COLUMN=VALUE, or without it: COLUMN!=VALUE")
-    weight: float = option(1.0, "share of tokens relative to the other sources", above=0)
+    template: str = option("{text}", "text of a document of kind rows, with columns in braces")
+    keep: str | None = option(None, "which records to read: COLUMN=VALUE, or COLUMN!=VALUE")
+    weight: float = option(1.0, "share of the tokens, relative to the other sources", above=0)
 
     def __post_init__(self) -> None:
         if not self.name or not self.path:
@@ -45,30 +45,28 @@ class SourceConfig:
 class ExtractConfig:
     """Everything that decides the bytes of a store."""
 
-    profile: str = option("", "name of the preset, and of the folder in OUT")
-    model: str = option("", "hub name, local folder, or packaged model")
-    revision: str | None = option(None, "hub revision of the model: branch, tag or commit")
+    profile: str = option("", "name of the profile, and of the folder in OUT")
+    model: str = option("", "name on the hub, local folder, or packaged model")
+    revision: str | None = option(None, "revision of the model on the hub: branch, tag or commit")
     model_dtype: str = option("float32", "dtype that the model computes in", choices=MODEL_DTYPES)
-    device: str = option("auto", "torch device; auto takes CUDA where there is one")
+    device: str = option("auto", "torch device; auto: CUDA where there is one")
     hook_point: str = option(
-        "", "TransformerLens name of the activations, such as blocks.3.hook_resid_post; or several, divided by commas"
+        "", "where activations are read, by its TransformerLens name; several are divided by commas"
     )
-    context_length: int = option(128, "tokens a context, BOS included", least=2, most=65_535)  # positions take 16 bits
+    context_length: int = option(128, "tokens in a context, BOS included", least=2, most=65_535)  # 16 bits a position
     sources: tuple[SourceConfig, ...] = option((), "text sources and their weights")
-    max_rows: int | None = option(
-        None, "training rows before the norm filter; none takes all the text", least=1, most=2**40
-    )
+    max_rows: int | None = option(None, "training rows before the norm filter; none: all the text", least=1, most=2**40)
     heldout_fraction: float = option(
-        0.05, "share of the documents, by hash, kept in the held-out store", above=0, below=1
+        0.05, "share of the documents in the held-out store, chosen by hash", above=0, below=1
     )
     dtype: str = option("float16", "dtype of the stored activations", choices=tuple(KEPT_AS))
     norm_multiple: float | None = option(
-        3.0, "rows over this multiple of the median norm are dropped; none keeps all", above=0
+        3.0, "rows whose norm is above this multiple of the median are dropped; none: no row", above=0
     )
-    shard_rows: int = option(65_536, "rows a shard", least=1, most=2**31 - 1)
-    batch_tokens: int = option(4_096, "tokens a forward pass, padding included", least=1, most=2**31 - 1)
+    shard_rows: int = option(65_536, "rows in a shard", least=1, most=2**31 - 1)
+    batch_tokens: int = option(4_096, "tokens in a forward pass, padding included", least=1, most=2**31 - 1)
     compile: str = option(
-        "auto", "torch.compile of the model's blocks; auto: from a million tokens on", choices=("auto", "on", "off")
+        "auto", "torch.compile for the model's blocks; auto: from a million tokens on", choices=("auto", "on", "off")
     )
     seed: int = option(0, "seed of the held-out split and of the shuffle", least=0, most=2**63 - 1)
 
@@ -95,9 +93,10 @@ def parse_source(
 ) -> SourceConfig:
     """The source that a `--text` flag describes: `[NAME=]PATH[@WEIGHT][,KEY=VALUE ...]`.
 
-    KEY is subset, split, kind, template or keep. PATH may also be the name of one of `known`, the profile's sources,
-    or of `datasets`, which then gives all other fields. A NAME among `known` keeps that source's other fields, so that
-    its data can be read from another place. NAME defaults to the dataset's, or else to the path's last part.
+    KEY is subset, split, kind, template or keep. PATH may be the name of one of `known` (the profile's sources) or of
+    `datasets`, which then gives all other fields; a local folder of that name is `./NAME`. With a NAME among `known`,
+    that source keeps its other fields, so that its data can be read from another place. NAME defaults to the dataset's,
+    or else to the last part of the path.
     """
     head, *pairs = re.split(r",(?=\w+=)", text)
     named = re.fullmatch(r"(?:([\w.-]+)=)?(.+?)(?:@([\d.eE+-]+))?", head)
@@ -128,7 +127,7 @@ def parse_source(
 
 
 def difference(found: Any, wanted: Any, where: str = "") -> str | None:
-    """The first place where two configs (plain JSON values) differ, as 'seed=0, not 1'; None if they are equal."""
+    """The first difference between two configs (plain JSON values), such as 'seed=0, not 1'; None if they are equal."""
     if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
         found, wanted = dict(enumerate(found)), dict(enumerate(wanted))
     if isinstance(found, dict) and isinstance(wanted, dict):

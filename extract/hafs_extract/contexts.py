@@ -1,7 +1,7 @@
-"""From documents to contexts: the mix of sources, the held-out split, the windows, the batches. No torch here.
+"""From documents to contexts: the mix of sources, the held-out split, the cutting, the batches. No torch here.
 
-A context is a window of at most `context_length` tokens of one document, BOS first where the model has one. The two
-splits' contexts.npy, tokens.npy and documents.jsonl are written here, as they will lie in the stores.
+A context is at most `context_length` tokens of one document, BOS first where the model has one. This module writes the
+contexts.npy, tokens.npy and documents.jsonl of both splits, as they will lie in the stores.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ _TOKENS_AT_ONCE = 1 << 20
 
 
 def is_heldout(text: str, seed: int, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: a hash of `seed` and its text, as a share of 1, < fraction.
+    """Whether a document belongs to the held-out split: whether a hash of `seed` and its text, from 0 to 1, < fraction.
 
-    Equal texts fall on the same side, from whatever source, so that the splits share no document.
+    Equal texts of different sources fall into the same split, so that the splits share no document.
     """
     digest = hashlib.sha256(f"{seed}\0{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
@@ -40,10 +40,11 @@ def is_heldout(text: str, seed: int, fraction: float) -> bool:
 def mixed(
     sources: tuple[SourceConfig, ...], tokenize: Tokenize, notes: list[str]
 ) -> Iterator[tuple[int, Document, np.ndarray]]:
-    """Documents with their source's number and token ids, the source furthest behind its share of tokens next.
+    """Documents of all sources in one stream: the number of the source, the document and its token ids.
 
-    Furthest behind: the least tokens / weight, the first named of equals. A source that runs out is noted, and the
-    others go on with their own proportions.
+    The next document is always of the source that is furthest behind its share, which is the one with the least
+    tokens / weight (of equals, the first named). When a source runs out, a line is added to `notes`, and the others go
+    on in their own proportions.
     """
     streams = {number: _tokenised(source, tokenize) for number, source in enumerate(sources)}
     tokens = [0] * len(sources)
@@ -93,13 +94,13 @@ class SplitText:
         self._contexts: list[np.ndarray] = []
 
     def add(self, source: int, document: Document, ids: np.ndarray) -> None:
-        """Cuts a document's token ids to contexts and writes them and its line in documents.jsonl."""
-        window = self.context_length - (self.bos is not None)
-        starts = range(0, len(ids), window)
+        """Cuts a document's token ids into contexts. Writes these, and the document's line in documents.jsonl."""
+        room = self.context_length - (self.bos is not None)
+        starts = range(0, len(ids), room)
         table = np.zeros(len(starts), CONTEXT)
         table["document"], table["source"], table["offset"] = self._n_documents, source, starts
         for index, start in enumerate(starts):
-            piece = ids[start : start + window]
+            piece = ids[start : start + room]
             if self.bos is not None:
                 piece = np.concatenate([[self.bos], piece])
             self._tokens.write(piece.astype("<i4").tobytes())
@@ -118,12 +119,15 @@ class SplitText:
         self.rows += len(ids)
 
     def close(self) -> None:
-        """Closes the files that are written to, finished or not."""
+        """Closes the open files, finished or not."""
         self._tokens.close()
         self._documents.close()
 
     def finish(self) -> None:
-        """Puts all on disk: documents.jsonl, contexts.npy and, converted from a raw file, tokens.npy."""
+        """Completes the three files and puts them on disk.
+
+        tokens.npy is copied from a raw file, since its header needs a size that is only known now.
+        """
         for file in (self._tokens, self._documents):
             file.flush()
             os.fsync(file.fileno())
@@ -139,9 +143,9 @@ class SplitText:
 
 
 def write_contexts(config: ExtractConfig, tokenize: Tokenize, bos: int | None, folder: Path) -> list[str]:
-    """Writes the contexts of both splits under `folder`/train and /heldout; the lines to tell the user about the mix.
+    """Writes the contexts of both splits into `folder`/train and /heldout. Returns lines for the user about the mix.
 
-    Ends when every source has run out or the training split has `max_rows` tokens, BOS not counted.
+    Ends when every source has run out, or when the training split has `max_rows` tokens, BOS not counted.
     """
     tokens, notes = [0] * len(config.sources), list[str]()
     with contextlib.ExitStack() as files:
@@ -162,7 +166,7 @@ def write_contexts(config: ExtractConfig, tokenize: Tokenize, bos: int | None, f
 def _fill(
     writers: dict[str, SplitText], config: ExtractConfig, tokenize: Tokenize, tokens: list[int], notes: list[str]
 ) -> None:
-    """Deals the documents out to `writers`, counting each source's `tokens`, and finishes them."""
+    """Deals the documents out to the splits' `writers` and finishes these. Adds up each source's `tokens`."""
     train = writers["train"]
     for number, document, ids in mixed(config.sources, tokenize, notes):
         split, kept = "train", ids
@@ -185,11 +189,11 @@ def _fill(
 
 @dataclass(frozen=True)
 class Batches:
-    """Contexts grouped to batches: batch i is the contexts `order[starts[i]:starts[i+1]]`, longest first."""
+    """Contexts in batches: batch i holds the contexts `order[starts[i]:starts[i+1]]`, longest first."""
 
     order: np.ndarray
     starts: np.ndarray
-    positions: int  # run through the model in all, padding included
+    positions: int  # in all batches together, padding included
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -199,9 +203,10 @@ class Batches:
 
 
 def plan_batches(lengths: np.ndarray, batch_tokens: int) -> Batches:
-    """Groups contexts by length, longest first, to batches of at most `batch_tokens` positions, padding included.
+    """Puts contexts of similar length into batches of at most `batch_tokens` positions, padding included.
 
-    One context alone may exceed `batch_tokens`. The plan depends on the lengths alone, so a resumed run has the same.
+    The longest come first. A context that is longer than `batch_tokens` is a batch of its own. The plan depends on the
+    lengths alone, so that a resumed run has the same batches.
     """
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     starts, positions = [0], 0

@@ -1,7 +1,7 @@
-"""Whether the model hub can be used, decided in seconds. Standard library only: it runs before any hub library.
+"""Whether the model hub can be used, and whether it is needed; decided in seconds, before a hub library is imported.
 
-An unreachable hub costs the hub libraries minutes of retries, and they read `HF_HUB_OFFLINE` once, at import. So
-the question is put here first, with one bounded request, and `go_offline` is called before they are imported.
+Where the hub does not answer, the hub libraries retry for minutes. They read `HF_HUB_OFFLINE` only once, when they are
+imported. So we ask here first, with one request of bounded time, and call `go_offline` before they are imported.
 """
 
 import os
@@ -22,7 +22,7 @@ PROBED_FILE = "EleutherAI/pythia-70m-deduped/resolve/main/config.json"
 def hub_problem(seconds: float = PROBE_SECONDS) -> str | None:
     """Why the hub cannot be used, or None if it answers. Takes at most `seconds`, whatever DNS or a proxy does.
 
-    The request runs in a daemon thread, since a name look-up that hangs ignores every socket timeout.
+    The request runs in a daemon thread, since a name look-up that hangs ignores all socket timeouts.
     """
     if _is_true(os.environ.get("HF_HUB_OFFLINE")) or _is_true(os.environ.get("TRANSFORMERS_OFFLINE")):
         return "HF_HUB_OFFLINE is set"
@@ -46,7 +46,7 @@ def hub_problem(seconds: float = PROBE_SECONDS) -> str | None:
 
 
 def go_offline() -> None:
-    """Makes the hub libraries use their cache alone, whether they are imported already or will be."""
+    """Makes the hub libraries use only their cache, whether they are already imported or not."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in ("huggingface_hub.constants", "datasets.config"):
         if name in sys.modules:
@@ -64,9 +64,9 @@ def model_is_cached(name: str) -> bool:
 
 
 def dataset_is_cached(name: str, subset: str | None) -> bool:
-    """Whether the `datasets` library's cache holds the hub dataset `name`, prepared, of which it can read `subset`."""
+    """Whether the cache of the `datasets` library holds `subset` of the hub dataset `name`, ready to be read."""
 
-    def plain(text: str) -> str:  # the library joins by underscores and breaks capitalised words with them
+    def plain(text: str) -> str:  # the library puts underscores between the parts and inside capitalised words
         return text.replace("/", "").replace("_", "").lower()
 
     found = (folder / (subset or "") for folder in _folders(_datasets_cache()) if plain(folder.name) == plain(name))
@@ -74,22 +74,22 @@ def dataset_is_cached(name: str, subset: str | None) -> bool:
 
 
 def missing_from_cache(config: ExtractConfig) -> list[str]:
-    """What `config` needs of the hub and the hub's cache does not hold."""
+    """What `config` needs from the hub that the hub's cache does not hold."""
     model, datasets = hub_needs(config)
     missing = [f"model {model}"] if model and not model_is_cached(model) else []
     return missing + [f"dataset {s.path}" for s in datasets if not dataset_is_cached(s.path, s.subset)]
 
 
 def hub_needs(config: ExtractConfig) -> tuple[str | None, list[SourceConfig]]:
-    """The model and the sources that come from the hub."""
+    """The model and the sources of `config` that come from the hub; None where the model does not."""
     model = None if config.model in packaged.MODELS or Path(config.model).is_dir() else config.model
     return model, [s for s in config.sources if s.path not in packaged.TEXTS and not Path(s.path).exists()]
 
 
 def prepare_hub(config: ExtractConfig) -> None:
-    """Asks within seconds whether what `config` needs of the hub can be had; `UserError` naming it if not.
+    """Finds out within seconds whether everything that `config` needs from the hub can be had; `UserError` if not.
 
-    Call it before importing a hub library: where the hub is not needed or does not answer, it turns them offline.
+    Call it before importing a hub library: where the hub is not needed or does not answer, it turns these offline.
     """
     model, datasets = hub_needs(config)
     for what in filter(None, [model, *(source.path for source in datasets)]):

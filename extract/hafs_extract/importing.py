@@ -1,4 +1,4 @@
-"""`hafs import`: stores of activations that are in npy files already. No torch here."""
+"""The command `hafs import`: stores of activations that are in npy files already. No torch here."""
 
 import argparse
 import logging
@@ -16,20 +16,27 @@ from hafs_jax.store.manifest import read_manifest
 LOG = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Make OUT/NAME/store/{train,heldout} of activations of anything: vision, audio, protein embeddings. They are read in
-blocks, may be larger than memory, and are stored in a globally shuffled order. Later commands take --profile NAME.
+Make stores of activations of anything: vision, audio, protein embeddings. They
+are OUT/NAME/store/train and OUT/NAME/store/heldout; later commands take
+--profile NAME. The files are read in blocks, so that they may be larger than
+memory, and their rows are stored in shuffled order.
 """
 
 EPILOG = """\
-ACTS.npy holds [rows, D], or [..., D] flattened to it, in float16, float32 or float64; several files are taken one
-after another. Where rows belong together (patches of an image, residues of a protein) name them by --groups, so that
-train and heldout share none. --target is for transcoders: OUT/NAME/target/{train,heldout} get its rows in the order of
-the store's.
+ACTS.npy holds activations [rows, D] in float16, float32 or float64. Of more
+dimensions, all but the last are flattened to rows. Several files are taken one
+after another.
+
+--groups is for rows that belong together, such as the patches of an image or
+the residues of a protein: a group is either in train or in heldout.
+
+--target is for transcoders: OUT/NAME/target/train and OUT/NAME/target/heldout
+get the targets, in the order of the rows of the store.
 """
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line's options; `UserError` where the profile's name is none."""
+    """The command line's options. Raises `UserError` where the profile's name cannot be used."""
     parser = Parser(
         prog="hafs import",
         description=DESCRIPTION,
@@ -38,10 +45,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("acts", nargs="+", metavar="ACTS.npy", help="activations, [rows, D] or [..., D]")
     parser.add_argument("--out", type=Path, default=Path("artifacts"), help="folder of all profiles [artifacts]")
-    parser.add_argument("--profile", required=True, metavar="NAME", help="the folder in OUT")
-    parser.add_argument("--target", nargs="+", metavar="T.npy", help="targets of as many rows, of any width")
-    parser.add_argument("--groups", metavar="G.npy", help="one integer a row; a group falls into one split")
-    parser.add_argument("--force", action="store_true", help="replace stores of other activations, or import anew")
+    parser.add_argument("--profile", required=True, metavar="NAME", help="name of the folder in OUT")
+    parser.add_argument("--target", nargs="+", metavar="T.npy", help="targets, as many rows as activations")
+    parser.add_argument("--groups", metavar="G.npy", help="one integer for each row: the group it belongs to")
+    parser.add_argument("--force", action="store_true", help="replace other stores, or import these again")
     add_flags(parser, ArrayConfig())
     options = parser.parse_args(arguments)
     name = Path(options.profile)
@@ -53,7 +60,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def import_arrays(options: argparse.Namespace) -> None:
-    """Makes the stores, if they are not there yet, and says what they hold."""
+    """Makes the stores, unless they are there already, and prints what they hold."""
     config = with_flags(ArrayConfig(), options)
     job = ArrayImport(options.out / options.profile, config, options.acts, options.target, options.groups)
     bars = _Bars()
@@ -71,7 +78,7 @@ def import_arrays(options: argparse.Namespace) -> None:
 
 
 class _Bars:
-    """A progress bar for each thing that is done, one after another."""
+    """Progress bars, one for each thing that is done, one after another."""
 
     def __init__(self) -> None:
         self._what = ""

@@ -1,6 +1,6 @@
-"""What of an extraction is on disk: the stores, or the journal of an unfinished one. Standard library and numpy only.
+"""What an extraction has on disk: its stores, or the journal of an unfinished one. Standard library and numpy only.
 
-A killed run goes on from its journal, which is never ahead of what is synced to disk.
+A run that was killed goes on from its journal. The journal never says more than what is already synced to disk.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ JOURNAL = "journal.json"
 
 
 def profile_names(config: ExtractConfig) -> dict[str, str]:
-    """Each hook point's `--profile` for later commands: <profile> of one alone, else <profile>/<hook point>."""
+    """Each hook point's `--profile` for later commands: <profile> for a single one, else <profile>/<hook point>."""
     several = len(config.hook_points) > 1
     return {hook: f"{config.profile}/{hook}" if several else config.profile for hook in config.hook_points}
 
@@ -31,13 +31,13 @@ def store_folders(config: ExtractConfig, out: Path) -> dict[str, dict[str, Path]
 
 
 def work_root(config: ExtractConfig, out: Path) -> Path:
-    """The folder that an extraction locks and works in: where its stores will lie, or of several hook points above."""
+    """The folder that an extraction locks and works in: that of its stores; of several hook points, the profile's."""
     folder = out / config.profile
     return folder if len(config.hook_points) > 1 else folder / "store"
 
 
 def is_complete(config: ExtractConfig, out: Path) -> bool:
-    """Whether all stores are there under this very config; `UserError` where some are there under another."""
+    """Whether all stores are there, made with this very config; `UserError` where one was made with another."""
     folders = [folder for splits in store_folders(config, out).values() for folder in splits.values()]
     made = [folder for folder in folders if (folder / MANIFEST).exists()]
     for folder in made:
@@ -60,12 +60,12 @@ class Journal:
 
     config: dict[str, Any]
     profile: dict[str, Any]
-    notes: tuple[str, ...] | None = None  # on the mix of texts; None until the contexts are on disk
+    notes: tuple[str, ...] | None = None  # for the user, about the mix of texts; None until the contexts are on disk
     model: dict[str, Any] | None = None
     splits: dict[str, Any] = option({}, "SplitProgress by split")
     seconds: dict[str, Any] = option({}, "seconds by stage, over all attempts")
     attempts: int = 0
-    made: bool = False  # all stores are whole, in the work folder or already in their places
+    made: bool = False  # whether all stores are whole, in the work folder or already in their places
 
     def progress(self, split: str) -> SplitProgress:
         return from_dict(SplitProgress, self.splits.get(split, {}), f"{JOURNAL}: {split}")

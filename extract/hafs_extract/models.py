@@ -1,7 +1,8 @@
 """The language model: loading it, its activations at a hook point, its logits with a splice. PyTorch, never JAX.
 
-Residual-stream hook points are read from the transformers model itself, which is faster than TransformerLens's
-bridge and equal to it (a test says so); every other hook point goes through the bridge.
+A splice replaces the activations at a hook point during a forward pass. Hook points on the residual stream are read
+from the transformers model itself: that is faster than TransformerLens's bridge, and a test holds the two equal. All
+others go through the bridge.
 """
 
 import contextlib
@@ -32,11 +33,11 @@ Splice = Callable[[Tensor], Tensor]
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the activations are in hand."""
+    """Ends a forward pass when all wanted activations are there."""
 
 
 class LanguageModel:
-    """A causal language model with its tokenizer, and what TransformerLens calls its hook points."""
+    """A causal language model and its tokenizer. Places in it are named as TransformerLens names its hook points."""
 
     def __init__(self, hf: Any, tokenizer: Any, info: ModelInfo, device: torch.device) -> None:
         self.hf = hf.eval().requires_grad_(False).to(device)
@@ -51,17 +52,17 @@ class LanguageModel:
 
     @property
     def prepend_bos(self) -> bool:
-        """Whether every context begins with BOS: exactly where the tokenizer has one."""
+        """Whether every context begins with BOS: it does where the tokenizer has one."""
         return self.bos_token_id is not None
 
     @property
     def max_context_length(self) -> int | None:
-        """Positions that the model was made for; None where its config does not say."""
+        """The most positions that the model was made for; None where its config does not say."""
         return getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
 
     @cached_property
     def bridge(self) -> Any:
-        """The model as TransformerLens's TransformerBridge, sharing its weights; made without a hub look-up."""
+        """The model as a TransformerBridge of TransformerLens. It shares the weights, and is made without the hub."""
         try:
             from transformer_lens.model_bridge import TransformerBridge
         except ImportError as error:
@@ -69,17 +70,17 @@ class LanguageModel:
         bridge = TransformerBridge.boot_transformers(
             self.info.name, hf_model=self.hf, tokenizer=self.tokenizer, device=self.device, dtype=self.hf.dtype
         )
-        return bridge.requires_grad_(False)  # it turns gradients on
+        return bridge.requires_grad_(False)  # the bridge turns gradients on
 
     def tokenize(self, texts: list[str]) -> list[np.ndarray]:
-        """The token ids of each text, [tokens] int32, without BOS; special tokens' names in a text are plain text."""
+        """The token ids of each text, [tokens] int32, without BOS. Names of special tokens count as plain text."""
         encoded = self.tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )
         return [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
 
     def check_hook_point(self, hook_point: str) -> int:
-        """The width D of the activations at `hook_point`; `UserError` naming near ones where there is no such point."""
+        """The width D of the activations at `hook_point`; `UserError` with a suggestion where there is none."""
         resid = _RESID.fullmatch(hook_point)
         if resid and int(resid[1]) < self.info.n_layers:
             return self.info.d_model
@@ -94,10 +95,10 @@ class LanguageModel:
         return self.activations(tokens, hook_point).shape[-1]
 
     def activations(self, tokens_BL: Int[Tensor, "B L"], hook_point: str) -> Float[Tensor, "B L D"]:
-        """The activations at `hook_point`, in the model's dtype; layers past it are not run.
+        """The activations at `hook_point`, in the model's dtype. Layers after it are not run.
 
-        Shorter contexts may be padded on the right with any token: attention is causal, so no position sees it.
-        Activations of several heads are joined: [B, L, heads, width] becomes [B, L, heads * width].
+        Shorter contexts may be padded on the right with any token: attention is causal, so that no position sees it.
+        The activations of several heads are joined: [B, L, heads, width] becomes [B, L, heads * width].
         """
         return self.activations_at(tokens_BL, (hook_point,))[hook_point]
 
@@ -105,7 +106,7 @@ class LanguageModel:
     def activations_at(
         self, tokens_BL: Int[Tensor, "B L"], hook_points: Sequence[str]
     ) -> dict[str, Float[Tensor, "B L D"]]:
-        """The `activations` at each of `hook_points`, whose widths D may differ, from one forward pass."""
+        """The `activations` at each of `hook_points`, from one forward pass. Their widths D may differ."""
         found: dict[str, Tensor] = {}
         tokens_BL = tokens_BL.to(self.device)
         modules = {hook_point: self._resid_module(hook_point) for hook_point in hook_points}
@@ -120,7 +121,7 @@ class LanguageModel:
             with contextlib.ExitStack() as hooks:
                 for hook_point, (module, before) in modules.items():
                     hooks.enter_context(_hooked(module, before, partial(keep, hook_point)))
-                if self._compiled:  # what the blocks were not compiled for, such as a batch of one, runs as it is
+                if self._compiled:  # shapes that the blocks were not compiled for, such as a batch of one, run eagerly
                     hooks.enter_context(torch.compiler.set_stance("eager_on_recompile"))
                 hooks.enter_context(contextlib.suppress(_Stop))
                 self.hf(tokens_BL, use_cache=False)
@@ -135,16 +136,15 @@ class LanguageModel:
         return {hook_point: found[hook_point].flatten(2) for hook_point in hook_points}
 
     def compiles(self, hook_points: Sequence[str]) -> bool:
-        """Whether `compile_blocks` can be of use: the bridge, which hook points off the residual stream need, is not
-        compiled."""
+        """Whether `compile_blocks` helps. It does where all are on the residual stream; the bridge is not compiled."""
         return all(self._resid_module(hook_point)[0] is not None for hook_point in hook_points)
 
     def compile_blocks(self, hook_points: Sequence[str], shape: tuple[int, int]) -> None:
-        """Compiles, by `torch.compile`, the blocks that `activations_at(hook_points)` runs; once for all batch sizes.
+        """Compiles the blocks that `activations_at(hook_points)` runs with `torch.compile`, once for all batch sizes.
 
-        `shape` [B, L] is a usual batch's, of at least two contexts: the code is tuned to it. Activations differ from
-        the uncompiled ones by rounding: fused operations keep float32 where the model's own round. Raises `UserError`
-        where it cannot be done, for want of a C++ compiler for one; the model is then as it was.
+        `shape` [B, L] is that of a usual batch, of at least two contexts; the code is tuned to it. Compiled activations
+        differ from others by rounding, since fused operations skip intermediate rounding. Raises `UserError` where
+        compiling fails, for example without a C++ compiler. The model is then as it was.
         """
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(packaged.cache_folder() / "torch"))  # not in /tmp
         (B, L), blocks = shape, self._blocks()
@@ -154,7 +154,7 @@ class LanguageModel:
         try:
             for block in blocks[:depth]:
                 block.forward = torch.compile(block.forward, dynamic=True)
-            with cast(Any, shape_config).patch(use_duck_shape=False):  # sizes that are equal may differ later
+            with cast(Any, shape_config).patch(use_duck_shape=False):  # two sizes that are equal now may differ later
                 self.activations_at(torch.zeros(B, L, dtype=torch.long), hook_points)
         except (RuntimeError, OSError) as error:
             for block, forward in zip(blocks, plain, strict=False):
@@ -167,7 +167,7 @@ class LanguageModel:
     def logits(
         self, tokens_BL: Int[Tensor, "B L"], splice: Splice | None = None, hook_point: str | None = None
     ) -> Float[Tensor, "B L V"]:
-        """The logits of a full forward pass; `splice` maps the activations at `hook_point` to their replacement."""
+        """The logits of a full forward pass. `splice` maps the activations at `hook_point` to their replacement."""
         tokens_BL = tokens_BL.to(self.device)
         if splice is None or hook_point is None:
             return self.hf(tokens_BL, use_cache=False).logits
@@ -179,7 +179,7 @@ class LanguageModel:
         return self.bridge.run_with_hooks(tokens_BL, return_type="logits", fwd_hooks=[hook])
 
     def _resid_module(self, hook_point: str) -> tuple[Any, bool]:
-        """The transformers block of a residual-stream hook point, and whether it is its input that counts."""
+        """The transformers block of a hook point, and whether its input is meant. None off the residual stream."""
         resid, blocks = _RESID.fullmatch(hook_point), self._blocks()
         return (None, False) if resid is None or blocks is None else (blocks[int(resid[1])], resid[2] == "pre")
 
@@ -211,9 +211,9 @@ def _hooked(module: Any, before: bool, change: Splice) -> Iterator[None]:
 
 
 def load_model(name: str, dtype: str, revision: str | None = None, device: str = "auto") -> LanguageModel:
-    """The model `name`: a packaged one, a local folder, or the hub's (`revision` is the hub's alone).
+    """The model `name`: a packaged one, a local folder, or one of the hub (`revision` is for the hub alone).
 
-    Raises `UserError` where there is no such model or it cannot be had.
+    Raises `UserError` where it cannot be loaded.
     """
     try:
         import transformers
@@ -228,7 +228,7 @@ def load_model(name: str, dtype: str, revision: str | None = None, device: str =
         revision = None
     else:
         where, origin, revision_used = name, "hub", revision
-    transformers.utils.logging.disable_progress_bar()  # one a file, over in a moment
+    transformers.utils.logging.disable_progress_bar()  # there is one for each file, and it is over in a moment
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision)
         hf = transformers.AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=getattr(torch, dtype))
@@ -243,7 +243,7 @@ def load_model(name: str, dtype: str, revision: str | None = None, device: str =
 
 
 def load_for_manifest(manifest: Manifest, dtype: str | None = None, device: str = "auto") -> LanguageModel:
-    """The model that made a store, of the same revision; `dtype` overrides the one that it computed in."""
+    """The model that made a store, in the same revision. `dtype` overrides the dtype that it computed in."""
     info = manifest.model
     if not manifest.has_tokens:
         raise UserError(
@@ -255,7 +255,7 @@ def load_for_manifest(manifest: Manifest, dtype: str | None = None, device: str 
     if info.origin.startswith("wheel:") and name not in packaged.MODELS:
         raise UserError(f"the store's model {name!r} ({info.origin}) is not packaged in this version; extract again")
     if info.origin == "hub" and hub_problem():
-        go_offline()  # its cache may serve; without this, minutes of retries
+        go_offline()  # its cache may have the model; without this, it would retry for minutes
     model = load_model(name, dtype or info.dtype, info.revision, device)
     if (found := (model.info.revision, model.info.d_model)) != (info.revision, info.d_model):
         raise UserError(f"model {name}: the store was made by {(info.revision, info.d_model)}, found {found}")

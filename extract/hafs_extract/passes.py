@@ -1,6 +1,6 @@
-"""The two passes over one split: the model's rows into the shuffle's buckets, and the buckets into stores.
+"""The two passes over one split: the model's rows into the shuffle's buckets, then the buckets into stores.
 
-There is one store for each hook point. Their rows go through the shuffle together, so that they stay aligned.
+There is one store for each hook point. Their rows go through the shuffle together, so that the stores stay aligned.
 """
 
 import contextlib
@@ -43,14 +43,14 @@ TEXT_FILES = ("contexts.npy", "tokens.npy", "documents.jsonl")
 
 @dataclass(frozen=True)
 class Split:
-    """One split's text on disk, how it is run through the model, and how its rows are kept on their way."""
+    """One split: its text on disk, its batches for the model, and the record of its rows in the shuffle."""
 
     name: str
     folder: Path
     contexts: Contexts
     batches: Batches
-    first_position: int  # 1 where BOS is at 0, else 0
-    record: np.dtype  # with a kind of activations for each hook point
+    first_position: int  # the first position that is stored: 1 where BOS is at 0, else 0
+    record: np.dtype  # of `shuffle.spilled`, with a kind of activations for each hook point
 
     @property
     def rows(self) -> int:
@@ -59,7 +59,7 @@ class Split:
 
     @property
     def bytes_needed(self) -> int:
-        """Disk space of buckets, norms, and the stores' shards, rows files and texts, before the norm filter."""
+        """Disk space for buckets, norms and, before the norm filter, the stores: shards, rows files and texts."""
         kinds = self.record["norm"].shape[0]
         stored = sum(self.record[f"acts{kind}"].itemsize + ROW.itemsize for kind in range(kinds))
         text = sum((self.folder / file).stat().st_size for file in TEXT_FILES)
@@ -67,7 +67,7 @@ class Split:
 
 
 def open_split(name: str, folder: Path, config: ExtractConfig, model: LanguageModel, widths: Sequence[int]) -> Split:
-    """The split whose contexts lie in `folder`; `widths` are the hook points'."""
+    """The split whose contexts lie in `folder`. `widths` are those of the hook points' activations."""
     arrays = [np.load(folder / file, mmap_mode="r", allow_pickle=False) for file in ("contexts.npy", "tokens.npy")]
     contexts = Contexts(*arrays)
     batches = plan_batches(contexts.table["length"], config.batch_tokens)
@@ -86,9 +86,9 @@ def spill_rows(
     save_seconds: float,
     bar: tqdm,
 ) -> Spill:
-    """Runs the model over the split's batches from `batches_done` on and appends every row to its bucket.
+    """Pass 1: runs the model over the split's batches from `batches_done` on and appends every row to its bucket.
 
-    `save(batches done, rows by bucket)` is called every `save_seconds` and at the end, as `Saver` does it.
+    `save(batches done, rows by bucket)` is called every `save_seconds` and at the end (see `Saver`).
     """
     counts = counts or [0] * n_buckets(split.rows, split.record)
     stream = SPLITS.index(split.name)
@@ -121,21 +121,21 @@ def spill_rows(
 
 
 def _overlaps(model: LanguageModel) -> bool:
-    """Whether rows are stored while the model runs: on the model's own cores that costs it more than it saves."""
+    """Whether rows are stored while the model runs. On a CPU they would compete for its cores, which is slower."""
     return model.device.type != "cpu"
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Contexts that went through the model: padded tokens, and activations by hook point on the model's device."""
+    """Contexts that went through the model: their numbers, padded tokens, and activations on the model's device."""
 
     numbers: np.ndarray
     tokens_BL: np.ndarray
-    acts: dict[str, torch.Tensor]
+    acts: dict[str, torch.Tensor]  # [B, L, D] by hook point
 
 
 def _run(split: Split, model: LanguageModel, config: ExtractConfig, numbers: np.ndarray) -> _Batch:
-    """The contexts `numbers` through the model."""
+    """Runs the contexts `numbers` through the model."""
     tokens_BL = np.zeros((len(numbers), int(split.contexts.table["length"][numbers].max())), np.int64)
     for row, number in enumerate(numbers):
         tokens = split.contexts[number]
@@ -144,7 +144,7 @@ def _run(split: Split, model: LanguageModel, config: ExtractConfig, numbers: np.
 
 
 def _records(split: Split, config: ExtractConfig, batch: _Batch) -> np.ndarray:
-    """The rows of a batch, keys not yet filled in: positions in order, without BOS and padding."""
+    """The records of a batch's rows, in order, without BOS and padding. Their keys are not yet filled in."""
     table, tokens_BL = split.contexts.table[batch.numbers], batch.tokens_BL
     position_L = np.arange(tokens_BL.shape[1])
     kept_BL = (position_L >= split.first_position) & (position_L < table["length"][:, None])
@@ -165,7 +165,7 @@ def _records(split: Split, config: ExtractConfig, batch: _Batch) -> np.ndarray:
 
 
 def _as_kept(acts_ND: torch.Tensor, dtype: str) -> np.ndarray:
-    """Activations as kept on disk, [N, D] of KEPT_AS; rounded on their device, by torch, which is the faster."""
+    """Activations converted to KEPT_AS[dtype], [N, D]. torch rounds them on their device, faster than numpy."""
     kept_ND = acts_ND.to(getattr(torch, dtype)).cpu()
     return kept_ND.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else kept_ND.numpy()
 
@@ -178,7 +178,7 @@ def _not_finite(
     split: Split,
     config: ExtractConfig,
 ) -> UserError:
-    """The error for the first of the rows that `bad` [N] marks."""
+    """The error that names the first of the rows marked by `bad` [N] bool."""
     kept_ND = to_float32(from_float32(acts_ND, config.dtype), config.dtype)
     first = int(np.argmax(bad))
     row, column = row_N[first], int(np.argmax(~np.isfinite(kept_ND[first])))
@@ -201,9 +201,9 @@ def write_stores(
     profile: dict,
     bar: tqdm,
 ) -> dict[Path, Manifest]:
-    """Writes each hook point's store into its folder of `folders`; the manifests, not yet on disk.
+    """Pass 2: writes each hook point's store into its folder. Returns the manifests, which are not yet on disk.
 
-    A row is kept where its norm is within `norm_multiple` x the hook point's median norm at every hook point.
+    A row is stored where its norm is at most `norm_multiple` x the median norm, at every hook point.
     """
     limits = None if config.norm_multiple is None else config.norm_multiple * np.asarray(median_norms)
     with contextlib.ExitStack() as threads:
@@ -220,7 +220,7 @@ def write_stores(
             for kind, writer in enumerate(writers):
                 writer.add(kept[f"acts{kind}"], kept["row"])
             bar.update(len(records))
-            del records, kept  # before the next bucket is read
+            del records, kept  # frees their memory before the next bucket is read
         manifests = {}
         for (hook_point, folder), writer, median_norm in zip(folders.items(), writers, median_norms, strict=True):
             manifests[folder] = _manifest(
@@ -230,7 +230,7 @@ def write_stores(
 
 
 def _begin_store(split: Split, folder: Path) -> None:
-    """The folder with the split's texts and nothing that an attempt that was killed left half done."""
+    """Copies the split's texts into the folder and removes what an attempt that was killed left half done."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in [*folder.glob(".*.tmp"), folder / MANIFEST]:
         left.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""An extraction from end to end: contexts, the model over them, the shuffle, the stores; each stage resumable.
+"""An extraction from end to end: contexts, the model over them, the shuffle, the stores.
 
-Work lies in a hidden folder beside the stores and becomes them by a rename. A run that was killed at any moment goes
-on when the same command is given again, and ends with the same bytes.
+The work lies in a hidden folder beside the stores; a rename turns it into them. A run may be killed at any moment. It
+goes on when the same command is given again, and ends with the same bytes.
 """
 
 import dataclasses
@@ -38,16 +38,16 @@ from hafs_jax.store.shuffle import Spill
 LOG = logging.getLogger(__name__)
 
 WORK = ".work"
-JOURNAL_SECONDS = 2.0  # a kill costs this, and what a sync takes
-COMPILED_FROM_TOKENS = 1_000_000  # where it pays: 20 seconds the first time, for 30 a million tokens on two cores
+JOURNAL_SECONDS = 2.0  # a kill loses this time, and that of a sync
+COMPILED_FROM_TOKENS = 1_000_000  # on two cores, compiling takes 20 s once and saves 30 s per million tokens
 SPARE_BYTES = 64 << 20  # of disk space, for what is not activations
 
 
 def extract(config: ExtractConfig, resolved: Resolved, out: Path, force: bool = False) -> dict[str, dict[str, Path]]:
-    """Makes the stores of `config` under `out`, going on where an earlier run was stopped.
+    """Makes the stores of `config` under `out` and returns their folders by hook point and split.
 
-    Returns their folders by hook point and split. `force` replaces stores, and discards unfinished work, of another
-    config.
+    Goes on where an earlier run of the same config was stopped. `force` replaces stores of another config, and
+    discards its unfinished work.
     """
     folders, root = store_folders(config, out), work_root(config, out)
     with locked(root):
@@ -59,13 +59,13 @@ def extract(config: ExtractConfig, resolved: Resolved, out: Path, force: bool = 
 
 
 class _Extraction:
-    """One attempt. `self.journal` is what is on disk at any moment."""
+    """One attempt at an extraction. At any moment, `self.journal` is the journal on disk."""
 
     def __init__(self, config: ExtractConfig, resolved: Resolved, work: Path, force: bool) -> None:
         self.config, self.work = config, work
         journal = read_journal(work)
         if journal and (found := difference(journal.config, to_dict(config))):
-            if journal.splits and not force:  # before that, there is little to lose
+            if journal.splits and not force:  # without splits, there is little to lose
                 raise UserError(f"{work} holds an unfinished extraction with {found}; pass --force to discard it")
             journal = None
         if journal is None:
@@ -77,10 +77,10 @@ class _Extraction:
         self._note()
 
     def run(self, folders: dict[str, dict[str, Path]]) -> None:
-        """Makes what is not made yet, and puts it in its place."""
+        """Makes the stores, as far as they are not made yet, and puts them in their places."""
         if not self.journal.made:
             self._make()
-        for split in reversed(SPLITS):  # train last: where it is, all is
+        for split in reversed(SPLITS):  # train last: where it is in place, all are
             for hook_point, places in folders.items():
                 made = self._made(hook_point, split)
                 if made.exists():
@@ -88,7 +88,7 @@ class _Extraction:
         shutil.rmtree(self.work)
 
     def _made(self, hook_point: str, split: str) -> Path:
-        """Where a store is made, before it is put in its place."""
+        """The folder in which a store is made."""
         return self.work / "stores" / hook_point / split
 
     def _make(self) -> None:
@@ -117,7 +117,7 @@ class _Extraction:
         self._write(splits, self._run_model(splits, model), model)
 
     def _compile(self, splits: list[Split], model: LanguageModel) -> None:
-        """Compiles the model's blocks where the config says so, or where it pays: see `COMPILED_FROM_TOKENS`."""
+        """Compiles the model's blocks where the config says so, or has "auto" and at least COMPILED_FROM_TOKENS."""
         config, started = self.config, time.monotonic()
         if all(self.journal.progress(split.name).batches == len(split.batches) for split in splits):
             return
@@ -129,18 +129,18 @@ class _Extraction:
             if not model.compiles(config.hook_points):
                 raise UserError(f"hook point {config.hook_point} is not of the residual stream")
             if shape[0] < 2:
-                raise UserError(f"batch_tokens={config.batch_tokens} are not two contexts of {shape[1]}")
-            LOG.info("compiling the model's blocks; --compile off goes without")
+                raise UserError(f"batch_tokens={config.batch_tokens} is less than two contexts of {shape[1]} tokens")
+            LOG.info("compiling the model's blocks (--compile off leaves them as they are)")
             model.compile_blocks(config.hook_points, shape)
         except UserError as error:
             if config.compile == "on":
-                raise UserError(f"compile=on: {error}; say --compile auto, and --force to begin anew") from error
+                raise UserError(f"compile=on: {error}; pass --compile auto, and --force to begin anew") from error
             LOG.info(f"the model's blocks are not compiled: {error}")
         else:
             self._note("compile", started)
 
     def _run_model(self, splits: list[Split], model: LanguageModel) -> list[Spill]:
-        """Pass 1 over both splits; their rows in buckets."""
+        """Pass 1 over both splits: the model's rows, in buckets on disk."""
         done = {split.name: self.journal.progress(split.name) for split in splits}
         spills, total = [], sum(split.rows for split in splits)
         with _bar(total, "activations", sum(sum(progress.buckets) for progress in done.values())) as bar:
@@ -170,7 +170,7 @@ class _Extraction:
         return spills
 
     def _write(self, splits: list[Split], spills: list[Spill], model: LanguageModel) -> None:
-        """Pass 2: all stores, whole but for their places."""
+        """Pass 2: makes all stores, which are then whole and only need to be put in their places."""
         started = time.monotonic()
         medians = spills[SPLITS.index("train")].median_norms()
         manifests: dict[Path, Manifest] = {}
@@ -207,7 +207,7 @@ class _Extraction:
             )
 
     def _note(self, stage: str | None = None, started: float = 0.0, **changes: Any) -> None:
-        """Writes the journal with `changes` and the seconds since `started` added to `stage`."""
+        """Writes the journal with `changes`, and with the seconds since `started` added to those of `stage`."""
         spent = dict(self.journal.seconds)
         if stage:
             spent[stage] = spent.get(stage, 0.0) + time.monotonic() - started

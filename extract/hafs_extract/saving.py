@@ -1,4 +1,4 @@
-"""Putting a pass's rows on disk while the model runs over the next ones. No torch here."""
+"""Syncs extracted rows to disk while the model runs over the next ones. No torch here."""
 
 import time
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from hafs_jax.store.shuffle import Spill
 
 
 class Saver:
-    """Syncs a spill every `seconds`, in a thread, as a disk may take as long for it as the model for its rows.
+    """Syncs a spill every `seconds`, in a thread: a disk may take as long to sync rows as the model to compute them.
 
-    `save(batches, rows by bucket)` is called in that thread, once what had been appended when the sync began is on
-    disk. One that is still under way when the next is due is waited for, so that a kill costs what a sync takes, and
-    the longer of that and `seconds`.
+    When all that had been appended before the sync is on disk, `save(batches, rows by bucket)` is called in the same
+    thread. There is one sync at a time; the next waits for it. A kill therefore loses the time of one sync, plus the
+    longer of `seconds` and that time.
     """
 
     def __init__(self, spill: Spill, save: Callable[[int, list[int]], None], seconds: float) -> None:
@@ -21,21 +21,21 @@ class Saver:
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future[None] | None = None
         self._began = time.monotonic()
-        self._last = 0  # batches that are saved, or being saved
+        self._last = 0  # batches that are saved or being saved
 
     def appended(self, batches: int) -> None:
-        """Tells that the rows of the first `batches` batches are in the spill; raises what the last sync raised."""
+        """Says that the rows of the first `batches` batches are in the spill. Raises what the last sync raised."""
         if time.monotonic() - self._began >= self._seconds:
             self._begin(batches)
 
     def finish(self, batches: int) -> None:
-        """Returns when all of it is on disk."""
+        """Syncs the first `batches` batches and returns when they are on disk."""
         if batches > self._last:
             self._begin(batches)
         self._wait()
 
     def close(self) -> None:
-        """Ends the thread after the sync that is under way; a failure of that is not told."""
+        """Ends the thread after the sync that is under way. If that sync fails, nothing is raised here."""
         self._thread.shutdown()
 
     def _begin(self, batches: int) -> None:

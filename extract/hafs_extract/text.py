@@ -1,6 +1,6 @@
-"""Sources of text: local files, hub datasets and packaged data, read as streams of documents.
+"""Reads sources of text (local files, hub datasets, packaged data) as streams of documents.
 
-Must not import torch; the hub's `datasets` library only where a source comes from the hub.
+Must not import torch. Imports the hub's `datasets` library only where a source comes from the hub.
 """
 
 import re
@@ -19,10 +19,10 @@ Record = dict[str, Any]
 
 SUFFIXES = (".jsonl", ".parquet", ".txt")
 LABELS = ("title", "topic", "label", "answer")
-"""Columns that documents.jsonl repeats where a record has them."""
+"""Columns that are copied to documents.jsonl where a record has them."""
 
 _ARTICLE = re.compile(r" = (?!= )(.+?)(?<! =) = \n?")
-"""WikiText's article title, ` = Title = `; its sections have more equals signs, each set apart by a space."""
+"""The line ` = Title = ` that begins an article of WikiText. A section's title has more signs: ` = = Title = = `."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Document:
 
 
 def documents(source: SourceConfig) -> Iterator[Document]:
-    """The documents of a source, in its own order; texts that are only white space are left out."""
+    """The documents of a source, in its order. Texts that are only white space are left out."""
     read = _READERS[source.kind]
     for document in read(source, _kept(source, _records(source))):
         if document.text.strip():
-            text = document.text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold halves of surrogate pairs
+            text = document.text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair
             yield Document(text, document.labels)
 
 
@@ -56,7 +56,7 @@ def _rows(source: SourceConfig, records: Iterator[Record]) -> Iterator[Document]
 
 
 def _wikitext(source: SourceConfig, records: Iterator[Record]) -> Iterator[Document]:
-    """Joins WikiText's lines, one a record, to articles; an article begins at its title's line."""
+    """WikiText's articles. Each record is one line; an article begins with the line of its title."""
     lines: list[str] = []
     title: str | None = None
     for record in records:
@@ -69,7 +69,7 @@ def _wikitext(source: SourceConfig, records: Iterator[Record]) -> Iterator[Docum
 
 
 def _multiple_choice(source: SourceConfig, records: Iterator[Record]) -> Iterator[Document]:
-    """The question and its choices, lettered; which of them is right stays out of the text, among the labels."""
+    """A question and its choices, lettered, as one text. Which choice is right is not in the text but in the labels."""
     for record in records:
         question, choices = _column(source, record, "question"), _column(source, record, "choices")
         letters = [chr(ord("A") + index) for index in range(len(choices))]
@@ -130,10 +130,10 @@ def _local_records(source: SourceConfig) -> Iterator[Record]:
 
 
 def local_files(source: SourceConfig) -> list[Path]:
-    """The files of a local source, sorted by name: the file itself, or the folder's whose names begin with `split`.
+    """The files of a local source, sorted by path: the file itself, or those of the folder.
 
-    A folder laid out like the hub's (`<subset>/<split>-00000-of-00001.parquet`) is read with the same fields; where
-    it holds no such folder or names, all its files count.
+    A folder may be laid out like the hub's (`<subset>/<split>-00000-of-00001.parquet`): then only the subset's files
+    whose names begin with `split` are read. Where there is no such subset, or no such names, all files are.
     """
     root = Path(source.path)
     if root.is_file():
@@ -149,7 +149,7 @@ def local_files(source: SourceConfig) -> list[Path]:
 
 
 def _txt_records(path: Path) -> Iterator[Record]:
-    """The parts of a text file between blank lines, or between `<|endoftext|>`."""
+    """The documents of a text file, divided by blank lines or by `<|endoftext|>`."""
     part = ""
     try:
         with open(path, encoding="utf-8") as file:

@@ -63,7 +63,7 @@ class ArrayConfig:
 
     name: str = option("array", "what the activations are of; the manifest's model name")
     heldout_fraction: float = option(
-        0.05, "share of the groups (of the rows, if ungrouped) kept in the held-out store", above=0, below=1
+        0.05, "share of the groups (without groups: of the rows) in the held-out store", above=0, below=1
     )
     seed: int = option(0, "seed of the held-out split and of the shuffle", least=0, most=2**63 - 1)
     dtype: str = option(
@@ -71,7 +71,7 @@ class ArrayConfig:
         "dtype of the stored activations; keep: float16 where the input is float16, else float32",
         choices=("keep", *KEPT_AS),
     )
-    shard_rows: int = option(65_536, "rows a shard", least=1, most=2**31 - 1)
+    shard_rows: int = option(65_536, "rows in a shard", least=1, most=2**31 - 1)
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,1 +1,1 @@
-"""Synthetic worlds of known features, and stores sampled from them."""
+"""Synthetic worlds, whose true features are known (`worlds`), and stores sampled from them (`samples`)."""

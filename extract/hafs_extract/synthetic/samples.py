@@ -1,8 +1,8 @@
-"""Stores and their ground truth, sampled from a world of known features: `hafs synth-world`. Torch; no jax.
+"""The command `hafs synth-world`: stores and their ground truth, sampled from a world of known features. No JAX.
 
-An activation is the sum of the firing features' directions times coefficients, plus a bias (`worlds`).
+An activation is a bias plus, for each feature that fires, its direction times a coefficient (see `worlds`).
 
-    OUT/synth-<world>/store/{train,heldout}   activation stores, float32, of samples drawn apart from each other
+    OUT/synth-<world>/store/{train,heldout}   activation stores, float32, sampled independently of each other
     OUT/synth-<world>/truth.npz               features by number, level by level:
         directions_ND  [n, D] float32, unit rows        bias_D    [D] float32
         parents_N      [n] int32, -1 for a root         levels_N  [n] int32, 0 for a root
@@ -11,8 +11,8 @@ An activation is the sum of the firing features' directions times coefficients, 
     OUT/synth-<world>/truth.json              config, versions, checksums, true L0; written last: without it, no truth
 
 Row i of the held-out coefficients belongs to row i of the held-out store: x_i = coefficients_i directions + bias.
-Features outside the trees count as roots. There are no tokens: all rows are token 0 of one document. A run that was
-killed begins anew and writes the same bytes; the first rows of a longer run are those of a shorter one.
+Features outside the trees count as roots. There are no tokens: all rows are token 0 of one document. A run that is
+killed begins anew and writes the same bytes. The first rows of a run are those of any shorter run.
 """
 
 import argparse
@@ -55,14 +55,20 @@ from hafs_jax.store.shards import ShardWriter, Statistics
 
 LOG = logging.getLogger(__name__)
 
+DESCRIPTION = """\
+Sample activations from a world whose true features are known. The stores are
+OUT/synth-WORLD/store/train and OUT/synth-WORLD/store/heldout. The truth is in
+OUT/synth-WORLD/truth.json and truth.npz.
+"""
+
 TRUTH_VERSION = 1
 TRUTH, TRUTH_ARRAYS = "truth.json", "truth.npz"
 HOOK_POINT = "synthetic"
 
 _WORK = ".sampling"
 _SPLITS = ("train", "heldout")  # the position is part of the samples' seed
-_BLOCK_FLOATS = 1 << 22  # coefficients drawn at once. The bytes depend on it
-_MEDIAN_ROWS = 1 << 22  # rows are independent: the median of so many stands for all
+_BLOCK_FLOATS = 1 << 22  # coefficients drawn at once; the stores' bytes depend on it
+_MEDIAN_ROWS = 1 << 22  # rows are independent, so that the median norm of so many is as good as that of all
 _SPARE_BYTES = 64 << 20  # of disk space, for what is not activations
 
 
@@ -70,12 +76,14 @@ _SPARE_BYTES = 64 << 20  # of disk space, for what is not activations
 class SyntheticConfig:
     """What decides the bytes of a world's stores and truth."""
 
-    world: str = option("toy-0", "the world: toy-0 for tuning, toy-1 and toy-2 held out", tuple(WORLDS))
+    world: str = option(
+        "toy-0", "one of the worlds below; toy-0 is for tuning, the other toys are held out", tuple(WORLDS)
+    )
     samples: int = option(1_000_000, "rows of the training store", least=1)
     heldout_samples: int = option(50_000, "rows of the held-out store, whose coefficients are kept", least=1)
-    seed: int = option(0, "seed of the samples; the world's own seed fixes the features", least=0)
-    shard_rows: int = option(65_536, "rows a shard", least=1)
-    device: str = option("cpu", "torch device that draws the samples; another draws others", ("cpu", "cuda"))
+    seed: int = option(0, "seed of the samples; the features come from the world's own seed", least=0)
+    shard_rows: int = option(65_536, "rows in a shard", least=1)
+    device: str = option("cpu", "torch device that draws the samples, which are others on each", ("cpu", "cuda"))
 
     def __post_init__(self) -> None:
         check(self)
@@ -85,12 +93,12 @@ class SyntheticConfig:
         return f"synth-{self.world}"
 
     def record(self) -> dict[str, Any]:
-        """The config and every field of its world, as saved with stores and truth."""
+        """The config and all fields of its world, as they are saved with the stores and the truth."""
         return {"profile": self.profile, **to_dict(self), "world": world_record(self.world)}
 
 
 def is_made(config: SyntheticConfig, out: Path) -> bool:
-    """Whether stores and truth are there from this very config; `UserError` where they are of another."""
+    """Whether stores and truth are there, made with this very config; `UserError` where one was made with another."""
     folder = out / config.profile
     found = {folder / "store" / split: folder / "store" / split / MANIFEST for split in _SPLITS}
     records = {store: read_manifest(store).config for store, path in found.items() if path.exists()}
@@ -103,9 +111,9 @@ def is_made(config: SyntheticConfig, out: Path) -> bool:
 
 
 def generate(config: SyntheticConfig, out: Path, force: bool = False) -> Path:
-    """Writes the world's stores and truth and returns OUT/<profile>; nothing is done where they are there already.
+    """Writes the world's stores and truth, unless they are there already, and returns their folder, OUT/<profile>.
 
-    `force` replaces those of another config, and makes those of this one anew. Memory does not grow with `samples`.
+    `force` replaces those of another config, and makes those of this one again. Memory does not grow with `samples`.
     """
     folder = out / config.profile
     with locked(folder / "store"):
@@ -126,9 +134,10 @@ def generate(config: SyntheticConfig, out: Path, force: bool = False) -> Path:
 
 
 def blocks(config: SyntheticConfig, model: Any, split: str, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The first `rows` samples of a split: (activations [B, D], coefficients [B, n]), both float32.
+    """The first `rows` samples of a split, in blocks: (activations [B, D], coefficients [B, n]), both float32.
 
-    Each block is drawn whole from a seed of its own and then cut, so that fewer rows are a part of more.
+    Each block has a seed of its own. The last one is drawn whole and then cut, so that its rows do not depend on how
+    many are wanted.
     """
     import torch
 
@@ -225,7 +234,7 @@ def _available(device: str) -> str:
 def _manifest(
     config: SyntheticConfig, split: str, writer: ShardWriter, statistics: Statistics, median: float, folder: Path
 ) -> Manifest:
-    """Writes what remains of a store, the manifest last, and returns it."""
+    """Writes the rest of a store, the manifest last, and returns the manifest."""
     context = np.zeros(1, CONTEXT)
     context["length"] = 1
     write_npy(folder / "contexts.npy", context)
@@ -258,20 +267,21 @@ def _manifest(
 
 
 def _shown(world: World) -> str:
-    trees = f"{world.roots} trees of {world.branching} children on {world.depth} levels below the root"
-    return f"{world.n:,} features in {world.d_model} dimensions, {trees}"
+    trees = f"{world.roots} trees, {world.branching} children, {world.depth} levels"
+    return f"{world.n:,} features, D={world.d_model}; {trees}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; its exit code."""
     parser = Parser(
         prog="hafs synth-world",
-        description="Sample a world of known features: OUT/synth-<world>/store/{train,heldout} and its truth.",
-        epilog="worlds:\n" + "\n".join(f"  {name:18}{_shown(world)}" for name, world in WORLDS.items()),
+        description=DESCRIPTION,
+        epilog="worlds (children of each feature, levels below the roots):\n"
+        + "\n".join(f"  {name:18}{_shown(world)}" for name, world in WORLDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("artifacts"), help="folder of all profiles [artifacts]")
-    parser.add_argument("--force", action="store_true", help="replace what another config made, or make it anew")
+    parser.add_argument("--force", action="store_true", help="replace what another config made, or make it again")
     add_flags(parser, SyntheticConfig())
     with one_line_errors():
         options = parser.parse_args(argv)

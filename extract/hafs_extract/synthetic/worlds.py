@@ -1,4 +1,4 @@
-"""Named worlds of known features, and the `sae_lens` model of each. Torch, imported when needed; no jax."""
+"""Named worlds, whose true features are known, and the `sae_lens` model of each. Imports torch when needed; no JAX."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,29 +14,39 @@ from hafs_jax.base.options import option
 class World:
     """A forest of features and how they fire. Features are numbered level by level: roots, their children, and so on.
 
-    The Zipf law of n features runs from max to min as rank^-exponent, rescaled. With `child_max` set it holds among the
-    roots, and anew among the children of each parent given that the parent fires, before siblings exclude each other;
-    without, it holds over all features.
+    A feature's probability of firing follows a Zipf law: over n features it falls from max to min as rank^-exponent,
+    rescaled. If `child_max` is given, one law holds for the roots, and one for the children of each parent, given that
+    the parent fires and before siblings exclude each other. If it is none, one law holds for all features.
     """
 
-    seed: int = option(70_000, "seed of the model: directions, bias, magnitudes; samples have their own")
+    seed: int = option(70_000, "seed of the model (directions, bias, magnitudes); samples have their own")
     d_model: int = option(64, "D, width of an activation")
     roots: int = option(12, "trees")
     branching: int = option(3, "children of each feature above the last level")
     depth: int = option(2, "levels below the roots")
-    n_features: int | None = option(None, "features; those beyond the trees fire on their own; none: the trees' alone")
+    n_features: int | None = option(
+        None, "features in all, those outside the trees fire on their own; none: those of the trees"
+    )
     firing_max: float = option(0.4, "probability of the most frequent feature, a root")
     firing_min: float = option(0.12, "probability of the least frequent root; of all features where child_max is none")
-    exponent: float = option(0.25, "of the Zipf law")
-    child_max: float | None = option(0.45, "probability of the most frequent sibling, given its parent, if alone")
-    child_min: float = option(0.36, "probability of the least frequent sibling, given its parent, if alone")
-    exclusive: float = option(1.0, "share of parents at most one of whose children fires in a row")
-    compensate: bool = option(False, "raise children's probabilities by what their ancestors take, as sae_lens does")
-    scale_children: bool = option(False, "multiply a child's coefficient by its parent's over the parent's mean")
-    mean_first: float = option(1.2, "mean coefficient of feature 0; linear in the number")
+    exponent: float = option(0.25, "exponent of the Zipf law")
+    child_max: float | None = option(
+        0.45, "probability of the most frequent child, given its parent, before siblings exclude it"
+    )
+    child_min: float = option(
+        0.36, "probability of the least frequent child, given its parent, before siblings exclude it"
+    )
+    exclusive: float = option(1.0, "share of the parents at most one of whose children fires in a row")
+    compensate: bool = option(
+        False, "raise children's probabilities by what their ancestors take from them, as sae_lens does"
+    )
+    scale_children: bool = option(False, "multiply a child's coefficient by its parent's, divided by the parent's mean")
+    mean_first: float = option(1.2, "mean coefficient of feature 0; it is linear in the number of the feature")
     mean_last: float = option(1.0, "mean coefficient of the last feature")
-    std_mean: float = option(0.15, "mean of the normal law whose absolute values are the coefficients' deviations")
-    std_std: float = option(0.1, "deviation of that law")
+    std_mean: float = option(
+        0.15, "mean of a normal law; its absolute values are the coefficients' standard deviations"
+    )
+    std_std: float = option(0.1, "standard deviation of that law")
     correlation_rank: int = option(0, "rank of the firing's correlation; 0: features fire independently")
     correlation_scale: float = option(0.1, "size of the correlation")
     orthogonal_steps: int = option(200, "steps that push directions apart; 0: random directions")
@@ -61,8 +71,8 @@ class World:
 
 
 WORLDS: dict[str, World] = {
-    # The seeds are out of the way of an SAE's: torch.randn of the same seed would begin with the world's directions.
-    # for tuning; the other two are for the result alone
+    # Seeds are far from those of SAEs: torch.randn of the same seed would begin with the world's directions.
+    # toy-0 is for tuning, toy-1 and toy-2 are for the result alone.
     "toy-0": World(),
     "toy-1": World(
         seed=70_001, roots=8, branching=4, firing_min=0.25, exponent=0.5, child_max=0.4, child_min=0.36, mean_first=1.1
@@ -104,11 +114,11 @@ WORLDS: dict[str, World] = {
         bias_norm=0.5,
     ),
 }
-"""By name. synthsaebench-16k is SAELens's benchmark of that name; it wants a GPU."""
+"""Every world by name. synthsaebench-16k is SAELens's benchmark of that name; it needs a GPU."""
 
 
 def model_config(world: World) -> Any:
-    """The world as a `SyntheticModelConfig`; its one Zipf law over all features stands where `child_max` is none."""
+    """The world as a `SyntheticModelConfig`, with one Zipf law over all features; `build` sets one for each family."""
     try:
         from sae_lens import synthetic
     except ImportError:
@@ -140,7 +150,7 @@ def model_config(world: World) -> Any:
 
 
 def build(world: World, device: str = "cpu") -> Any:
-    """The world's `SyntheticModel`, the same at every call."""
+    """The world's `SyntheticModel`. It is the same at every call."""
     config = model_config(world)
 
     from sae_lens.synthetic import SyntheticModel
@@ -156,7 +166,7 @@ def build(world: World, device: str = "cpu") -> Any:
 
 
 def forest(model: Any) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """Each feature's parent (-1: none) and level (0: root or outside the trees), both [n] int32."""
+    """Each feature's parent (-1: none) and level (0: a root, or outside the trees), both [n] int32."""
     parents_N, levels_N = np.full(model.cfg.num_features, -1, np.int32), np.zeros(model.cfg.num_features, np.int32)
     todo = [(root, 0) for root in model.hierarchy.roots]
     while todo:
@@ -169,7 +179,7 @@ def forest(model: Any) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
 
 
 def world_record(name: str) -> dict[str, Any]:
-    """The world's name and every field of it, as saved with its stores."""
+    """The world's name and all its fields, as they are saved with its stores."""
     return {"name": name, **asdict(WORLDS[name])}
 
 
@@ -180,7 +190,7 @@ def _zipf(count: int, largest: float, smallest: float, exponent: float) -> Float
 
 
 def _firing_by_family(world: World, parents_N: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """Each feature's probability of firing if its parent does and no sibling excludes it, [n] float32."""
+    """Each feature's probability of firing, if its parent fires and no sibling excludes it, [n] float32."""
     assert world.child_max is not None
     firing_N = np.zeros(world.n, np.float32)
     for parent in np.unique(parents_N):
