@@ -1,4 +1,4 @@
-# One line per target over the command `hafs`; ARGS is passed through.
+# Each target is one line over the command `hafs`; ARGS is passed to it. `make help` explains the variables.
 PYTHON  ?= python3
 VENV    ?= .venv
 ACCEL   ?= cpu
@@ -26,11 +26,20 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: help setup demo test lint extract train sweep synth eval experiment report bench bench-quick clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
-	@echo "Variables: PROFILE=auto|offline|pythia70m SEED=0 OUT=artifacts GRID='seed=0..3 k=20,40' WORLD=toy-0 EXPERIMENT=FILE.toml"
-	@echo "           VARIANT=baseline|strict|adaptive|ramp_only|gate_only|ortsae|frob|random_init|frozen_decoder"
-	@echo "           ARCH=batchtopk|topk|relu|jumprelu|gated|matryoshka|matryoshka_relu"
-	@echo "           ACCEL=cpu|cuda12|cuda13 ARGS='flags passed to the stage' (make train ARGS=--help lists them)"
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
+	@echo "Variables, with their defaults in brackets:"
+	@echo "  PROFILE     What to extract: pythia70m needs the model hub, offline does not, auto takes what can be had; later"
+	@echo "              targets take the profile that was extracted last. [auto]"
+	@echo "  VARIANT     The arm: baseline, strict, adaptive, ramp_only, gate_only, ortsae, frob, random_init or"
+	@echo "              frozen_decoder. [baseline]"
+	@echo "  ARCH        The architecture: batchtopk, topk, relu, jumprelu, gated, matryoshka or matryoshka_relu. [batchtopk]"
+	@echo "  SEED        The seed of weights and data order. [0]"
+	@echo "  OUT         The folder of stores, runs and reports. [artifacts]"
+	@echo "  GRID        The SAEs of a sweep, such as GRID='variant=baseline,adaptive k=20,40'. [seed=0..3]"
+	@echo "  WORLD       The synthetic world of make synth. [toy-0]"
+	@echo "  EXPERIMENT  The file of make experiment. [experiments/reduced.toml]"
+	@echo "  ACCEL       What make setup installs JAX for: cpu, cuda12 or cuda13. [cpu]"
+	@echo "  ARGS        Flags for the command behind a target; make train ARGS=--help lists them. [none]"
 
 setup: $(STAMP)  ## create the environment in .venv (ACCEL=cuda12 or cuda13 for a GPU); does nothing when up to date
 

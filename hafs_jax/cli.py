@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from hafs_jax import __version__
+from hafs_jax.base import plugins
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.options import did_you_mean
 
@@ -43,45 +45,54 @@ COMMANDS = {
 EXTRAS = {
     "extract": ("torch", "transformers", "transformer_lens", "datasets", "gguf", "pyarrow"),
     "evaluate": (
-        "sae_lens", "sae_bench", "sae_probes", "pandas", "sklearn", "scipy", "huggingface_hub", "xgboost", "zstandard",
-        "seaborn", "tabulate", "openai", "beartype", "jinja2", "matplotlib",
+        "sae_lens", "pandas", "sklearn", "scipy", "huggingface_hub", "xgboost", "zstandard", "seaborn", "tabulate",
+        "openai", "beartype", "jinja2", "matplotlib",
     ),
 }  # fmt: skip
 """The optional packages that the rooms import, by the extra that installs them."""
 
+WITHOUT_DEPENDENCIES = {"sae_bench": "sae-bench==0.6.0", "sae_probes": "sae-probes==0.4.2"}
+"""What no extra installs: these packages declare limits that they do not need (see pyproject.toml)."""
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code. A user's mistake is one line and exit code 2."""
+    """Runs one command and returns its exit code. A user's mistake is one line and exit code 2.
+
+    Plugins are imported before the command, so that what they add is known to it.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(_help())
         return 0
+    if name == "--version":
+        print(f"hafs-jax {__version__}")
+        return 0
     with one_line_errors():
-        if name == "--version":
-            from importlib.metadata import version
-
-            print(version("hafs-jax"))
-            return 0
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; `hafs --help` lists them")
         with _named_extras(name):
+            plugins.load()
             return importlib.import_module(COMMANDS[name].module).main(arguments) or 0
 
 
 @contextmanager
 def _named_extras(command: str) -> Iterator[None]:
-    """Turns the absence of an optional package into a `UserError` that names the extra to install."""
+    """Turns the absence of an optional package into a `UserError` that says how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
-        if extra is None:
+        if package in WITHOUT_DEPENDENCIES:
+            install = f"--no-deps {WITHOUT_DEPENDENCIES[package]}"
+        elif extra is None:
             raise
-        also = "extract,evaluate" if COMMANDS[command].module == "hafs_evaluate.cli" else extra
+        else:  # evaluating needs what extracting does
+            extras = "extract,evaluate" if COMMANDS[command].module == "hafs_evaluate.cli" else extra
+            install = f"'hafs-jax[{extras}]'"
         raise UserError(
-            f"`hafs {command}` needs the package {package}, which is not installed: pip install 'hafs-jax[{also}]'"
+            f"`hafs {command}` needs the package {package}, which is not installed: pip install {install}"
         ) from None
 
 
@@ -96,6 +107,8 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "`hafs COMMAND --help` lists a command's options.",
+            "`hafs COMMAND --help` lists a command's options; `hafs --version` prints the version.",
+            f"The environment variable {plugins.VARIABLE} names modules, divided by commas, that every command imports",
+            "first: architectures, penalties, datasets and profiles of your own.",
         ]
     )

@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(out: Path, tmp_path: Path) -> N
         (["train", "--tokens", "many"], "invalid int value: 'many'"),
         (["tau", "--baseline", "nowhere"], "expected a finished run's run.json"),
         (["inspect", "nowhere"], "expected a run's config.json"),
-        (["fly"], "invalid choice: 'fly'"),
+        (["fly"], "unknown command 'fly'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
