@@ -387,7 +387,7 @@ def test_what_cannot_be_compiled_is_an_error_only_where_it_was_asked_for(
 
     monkeypatch.setattr(run, "COMPILED_FROM_TOKENS", 1)
     monkeypatch.setattr(run.LanguageModel, "compile_blocks", fail)
-    with pytest.raises(UserError, match="compile=on: no compiler; say --compile auto"):
+    with pytest.raises(UserError, match="compile=on: no compiler; pass --compile auto"):
         _extract(inputs.config(compile="on"), tmp_path / "asked")
     with pytest.raises(UserError, match="batch_tokens=33 are not two contexts of 17"):
         _extract(inputs.config(compile="on", batch_tokens=33), tmp_path / "long")

@@ -21,9 +21,8 @@ from hafs_evaluate.latents.firing import observe, scan
 from hafs_evaluate.latents.neighbours import partners, rounded, sharing
 from hafs_evaluate.latents.selectivity import selectivity
 from hafs_evaluate.latents.token_text import TokenText
-from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_text
-from hafs_jax.base.options import option
+from hafs_jax.base.options import check, option
 from hafs_jax.store.reader import Store
 
 SHADE_DIGITS = 3  # significant digits of an activation in a context, which the page only shades by
@@ -34,34 +33,30 @@ FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # Llama a
 class LatentsConfig:
     """What latents.json holds."""
 
-    max_rows: int = option(131_072, "rows read; the store is shuffled, so that its first rows are a random sample")
-    latents: int = option(200, "latents shown, spread evenly over the density ranks of those that fire [latents]")
-    most_active: int = option(20, "of those, how many are the ones with the highest activation [latents]")
-    examples: int = option(20, "top contexts per latent, each from another document [contexts]")
-    random_examples: int = option(
-        8, "contexts per latent drawn from where it fires, each from another document [contexts]"
+    max_rows: int = option(
+        131_072, "rows read; the store is shuffled, so that its first rows are a random sample", least=1
     )
-    seed: int = option(0, "seed of the draw of random contexts")
-    tokens_before: int = option(24, "tokens shown before the peak [tokens]")
-    tokens_after: int = option(12, "tokens shown after the peak [tokens]")
-    promoted: int = option(10, "promoted tokens per latent, and as many suppressed ones [tokens]")
-    partners: int = option(5, "latents that it fires with, per latent [latents]")
-    partner_rows: int = option(10, "fewest rows on which a partner fires with it [rows]")
-    shares: int = option(5, "latents whose dictionary vectors share its direction, per latent [latents]")
-    shared_cosine: float = option(0.2, "least cosine at which two dictionary vectors share a direction")
+    latents: int = option(
+        200, "latents shown, spread evenly over the density ranks of those that fire [latents]", least=0
+    )
+    most_active: int = option(20, "of those, how many are the ones with the highest activation [latents]", least=0)
+    examples: int = option(20, "top contexts per latent, each from another document [contexts]", least=1)
+    random_examples: int = option(
+        8, "contexts per latent drawn from where it fires, each from another document [contexts]", least=0
+    )
+    seed: int = option(0, "seed of the draw of random contexts", least=0)
+    tokens_before: int = option(24, "tokens shown before the peak [tokens]", least=0)
+    tokens_after: int = option(12, "tokens shown after the peak [tokens]", least=0)
+    promoted: int = option(10, "promoted tokens per latent, and as many suppressed ones [tokens]", least=0)
+    partners: int = option(5, "latents that it fires with, per latent [latents]", least=0)
+    partner_rows: int = option(10, "fewest rows on which a partner fires with it [rows]", least=1)
+    shares: int = option(5, "latents whose dictionary vectors share its direction, per latent [latents]", least=0)
+    shared_cosine: float = option(
+        0.2, "least cosine at which two dictionary vectors share a direction", above=0, most=1
+    )
 
     def __post_init__(self) -> None:
-        for name, least in {"max_rows": 1, "examples": 1, "partner_rows": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: expected at least {least}")
-        for name in ("latents", "most_active", "random_examples", "seed", "tokens_before", "tokens_after", "promoted"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: expected 0 or more")
-        for name in ("partners", "shares"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: expected 0 or more")
-        if not 0 < self.shared_cosine <= 1:
-            raise UserError(f"shared_cosine={self.shared_cosine}: expected more than 0 and at most 1")
+        check(self)
 
 
 def show_latents(sae: TorchSAE, store: Store, model: Any, config: LatentsConfig | None = None) -> dict[str, Any]:

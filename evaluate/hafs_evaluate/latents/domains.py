@@ -14,8 +14,7 @@ from hafs_evaluate.core.encode import TorchSAE, encode_store, to_numpy
 from hafs_evaluate.latents.firing import documents_of
 from hafs_evaluate.latents.neighbours import rounded
 from hafs_evaluate.latents.selectivity import auroc
-from hafs_jax.base.errors import UserError
-from hafs_jax.base.options import option
+from hafs_jax.base.options import check, option
 from hafs_jax.store.reader import Store
 
 
@@ -23,20 +22,15 @@ from hafs_jax.store.reader import Store
 class DomainsConfig:
     """How latents are judged as detectors of a source."""
 
-    documents: int = option(4096, "held-out documents looked at, at most, drawn with the seed [documents]")
-    seed: int = option(0, "seed of that draw and of the halves of the documents")
-    precision: float = option(0.8, "a detector's precision by documents, at least")
-    recall: float = option(0.2, "a detector's recall by documents, at least")
-    union: int = option(5, "latents of which a detector fires where any does [latents]")
-    shown: int = option(50, "latents listed, of the highest F1 by documents [latents]")
+    documents: int = option(4096, "held-out documents looked at, at most, drawn with the seed [documents]", least=4)
+    seed: int = option(0, "seed of that draw and of the halves of the documents", least=0)
+    precision: float = option(0.8, "a detector's precision by documents, at least", least=0, most=1)
+    recall: float = option(0.2, "a detector's recall by documents, at least", least=0, most=1)
+    union: int = option(5, "latents of which a detector fires where any does [latents]", least=1)
+    shown: int = option(50, "latents listed, of the highest F1 by documents [latents]", least=0)
 
     def __post_init__(self) -> None:
-        for name, least in {"documents": 4, "seed": 0, "union": 1, "shown": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: expected at least {least}")
-        for name in ("precision", "recall"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)}: expected 0 to 1")
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def test_every_option_changes_the_file(store, sae, change, measure):
 def test_a_bad_option_and_a_wrong_width_are_user_errors(store, tmp_path):
     with pytest.raises(UserError, match="examples=0: expected at least 1"):
         LatentsConfig(examples=0)
-    with pytest.raises(UserError, match="tokens_after=-1: expected 0 or more"):
+    with pytest.raises(UserError, match="tokens_after=-1: expected at least 0"):
         LatentsConfig(tokens_after=-1)
     with pytest.raises(UserError, match="expected activations of the SAE's width 6, found d_model=5"):
         show_latents(random_sae(6, F), store, tiny_tokenizer())
