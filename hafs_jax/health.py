@@ -1,17 +1,16 @@
-"""What a run's metrics say of its health: sparsity, dead latents, bad batches, progress, the gate. No JAX."""
+"""Checks of a run's health from its metrics: sparsity, dead latents, bad batches, progress, gate. It imports no JAX."""
 
 from typing import Any
 
 from hafs_jax.config import TrainConfig
 
-DEAD_SHARE, L0_OFF = 0.05, 0.02  # above these a run deserves a look
-INACTIVE_LAMBDA = (
-    0.05  # a gate that ends below it has done nothing; above, the penalty acted though tau was not reached
-)
+DEAD_SHARE, L0_OFF = 0.05, 0.02  # a run above one of these should be looked at
+# If FVU never reached tau and the last lambda is below this, the penalty did not act. Above it, the penalty did act.
+INACTIVE_LAMBDA = 0.05
 
 
 def health(config: TrainConfig, metrics: list[dict[str, Any]]) -> list[tuple[bool, str]]:
-    """(is it as it should be, one line) for each thing checked, from a run's logged steps (at least one)."""
+    """(whether it passed, one line about it) for each check of the logged steps `metrics`, which must not be empty."""
     last, recent = metrics[-1], metrics[-max(1, len(metrics) // 20) :]
 
     def mean(name: str, records: list[dict[str, Any]] = recent) -> float:
@@ -21,8 +20,8 @@ def health(config: TrainConfig, metrics: list[dict[str, Any]]) -> list[tuple[boo
     l0, dead, bad = mean("l0"), last["dead_fraction"], last["bad_batches"]
     found = [
         (abs(l0 / config.sae.k - 1) <= L0_OFF, f"L0 {l0:.2f}, {l0 / config.sae.k - 1:+.1%} from k={config.sae.k}"),
-        (dead <= DEAD_SHARE, f"{dead:.1%} of latents dead (no firing in {config.sparsity.dead_after_tokens:,} rows)"),
-        (bad == 0, f"{bad} batches with a loss that is not finite (skipped)"),
+        (dead <= DEAD_SHARE, f"{dead:.1%} of latents dead (not fired in {config.sparsity.dead_after_tokens:,} rows)"),
+        (bad == 0, f"{bad} batches skipped because their loss was not finite"),
     ]
     half = metrics[len(metrics) // 2 :]
     falls = mean("loss_reconstruction") <= 1.05 * mean("loss_reconstruction", half[: max(1, len(half) // 10)])

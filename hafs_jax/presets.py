@@ -1,6 +1,7 @@
-"""The named presets: a variant is an arm of the method, an architecture a form of autoencoder; every pair composes.
+"""The named presets of the training config: variants and architectures.
 
-A new arm or architecture joins by one line here.
+A variant says which penalty acts on the decoder. An architecture says what kind of SAE it is. Every pair of them
+works. A new one is one line here, or a call of `hafs_jax.register_variant` or `hafs_jax.register_architecture`.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from hafs_jax.base.options import did_you_mean
 from hafs_jax.config import TrainConfig
 
 Fields = dict[str, Any]
-"""Field of TrainConfig -> value, or part of TrainConfig -> fields of that part."""
+"""Name of a field of TrainConfig -> its value; for a part, such as `penalty`, the fields of that part."""
 
 VARIANTS: dict[str, Fields] = {
     "baseline": {},
@@ -24,8 +25,16 @@ VARIANTS: dict[str, Fields] = {
     "random_init": {"frozen": "everything"},
     "frozen_decoder": {"frozen": "decoder"},
 }
-"""The arms: no penalty; constant pressure; alpha(t) and the gate; each of them alone; OrtSAE's penalty at its published
-weight; all squared cosines; and two references whose SAE or decoder never trains."""
+"""What each variant changes from the defaults.
+
+- baseline: no penalty.
+- strict: the hinge at constant strength.
+- adaptive: the hinge with the schedule alpha(t) and the error gate.
+- ramp_only, gate_only: the hinge with only one of the two.
+- ortsae: OrtSAE's penalty at its published weight.
+- frob: the squared cosines of all pairs.
+- random_init, frozen_decoder: references, whose parameters or whose decoder never train.
+"""
 
 ARCHITECTURES: dict[str, Fields] = {
     "batchtopk": {},
@@ -34,13 +43,13 @@ ARCHITECTURES: dict[str, Fields] = {
     "jumprelu": {"sparsity": {"coefficient": 1000.0, "match_l0": False}},
     "gated": {},
     "matryoshka": {},
-    "matryoshka_relu": {"sparsity": {"coefficient_fractions": (0.0, 0.2, 1.0)}},  # a steeper rise kills the last bands
+    "matryoshka_relu": {"sparsity": {"coefficient_fractions": (0.0, 0.2, 1.0)}},  # a steeper one kills the last bands
 }
-"""What an architecture changes from the defaults."""
+"""What each architecture changes from the defaults."""
 
 
 def preset(variant: str = "baseline", architecture: str = "batchtopk") -> TrainConfig:
-    """The default config of a variant on an architecture; `UserError` names the known ones."""
+    """The default config of a variant on an architecture. Raises `UserError` for an unknown name."""
     if variant not in VARIANTS:
         raise UserError(f"variant {variant!r}: expected one of {', '.join(VARIANTS)}{did_you_mean(variant, VARIANTS)}")
     if architecture not in ARCHITECTURES:
@@ -54,7 +63,7 @@ def preset(variant: str = "baseline", architecture: str = "batchtopk") -> TrainC
 
 
 def with_fields(config: TrainConfig, fields: Fields) -> TrainConfig:
-    """`config` with fields replaced, those of its parts included; validated anew."""
+    """`config` with some fields replaced, also fields of its parts. The new config is validated."""
     changes = {
         name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
         for name, value in fields.items()

@@ -1,15 +1,16 @@
-"""Adding an architecture, a penalty or a variant from outside the library.
+"""Functions that add an architecture, a penalty or a variant from outside the library.
 
     import jax
     from hafs_jax import Architecture, register_architecture
+    from hafs_jax.method.architectures import l1
 
     def squared(pre_BF, params, config, at):
         return jax.nn.relu(pre_BF) ** 2
 
     register_architecture("squared", Architecture(squared, cost=l1))
 
-The name then serves everywhere that a built-in one does. A module that does so can be named in the environment variable
-HAFS_PLUGINS, so that every `hafs` command imports it.
+After that the name works wherever a built-in name works. To have it on the command line too, put such calls into a
+module and name the module in the environment variable HAFS_PLUGINS: every `hafs` command then imports it.
 """
 
 import re
@@ -27,14 +28,21 @@ from hafs_jax.presets import ARCHITECTURES, VARIANTS, Fields
 def register_architecture(
     name: str, architecture: Architecture, preset: Fields | None = None, form: Form | None = None
 ) -> None:
-    """Adds an architecture: its functions, what it changes from the default config, and how to compute it faster.
+    """Adds an architecture under `name`.
 
-    Without a `form` it is computed densely. Raises `UserError` where the name is taken by another architecture or is
-    no name, and where the form multiplies by active latents alone while the cost is another than `l1`.
+    - `architecture`: its functions and facts.
+    - `preset`: what it changes from the default config.
+    - `form`: how to compute it faster. Without a form all its products are dense.
+
+    Raises `UserError` if the name is not an identifier or belongs to another architecture. Raises it too if the form
+    multiplies by active latents alone and the cost is neither `l1` nor None.
     """
     _check_name("architecture", name, architectures.ARCHITECTURES, architecture)
     if form is not None and form.select is not None and architecture.cost not in (None, l1):
-        raise UserError(f"architecture {name!r}: expected cost l1, or none, with a form that selects active latents")
+        raise UserError(
+            f"architecture {name!r}: expected cost l1, or none, with a form that selects active latents, found another "
+            "cost; leave out form.select"
+        )
     architectures.ARCHITECTURES[name] = architecture
     ARCHITECTURES[name] = dict(preset or {})
     if form is not None:
@@ -42,9 +50,10 @@ def register_architecture(
 
 
 def register_penalty(name: str, penalty: Penalty, variant: Fields | None = None) -> None:
-    """Adds a penalty as `penalty.kind`, and a variant of the same name, which uses it at strength `lam_max`.
+    """Adds a penalty as a value of `penalty.kind`, and a variant of the same name that uses it.
 
-    `variant`: further fields of that variant. Raises `UserError` where the name is taken by another penalty or variant.
+    `variant` holds further fields of that variant, such as its strength `penalty.lam_max`. Raises `UserError` if the
+    name is not an identifier or belongs to another penalty or variant.
     """
     _check_name("penalty", name, penalties.PENALTIES, penalty)
     penalties.PENALTIES[name] = penalty
@@ -55,13 +64,15 @@ def register_penalty(name: str, penalty: Penalty, variant: Fields | None = None)
 
 
 def register_variant(name: str, fields: Fields) -> None:
-    """Adds a variant: a name for what it changes from the baseline's config, as in `hafs_jax.VARIANTS`."""
+    """Adds a variant under `name`. `fields`: what it changes from the baseline's config, as in `hafs_jax.VARIANTS`."""
     _check_name("variant", name, VARIANTS, fields)
     VARIANTS[name] = fields
 
 
 def _check_name(what: str, name: str, known: dict[str, Any], value: Any) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(f"{what} {name!r}: expected lower-case letters, digits and _, the first a letter")
+        raise UserError(
+            f"{what} {name!r}: expected a name of lower-case letters, digits and underscores that starts with a letter"
+        )
     if known.get(name, value) != value:
-        raise UserError(f"{what} {name!r}: expected a new name, found another {what} of that name")
+        raise UserError(f"{what} {name!r}: expected a new name, found another {what} with this name; choose another")
