@@ -1,8 +1,10 @@
-"""Trains an SAE on any array of activations, compares it with one that shares direction, and looks inside. One minute.
+"""Trains two SAEs on an array of activations and compares them: a baseline, and the adaptive variant. Takes a minute.
 
     python examples/train_on_array.py [ACTS.npy]
 
-Without an argument the activations are sums of a few of 64 random directions in 32 dimensions: what an SAE should find.
+The adaptive variant penalises dictionary vectors that share a direction: more and more during training, and less while
+the reconstruction suffers. Without an argument, each activation is a sum of a few out of 64 random directions in 32
+dimensions. These directions are what an SAE should find.
 """
 
 import sys
@@ -11,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hafs_jax import load, preset, train, with_fields
-from hafs_jax.store.arrays import write_array_store
+from hafs_jax import load, preset, train, with_fields, write_array_store
 
 
 def planted(rows: int = 60_000, d_model: int = 32, features: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in which each of `features` random directions is present with probability 1/16, and the directions."""
+    """Activations [rows, d_model] and the directions [features, d_model] that they are sums of.
+
+    Each direction is present in a row with probability 1/16, with a coefficient from 1 to 2.
+    """
     random = np.random.default_rng(0)
     directions = random.normal(size=(features, d_model))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -31,9 +35,9 @@ def main() -> None:
     else:
         acts, directions = planted()
     folder = Path(tempfile.mkdtemp())
-    stores = write_array_store(folder, acts, name="example")  # shuffled shards, a held-out part, checksums
+    stores = write_array_store(folder, acts, name="example")  # shuffled, with a held-out part
 
-    # A preset is a whole config: a variant times an architecture. Anything in it can be replaced.
+    # A preset is a whole config, for a variant and an architecture. Every field of it can be replaced.
     size = {"tokens": 400_000, "batch_size": 256, "sae": {"n_latents": 2 * acts.shape[-1], "k": 4}}
     baseline = train(with_fields(preset("baseline", "batchtopk"), size), stores["train"], folder / "runs")
     adaptive = train(with_fields(preset("adaptive", "batchtopk"), size), stores["train"], folder / "runs")

@@ -1,7 +1,8 @@
 """Datasets and profiles by name, adding one's own, and how `--profile auto` chooses. Imports no hub library.
 
 A dataset is a source of text with a name, for `--text NAME`. A profile is a whole extraction with a name, for
-`--profile NAME`. Both can be added from outside, in a module that the environment variable HAFS_PLUGINS names:
+`--profile NAME`. Both can be added from outside, in a plugin (see `hafs_jax.base.plugins`): a module that, for example,
+the environment variable HAFS_PLUGINS names.
 
     from hafs_extract import ExtractConfig, Profile, SourceConfig, register_dataset, register_profile
 

@@ -6,4 +6,5 @@ log        notes and progress bars
 memory     the memory of this process
 options    configs: their bounds, JSON and command-line flags
 places     folders that are locked, and that a finished result replaces
+plugins    modules from outside that add to the project
 """

@@ -1,7 +1,6 @@
 """Datasets and profiles are records: by name on the command line, and added from outside."""
 
 import dataclasses
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +8,12 @@ import pytest
 
 from hafs_evaluate.config import EvalConfig, resolved
 from hafs_extract import Profile, SourceConfig, register_dataset, register_profile
-from hafs_extract.cli import main
 from hafs_extract.config import parse_source
 from hafs_extract.profiles import DATASETS, OFFLINE, PROFILES, PYTHIA70M
+from hafs_jax.base import plugins
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json
+from hafs_jax.cli import main
 from hafs_jax.store.manifest import read_manifest
 from hafs_jax.store.verify import verify
 from tests.support.tiny_models import save_jsonl, save_model, sentence
@@ -58,7 +58,8 @@ def test_a_dataset_and_a_profile_of_a_users_own_module(
     }
     (tmp_path / "users_poetry.py").write_text(PLUGIN.format(**places))
     monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("users_poetry")
+    monkeypatch.setenv(plugins.VARIABLE, "users_poetry")
+    monkeypatch.setattr(plugins, "_loaded", set())
 
     flags = ["--out", str(tmp_path / "out"), "--dtype", "float32"]
     assert main(["extract", "--profile", "poetry", *flags]) == 0

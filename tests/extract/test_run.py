@@ -389,7 +389,7 @@ def test_what_cannot_be_compiled_is_an_error_only_where_it_was_asked_for(
     monkeypatch.setattr(run.LanguageModel, "compile_blocks", fail)
     with pytest.raises(UserError, match="compile=on: no compiler; pass --compile auto"):
         _extract(inputs.config(compile="on"), tmp_path / "asked")
-    with pytest.raises(UserError, match="batch_tokens=33 are not two contexts of 17"):
+    with pytest.raises(UserError, match="batch_tokens=33 is less than two contexts of 17 tokens"):
         _extract(inputs.config(compile="on", batch_tokens=33), tmp_path / "long")
     with pytest.raises(UserError, match=r"compile=on: hook point blocks.1.mlp.hook_post is not of the residual stream"):
         _extract(inputs.config(compile="on", hook_point="blocks.1.mlp.hook_post"), tmp_path / "bridge")
