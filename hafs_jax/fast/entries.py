@@ -59,7 +59,7 @@ def active_latents(
         values_N = product_NF[entries.rows_N, entries.columns_N] + bias_F[entries.columns_N]
         values_N = jnp.where(entries.real_N, values_N, 0.0)
         count = jnp.max(jnp.where(entries.real_N, jnp.arange(1, len(values_N) + 1, dtype=jnp.int32), 0))
-        return SparseLatents(values_N, entries.rows_N, entries.columns_N, count, entries.whole)
+        return SparseLatents(values_N, entries.rows_N, entries.columns_N, count, entries.complete)
 
     P = blocks_of(len(acts_BD), W_enc.shape[1], plan.block_bytes) if form.by_row else 1
     if P == 1:

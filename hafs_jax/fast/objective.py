@@ -22,7 +22,7 @@ from hafs_jax.method.matryoshka import prefix_ends, prefix_errors, prefix_shares
 from hafs_jax.method.revival import auxiliary_error, auxiliary_weight
 from hafs_jax.method.sae import pre_bias
 from hafs_jax.ops.members import largest_of_members
-from hafs_jax.ops.products import Params, blocks_of, row_blocks, whole_rows
+from hafs_jax.ops.products import Params, blocks_of, joined_rows, row_blocks
 
 
 def loss_and_gradients(
@@ -92,7 +92,7 @@ def _in_blocks(
 
     grads, (losses, forwards) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), blocks)
     whole = Forward(
-        whole_rows(forwards.residual_BD),
+        joined_rows(forwards.residual_BD),
         {name: jnp.mean(parts) for name, parts in forwards.parts.items()},
         firing_F=jnp.sum(forwards.firing_F, axis=0),
         smallest=jnp.min(forwards.smallest),

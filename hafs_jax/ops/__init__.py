@@ -1,1 +1,1 @@
-"""Array primitives that know nothing of SAEs: matrix products in a dtype, and selection of the largest entries."""
+"""Array primitives that know nothing about SAEs: matrix products in a dtype, selection of the largest entries."""

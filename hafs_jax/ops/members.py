@@ -1,4 +1,4 @@
-"""SAEs that are trained together in one program, along a mapped axis."""
+"""Reductions over the SAEs that one program trains together, along a mapped axis."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,9 @@ from jaxtyping import Array
 
 
 def largest_of_members(value: Array, axis: str | None) -> Array:
-    """The largest of a number or flag over the SAEs that are trained together along `axis`; itself without one.
+    """The largest value of a number or flag over the SAEs along `axis`; the value itself if `axis` is None.
 
-    A branch on this value stays a branch. On a value that differs between them, `vmap` takes every branch and selects.
+    A branch on this value stays a branch. On a value that may differ between the SAEs, `vmap` would compute every
+    branch and select.
     """
     return value if axis is None else jax.lax.pmax(value.astype(jnp.int32), axis).astype(value.dtype)

@@ -1,4 +1,4 @@
-"""Matrix products of the SAE: inputs in the compute dtype, sums in float32, forward and backward."""
+"""Matrix products with inputs in the compute dtype and sums in float32, forward and backward; batches in blocks."""
 
 from functools import partial
 from typing import cast
@@ -9,15 +9,16 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 Params = dict[str, Array]
-"""W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and what the architecture adds, all float32."""
+"""W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and the architecture's own parameters, all in float32."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(left: Float[Array, "M K"], right: Float[Array, "K N"], dtype: str) -> Float[Array, "M N"]:
-    """left @ right with both cast to `dtype` and the products accumulated in float32.
+    """left @ right, with both cast to `dtype` and the sums accumulated in float32.
 
-    The gradient's two products are of the same kind: the cotangent is cast too, as mixed precision is done in torch.
-    JAX's own gradient keeps it in float32, and so multiplies in float32, which costs most of what bfloat16 saves.
+    The two products of its gradient cast their inputs too, the cotangent included, as torch does in mixed precision.
+    JAX's own gradient would keep the cotangent in float32 and so multiply in float32. That costs most of the time that
+    bfloat16 saves.
     """
     return _product(_by_rows(left, dtype), _by_rows(right, dtype), over=0)
 
@@ -39,7 +40,7 @@ matmul.defvjp(_forward, _backward)
 
 
 def _product(left: Float[Array, "M K"], right: Array, over: int) -> Float[Array, "M N"]:
-    """left @ right, or left @ right.T where the sum goes over right's axis 1, in float32."""
+    """left @ right for `over` = 0 and left @ right.T for `over` = 1, the axis of `right` that is summed; in float32."""
     product = jax.lax.dot_general(left, right, (((1,), (over,)), ((), ())), preferred_element_type=jnp.float32)
     return product if left.dtype == jnp.float32 else _laid_out(product)
 
@@ -47,16 +48,16 @@ def _product(left: Float[Array, "M K"], right: Array, over: int) -> Float[Array,
 def _by_rows(matrix: Array, dtype: str) -> Array:
     """The matrix in `dtype`. In bfloat16 on a CPU it is laid out by rows.
 
-    XLA's CPU kernels for bfloat16 (AMX) take operands by rows and sum over the left one's columns. XLA converts other
-    products to float32, which is six times slower. It cannot run a product whose result it transposes at all, so the
-    result is held by rows too.
+    XLA's CPU kernels for bfloat16 (AMX) need operands that are laid out by rows, and sum over the columns of the left
+    one. XLA converts any other product to float32, which is six times slower. It cannot run a product at all if it
+    transposes the result, so the result is laid out by rows too.
     """
     matrix = matrix.astype(dtype)
     return matrix if dtype == "float32" else _laid_out(matrix)
 
 
 def _laid_out(matrix: Array) -> Array:
-    """The matrix, laid out by rows where the program is lowered for a CPU."""
+    """The matrix, laid out by rows if the program is lowered for a CPU."""
 
     def by_rows(matrix: Array) -> Array:
         return cast(Array, with_layout_constraint(matrix, Layout((0, 1))))
@@ -65,19 +66,22 @@ def _laid_out(matrix: Array) -> Array:
 
 
 def blocks_of(rows: int, width: int, block_bytes: int) -> int:
-    """The fewest equal blocks of rows, of which one float32 array [rows of a block, width] takes at most `block_bytes`.
+    """The smallest number of equal blocks for which a float32 array [rows per block, width] fits into `block_bytes`.
 
-    One block where the number of rows has no divisor from there to four times as many.
+    The number has to divide `rows`. If it would be four times the least that fits, or more, it is 1 instead.
     """
     wanted = -(-4 * rows * width // block_bytes)
     return next((parts for parts in range(wanted, 4 * wanted) if rows % parts == 0), 1)
 
 
 def row_blocks(rows_BD: Float[Array, "B D"], P: int) -> Float[Array, "P N D"]:
-    """The rows in P equal blocks. Block p is every P-th row from p on: a batch split over devices stays where it is."""
+    """The rows in P equal blocks. Block p has every P-th row from p on.
+
+    So a batch that is split over devices need not be moved between them.
+    """
     return rows_BD.reshape(-1, P, rows_BD.shape[-1]).swapaxes(0, 1)
 
 
-def whole_rows(blocks_PND: Float[Array, "P N D"]) -> Float[Array, "B D"]:
-    """The rows that `row_blocks` put into blocks."""
+def joined_rows(blocks_PND: Float[Array, "P N D"]) -> Float[Array, "B D"]:
+    """The rows of the blocks in their original order: the inverse of `row_blocks`."""
     return blocks_PND.swapaxes(0, 1).reshape(-1, blocks_PND.shape[-1])

@@ -1,4 +1,4 @@
-"""Choosing the largest entries of an array without sorting it. Pure functions."""
+"""Selection of the largest entries of an array without sorting it. Pure functions."""
 
 from typing import cast
 
@@ -8,44 +8,44 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-_SAMPLE = 4_096  # entries sorted to bracket the threshold; 4 standard errors of its rank either side
-_GROUP = 16  # neighbours whose maximum stands for them
+_SAMPLE = 4_096  # entries that are sorted to bracket the threshold
+_GROUP = 16  # neighbouring entries of a row, represented by their maximum
 _TINY = np.float32(np.finfo(np.float32).tiny)
 _TOP = np.float32(np.finfo(np.float32).max)
 
 
 class Entries(struct.PyTreeNode):
-    """Some entries of an array [B, F], row by row; a slot that is not real is to be ignored."""
+    """A list of N selected entries of an array [B, F], row by row."""
 
     rows_N: Int[Array, " N"]
     columns_N: Int[Array, " N"]
-    real_N: Bool[Array, " N"]
-    whole: Bool[Array, ""]  # whether there was a slot for each of those that were looked for
+    real_N: Bool[Array, " N"]  # False for padding
+    complete: Bool[Array, ""]  # whether all the entries that were looked for fitted into N
 
 
 def largest_of_rows(
     values_BF: Float[Array, "B F"], offset_F: Float[Array, " F"], most: int, count: Int[Array, ""] | int
 ) -> Entries:
-    """The `count` largest positive entries of each row of values + offset, `count` <= `most`; N = B * most.
+    """The `count` largest positive entries of each row of values + offset, with `count` <= `most` and N = B * most.
 
-    Of ties the first are taken.
+    Among equal entries the first ones are taken.
     """
     largest_BK, columns_BK = top_of_rows(values_BF, most, offset_F)
     return Entries(
         rows_N=jnp.repeat(jnp.arange(len(values_BF), dtype=jnp.int32), most),
         columns_N=columns_BK.astype(jnp.int32).reshape(-1),
         real_N=((largest_BK > 0) & (jnp.arange(most) < count)[None]).reshape(-1),
-        whole=jnp.bool_(True),
+        complete=jnp.bool_(True),
     )
 
 
 def top_of_rows(
     values_BF: Float[Array, "B F"], most: int, offset_F: Float[Array, " F"] | None = None
 ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-    """`jax.lax.top_k` of values + offset, K = `most`: the largest of each row, falling, and their columns.
+    """`jax.lax.top_k` of values + offset with K = `most`: each row's largest entries, falling, and their columns.
 
-    They lie in the `most` groups of neighbours with the largest maxima: one pass over all values finds those, and the
-    rest is done on 16 entries of each. The sum is never written.
+    These entries lie in the `most` groups of neighbours with the largest maxima. One pass over all values finds the
+    groups. The selection then reads only the 16 entries of each group, and values + offset is never written out.
     """
     B, F = values_BF.shape
     offset_F = jnp.zeros(F, values_BF.dtype) if offset_F is None else offset_F
@@ -60,14 +60,17 @@ def top_of_rows(
 
 
 def _top_k(values_BF: Float[Array, "B F"], most: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-    """`jax.lax.top_k`. Where a part of its result is used, XLA would sort whole rows instead, ten times slower."""
+    """`jax.lax.top_k` behind a barrier.
+
+    Without the barrier, if only a part of the result is used, XLA sorts entire rows, which is ten times slower.
+    """
     return cast(tuple[Array, Array], tuple(jax.lax.optimization_barrier(jax.lax.top_k(values_BF, most))))
 
 
 def kth_largest_of_rows(values_BF: Float[Array, "B F"], k: int) -> Float[Array, " B"]:
-    """The `k`-th largest of each row of numbers that are not negative, by bisection of its 31 bits.
+    """The `k`-th largest entry of each row, by bisection of its 31 bits. No entry may be negative.
 
-    For a k of hundreds; below, `top_of_rows` is the faster.
+    Use it for a k in the hundreds. For smaller k, `top_of_rows` is faster.
     """
     bits_BF = _bits(values_BF.astype(jnp.float32))
 
@@ -82,43 +85,49 @@ def kth_largest_of_rows(values_BF: Float[Array, "B F"], k: int) -> Float[Array, 
 def largest_of_all(
     values_BF: Float[Array, "B F"], offset_F: Float[Array, " F"], most: int, count: Int[Array, ""] | int
 ) -> Entries:
-    """The `count` largest positive entries of values + offset, `count` <= `most` = N; found as in `largest_of_rows`."""
+    """The `count` largest positive entries of values + offset, with `count` <= `most` = N.
+
+    They are found in groups of neighbours, as in `top_of_rows`.
+    """
     groups_NG, numbers_N = largest_groups(values_BF, offset_F, most)
     kept_NG = groups_NG >= jnp.maximum(count_threshold(groups_NG, count), _TINY)
     return _entries(kept_NG, numbers_N, most, values_BF.shape[1], jnp.bool_(True))
 
 
 def positive(values_BF: Float[Array, "B F"], offset_F: Float[Array, " F"], most: int) -> Entries:
-    """The positive entries of values + offset; N = `most`. Not `whole` where there are more, or what is no number."""
+    """The positive entries of values + offset, with N = `most`. Not `complete` if there are more, or if one is NaN."""
     values_BTG, offset_TG = _grouped(values_BF), _grouped(offset_F)
     largest_T = jnp.max(values_BTG + offset_TG[None], axis=2).reshape(-1)
     groups_NG, numbers_N = _groups_where(largest_T > 0, values_BTG, offset_TG, most)
     kept_NG = groups_NG > 0
-    whole = (jnp.sum(largest_T > 0) <= most) & (jnp.sum(kept_NG) <= most) & ~jnp.any(jnp.isnan(largest_T))
-    return _entries(kept_NG, numbers_N, most, values_BF.shape[1], whole)
+    complete = (jnp.sum(largest_T > 0) <= most) & (jnp.sum(kept_NG) <= most) & ~jnp.any(jnp.isnan(largest_T))
+    return _entries(kept_NG, numbers_N, most, values_BF.shape[1], complete)
 
 
 def _entries(
-    kept_NG: Bool[Array, "M G"], numbers_N: Int[Array, " M"], most: int, F: int, whole: Bool[Array, ""]
+    kept_NG: Bool[Array, "M G"], numbers_N: Int[Array, " M"], most: int, F: int, complete: Bool[Array, ""]
 ) -> Entries:
-    """The kept ones of M groups of neighbours in rows of F; N = `most`."""
+    """The entries that `kept_NG` marks in M groups of neighbours, with N = `most`.
+
+    `numbers_N` are the numbers of the groups. A row of F entries has F / 16 groups, rounded up.
+    """
     at_N = where_true(kept_NG.reshape(-1), most)
     number_N, per_row = numbers_N[at_N // _GROUP], -(-F // _GROUP)
     return Entries(
         rows_N=number_N // per_row,
         columns_N=number_N % per_row * _GROUP + at_N % _GROUP,
         real_N=jnp.arange(most) < jnp.sum(kept_NG),
-        whole=whole,
+        complete=complete,
     )
 
 
 def batch_threshold(values_BF: Float[Array, "B F"], most: int, count: Int[Array, ""] | int) -> Float[Array, ""]:
-    """`count_threshold` of a large array of which few entries are wanted: `count` <= `most`."""
+    """`count_threshold` of a large array of which only a few entries are selected: `count` <= `most`."""
     if values_BF.size < 2 * _GROUP * most:
         return count_threshold(values_BF, count)
     groups_NG, _ = largest_groups(values_BF, jnp.zeros(values_BF.shape[1]), most)
     kept_NG = groups_NG >= count_threshold(groups_NG, count)
-    return jnp.min(jnp.where(kept_NG, groups_NG, jnp.inf))  # the value itself: the next may lie in another group
+    return jnp.min(jnp.where(kept_NG, groups_NG, jnp.inf))  # exact: the next smaller value may lie in another group
 
 
 def largest_groups(
@@ -126,7 +135,7 @@ def largest_groups(
 ) -> tuple[Float[Array, "N G"], Int[Array, " N"]]:
     """The `most` groups of neighbours in a row of relu(values + offset) with the largest maxima, and their numbers.
 
-    All of them, where there are fewer groups; zeros in place of groups without a positive entry.
+    If there are fewer groups than `most`, all of them. A group without a positive entry comes back as zeros.
     """
     values_BTG, offset_TG = _grouped(values_BF), _grouped(offset_F)
     largest_T = jax.nn.relu(jnp.max(values_BTG + offset_TG[None], axis=2)).reshape(-1)
@@ -138,7 +147,7 @@ def largest_groups(
 def _groups_where(
     wanted_M: Bool[Array, " M"], values_BTG: Float[Array, "B T G"], offset_TG: Float[Array, "T G"], most: int
 ) -> tuple[Float[Array, "N G"], Int[Array, " N"]]:
-    """The wanted groups of relu(values + offset), `most` at most, zeros in what slots remain; and their numbers."""
+    """The first `most` wanted groups of relu(values + offset), padded with zeros, and their numbers."""
     most = min(most, len(wanted_M))
     numbers_N = where_true(wanted_M, most)
     found_N1 = (jnp.arange(most) < jnp.sum(wanted_M))[:, None]
@@ -147,7 +156,7 @@ def _groups_where(
 
 
 def _grouped(values: Float[Array, "*rows F"]) -> Float[Array, "*rows T G"]:
-    """The last axis in groups of neighbours; the last one is filled up with what is never the largest."""
+    """The last axis split into groups of neighbours. Its padding is never the largest."""
     F = values.shape[-1]
     missing = -F % _GROUP
     if missing:
@@ -156,39 +165,43 @@ def _grouped(values: Float[Array, "*rows F"]) -> Float[Array, "*rows T G"]:
 
 
 def where_true(mask_T: Bool[Array, " T"], size: int) -> Int[Array, " N"]:
-    """The places of the first `size` true entries, rising; 0 in what slots remain.
+    """The places of the first `size` true entries, rising, padded with 0.
 
-    `jnp.nonzero` scatters all T entries one by one, ten times as long on a CPU. Here words of 32 are counted, and each
-    slot finds its word, by the largest number of one that begins at or before the slot, and its bit in it by halves.
+    `jnp.nonzero` scatters all T entries one by one, which takes ten times as long on a CPU. Here the mask is packed
+    into words of 32 bits, and the set bits of each word are counted. Output n (from 0) then finds the word of its bit:
+    the last word with at most n set bits before it. The bit in the word is found by halving.
     """
     bits_WB = jnp.pad(mask_T, (0, -len(mask_T) % 32)).reshape(-1, 32).astype(jnp.uint32)
     words_W = jnp.sum(bits_WB << jnp.arange(32, dtype=jnp.uint32)[None], axis=1, dtype=jnp.uint32)
     counts_W, numbers_W = _ones(words_W), jnp.arange(len(words_W), dtype=jnp.int32)
     before_W = jnp.cumsum(counts_W) - counts_W
     word_N = jax.lax.cummax(jnp.zeros(size, jnp.int32).at[before_W].max(numbers_W, mode="drop"))
-    slots_N = jnp.arange(size, dtype=jnp.int32)
-    bits_N, skipped_N, place_N = words_W[word_N], slots_N - before_W[word_N], 32 * word_N
+    ranks_N = jnp.arange(size, dtype=jnp.int32)
+    bits_N, skipped_N, place_N = words_W[word_N], ranks_N - before_W[word_N], 32 * word_N
     for width in (16, 8, 4, 2, 1):
         lower_N = _ones(bits_N & jnp.uint32((1 << width) - 1))
         higher_N = skipped_N >= lower_N
         skipped_N = jnp.where(higher_N, skipped_N - lower_N, skipped_N)
         bits_N = jnp.where(higher_N, bits_N >> width, bits_N)
         place_N = jnp.where(higher_N, place_N + width, place_N)
-    return jnp.where(slots_N < jnp.sum(counts_W), place_N, 0)
+    return jnp.where(ranks_N < jnp.sum(counts_W), place_N, 0)
 
 
 def _ones(words: UInt32[Array, "..."]) -> Int[Array, "..."]:
-    """How many bits of each word are set."""
+    """The number of set bits in each word."""
     return jax.lax.population_count(words).astype(jnp.int32)
 
 
 def count_threshold(values: Float[Array, "..."], count: Int[Array, ""] | int) -> Float[Array, ""]:
-    """The largest t for which at least `count` entries are >= t; exactly `count` where the entries don't tie at t.
+    """A threshold t with exactly `count` entries >= t, or more of them if entries tie at t.
 
-    `values` are finite and not negative, so their float32 bit patterns order as they do. A sorted sample brackets t;
-    then interpolation on the counts, with every third step a bisection, closes the bracket in some 8 passes over
-    the values (a bisection of the 31 bits alone takes 31, a full sort is 40 times slower on a CPU).
-    The loop stops as soon as the count is exact: t then lies between the `count`-th value and the next.
+    `values` must be finite and not negative. Their float32 bit patterns then have the same order as they do.
+
+    1. A sorted sample brackets t.
+    2. Interpolation on the counts, with a bisection at every third step, narrows the bracket. It takes about 8 passes
+       over the values. Bisection of the 31 bits alone would take 31, and a full sort is 40 times slower on a CPU.
+    3. The loop stops as soon as the count is exact: t then lies between the `count`-th value and the next smaller one.
+       If entries tie, it stops at the largest t with at least `count` entries.
     """
     flat = values.astype(jnp.float32).reshape(-1)
     total = flat.size
@@ -233,7 +246,10 @@ def _bits(value: Float[Array, "..."]) -> Array:
 
 
 def _bracket(flat: Float[Array, " n"], count: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Two thresholds that very likely have at least `count` and fewer than `count` entries above them."""
+    """Two thresholds: at least `count` entries very likely reach the first, and fewer than `count` the second.
+
+    They lie 4 standard errors of the rank in the sample to either side.
+    """
     sample = jnp.sort(flat[:: max(1, flat.size // _SAMPLE)])
     rank = count.astype(jnp.float32) / flat.size * sample.size
     spread = 4 * jnp.sqrt(jnp.maximum(rank, 1.0)) + 2

@@ -133,8 +133,8 @@ def test_latents_that_are_few_or_many_give_the_same_by_either(architecture: str,
 
 def test_an_input_that_is_no_number_is_seen() -> None:
     values = jnp.full((3, 40), -1.0).at[1, 7].set(2.0)
-    assert positive(values, jnp.zeros(40), 6).whole
-    assert not positive(values.at[2].set(jnp.nan), jnp.zeros(40), 6).whole
+    assert positive(values, jnp.zeros(40), 6).complete
+    assert not positive(values.at[2].set(jnp.nan), jnp.zeros(40), 6).complete
 
 
 @pytest.mark.parametrize(("l0", "taken"), [(7.0, True), (7.1, False)])
