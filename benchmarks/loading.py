@@ -20,8 +20,9 @@ from hafs_jax.store.manifest import shard_name
 from hafs_jax.store.reader import Store
 from hafs_jax.training.data import Batches, input_scale, prefetch
 from hafs_jax.training.loop import Stores, first_state
+from hafs_jax.training.programs import compile_steps
 from hafs_jax.training.state import hyperparameters
-from hafs_jax.training.step import Batch, compile_steps
+from hafs_jax.training.step import Batch
 from hafs_jax.training.train import resolve
 
 D, B, STEPS_PER_DISPATCH = 576, 2048, 8

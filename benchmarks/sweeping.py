@@ -10,9 +10,8 @@ import numpy as np
 from benchmarks.harness import Row, interleaved
 from benchmarks.workloads import config_of, our_steps, planted_rows
 from hafs_jax.method.sae import InputScale, init_params
-from hafs_jax.training.loop import shared_config
-from hafs_jax.training.state import hyperparameters, state_of
-from hafs_jax.training.step import compile_steps
+from hafs_jax.training.programs import compile_steps
+from hafs_jax.training.state import hyperparameters, shared_config, state_of
 from hafs_jax.training.sweeps import automatic
 
 _MEMBERS, _STEPS = 4, 8  # steps of a dispatch, as by default

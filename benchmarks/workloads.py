@@ -12,9 +12,8 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.fast.plan import resolve_products, this_machine
 from hafs_jax.method.sae import InputScale, init_params
 from hafs_jax.presets import preset, with_fields
-from hafs_jax.training.loop import shared_config
-from hafs_jax.training.state import hyperparameters, state_of
-from hafs_jax.training.step import compile_steps
+from hafs_jax.training.programs import compile_steps
+from hafs_jax.training.state import hyperparameters, shared_config, state_of
 
 D, B, K = 576, 2_048, 32
 DISPATCH = 4  # steps of ours in one call, as the training loop makes them

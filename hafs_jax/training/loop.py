@@ -1,9 +1,8 @@
 """The training loop: feeds the compiled step, logs, measures on held-out rows, checkpoints; one SAE or many."""
 
-import dataclasses
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,21 @@ from hafs_jax.runs import Run, RunSummary
 from hafs_jax.saelens import read_start
 from hafs_jax.store.manifest import MANIFEST
 from hafs_jax.store.reader import Store
-from hafs_jax.training import shardings
 from hafs_jax.training.checkpoint import Checkpoints
 from hafs_jax.training.data import Batches, first_rows, geometric_median, input_scale, prefetch
 from hafs_jax.training.heldout import Heldout
+from hafs_jax.training.programs import TOGETHER, compile_steps
 from hafs_jax.training.runlog import OnRunMetrics, Progress, RunLog
-from hafs_jax.training.state import TrainState, hyperparameters, init_state, state_of
-from hafs_jax.training.step import compile_steps
+from hafs_jax.training.state import (
+    BATCHES,
+    TrainState,
+    hyperparameters,
+    init_state,
+    make_mesh,
+    shared_config,
+    state_of,
+    state_shardings,
+)
 
 _MEDIAN_ROWS = 16_384  # for the geometric median
 _COHERENCE_LATENTS = 4_096  # of which coherence is measured while training
@@ -100,10 +107,10 @@ class _Fit:
         on_metrics: OnRunMetrics | None,
         progress: bool | None,
     ) -> None:
-        self.members, self.stores, self.folder, self.together = members, stores, folder, together
+        self.members, self.stores, self.folder, self.how = members, stores, folder, TOGETHER[together]
         self.on_metrics, self.progress = on_metrics, progress
         self.config = shared_config(members[0].config)
-        self.mesh = shardings.make_mesh(self.config.dictionary_shards)
+        self.mesh = make_mesh(self.config.dictionary_shards)
         data = self.mesh.shape["data"]
         if self.config.batch_size % data:
             raise UserError(f"batch_size={self.config.batch_size}: expected a multiple of the {data} data shards")
@@ -112,111 +119,116 @@ class _Fit:
         self.failed: dict[int, str] = {}
 
     def run(self) -> list[str]:
+        how = self.how
         scale = input_scale(self.stores.train, self.stores.target)
         hypers = [hyperparameters(member.config) for member in self.members]
-        states = [
-            first_state(member.config, self.stores, scale, hyper)
-            for member, hyper in zip(self.members, hypers, strict=True)
-        ]
-        state: Any
-        hyper: Any
-        if self.together is None:
-            state, hyper = states[0], hypers[0]
-            spread = shardings.state_shardings(state, self.mesh)
-        else:
-            state, hyper = _stacked(states), _stacked(hypers) if self.together == "vmap" else tuple(hypers)
-            spread = None
-        del states  # else they stay beside what training makes of them
+        joined = how.join(
+            [
+                first_state(member.config, self.stores, scale, hyper)
+                for member, hyper in zip(self.members, hypers, strict=True)
+            ]
+        )
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        state = jax.device_put(state, everywhere if spread is None else spread)
+        spread = state_shardings(joined, self.mesh) if how.members is None else None
+        joined = jax.device_put(joined, everywhere if spread is None else spread)
         scale = jax.device_put(scale, everywhere)  # a checkpoint's comes back to where this one is
         with ExitStack() as stack:
-            checkpoints = stack.enter_context(Checkpoints(self.folder, state=state))
+            checkpoints = stack.enter_context(Checkpoints(self.folder, state=joined))
             stopped = stack.enter_context(_stop_signals())
             if checkpoints.latest_step() is not None:
-                state, scale = checkpoints.restore(state, scale)
-            if self.together == "map":
-                state = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(len(self.members)))
-            state = self._train(state, scale, hyper, compile_steps(spread, self.together), checkpoints, stopped)
-        if self.together is not None:
+                joined, scale = checkpoints.restore(joined, scale)
+            state = how.for_program(joined, len(self.members))
+            del joined  # else it stays beside what training makes of it
+            program = compile_steps(spread, how.members)
+            self._train(state, scale, how.hyper(hypers), program, checkpoints, stopped)
+        if how.members is not None:
             shutil.rmtree(self.folder)
         return list(self.failed.values())
 
     def _train(
-        self, state: Any, scale: InputScale, hyper: Any, train_steps: Any, checkpoints: Any, stopped: list[int]
-    ) -> Any:
-        config, members = self.config, self.members
-        own_states = [self._member(state, index) for index in range(len(members))]
-        step, bad = int(own_states[0].step), [int(own.gate.bad) for own in own_states]
-        del own_states
-        heldout = [Heldout(member.config, member.run, self.stores, step) for member in members]
-        logs = [RunLog(member.run, member.config, step, self.on_metrics) for member in members]
-        label = members[0].run.folder.name if self.together is None else f"{len(members)} SAEs"
+        self, state: Any, scale: InputScale, hyper: Any, program: Any, checkpoints: Checkpoints, stopped: list[int]
+    ) -> None:
+        """Runs the program over the batches from the state's step on, to the end of training."""
+        config, how = self.config, self.how
+        own = [how.one(state, index) for index in range(len(self.members))]
+        step, bad = int(own[0].step), [int(one.gate.bad) for one in own]
+        del own
+        heldout = [Heldout(member.config, member.run, self.stores, step) for member in self.members]
+        logs = [RunLog(member.run, member.config, step, self.on_metrics) for member in self.members]
+        label = self.members[0].run.name if how.members is None else f"{len(self.members)} SAEs"
         progress = Progress(label, config.steps, config.batch_size, step, self.progress)
         blocks = prefetch(
-            self.batches.dispatches(step, config.steps, config.steps_per_dispatch),
-            NamedSharding(self.mesh, shardings.BATCHES),
+            self.batches.dispatches(step, config.steps, config.steps_per_dispatch), NamedSharding(self.mesh, BATCHES)
         )
         compiled: set[int] = set()  # numbers of steps in a call
         try:
             for block in blocks:
                 if (steps := len(jax.tree.leaves(block)[0])) not in compiled:
-                    train_steps.lower(state, block, scale, hyper, config).compile()
+                    program.lower(state, block, scale, hyper, config).compile()
                     give_back_memory()  # compiling took hundreds of MB, which would stay
                     compiled.add(steps)
-                state, stacked = train_steps(state, block, scale, hyper, config)
+                state, stacked = program(state, block, scale, hyper, config)
                 metrics = {name: value.reshape(len(value), -1) for name, value in jax.device_get(stacked).items()}
                 before, step = step, int(metrics["step"][-1, 0])
                 self._check_finite(metrics, bad)
                 bad = [int(count) for count in metrics["bad_batches"][-1]]
-                at_end = step == config.steps
-                measured = _passed(before, step, config.coherence_every_steps) or at_end
-                held = bool(config.evaluate_every_steps) and (
-                    _passed(before, step, config.evaluate_every_steps) or at_end
-                )
-                for index, (member, log) in enumerate(zip(members, logs, strict=True)):
-                    extra: dict[str, float] = {}
-                    if (measured or held) and index not in self.failed:
-                        own = self._member(state, index)
-                        if measured:
-                            found = _coherence(own.params["W_dec"], None if at_end else _COHERENCE_LATENTS)
-                            extra |= {name: float(value) for name, value in found.items()}
-                        if held:
-                            extra |= heldout[index].measure(own, scale, member.config)
-                    own_metrics = {name: values[:, index] for name, values in metrics.items()}
-                    for row, at in enumerate(own_metrics["step"]):
-                        if at % config.log_every_steps == 0 or (at == step and (at_end or held)):
-                            log.write(own_metrics, row, extra if at == step else {})
+                self._log(metrics, before, state, scale, logs, heldout)
                 progress.advance(step, metrics)
-                early = all(measure.hopeless for measure in heldout)
-                if early or at_end:
+                if step == config.steps or all(measure.hopeless for measure in heldout):
                     break
                 if _passed(before, step, config.checkpoint_every_steps) or stopped:
-                    checkpoints.save(_stacked(state) if self.together == "map" else state, scale)
+                    checkpoints.save(how.for_checkpoint(state), scale)
                 if stopped:
                     raise Terminated(stopped[0])
-            for index, (member, log) in enumerate(zip(members, logs, strict=True)):
-                if index in self.failed:
-                    continue
-                own = self._member(state, index)
-                if self.together is None:
-                    checkpoints.save(own, scale)
-                else:
-                    with Checkpoints(member.run.checkpoints, state=own) as own_checkpoints:
-                        own_checkpoints.save(own, scale)
-                member.run.write_result(self._summary(member, log, own, heldout[index]))
+            self._finish(state, scale, logs, heldout, checkpoints)
         finally:
             blocks.close()
             progress.close()
             for log in logs:
                 log.close()
-        return state
 
-    def _member(self, state: Any, index: int) -> TrainState:
-        """One SAE's state: `state` is its own, one with a leading axis ("vmap"), or a tuple of them ("map")."""
-        if self.together == "map":
-            return state[index]
-        return state if self.together is None else jax.tree.map(lambda leaf: leaf[index], state)
+    def _log(
+        self,
+        metrics: dict[str, np.ndarray],
+        before: int,
+        state: Any,
+        scale: InputScale,
+        logs: list[RunLog],
+        heldout: list[Heldout],
+    ) -> None:
+        """Logs a dispatch, the steps after `before`, with what is measured at its end where that is due."""
+        config, step = self.config, int(metrics["step"][-1, 0])
+        at_end = step == config.steps
+        measured = _passed(before, step, config.coherence_every_steps) or at_end
+        held = bool(config.evaluate_every_steps) and (_passed(before, step, config.evaluate_every_steps) or at_end)
+        for index, (member, log) in enumerate(zip(self.members, logs, strict=True)):
+            extra: dict[str, float] = {}
+            if (measured or held) and index not in self.failed:
+                own = self.how.one(state, index)
+                if measured:
+                    found = _coherence(own.params["W_dec"], None if at_end else _COHERENCE_LATENTS)
+                    extra |= {name: float(value) for name, value in found.items()}
+                if held:
+                    extra |= heldout[index].measure(own, scale, member.config)
+            own_metrics = {name: values[:, index] for name, values in metrics.items()}
+            for row, at in enumerate(own_metrics["step"]):
+                if at % config.log_every_steps == 0 or (at == step and (at_end or held)):
+                    log.write(own_metrics, row, extra if at == step else {})
+
+    def _finish(
+        self, state: Any, scale: InputScale, logs: list[RunLog], heldout: list[Heldout], checkpoints: Checkpoints
+    ) -> None:
+        """Writes the last checkpoint of each SAE that did not fail, into its own run, and then its run.json."""
+        for index, (member, log) in enumerate(zip(self.members, logs, strict=True)):
+            if index in self.failed:
+                continue
+            own = self.how.one(state, index)
+            if self.how.members is None:
+                checkpoints.save(own, scale)
+            else:
+                with Checkpoints(member.run.checkpoints, state=own) as own_checkpoints:
+                    own_checkpoints.save(own, scale)
+            member.run.write_result(self._summary(member, log, own, heldout[index]))
 
     def _check_finite(self, metrics: dict[str, np.ndarray], before: list[int]) -> None:
         step = int(metrics["step"][-1, 0])
@@ -261,26 +273,6 @@ class _Fit:
         )
 
 
-def shared_config(config: TrainConfig) -> TrainConfig:
-    """The config without names and the numbers of `Hyperparameters`: what a program depends on.
-
-    Two configs with the same shared config train in one program.
-    """
-    penalty = dataclasses.replace(config.penalty, lam_max=max(1.0, config.penalty.lam_min), tau=None)
-    return dataclasses.replace(
-        config,
-        variant="",
-        seed=0,
-        tag="",
-        tensorboard=False,
-        wandb=None,
-        arm="",
-        penalty=penalty,
-        sparsity=dataclasses.replace(config.sparsity, coefficient=1.0),
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0),
-    )
-
-
 def first_state(config: TrainConfig, stores: Stores, scale: InputScale, hyper: Any) -> TrainState:
     """The state at the start of training: fresh, or from the SAELens folder that `config.init_from` names."""
     d_model, key = stores.train.manifest.d_model, jax.random.key(config.seed)
@@ -305,11 +297,6 @@ def fitting(params: dict, like: dict, source: str) -> dict:
         if found != value.shape:
             raise UserError(f"{source}: expected {name} of shape {value.shape} for this config, found {found}")
     return {name: jnp.asarray(params[name], jnp.float32) for name in like}
-
-
-def _stacked(trees: Sequence[Any]) -> Any:
-    """One tree whose leaves have a leading axis for those of `trees`."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _passed(before: int, now: int, every: int) -> bool:

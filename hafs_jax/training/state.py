@@ -1,20 +1,32 @@
-"""The one pytree that holds everything that changes during training.
+"""The one pytree that holds everything that changes during training, and where its arrays live on several devices.
+
+Rows of a batch are split over the mesh's axis `data`, latents over its axis `dictionary`; everything else is
+replicated. On one device both axes have size 1 and nothing is split. The step is written as if for one device: the
+compiler inserts the communication.
 
 Scalars are written `...`: under `vmap` over many SAEs every leaf has one leading axis more.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.adam import optimizer
 from hafs_jax.method.controllers import ErrorGate, SparsityControl, init_gate, init_sparsity
+from hafs_jax.method.latent_axes import latent_axis
 from hafs_jax.method.penalties import first_groups
 from hafs_jax.method.sae import init_params, unit_rows
 from hafs_jax.ops.products import Params
+
+BATCHES = PartitionSpec(None, "data", None)  # [S, B, D]
 
 
 class Hyperparameters(struct.PyTreeNode):
@@ -54,6 +66,26 @@ class TrainState(struct.PyTreeNode):
         return {**self.average, "W_dec": unit_rows(self.average["W_dec"])}
 
 
+def shared_config(config: TrainConfig) -> TrainConfig:
+    """The config without names and the numbers of `Hyperparameters`: what a program depends on.
+
+    Two configs with the same shared config train in one program.
+    """
+    penalty = dataclasses.replace(config.penalty, lam_max=max(1.0, config.penalty.lam_min), tau=None)
+    return dataclasses.replace(
+        config,
+        variant="",
+        seed=0,
+        tag="",
+        tensorboard=False,
+        wandb=None,
+        arm="",
+        penalty=penalty,
+        sparsity=dataclasses.replace(config.sparsity, coefficient=1.0),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0),
+    )
+
+
 def hyperparameters(config: TrainConfig) -> Hyperparameters:
     """The config's own numbers."""
     tau = 1.0 if config.penalty.tau is None else config.penalty.tau
@@ -90,3 +122,23 @@ def state_of(config: TrainConfig, params: Params, key: Key[Array, ""], hyper: Hy
         sparsity=init_sparsity(hyper.coefficient, config.sae.k),
         key=key,
     )
+
+
+def make_mesh(dictionary_shards: int) -> Mesh:
+    """A mesh of all devices, `dictionary_shards` of them along the latents, the rest along the batch."""
+    devices = jax.device_count()
+    if devices % dictionary_shards:
+        raise UserError(f"dictionary_shards={dictionary_shards}: expected a divisor of the {devices} devices")
+    shape, names = (devices // dictionary_shards, dictionary_shards), ("data", "dictionary")
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """A sharding for every leaf of the training state, by the leaf's name; Adam's moments follow their parameter."""
+
+    def of(path: tuple, leaf: Any) -> NamedSharding:
+        axis = latent_axis(path)
+        spec = PartitionSpec() if axis is None else PartitionSpec(*([None] * axis), "dictionary")
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(of, state)

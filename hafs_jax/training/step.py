@@ -3,9 +3,7 @@
 It descends on `loss` + lambda * O. The penalty O reads the decoder alone, so its gradient is taken apart and added.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -230,68 +228,3 @@ def _regrouped(state: TrainState, config: TrainConfig, axis: str | None) -> Int[
         lambda: assign_parents(state.params["W_dec"], settings.parents),
         lambda: state.groups_F,
     )
-
-
-def compile_steps(
-    state_shardings: Any = None, members: str | None = None, platform: str | None = None
-) -> Callable[..., tuple[Any, Metrics]]:
-    """The compiled program: (state, batches, scale, hyper, config) -> (state, metrics of [S]), S steps in one call.
-
-    `batches` are a Batch with a leading axis of S. The state is donated. Its shardings are pinned to `state_shardings`,
-    so that the state that comes out fits the program that it goes back into, and nothing compiles twice.
-    `members` says how SAEs are trained together on the same batches, metrics of [S, members]: "vmap" batches their
-    products, state and hyper having a leading axis; "map" runs the one program for each of a tuple of them in turn.
-    `platform` is what the program is for (none: where JAX runs): "gpu" gives one that can be lowered for a GPU on a
-    machine that has none.
-    """
-    axis = "members" if members == "vmap" else None
-
-    def train_steps(
-        state: TrainState, batches: Batch, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
-    ) -> tuple[TrainState, Metrics]:
-        def run(state: TrainState, hyper: Hyperparameters) -> tuple[TrainState, Metrics]:
-            def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-                return train_step(state, batch, scale, hyper, config, axis, platform)
-
-            return cast(tuple[TrainState, Metrics], jax.lax.scan(cast(Any, body), state, batches))
-
-        if members == "vmap":
-            return cast(tuple[TrainState, Metrics], jax.vmap(run, out_axes=(0, 1), axis_name=axis)(state, hyper))
-        return run(state, hyper)
-
-    out: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
-    program = jax.jit(train_steps, static_argnames="config", donate_argnames="state", **out)
-    if members != "map":
-        return program
-
-    return _InTurn(program)
-
-
-@dataclass(frozen=True)
-class _InTurn:
-    """One program for each of a tuple of states in turn, called and compiled as if it were one for all."""
-
-    program: Any
-
-    def __call__(
-        self,
-        states: tuple[TrainState, ...],
-        batches: Batch,
-        scale: InputScale,
-        hypers: tuple[Hyperparameters, ...],
-        config: TrainConfig,
-    ) -> tuple[tuple[TrainState, ...], Metrics]:
-        pairs = zip(states, hypers, strict=True)
-        done = [self.program(state, batches, scale, hyper, config) for state, hyper in pairs]
-        states, metrics = zip(*done, strict=True)
-        return states, jax.tree.map(lambda *values: jnp.stack(values, axis=1), *metrics)
-
-    def lower(
-        self,
-        states: tuple[TrainState, ...],
-        batches: Batch,
-        scale: InputScale,
-        hypers: tuple[Hyperparameters, ...],
-        config: TrainConfig,
-    ) -> Any:
-        return self.program.lower(states[0], batches, scale, hypers[0], config)

@@ -19,8 +19,9 @@ from hafs_jax.fast.plan import target
 from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.runs import Run, identity
 from hafs_jax.training.budget import check_memory
-from hafs_jax.training.loop import Member, Stores, fit, shared_config
+from hafs_jax.training.loop import Member, Stores, fit
 from hafs_jax.training.runlog import OnRunMetrics
+from hafs_jax.training.state import shared_config
 from hafs_jax.training.train import describe, prepare, resolve
 
 LOG = logging.getLogger(__name__)

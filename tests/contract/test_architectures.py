@@ -24,8 +24,9 @@ from hafs_jax.presets import ARCHITECTURES, VARIANTS, preset
 from hafs_jax.store.reader import Store
 from hafs_jax.training.checkpoint import load_checkpoint
 from hafs_jax.training.data import input_scale
+from hafs_jax.training.programs import compile_steps
 from hafs_jax.training.state import hyperparameters, init_state
-from hafs_jax.training.step import compile_steps, train_step
+from hafs_jax.training.step import train_step
 from hafs_jax.training.train import train
 from tests.support.stores import planted, write_store
 

@@ -12,8 +12,8 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import from_dict, to_dict
 from hafs_jax.config import OptimizerConfig, PenaltyConfig, SAEConfig, SparsityConfig, TrainConfig, run_name
 from hafs_jax.presets import preset, with_fields
+from hafs_jax.training.programs import compile_steps
 from hafs_jax.training.state import hyperparameters, init_state
-from hafs_jax.training.step import compile_steps
 from tests.support.steps import B, D, batch, fresh, small
 
 STEPS = 24  # of 24: the whole of a training, so that decay and freezing count

@@ -3,6 +3,7 @@
 It computes with the run's own JAX functions, on the CPU, and hands torch tensors in and out.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hafs_jax.store.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What SAE-Bench asks a SAE's cfg for."""
+
+    architecture: str
+    d_in: int
+    d_sae: int
+    metadata: SimpleNamespace
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "metadata": vars(self.metadata)}
 
 
 class OwnSAE(torch.nn.Module):
@@ -36,11 +52,8 @@ class OwnSAE(torch.nn.Module):
             context_size=manifest.context_length,
             training_architecture=config.architecture,
         )
-        self.cfg = SimpleNamespace(
-            architecture=config.architecture, d_in=self.W_enc.shape[0], d_sae=config.F, dtype="float32", device="cpu",
-            metadata=metadata,
-        )  # fmt: skip
-        self.cfg.to_dict = lambda: {**vars(self.cfg), "to_dict": None, "metadata": vars(metadata)}
+        d_in = self._sae.d_model
+        self.cfg = _Config(config.architecture, d_in, config.F, metadata)
 
     @property
     def device(self) -> torch.device:

@@ -18,8 +18,8 @@ from hafs_jax.fast.plan import Machine, choose, resolve_products
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.runs import Run
 from hafs_jax.training import train as training
+from hafs_jax.training.programs import compile_steps
 from hafs_jax.training.state import hyperparameters
-from hafs_jax.training.step import compile_steps
 from hafs_jax.training.train import train
 from tests.support.steps import batch, fresh, small
 from tests.support.stores import planted, write_store

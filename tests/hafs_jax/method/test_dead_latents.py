@@ -10,8 +10,8 @@ from hafs_jax.fast.objective import _rooms, add_auxiliary
 from hafs_jax.method.architectures import OperatingPoint
 from hafs_jax.method.revival import pre_activation_loss
 from hafs_jax.method.sae import SAE, init_params
+from hafs_jax.training.programs import compile_steps
 from hafs_jax.training.state import hyperparameters, init_state
-from hafs_jax.training.step import compile_steps
 from tests.support.steps import B, D, F, K, batch, fresh, one_step, small
 
 

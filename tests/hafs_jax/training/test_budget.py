@@ -16,8 +16,8 @@ from hafs_jax.training import budget as module
 from hafs_jax.training.budget import available_bytes, budget, size
 from hafs_jax.training.data import input_scale
 from hafs_jax.training.loop import Stores
+from hafs_jax.training.programs import compile_steps
 from hafs_jax.training.state import hyperparameters, init_state
-from hafs_jax.training.step import compile_steps
 from hafs_jax.training.sweeps import sweep
 from hafs_jax.training.train import describe, train
 from tests.support.stores import write_store

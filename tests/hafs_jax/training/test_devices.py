@@ -8,11 +8,11 @@ from pathlib import Path
 STEPS = """
 import jax, numpy as np, jax.numpy as jnp, dataclasses
 from tests.support.steps import small, fresh, batch
-from hafs_jax.training import shardings
+from hafs_jax.training.state import BATCHES, make_mesh, state_shardings
 from hafs_jax.fast import plan
 from hafs_jax.fast.objective import blocks_of_rows
 from hafs_jax.training.state import hyperparameters
-from hafs_jax.training.step import compile_steps
+from hafs_jax.training.programs import compile_steps
 acts = jnp.stack([batch(0), batch(1)])
 def check(config, over, shift=0.0):
     outs = []
@@ -21,10 +21,10 @@ def check(config, over, shift=0.0):
         state.params['b_enc'] += shift
         block, spread = acts, None
         if split:
-            mesh = shardings.make_mesh(over)
-            spread = shardings.state_shardings(state, mesh)
+            mesh = make_mesh(over)
+            spread = state_shardings(state, mesh)
             state = jax.device_put(state, spread)
-            block = jax.device_put(acts, jax.NamedSharding(mesh, shardings.BATCHES))
+            block = jax.device_put(acts, jax.NamedSharding(mesh, BATCHES))
             assert state.params['W_dec'].addressable_shards[0].data.shape == (12 // over, 5)
         state, metrics = compile_steps(spread)(state, block, scale, hyperparameters(config), config)
         outs.append(jax.device_get((state.params, metrics)))

@@ -14,8 +14,8 @@ from hafs_jax.fast.forms import capacity
 from hafs_jax.method.architectures import OperatingPoint
 from hafs_jax.method.sae import InputScale
 from hafs_jax.presets import ARCHITECTURES
+from hafs_jax.training.programs import compile_steps
 from hafs_jax.training.state import TrainState, hyperparameters, init_state
-from hafs_jax.training.step import compile_steps
 from tests.support.steps import B, D, F, K, batch, fresh, one_step, small
 
 
