@@ -18,13 +18,13 @@ ACROSS = {
     "hafs_extract": {"hafs_jax.base", "hafs_jax.store"},
     "hafs_jax": set[str](),
     "hafs_evaluate": {
-        "hafs_jax.base", "hafs_jax.store", "hafs_jax.config", "hafs_jax.presets", "hafs_jax.runs", "hafs_jax.saelens",
+        "hafs_jax.base", "hafs_jax.store", "hafs_jax.config", "hafs_jax.presets", "hafs_jax.runs", "hafs_jax.saelens", "hafs_jax.api",
         "hafs_extract.models", "hafs_extract.hub", "hafs_extract.packaged",
     },
 }  # fmt: skip
 """What of the other rooms a room may import."""
-INSIDE_FUNCTIONS = {"hafs_jax.saelens"}
-"""What hafs_evaluate may import only inside functions: it brings JAX."""
+INSIDE_FUNCTIONS = {"hafs_jax.saelens", "hafs_jax.api"}
+"""What hafs_evaluate may import only inside functions: they bring JAX."""
 LAYERS = (
     {"base"},
     {"store"},
