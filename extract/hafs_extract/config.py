@@ -12,7 +12,7 @@ from typing import Any
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import check, did_you_mean, option
-from hafs_jax.store.manifest import KEPT_AS
+from hafs_jax.store.manifest import DISK_DTYPES
 
 KINDS = ("rows", "wikitext", "multiple_choice")
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
@@ -59,7 +59,7 @@ class ExtractConfig:
     heldout_fraction: float = option(
         0.05, "share of the documents in the held-out store, chosen by hash", above=0, below=1
     )
-    dtype: str = option("float16", "dtype of the stored activations", choices=tuple(KEPT_AS))
+    dtype: str = option("float16", "dtype of the stored activations", choices=tuple(DISK_DTYPES))
     norm_multiple: float | None = option(
         3.0, "rows whose norm is above this multiple of the median are dropped; none: no row", above=0
     )

@@ -23,9 +23,9 @@ memory, and their rows are stored in shuffled order.
 """
 
 EPILOG = """\
-ACTS.npy holds activations [rows, D] in float16, float32 or float64. Of more
-dimensions, all but the last are flattened to rows. Several files are taken one
-after another.
+ACTS.npy holds activations [rows, D] in float16, float32 or float64. If it has
+more dimensions, all but the last are flattened to rows. Several files are read
+one after another.
 
 --groups is for rows that belong together, such as the patches of an image or
 the residues of a protein: a group is either in train or in heldout.

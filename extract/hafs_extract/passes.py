@@ -36,7 +36,7 @@ from hafs_jax.store.manifest import (
 )
 from hafs_jax.store.reader import Contexts
 from hafs_jax.store.shards import ShardWriter
-from hafs_jax.store.shuffle import Spill, n_buckets, norms, shuffle_keys, spilled, taken
+from hafs_jax.store.shuffle import Spill, n_buckets, norms, shuffle_keys, spill_record, take_rows
 
 TEXT_FILES = ("contexts.npy", "tokens.npy", "documents.jsonl")
 
@@ -50,7 +50,7 @@ class Split:
     contexts: Contexts
     batches: Batches
     first_position: int  # the first position that is stored: 1 where BOS is at 0, else 0
-    record: np.dtype  # of `shuffle.spilled`, with a kind of activations for each hook point
+    record: np.dtype  # of `shuffle.spill_record`, with a kind of activations for each hook point
 
     @property
     def rows(self) -> int:
@@ -71,7 +71,7 @@ def open_split(name: str, folder: Path, config: ExtractConfig, model: LanguageMo
     arrays = [np.load(folder / file, mmap_mode="r", allow_pickle=False) for file in ("contexts.npy", "tokens.npy")]
     contexts = Contexts(*arrays)
     batches = plan_batches(contexts.table["length"], config.batch_tokens)
-    record = spilled([(width, config.dtype) for width in widths])
+    record = spill_record([(width, config.dtype) for width in widths])
     return Split(name, folder, contexts, batches, int(model.prepend_bos), record)
 
 
@@ -156,7 +156,7 @@ def _records(split: Split, config: ExtractConfig, batch: _Batch) -> np.ndarray:
     row_N["document"], row_N["source"] = table["document"][context_N], table["source"][context_N]
     for kind, (hook_point, acts_BLD) in enumerate(batch.acts.items()):
         acts_ND = acts_BLD[torch.from_numpy(kept_BL).to(acts_BLD.device)]
-        kept_ND = _as_kept(acts_ND, config.dtype)
+        kept_ND = _convert_rows(acts_ND, config.dtype)
         records["norm"][:, kind] = norm_N = norms(kept_ND, config.dtype)
         if not (is_finite_N := np.isfinite(norm_N)).all():
             raise _not_finite(hook_point, acts_ND.float().cpu().numpy(), ~is_finite_N, row_N, split, config)
@@ -164,8 +164,8 @@ def _records(split: Split, config: ExtractConfig, batch: _Batch) -> np.ndarray:
     return records
 
 
-def _as_kept(acts_ND: torch.Tensor, dtype: str) -> np.ndarray:
-    """Activations converted to KEPT_AS[dtype], [N, D]. torch rounds them on their device, faster than numpy."""
+def _convert_rows(acts_ND: torch.Tensor, dtype: str) -> np.ndarray:
+    """Activations converted to DISK_DTYPES[dtype], [N, D]. torch rounds them on their device, faster than numpy."""
     kept_ND = acts_ND.to(getattr(torch, dtype)).cpu()
     return kept_ND.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else kept_ND.numpy()
 
@@ -216,7 +216,7 @@ def write_stores(
         for records in spill.shuffled():
             kept = records
             if limits is not None and not (is_near := (records["norm"].astype(np.float64) <= limits).all(1)).all():
-                kept = taken(records, np.flatnonzero(is_near))
+                kept = take_rows(records, np.flatnonzero(is_near))
             for kind, writer in enumerate(writers):
                 writer.add(kept[f"acts{kind}"], kept["row"])
             bar.update(len(records))

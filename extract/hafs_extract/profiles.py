@@ -54,7 +54,7 @@ class Profile:
     """A named extraction: its config, and what later commands need to know of its stores."""
 
     config: ExtractConfig  # its `profile` is the name
-    suite: str = "standard"  # the probing suite of evaluations: `hafs evaluate --suite auto` takes it from the store
+    suite: str | None = None  # the probing suite of evaluations; None: the first one that needs no hub
     help: str = ""  # what it extracts, for `hafs extract --help`
 
     @property
@@ -135,7 +135,7 @@ class Resolved:
     requested: str
     resolved: str
     reason: str
-    suite: str | None = None  # the profile's probing suite; None: evaluations choose one
+    suite: str | None = None  # the profile's probing suite
 
 
 def resolve(requested: str) -> Resolved:

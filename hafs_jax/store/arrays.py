@@ -30,8 +30,8 @@ from hafs_jax.base.places import locked, put_in_place
 from hafs_jax.store.descriptions import FILES, Descriptions, Grouping
 from hafs_jax.store.manifest import (
     CONTEXT,
+    DISK_DTYPES,
     FORMAT_VERSION,
-    KEPT_AS,
     MANIFEST,
     ROW,
     Manifest,
@@ -44,7 +44,7 @@ from hafs_jax.store.manifest import (
 )
 from hafs_jax.store.npy import ArrayRows, Arrays, read_groups
 from hafs_jax.store.shards import ShardWriter
-from hafs_jax.store.shuffle import Spill, n_buckets, shuffle_keys, spilled
+from hafs_jax.store.shuffle import Spill, n_buckets, shuffle_keys, spill_record
 
 SPLITS = ("train", "heldout")
 HOOK_POINT = "array"
@@ -69,7 +69,7 @@ class ArrayConfig:
     dtype: str = option(
         "keep",
         "dtype of the stored activations; keep: float16 where the input is float16, else float32",
-        choices=("keep", *KEPT_AS),
+        choices=("keep", *DISK_DTYPES),
     )
     shard_rows: int = option(65_536, "rows in a shard", least=1, most=2**31 - 1)
 
@@ -197,7 +197,7 @@ class ArrayImport:
 
     def _make(self, work: Path, progress: Progress) -> None:
         dtypes = {place: self._dtype(rows) for place, rows in self.inputs.items()}
-        record = spilled([(rows.d_model, dtypes[place]) for place, rows in self.inputs.items()])
+        record = spill_record([(rows.d_model, dtypes[place]) for place, rows in self.inputs.items()])
         self._check_space(work, record)
         with contextlib.ExitStack() as files:
             spills: list[Spill] = []
@@ -236,7 +236,7 @@ class ArrayImport:
         digests = {place: hashlib.sha256() for place in self.inputs}
         for source, start, stop in self.acts.blocks():
             kept = [
-                rows.kept(start, stop, dtype, digests[place])
+                rows.convert(start, stop, dtype, digests[place])
                 for (place, rows), dtype in zip(self.inputs.items(), dtypes, strict=True)
             ]
             is_heldout_B, group_B = self.grouping.read(start, stop)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hafs_jax.store.manifest import CONTEXT
-from hafs_jax.store.shuffle import hashed
+from hafs_jax.store.shuffle import hash_numbers
 
 FILES = ("contexts.npy", "tokens.npy", "documents.jsonl")
 
@@ -43,7 +43,7 @@ class Grouping:
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """For rows `start` to `stop`: whether each is held out, [N] bool, and its group, [N]."""
         group_N = np.arange(start, stop) if self.groups_N is None else self.groups_N[start:stop]
-        return hashed(self.seed, _SPLIT_STREAM, group_N) < self.below, group_N
+        return hash_numbers(self.seed, _SPLIT_STREAM, group_N) < self.below, group_N
 
 
 class Descriptions:

@@ -36,7 +36,7 @@ CONTEXT = np.dtype([("start", "<i8"), ("length", "<i4"), ("document", "<i4"), ("
 """What describes one context: its slice of tokens.npy, its document and source, and the offset in the document of its
 first token that is not BOS."""
 
-KEPT_AS: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
+DISK_DTYPES: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
 """The numpy dtype in which activations of each dtype lie on disk."""
 
 
@@ -157,14 +157,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Activations as they lie on disk (KEPT_AS[dtype]), converted to float32. Exact."""
+    """Activations as they lie on disk (DISK_DTYPES[dtype]), converted to float32. Exact."""
     if dtype == "bfloat16":
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float32)
 
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 activations as they lie on disk (KEPT_AS[dtype]), rounded to nearest even.
+    """float32 activations as they lie on disk (DISK_DTYPES[dtype]), rounded to nearest even.
 
     A value too large for `dtype` becomes infinity; the caller must check for it.
     """
@@ -172,4 +172,4 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     with np.errstate(over="ignore"):
-        return values.astype(KEPT_AS[dtype])
+        return values.astype(DISK_DTYPES[dtype])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.shuffle import as_kept
+from hafs_jax.store.shuffle import convert_rows
 
 Arrays = np.ndarray | str | Path | Sequence[np.ndarray | str | Path]
 
@@ -93,15 +93,15 @@ class ArrayRows:
                 digest.update(np.ascontiguousarray(pieces[-1]).reshape(-1).view(np.uint8).data)
         return pieces
 
-    def kept(self, start: int, stop: int, dtype: str, digest: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Rows `start` to `stop` converted to KEPT_AS[dtype], [N, D], and their norms [N].
+    def convert(self, start: int, stop: int, dtype: str, digest: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Rows `start` to `stop` converted to DISK_DTYPES[dtype], [N, D], and their norms [N].
 
         Raises `UserError` naming the first row that is not finite or whose values are too large for `dtype`.
         """
         pieces = self.pieces(start, stop, digest)
         with np.errstate(over="ignore"):  # a float64 that is too large becomes infinity, which is found below
             acts_ND = np.concatenate([piece.astype(np.float32) for piece in pieces])
-        kept_ND, norm_N, is_finite_N = as_kept(acts_ND, dtype)
+        kept_ND, norm_N, is_finite_N = convert_rows(acts_ND, dtype)
         if is_finite_N.all():
             return kept_ND, norm_N
         bad = int(np.argmin(is_finite_N))

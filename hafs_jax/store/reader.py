@@ -9,7 +9,16 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.manifest import CONTEXT, KEPT_AS, MANIFEST, ROW, read_manifest, rows_name, shard_name, to_float32
+from hafs_jax.store.manifest import (
+    CONTEXT,
+    DISK_DTYPES,
+    MANIFEST,
+    ROW,
+    read_manifest,
+    rows_name,
+    shard_name,
+    to_float32,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Store:
         return self.manifest.rows
 
     def raw(self, shard: int) -> np.ndarray:
-        """Shard `shard` as it lies on disk, memory-mapped, [rows, D] of KEPT_AS[dtype]."""
+        """Shard `shard` as it lies on disk, memory-mapped, [rows, D] of DISK_DTYPES[dtype]."""
         return _open(self.folder / shard_name(shard))
 
     def rows(self, shard: int) -> np.ndarray:
@@ -72,7 +81,7 @@ class Store:
         Every row comes once. A batch never spans two shards, so each shard's last one may be shorter. No batch is
         empty. The arrays are the caller's own copies, activations in float32.
 
-        With `raw` both arrays are read-only views of the mapped files instead, the activations in KEPT_AS[dtype].
+        With `raw` both arrays are read-only views of the mapped files instead, the activations in DISK_DTYPES[dtype].
         Nothing is then read before it is used, so that a pass over `rows_B` alone is cheap.
         """
         if rows < 1:
@@ -102,8 +111,8 @@ class Store:
     def shape_problems(self) -> list[str]:
         """A line for each file that is missing, does not open, or has another shape or dtype than the manifest says."""
         manifest, problems = self.manifest, []
-        if manifest.dtype not in KEPT_AS:
-            return [f"{self.folder / MANIFEST}: dtype {manifest.dtype!r}, expected one of {', '.join(KEPT_AS)}"]
+        if manifest.dtype not in DISK_DTYPES:
+            return [f"{self.folder / MANIFEST}: dtype {manifest.dtype!r}, expected one of {', '.join(DISK_DTYPES)}"]
         if sum(shard.rows for shard in manifest.shards) != manifest.rows:
             problems.append(f"{self.folder / MANIFEST}: its shards' rows do not add up to rows={manifest.rows}")
         expected: dict[str, tuple[tuple[int, ...] | None, np.dtype]] = {
@@ -111,7 +120,7 @@ class Store:
             "tokens.npy": (None, np.dtype("<i4")),
         }
         for index, shard in enumerate(manifest.shards):
-            expected[shard_name(index)] = ((shard.rows, manifest.d_model), KEPT_AS[manifest.dtype])
+            expected[shard_name(index)] = ((shard.rows, manifest.d_model), DISK_DTYPES[manifest.dtype])
             expected[rows_name(index)] = ((shard.rows,), ROW)
         for name, (shape, dtype) in expected.items():
             path = self.folder / name

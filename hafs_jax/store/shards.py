@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from hafs_jax.base.files import sha256_of, write_npy
-from hafs_jax.store.manifest import KEPT_AS, ROW, ShardInfo, rows_name, shard_name, to_float32
+from hafs_jax.store.manifest import DISK_DTYPES, ROW, ShardInfo, rows_name, shard_name, to_float32
 
 _ROWS_AT_ONCE = 256  # so that their float64 values stay in the processor's cache
 
@@ -40,7 +40,7 @@ class ShardWriter:
         self._acts, self._rows, self._filled = self._empty()
 
     def add(self, acts_BD: np.ndarray, rows_B: np.ndarray) -> None:
-        """Appends rows, [B, D] in KEPT_AS[dtype] and [B] of ROW; shards that they fill are written."""
+        """Appends rows, [B, D] in DISK_DTYPES[dtype] and [B] of ROW; shards that they fill are written."""
         done = 0
         while done < len(rows_B):
             count = min(len(rows_B) - done, self.shard_rows - self._filled)
@@ -67,7 +67,7 @@ class ShardWriter:
         self._threads.shutdown()
 
     def _empty(self) -> tuple[np.ndarray, np.ndarray, int]:
-        return np.empty((self.shard_rows, self.d_model), KEPT_AS[self.dtype]), np.empty(self.shard_rows, ROW), 0
+        return np.empty((self.shard_rows, self.d_model), DISK_DTYPES[self.dtype]), np.empty(self.shard_rows, ROW), 0
 
     def _hand_over(self) -> None:
         """Gives the collected rows to the threads, once these are done with the shard before."""

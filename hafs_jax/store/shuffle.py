@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.manifest import KEPT_AS, ROW, from_float32, to_float32
+from hafs_jax.store.manifest import DISK_DTYPES, ROW, from_float32, to_float32
 
 BUCKET_BYTES = 96 << 20
 MAX_BUCKETS = 256  # each is a file that is open
@@ -30,10 +30,10 @@ def shuffle_keys(seed: int, stream: int, start: int, count: int) -> np.ndarray:
     The hash of a counter gives any row's key without those of the rows before it. It is a bijection, so that no two
     rows have the same key.
     """
-    return hashed(seed, stream, np.arange(start, start + count, dtype=np.uint64))
+    return hash_numbers(seed, stream, np.arange(start, start + count, dtype=np.uint64))
 
 
-def hashed(seed: int, stream: int, numbers_N: np.ndarray) -> np.ndarray:
+def hash_numbers(seed: int, stream: int, numbers_N: np.ndarray) -> np.ndarray:
     """The keys [N] uint64 of any integers [N], negative ones modulo 2^64 (`shuffle_keys` takes consecutive ones)."""
     state = _splitmix(np.array([seed], np.uint64) + _GOLDEN)
     state = _splitmix(state + np.array([stream + 1], np.uint64) * _GOLDEN)
@@ -46,25 +46,25 @@ def _splitmix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def spilled(kinds: Sequence[tuple[int, str]]) -> np.dtype:
+def spill_record(kinds: Sequence[tuple[int, str]]) -> np.dtype:
     """The record of a row on its way through the shuffle: its key, its ROW, and a norm and activations of each kind.
 
     A kind is (width, dtype). Kinds are what must stay together, such as the activations of several hook points; they
     are the fields `acts0`, `acts1`, ...
     """
-    acts = [(f"acts{index}", KEPT_AS[dtype], (width,)) for index, (width, dtype) in enumerate(kinds)]
+    acts = [(f"acts{index}", DISK_DTYPES[dtype], (width,)) for index, (width, dtype) in enumerate(kinds)]
     return np.dtype([("key", "<u8"), ("norm", "<f4", (len(kinds),)), ("row", ROW), *acts])
 
 
-def as_kept(acts_ND: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 rows converted to KEPT_AS[dtype] [N, D], the norms [N] of the result, and whether each is finite [N]."""
+def convert_rows(acts_ND: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float32 rows in DISK_DTYPES[dtype], [N, D]; the norms [N] of the result; and whether each row is finite, [N]."""
     kept_ND = from_float32(acts_ND, dtype)
     norm_N = norms(kept_ND, dtype)
     return kept_ND, norm_N, np.isfinite(norm_N)
 
 
 def norms(kept_ND: np.ndarray, dtype: str) -> np.ndarray:
-    """The norms [N] float64 of rows in KEPT_AS[dtype]. A norm is finite exactly where all values of its row are."""
+    """The norms [N] float64 of rows in DISK_DTYPES[dtype]. A norm is finite exactly where all values of its row are."""
     norm_N = np.empty(len(kept_ND))
     for start in range(0, len(kept_ND), _ROWS_AT_ONCE):
         values = to_float32(kept_ND[start : start + _ROWS_AT_ONCE], dtype).astype(np.float64)
@@ -104,7 +104,7 @@ class Spill:
         """Appends rows, each to the bucket of its key."""
         n = np.uint64(len(self.counts))
         bucket = ((records["key"] >> np.uint64(32)) * n >> np.uint64(32)).astype(np.int64)
-        ordered = taken(records, np.argsort(bucket, kind="stable"))
+        ordered = take_rows(records, np.argsort(bucket, kind="stable"))
         ends = np.cumsum(np.bincount(bucket, minlength=len(self.counts)))
         for index, (start, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             if stop > start:
@@ -131,7 +131,7 @@ class Spill:
         """All rows in the order of their keys, a bucket at a time."""
         for path, count in zip(self._paths, self.counts, strict=True):
             records = np.fromfile(path, self.record, count)
-            records = taken(records, np.argsort(records["key"]))
+            records = take_rows(records, np.argsort(records["key"]))
             yield records
             del records  # frees its memory before the next bucket is read
 
@@ -169,7 +169,7 @@ def _bits(path: Path, column: int, columns: int) -> Iterator[np.ndarray]:
             yield bits[column::columns]
 
 
-def taken(records: np.ndarray, order: np.ndarray) -> np.ndarray:
+def take_rows(records: np.ndarray, order: np.ndarray) -> np.ndarray:
     """records[order], copied as bytes. Field by field, numpy takes eight times as long."""
     return np.take(records.view(np.dtype((np.void, records.itemsize))), order).view(records.dtype)
 

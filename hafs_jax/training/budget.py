@@ -13,7 +13,7 @@ from hafs_jax.fast.forms import form_of
 from hafs_jax.fast.objective import blocks_of_rows
 from hafs_jax.fast.plan import choose, target
 from hafs_jax.ops.products import blocks_of
-from hafs_jax.store.manifest import KEPT_AS
+from hafs_jax.store.manifest import DISK_DTYPES
 from hafs_jax.training.loop import Stores
 from hafs_jax.training.state import hyperparameters, init_state
 
@@ -71,7 +71,7 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
     copies = _COPIES if together == "vmap" or config.optimizer.name != "adam" else 0.0
     gradients = round((_GRADIENTS + _PENALTY * (config.penalty.kind != "none") + copies) * parameters)
     dispatched = [store for store in (stores.train, stores.target) if store is not None]
-    row_bytes = sum(store.manifest.d_model * KEPT_AS[store.manifest.dtype].itemsize for store in dispatched)
+    row_bytes = sum(store.manifest.d_model * DISK_DTYPES[store.manifest.dtype].itemsize for store in dispatched)
     batches = _DISPATCHES * config.steps_per_dispatch * B * row_bytes
     return Budget(
         parameters=members * parameters // shards,

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from hafs_extract.passes import _as_kept
+from hafs_extract.passes import _convert_rows
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.manifest import KEPT_AS, ShardInfo, from_float32, to_float32
+from hafs_jax.store.manifest import DISK_DTYPES, ShardInfo, from_float32, to_float32
 from hafs_jax.store.shards import ShardWriter
-from hafs_jax.store.shuffle import Spill, exact_median, n_buckets, norms, shuffle_keys, spilled
+from hafs_jax.store.shuffle import Spill, exact_median, n_buckets, norms, shuffle_keys, spill_record
 
 D, N = 5, 997
-RECORD = spilled([(D, "float16")])
+RECORD = spill_record([(D, "float16")])
 
 
 def _records(start: int, stop: int, seed: int = 0) -> np.ndarray:
@@ -88,7 +88,7 @@ def test_a_spill_is_cut_back_to_what_the_journal_says(tmp_path: Path) -> None:
 
 def test_every_kind_has_its_own_exact_median_and_stays_with_its_row(tmp_path: Path) -> None:
     norms = np.random.default_rng(1).gamma([1.0, 2.0, 7.0], size=(N, 3)).astype(np.float32)
-    records = np.zeros(N, spilled([(2, "float32"), (D, "float16"), (4, "bfloat16")]))
+    records = np.zeros(N, spill_record([(2, "float32"), (D, "float16"), (4, "bfloat16")]))
     records["key"], records["norm"] = shuffle_keys(0, 0, 0, N), norms
     for kind in range(3):
         records[f"acts{kind}"] = np.arange(N)[:, None] + kind
@@ -135,14 +135,14 @@ def test_the_median_sees_numbers_that_differ_in_their_last_bit(tmp_path: Path) -
     assert exact_median(tmp_path / "n.bin") == float(bits[3].view(np.float32))
 
 
-@pytest.mark.parametrize("dtype", list(KEPT_AS))
+@pytest.mark.parametrize("dtype", list(DISK_DTYPES))
 @pytest.mark.parametrize("ends", [(3, 3, 22, 23), (10, 20, 23), (9, 11, 21, 23)])
 def test_shards_are_full_but_the_last_and_statistics_are_of_what_is_stored(
     tmp_path: Path, dtype: str, ends: tuple[int, ...]
 ) -> None:
     rng = np.random.default_rng(0)
     acts = rng.normal(3.0, 2.0, (23, D)).astype(np.float32)
-    raw = acts.astype(KEPT_AS[dtype]) if dtype != "bfloat16" else (acts.view(np.uint32) >> 16).astype(np.uint16)
+    raw = acts.astype(DISK_DTYPES[dtype]) if dtype != "bfloat16" else (acts.view(np.uint32) >> 16).astype(np.uint16)
     rows = np.zeros(23, RECORD["row"])
     rows["source"], rows["token"] = np.arange(23) % 3, np.arange(23)
     writer = ShardWriter(tmp_path, D, dtype, 10, 4)
@@ -166,13 +166,13 @@ def test_no_rows_are_no_statistics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("dtype", list(KEPT_AS))
+@pytest.mark.parametrize("dtype", list(DISK_DTYPES))
 def test_a_models_activations_are_kept_as_an_arrays_are(dtype: str, model_dtype: str) -> None:
     rng = np.random.default_rng(0)
     acts = (rng.standard_normal((50, 33)) * 10 ** rng.uniform(-9, 6, (50, 33))).astype(np.float32)
     acts[0, :4] = 0, -0.0, 65_520, np.inf
     of_model = torch.from_numpy(acts).to(getattr(torch, model_dtype))
-    kept, expected = _as_kept(of_model, dtype), from_float32(of_model.float().numpy(), dtype)
+    kept, expected = _convert_rows(of_model, dtype), from_float32(of_model.float().numpy(), dtype)
     assert kept.dtype == expected.dtype and kept.tobytes() == expected.tobytes()
     finite = np.isfinite(to_float32(expected, dtype)).all(1)
     np.testing.assert_array_equal(np.isfinite(norms(kept, dtype)), finite)

@@ -12,7 +12,7 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_json, write_npy
 from hafs_jax.store.manifest import (
     CONTEXT,
-    KEPT_AS,
+    DISK_DTYPES,
     ROW,
     SourceInfo,
     TokenizerInfo,
@@ -53,14 +53,14 @@ def test_round_trip(tmp_path: Path, dtype: str, error: float) -> None:
     assert len(store) == 10 and store.shard_sizes == [7, 3]
     read = np.concatenate([store.read(0), store.read(1)])
     assert read.dtype == np.float32 and (np.abs(read - values) <= 2 * error * np.abs(values)).all()
-    assert store.raw(0).dtype == KEPT_AS[dtype] and store.raw(0).shape == (7, D)
+    assert store.raw(0).dtype == DISK_DTYPES[dtype] and store.raw(0).shape == (7, D)
     np.testing.assert_array_equal(store.read(0, 2, 5), store.read(0)[2:5])
     assert store.contexts()[1].tolist() == [104, 105, 106] and len(store.contexts()) == 3
     assert [document["document"] for document in store.documents()] == [0, 1]
     assert read_manifest(tmp_path / "s") == store.manifest
 
 
-@pytest.mark.parametrize("dtype", list(KEPT_AS))
+@pytest.mark.parametrize("dtype", list(DISK_DTYPES))
 @pytest.mark.parametrize("max_rows", [None, 0, 1, 3, 7, 8, 10, 99])
 @pytest.mark.parametrize("rows", [1, 3, 7, 8, 99])
 def test_batches_are_all_rows_once_in_stored_order(tmp_path: Path, rows: int, max_rows: int | None, dtype: str) -> None:
@@ -79,7 +79,7 @@ def test_batches_are_all_rows_once_in_stored_order(tmp_path: Path, rows: int, ma
         np.testing.assert_array_equal(np.concatenate([np.empty((0, D)), *parts]), acts_ND)
         np.testing.assert_array_equal(np.concatenate([np.empty(0, ROW), *(b.rows_B for b in batches)]), rows_N)
         for batch in batches:
-            assert batch.acts_BD.dtype == (KEPT_AS[dtype] if raw else np.float32)
+            assert batch.acts_BD.dtype == (DISK_DTYPES[dtype] if raw else np.float32)
             assert batch.acts_BD.flags.writeable == batch.rows_B.flags.writeable == (not raw)
 
 
@@ -89,7 +89,7 @@ def test_batches_of_no_rows_are_refused(tmp_path: Path) -> None:
         next(Store(tmp_path / "s").batches(0))
 
 
-@pytest.mark.parametrize("dtype", list(KEPT_AS))
+@pytest.mark.parametrize("dtype", list(DISK_DTYPES))
 def test_rounding_is_exact_for_values_that_fit_and_to_nearest_even(dtype: str) -> None:
     fitting = np.array([[0.0, -0.0, 1.5, -3.25, 2.0**-14, 65280.0]], np.float32)
     np.testing.assert_array_equal(to_float32(from_float32(fitting, dtype), dtype), fitting)
