@@ -164,13 +164,16 @@ def _first_letter(job: Job) -> Values:
     return first_letter(job.run.unique_name, job.sae(model.device), model, job.evaluation.manifest, root)
 
 
-def _across(evaluation: Evaluation) -> None:
-    from hafs_evaluate.latents.stability import evaluated_runs, write_matches, write_stability
+def _across(evaluation: Evaluation) -> Values | None:
+    from hafs_evaluate.latents.stability import evaluated_runs, stability, write_matches
 
-    runs = evaluated_runs(evaluation.workspace)
-    for arm in write_stability(evaluation.workspace, runs)["arms"]:
+    workspace = evaluation.workspace
+    runs, earlier = evaluated_runs(workspace), read_result(workspace.eval / STABILITY)
+    found = stability(runs, earlier)
+    for arm in found["arms"]:
         evaluation.say(f"stability of {', '.join(arm['runs'])}: mean max cosine {shown(arm['mean_max_cosine'])}")
-    write_matches(evaluation.workspace, runs)
+    write_matches(workspace, runs)
+    return found if found["arms"] or earlier else None
 
 
 STAGES: dict[str, Stage] = {}

@@ -31,7 +31,7 @@ FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # Llama a
 
 @dataclass(frozen=True)
 class LatentsConfig:
-    """What latents.json holds."""
+    """How many latents have a dashboard, and how much it shows of each."""
 
     max_rows: int = option(
         131_072, "rows read; the store is shuffled, so that its first rows are a random sample", least=1

@@ -1,7 +1,8 @@
-"""Latents as detectors of one text source against the others: the question of unlearning, asked without ablating.
+"""Latents as detectors of one source of text against the others. Torch; must not import jax.
 
-With the hub the source of interest is WMDP-bio against WikiText, offline biology against the rest of Wikipedia; every
-source of the held-out store is measured against all others. No language model is needed. Torch; no jax.
+This asks the question of unlearning (which latents stand for a domain?) without ablating anything, and needs no
+language model. Every text source of the held-out store is measured against all others. With the hub's profile the
+source of interest is WMDP-bio against WikiText; offline it is biology against the rest of Wikipedia.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 
 from hafs_evaluate.core.encode import TorchSAE, encode_store, to_numpy
 from hafs_evaluate.latents.firing import documents_of
@@ -24,9 +26,9 @@ class DomainsConfig:
 
     documents: int = option(4096, "held-out documents looked at, at most, drawn with the seed [documents]", least=4)
     seed: int = option(0, "seed of that draw and of the halves of the documents", least=0)
-    precision: float = option(0.8, "a detector's precision by documents, at least", least=0, most=1)
-    recall: float = option(0.2, "a detector's recall by documents, at least", least=0, most=1)
-    union: int = option(5, "latents of which a detector fires where any does [latents]", least=1)
+    precision: float = option(0.8, "least precision of a detector, by documents", least=0, most=1)
+    recall: float = option(0.2, "least recall of a detector, by documents", least=0, most=1)
+    union: int = option(5, "latents in a union, which fires where any of them does [latents]", least=1)
     shown: int = option(50, "latents listed, of the highest F1 by documents [latents]", least=0)
 
     def __post_init__(self) -> None:
@@ -35,17 +37,17 @@ class DomainsConfig:
 
 @dataclass(frozen=True)
 class Detections:
-    """On which rows and documents each latent fires. S sources, N documents."""
+    """On which rows and documents each of the F latents fires. There are S sources and N documents."""
 
-    rows_S: np.ndarray  # int64, rows of each source
-    fired_FS: np.ndarray  # int64, of those, rows on which the latent fires
-    maximum_FN: np.ndarray  # float32, highest activation on each document; 0 where silent
-    source_N: np.ndarray  # int64, the documents' sources
+    rows_S: Int[np.ndarray, "S"]  # rows of each source
+    fired_FS: Int[np.ndarray, "F S"]  # rows of each source on which the latent fires
+    maximum_FN: Float[np.ndarray, "F N"]  # the latent's highest activation on each document; 0 where it is silent
+    source_N: Int[np.ndarray, "N"]  # the source of each document
 
 
 @torch.no_grad()
 def detections(sae: TorchSAE, store: Store, config: DomainsConfig) -> Detections:
-    """One pass over all rows of the store's drawn documents, in memory of F x documents floats."""
+    """`Detections` over all rows of the documents drawn, in one pass. Memory holds F x N floats."""
     n_latents, n_sources = sae.W_dec.shape[0], len(store.manifest.sources)
     documents_N = documents_of(store)
     if len(documents_N) > config.documents:
@@ -67,14 +69,22 @@ def detections(sae: TorchSAE, store: Store, config: DomainsConfig) -> Detections
 
 
 def domain_metrics(found: Detections, sources: list[str], config: DomainsConfig) -> dict[str, dict[str, Any]]:
-    """{source: its detectors}, of every source with at least 4 documents inside and 4 outside it.
+    """{source: its detectors}, for every source with at least 4 documents of its own and 4 of others.
 
-    A document counts as detected where the latent fires on any of its rows. precision = detected and of the source /
-    detected; recall = detected and of the source / of the source; F1 their harmonic mean; all three also by rows.
-    `prevalence` is the source's share of the documents: the precision of a latent that fires everywhere, whose F1 is
-    `always_f1`. auroc is of the latent's highest activation on the document. best_1 and best_<union>: F1 of the best
-    latent and of a union grown greedily by F1, chosen on one half of the documents and measured on the other, both ways
-    round, and the mean of the two; best_1_threshold likewise of one latent over a threshold, both chosen.
+    A document counts as detected where the latent fires on any of its rows. Then:
+
+    - precision = documents of the source that are detected / documents detected;
+    - recall = documents of the source that are detected / documents of the source;
+    - f1 = 2 precision recall / (precision + recall);
+    - row_precision, row_recall, row_f1: the same with rows in the place of documents;
+    - auroc: of the latent's highest activation on a document (`selectivity.auroc`);
+      best_auroc: the highest of all latents;
+    - detectors: latents with at least the config's precision and recall;
+    - prevalence: the source's share of the documents, which is the precision of a latent that fires everywhere;
+      always_f1: the F1 of such a latent;
+    - best_1, best_<union>: F1 of the best latent, and of a union of latents grown greedily by F1. They are chosen on
+      one half of the documents and measured on the other, then the other way round; f1 is the mean of the two;
+    - best_1_threshold: the same for one latent over a threshold, both chosen.
     """
     values = {}
     for index, source in enumerate(sources):
@@ -123,14 +133,17 @@ def _one_source(found: Detections, index: int, of_N: np.ndarray, config: Domains
 
 
 def scores(hits: Any, detected: Any, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(precision, recall, F1) of detectors with so many hits among so many detected of so many wanted; 0 where none."""
+    """(precision, recall, F1) = (hits / detected, hits / wanted, 2 hits / (detected + wanted)) of each detector.
+
+    `detected` counts what the detector says, `hits` how much of that is wanted, and `wanted` what there is. 0 for 0/0.
+    """
     hits = np.asarray(hits, np.float64)
     precision = np.divide(hits, detected, out=np.zeros_like(hits), where=np.asarray(detected) > 0)
     return precision, hits / max(wanted, 1), 2 * hits / np.maximum(detected + wanted, 1)
 
 
 def grow_union(fired_FN: np.ndarray, of_N: np.ndarray, size: int) -> list[int]:
-    """At most `size` latents, each the one that raises the F1 of "any of them fires" the most; stops when none does."""
+    """At most `size` latents, each the one that raises the F1 of "any of them fires" most, while one raises it."""
     chosen: list[int] = []
     any_N, best = np.zeros(len(of_N), bool), 0.0
     for _ in range(size):
@@ -148,7 +161,7 @@ def grow_union(fired_FN: np.ndarray, of_N: np.ndarray, size: int) -> list[int]:
 
 
 def _cross_chosen(fired_FN: np.ndarray, of_N: np.ndarray, size: int, seed: int) -> dict[str, Any]:
-    """{"f1": mean, "by_half": [F1 of each half], "latents": [what was chosen for it on the other half]}."""
+    """{"f1": the mean, "by_half": [F1 on each half], "latents": [the latents chosen for it on the other half]}."""
     by_half, latents = [], []
     for chosen_on, measured_on in _halves(of_N, seed):
         union = grow_union(fired_FN[:, chosen_on], of_N[chosen_on], size)
@@ -159,7 +172,7 @@ def _cross_chosen(fired_FN: np.ndarray, of_N: np.ndarray, size: int, seed: int) 
 
 
 def best_threshold(maximum_FN: np.ndarray, of_N: np.ndarray) -> tuple[int, float, float]:
-    """(latent, threshold, F1) of the highest F1 of "its maximum on the document is at least the threshold".
+    """(latent, threshold, F1) of the highest F1 of "the latent's maximum on the document is at least the threshold".
 
     The threshold lies half-way between two activations that occur.
     """
@@ -179,6 +192,7 @@ def best_threshold(maximum_FN: np.ndarray, of_N: np.ndarray) -> tuple[int, float
 
 
 def _cross_threshold(maximum_FN: np.ndarray, of_N: np.ndarray, seed: int) -> dict[str, Any]:
+    """As `_cross_chosen`, of one latent over a threshold."""
     by_half, latents, thresholds = [], [], []
     for chosen_on, measured_on in _halves(of_N, seed):
         latent, threshold, _ = best_threshold(maximum_FN[:, chosen_on], of_N[chosen_on])
@@ -189,7 +203,7 @@ def _cross_threshold(maximum_FN: np.ndarray, of_N: np.ndarray, seed: int) -> dic
 
 
 def _halves(of_N: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(documents to choose on, documents to measure on), each half once; both classes are halved."""
+    """[(documents to choose on, documents to measure on), and the other way round]; each class is halved."""
     generator = np.random.default_rng(seed)
     first_N: np.ndarray = np.zeros(len(of_N), bool)
     for group in (np.flatnonzero(of_N), np.flatnonzero(~of_N)):

@@ -1,4 +1,4 @@
-"""Dictionary vectors beside one another: nearest, sharing direction, firing together; across runs. Torch; no jax."""
+"""A latent's neighbours within its SAE: those that share its direction, and those that fire with it. Torch; no jax."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-COVERS = 0.5  # a parent fires on at least this share of its child's rows
-RATIO = 2.0  # and covers the child at least so many times better than the child covers it
+COVERS = 0.5  # a parent fires on at least this share of its child's rows,
+RATIO = 2.0  # and this share is at least so many times that of the parent's rows on which the child fires
 
 
 @torch.no_grad()
@@ -19,15 +19,19 @@ def sharing(
     floor: float,
     most: int,
 ) -> list[list[dict[str, Any]]]:
-    """Of each chosen latent i, the at most `most` latents j with u_i . u_j >= `floor`, highest cosine first.
+    """For each chosen latent i, at most `most` latents j with u_i . u_j >= `floor`, highest cosine first.
 
-    Each is {"index": j, "cosine", "covered": P(j fires | i fires), "covers": P(i fires | j fires), "kind"}: j is i's
-    `parent` where it fires on at least COVERS of i's rows and at least RATIO times as much of i's as i of its own, its
-    `child` the other way round, and else a `peer`. A child that has absorbed its parent fires without it: a peer.
+    u_i is the dictionary vector of i, normalised; `together_CF` counts the rows on which i and j both fire, `count_F`
+    those on which each fires. Each entry is {"index": j, "cosine": u_i . u_j, "covered": P(j fires | i fires),
+    "covers": P(i fires | j fires), "kind"}. The kind of j is
+
+    - "parent" where covered >= COVERS and covered >= RATIO x covers;
+    - "child" where the same holds with the two exchanged;
+    - "peer" else. A child that has absorbed its parent is a peer too, since it fires without it.
     """
     unit_FD = torch.nn.functional.normalize(W_dec.float(), dim=1)
     found: list[list[dict[str, Any]]] = []
-    for slot, index in enumerate(chosen_C.tolist()):
+    for place, index in enumerate(chosen_C.tolist()):
         cosine_F = unit_FD @ unit_FD[index]
         cosine_F[index] = -2.0
         best = cosine_F.topk(min(most, len(cosine_F)))
@@ -35,7 +39,7 @@ def sharing(
         for cosine, other in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             if cosine < floor:
                 break
-            both = int(together_CF[slot, other])
+            both = int(together_CF[place, other])
             covered, covers = both / max(count_F[index], 1), both / max(count_F[other], 1)
             entries.append(
                 {
@@ -59,16 +63,17 @@ def _kind(covered: float, covers: float) -> str:
 def partners(
     chosen_C: np.ndarray, together_CF: np.ndarray, count_F: np.ndarray, rows: int, least: int, most: int
 ) -> list[list[dict[str, Any]]]:
-    """Of each chosen latent i, the at most `most` latents j of the highest phi > 0 that fire with it on `least` rows.
+    """For each chosen latent i, at most `most` latents j that fire with it on at least `least` rows, highest phi first.
 
-    phi = (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j)) is the correlation of the two firings over N rows.
-    (Pointwise mutual information, which is also given, ranks by rarity: one shared row of two rare latents tops it.)
-    Each is {"index", "phi", "pmi": log2(N n_ij / (n_i n_j)), "rows": n_ij}.
+    phi = (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j)) is the correlation of the two firings, where n_i counts
+    the rows on which i fires, n_ij those on which both do, and N = `rows` all rows. Only j with phi > 0 are given. Each
+    entry is {"index": j, "phi", "pmi": log2(N n_ij / (n_i n_j)), "rows": n_ij}. Pointwise mutual information (pmi) is
+    no good for ranking: it prefers rare latents, and one shared row of two of them would be at the top.
     """
     found: list[list[dict[str, Any]]] = []
     n_F = count_F.astype(np.float64)
-    for slot, index in enumerate(chosen_C.tolist()):
-        both_F, n = together_CF[slot].astype(np.float64), n_F[index]
+    for place, index in enumerate(chosen_C.tolist()):
+        both_F, n = together_CF[place].astype(np.float64), n_F[index]
         scale_F = np.sqrt(n * (rows - n) * n_F * (rows - n_F))
         phi_F = np.divide(rows * both_F - n * n_F, scale_F, out=np.zeros_like(n_F), where=scale_F > 0)
         phi_F[both_F < max(least, 1)] = 0.0
@@ -89,5 +94,5 @@ def partners(
 
 
 def rounded(value: float, digits: int = 5) -> float:
-    """`digits` significant digits: what a page shows, in a fraction of the bytes."""
+    """The value to `digits` significant digits, which is what a page shows and takes a fraction of the bytes."""
     return float(f"{float(value):.{digits}g}")

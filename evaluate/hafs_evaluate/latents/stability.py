@@ -1,12 +1,12 @@
 """Dictionaries of different runs compared: how stable they are over seeds, and each latent's match. Torch; no jax.
 
-`write_stability` compares runs that differ in nothing but the seed. `write_matches` finds, for each latent that is
-shown, the nearest dictionary vector of every other run. Both read weights alone, not activations, and both always take
-all runs that have been evaluated, so that a result does not depend on which runs were named or in which order they
-were evaluated.
+`stability` compares runs that differ in nothing but the seed. `write_matches` finds, for each latent that has a
+dashboard, the nearest dictionary vector of every other run. Both read weights, not activations. Both take all runs that
+have been evaluated, so that a result depends neither on which runs were named nor on the order of their evaluation.
+
+An arm is what is trained several times with other seeds, here told by a hash of all else that decides a run.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -21,29 +21,45 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 
+from hafs_evaluate.latents.dashboards import write_latents
 from hafs_evaluate.latents.neighbours import rounded
 from hafs_evaluate.workspace import Workspace, fingerprint, hashed_export, read_result
-from hafs_jax.base.files import read_json, write_json, write_text
+from hafs_jax.base.files import read_json, write_json
 from hafs_jax.runs import Run, RunSummary
 
-THRESHOLD = 0.7  # the cosine over which two dictionary vectors of different runs are the same (arXiv 2501.16615)
-CHUNK_FLOATS = 1 << 24
-STABILITY, LATENTS, DONE = "stability.json", "latents.json", "done.json"
+THRESHOLD = 0.7  # the cosine above which two dictionary vectors of different runs are the same (arXiv 2501.16615)
+CHUNK_FLOATS = 1 << 24  # cosines computed at once: 64 MiB
+LATENTS, DONE = "latents.json", "done.json"
 PAIR_FORMAT = 1  # raise it when a pair's figures of the same dictionaries would differ
 MATCH_FORMAT = 1  # raise it when matches of the same dictionaries would differ
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """A run with core metrics, and its SAELens folder: a trained run's or an imported SAE's."""
+class EvaluatedRun:
+    """A run with core metrics: a trained run, or an SAE that was imported."""
 
     name: str
-    sae: Path
+    sae: Path  # SAELens folder
     weights_sha256: str
-    run_folder: Path | None  # of a trained run
+    densities: Path  # core_latents.npz
+    trained: Run | None
+
+    def dictionary(self) -> Float[torch.Tensor, "F D"]:
+        """W_dec in float32, read without the other weights."""
+        with safe_open(self.sae / "sae_weights.safetensors", "pt") as file:
+            return file.get_tensor("W_dec").float()
+
+    def fires(self) -> np.ndarray:
+        """Which latents fire on the held-out rows, [F]."""
+        with np.load(self.densities, allow_pickle=False) as arrays:
+            return arrays["density"] > 0
+
+    def live_vectors(self) -> Float[torch.Tensor, "live D"]:
+        """The dictionary vectors of the latents that fire, normalised."""
+        return torch.nn.functional.normalize(self.dictionary()[np.flatnonzero(self.fires())], dim=1)
 
 
-def evaluated_runs(workspace: Workspace) -> list[Evaluated]:
+def evaluated_runs(workspace: Workspace) -> list[EvaluatedRun]:
     """All runs whose core metrics are of the SAE that lies there now, by name."""
     found = []
     for core in sorted(workspace.eval.glob("*/core.json")):
@@ -53,97 +69,45 @@ def evaluated_runs(workspace: Workspace) -> list[Evaluated]:
             continue
         exported = hashed_export(name, folder / "sae")
         if exported.weights_sha256 == read_json(core, "core metrics").get("sae_sha256"):
-            is_trained = folder.parent == workspace.runs
-            found.append(Evaluated(name, exported.folder, exported.weights_sha256, folder if is_trained else None))
+            trained = Run(folder) if folder.parent == workspace.runs else None
+            densities = core.with_name("core_latents.npz")
+            found.append(EvaluatedRun(name, exported.folder, exported.weights_sha256, densities, trained))
     return found
 
 
-def write_stability(workspace: Workspace, runs: list[Evaluated]) -> dict[str, Any]:
-    """Writes eval/stability.json, where it would change, and returns it; see `stability`."""
-    dictionaries, trained = [], dict[str, RunSummary]()
-    for run in runs:
-        if run.run_folder is None:
-            continue
-        trained[run.name] = (own := Run(run.run_folder)).summary()
-        density = workspace.result(run.name, "core_latents.npz")
-        arm = arm_of(trained[run.name], own.record()["config"])
-        dictionaries.append(Dictionary(run.name, arm, run.sae, run.weights_sha256, density))
-    path = workspace.eval / STABILITY
-    values = stability(dictionaries, path)
-    for arm in values["arms"]:
-        first = trained[arm["runs"][0]]
-        arm.update(architecture=first.architecture, variant=first.variant, k=first.k)
-    if read_result(path) != values and (values["arms"] or path.exists()):
-        write_json(path, values)
-    return values
+def stability(runs: Sequence[EvaluatedRun], earlier: dict[str, Any]) -> dict[str, Any]:
+    """What stability.json holds of the trained runs. Pairs that the `earlier` one has are not compared again.
 
+    - threshold: THRESHOLD;
+    - pairs: [{"a", "b", "arm", "live": [A, B], the figures of `compare`, "fingerprint"}], of all pairs of an arm;
+    - arms: [{"arm", "architecture", "variant", "k", "runs", and the means over its pairs}];
+    - runs: {run: the means over its pairs}.
 
-@torch.no_grad()
-def write_matches(workspace: Workspace, runs: list[Evaluated]) -> int:
-    """Adds `matches` to the latents of every latents.json that lacks them or has old ones; the number of files written.
-
-    A latent's matches: {run: {"index", "cosine"}}, of each other evaluated run with latents of its own and the same
-    width the dictionary vector of the highest cosine. One file and one dictionary are held at a time.
+    A pair of which one run has no live vector has figures of None and enters no mean.
     """
-    shown = [run for run in runs if workspace.result(run.name, LATENTS).exists()]
-    names = sorted((run.name, run.weights_sha256) for run in shown)
-    marks = {run.name: fingerprint([MATCH_FORMAT, run.name, names]) for run in shown}
-    old = [run for run in shown if read_result(workspace.result(run.name, DONE)).get("matches") != marks[run.name]]
-    vectors, best = {}, {}
-    for run in old:
-        latents = read_json(workspace.result(run.name, LATENTS), "an SAE's latents")["latents"]
-        index = [latent["index"] for latent in latents]
-        vectors[run.name] = torch.nn.functional.normalize(decoder(run.sae)[index], dim=1)
-    for other in shown if old else ():
-        unit_FD = torch.nn.functional.normalize(decoder(other.sae), dim=1)
-        for name, vectors_CD in vectors.items():
-            if name != other.name and vectors_CD.shape[1] == unit_FD.shape[1]:
-                best[name, other.name] = (vectors_CD @ unit_FD.T).max(1)
-    for run in old:
-        path = workspace.result(run.name, LATENTS)
-        values = read_json(path, "an SAE's latents")
-        for slot, latent in enumerate(values["latents"]):
-            latent["matches"] = {
-                other.name: {"index": int(found.indices[slot]), "cosine": rounded(float(found.values[slot]))}
-                for other in shown
-                if (found := best.get((run.name, other.name))) is not None
-            }
-        text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        write_text(path, text + "\n")
-        done = workspace.result(run.name, DONE)
-        write_json(done, {**read_result(done), "matches": marks[run.name]})
-    return len(old)
-
-
-@dataclass(frozen=True)
-class Dictionary:
-    """A run's dictionary on disk and which of its latents fire on the held-out rows."""
-
-    run: str
-    arm: str  # equal for runs that differ in the seed alone
-    sae: Path  # SAELens folder
-    weights_sha256: str
-    density: Path  # core_latents.npz
-
-    def live_vectors(self) -> Float[torch.Tensor, "F D"]:
-        """The unit dictionary vectors of the latents that fire."""
-        W_dec = decoder(self.sae)
-        with np.load(self.density, allow_pickle=False) as arrays:
-            live = np.flatnonzero(arrays["density"] > 0)
-        return torch.nn.functional.normalize(W_dec[live], dim=1)
-
-
-def decoder(folder: Path) -> Float[torch.Tensor, "F D"]:
-    """W_dec of a SAELens folder in float32, without the rest of it."""
-    with safe_open(folder / "sae_weights.safetensors", "pt") as file:
-        return file.get_tensor("W_dec").float()
+    known = {pair["fingerprint"]: pair for pair in earlier.get("pairs", [])}
+    by_arm: dict[str, list[EvaluatedRun]] = {}
+    for run in sorted(runs, key=lambda run: run.name):
+        if run.trained is not None:
+            by_arm.setdefault(arm_of(run.trained.summary(), run.trained.record()["config"]), []).append(run)
+    arms: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
+    by_run: dict[str, dict[str, Any]] = {}
+    for arm, members in by_arm.items():
+        if len(members) < 2:
+            continue
+        own = _pairs(arm, members, known)
+        pairs += own
+        arms.append({"arm": arm, "runs": [run.name for run in members], **_mean(own), **_facts(members[0])})
+        by_run |= {run.name: _mean([pair for pair in own if run.name in (pair["a"], pair["b"])]) for run in members}
+    return {"threshold": THRESHOLD, "arms": arms, "runs": by_run, "pairs": pairs}
 
 
 def arm_of(run: RunSummary, config: dict[str, Any]) -> str:
-    """A hash that runs share where only seeds differ.
+    """A hash of all that decides a run, except for its seeds; `config` is that of its config.json.
 
-    tau is left out: it is measured on a baseline, and may be that of the same seed. So is the arm's own name, which
-    says nothing more, and which runs of earlier versions lack.
+    tau is left out, since it is measured on a baseline, which may have the same seed. So is the arm's own name, which
+    adds nothing and which runs of earlier versions lack.
     """
     trained = {key: value for key, value in config.items() if key not in ("seed", "data_seed", "arm")}
     trained["penalty"] = {key: value for key, value in trained.get("penalty", {}).items() if key != "tau"}
@@ -155,11 +119,14 @@ def arm_of(run: RunSummary, config: dict[str, Any]) -> str:
 def compare(
     a_AD: Float[torch.Tensor, "A D"], b_BD: Float[torch.Tensor, "B D"], threshold: float = THRESHOLD
 ) -> dict[str, float]:
-    """How alike two sets of unit vectors are; both must have some.
+    """How alike two sets of unit vectors are; neither may be empty.
 
-    a_to_b: mean over a's vectors of their highest cosine with one of b's; b_to_a the other way; mean_max_cosine the
-    mean of the two. shared_fraction: 2 m / (A + B), m the number of pairs matched one to one by the Hungarian
-    method, which maximises the sum of cosines over pairs whose cosine exceeds `threshold`.
+    - a_to_b: mean over the vectors of a of their highest cosine with a vector of b; b_to_a: the other way round;
+    - mean_max_cosine: the mean of the two;
+    - shared_fraction: 2 m / (A + B), where m pairs are matched one to one. The matching maximises the sum of cosines
+      over pairs whose cosine exceeds `threshold` (the Hungarian method).
+
+    Memory is bounded by CHUNK_FLOATS; only the cosines above the threshold are kept.
     """
     best_A, best_B = [], torch.full((len(b_BD),), -2.0)
     rows, columns, cosines = [], [], []
@@ -185,9 +152,10 @@ def compare(
 
 
 def matched(edges: sparse.coo_array) -> int:
-    """The number of pairs of the one-to-one matching of greatest total weight on a bipartite graph of positive edges.
+    """The number of pairs in the one-to-one matching of greatest total weight; all weights are positive.
 
-    Vectors with no path between them never compete, so that each connected component is solved by itself.
+    `edges` [A, B] holds the weights of a bipartite graph. Vectors with no path between them never compete, so each
+    connected component is solved by itself.
     """
     n_rows, n_columns = edges.shape
     row, column = edges.coords
@@ -205,55 +173,73 @@ def matched(edges: sparse.coo_array) -> int:
     return pairs
 
 
-def stability(dictionaries: Sequence[Dictionary], path: Path) -> dict[str, Any]:
-    """What stability.json holds of `dictionaries`; pairs that the present file at `path` has are not done again.
+@torch.no_grad()
+def write_matches(workspace: Workspace, runs: Sequence[EvaluatedRun]) -> int:
+    """Adds `matches` to the latents of each latents.json that lacks them or has old ones; returns how many it wrote.
 
-    {"threshold", "pairs": [{"a", "b", "arm", "live": [A, B], and `compare`'s figures, "fingerprint"}], "arms": [{"arm",
-    "runs", "pairs", "mean_max_cosine", "shared_fraction"}], "runs": {run: the means over its pairs}}. A pair without a
-    live vector on either side has null figures and enters no mean.
+    A latent's matches are {run: {"index", "cosine"}}: the dictionary vector of the highest cosine in each other run
+    that has a latents.json and the same width. One file and one dictionary are held at a time.
     """
-    present = read_json(path, "the stability of dictionaries") if path.exists() else {}
-    known = {pair["fingerprint"]: pair for pair in present.get("pairs", [])}
-    by_arm: dict[str, list[Dictionary]] = {}
-    for each in sorted(dictionaries, key=lambda each: each.run):
-        by_arm.setdefault(each.arm, []).append(each)
-    pairs: list[dict[str, Any]] = []
-    for arm, members in by_arm.items():
-        vectors: dict[str, torch.Tensor] = {}
-        for a, b in combinations(members, 2):
-            mark = fingerprint([PAIR_FORMAT, THRESHOLD, a.run, b.run, arm, *(_state(each) for each in (a, b))])
-            if mark not in known:
-                for each in (a, b):
-                    if each.run not in vectors:
-                        vectors[each.run] = each.live_vectors()
-                known[mark] = _pair(a, b, vectors[a.run], vectors[b.run]) | {"fingerprint": mark}
-            pairs.append(known[mark])
-    arms = [
-        {"arm": arm, "runs": [each.run for each in members], **_mean([p for p in pairs if p["arm"] == arm])}
-        for arm, members in by_arm.items()
-        if len(members) > 1
-    ]
-    runs = {
-        each.run: _mean([pair for pair in pairs if each.run in (pair["a"], pair["b"])])
-        for members in by_arm.values()
-        if len(members) > 1
-        for each in members
-    }
-    return {"threshold": THRESHOLD, "arms": arms, "runs": runs, "pairs": pairs}
+    shown = [run for run in runs if workspace.result(run.name, LATENTS).exists()]
+    names = sorted((run.name, run.weights_sha256) for run in shown)
+    marks = {run.name: fingerprint([MATCH_FORMAT, run.name, names]) for run in shown}
+    old = [run for run in shown if read_result(workspace.result(run.name, DONE)).get("matches") != marks[run.name]]
+    vectors, best = {}, {}
+    for run in old:
+        latents = read_json(workspace.result(run.name, LATENTS), "an SAE's latents")["latents"]
+        index = [latent["index"] for latent in latents]
+        vectors[run.name] = torch.nn.functional.normalize(run.dictionary()[index], dim=1)
+    for other in shown if old else ():
+        unit_FD = torch.nn.functional.normalize(other.dictionary(), dim=1)
+        for name, vectors_CD in vectors.items():
+            if name != other.name and vectors_CD.shape[1] == unit_FD.shape[1]:
+                best[name, other.name] = (vectors_CD @ unit_FD.T).max(1)
+    for run in old:
+        path = workspace.result(run.name, LATENTS)
+        values = read_json(path, "an SAE's latents")
+        for place, latent in enumerate(values["latents"]):
+            latent["matches"] = {
+                other.name: {"index": int(found.indices[place]), "cosine": rounded(float(found.values[place]))}
+                for other in shown
+                if (found := best.get((run.name, other.name))) is not None
+            }
+        write_latents(path, values)
+        done = workspace.result(run.name, DONE)
+        write_json(done, {**read_result(done), "matches": marks[run.name]})
+    return len(old)
 
 
-def _state(each: Dictionary) -> list[Any]:
-    with np.load(each.density, allow_pickle=False) as arrays:
-        return [each.weights_sha256, np.packbits(arrays["density"] > 0).tobytes().hex()]
+def _pairs(arm: str, members: Sequence[EvaluatedRun], known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of all pairs of an arm's runs; of `known`, by fingerprint, where the pair is there."""
+    vectors: dict[str, torch.Tensor] = {}
+    pairs = []
+    for a, b in combinations(members, 2):
+        mark = fingerprint([PAIR_FORMAT, THRESHOLD, a.name, b.name, arm, *(_state(run) for run in (a, b))])
+        if mark not in known:
+            vectors |= {run.name: run.live_vectors() for run in (a, b) if run.name not in vectors}
+            known[mark] = _pair(arm, a, b, vectors[a.name], vectors[b.name]) | {"fingerprint": mark}
+        pairs.append(known[mark])
+    return pairs
 
 
-def _pair(a: Dictionary, b: Dictionary, a_AD: torch.Tensor, b_BD: torch.Tensor) -> dict[str, Any]:
+def _pair(arm: str, a: EvaluatedRun, b: EvaluatedRun, a_AD: torch.Tensor, b_BD: torch.Tensor) -> dict[str, Any]:
     names = ("a_to_b", "b_to_a", "mean_max_cosine", "shared_fraction")
     found: dict[str, Any] = dict(compare(a_AD, b_BD)) if len(a_AD) and len(b_BD) else dict.fromkeys(names)
-    return {"a": a.run, "b": b.run, "arm": a.arm, "live": [len(a_AD), len(b_BD)], **found}
+    return {"a": a.name, "b": b.name, "arm": arm, "live": [len(a_AD), len(b_BD)], **found}
+
+
+def _state(run: EvaluatedRun) -> list[Any]:
+    """What a pair's figures depend on in one of its runs."""
+    return [run.weights_sha256, np.packbits(run.fires()).tobytes().hex()]
+
+
+def _facts(run: EvaluatedRun) -> dict[str, Any]:
+    summary = run.trained.summary() if run.trained else None
+    return {name: getattr(summary, name, None) for name in ("architecture", "variant", "k")}
 
 
 def _mean(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The number of pairs that have figures, and the means of those figures."""
     found = [pair for pair in pairs if pair["mean_max_cosine"] is not None]
     means = {
         name: float(np.mean([pair[name] for pair in found])) if found else None

@@ -1,17 +1,24 @@
-"""How a token id is shown to a person: one readable string each. Knows tokenizers by their methods alone."""
+"""Token ids as strings that a person can read. Knows tokenizers by their methods alone; imports no library."""
 
 import unicodedata
 from typing import Any
 
 SHOWN_AS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
-INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # controls, bidirectional marks, joiners, line separators
+INVISIBLE = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Co",
+    "Zl",
+    "Zp",
+}  # Unicode categories: controls, bidi marks, joiners, line ends
 
 
 class TokenText:
-    """`TokenText(tokenizer)(id)` is the token's text: its leading space kept, a newline as ↵, a tab as ⇥.
+    """`TokenText(tokenizer)(id)` is the text of a token, with its leading space, a newline as ↵ and a tab as ⇥.
 
-    `tokenizer` is a transformers tokenizer. Bytes that are no whole UTF-8 character (byte-level BPE splits them) are
-    shown as `\\xe2\\x80`, and characters that would be invisible or reorder the line as `⟨U+202E⟩`.
+    `tokenizer` is a transformers tokenizer. Bytes that are only a part of a UTF-8 character, which byte-level BPE may
+    split, are shown as `\\xe2\\x80`. Characters that would be invisible or reorder the line are shown as `⟨U+202E⟩`.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -36,14 +43,14 @@ class TokenText:
 
 
 def visible(text: str) -> str:
-    """`text` on one line, with every control, bidirectional or zero-width character spelt out."""
+    """`text` on one line, with every control, bidirectional and zero-width character spelt out."""
     return "".join(
         SHOWN_AS.get(c) or (f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in INVISIBLE else c) for c in text
     )
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's byte-level alphabet: the printable character that stands for each byte, inverted."""
+    """The byte that each printable character of GPT-2's byte-level alphabet stands for."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}

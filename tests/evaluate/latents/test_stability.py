@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
-from hafs_evaluate.latents import stability as room
-from hafs_evaluate.latents.stability import arm_of, compare, evaluated_runs, matched, write_matches, write_stability
+from hafs_evaluate.latents import stability as module
+from hafs_evaluate.latents.stability import arm_of, compare, evaluated_runs, matched, stability, write_matches
 from hafs_evaluate.workspace import Workspace, sha256_of
 from hafs_jax.base.files import write_json
 from hafs_jax.runs import Run
@@ -26,7 +26,7 @@ def unit(rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_a_permuted_dictionary_is_the_same_and_a_part_is_shared_in_part(monkeypatch):
-    monkeypatch.setattr(room, "CHUNK_FLOATS", 20)
+    monkeypatch.setattr(module, "CHUNK_FLOATS", 20)
     vectors = unit(F)
     same = compare(vectors, vectors[torch.randperm(F, generator=torch.Generator().manual_seed(1))])
     assert same["shared_fraction"] == 1
@@ -82,8 +82,8 @@ def workspace(tmp_path):
 
 
 def test_seeds_of_an_arm_are_paired_and_no_others(workspace):
-    values = write_stability(workspace, evaluated_runs(workspace))
-    assert json.loads((workspace.eval / "stability.json").read_text()) == values
+    values = stability(evaluated_runs(workspace), {})
+    assert json.loads(json.dumps(values)) == values
     assert [(pair["a"], pair["b"]) for pair in values["pairs"]] == [
         ("a-s0", "a-s1"),
         ("a-s0", "a-s2"),
@@ -113,33 +113,33 @@ def test_dead_latents_do_not_count_and_a_dead_run_has_no_figure(workspace):
     live = np.zeros(F)
     live[:2] = 1
     np.savez(workspace.result("a-s0", "core_latents.npz"), density=live)
-    values = write_stability(workspace, evaluated_runs(workspace))
+    values = stability(evaluated_runs(workspace), {})
     assert values["pairs"][0]["live"] == [2, F]
     assert values["pairs"][0]["shared_fraction"] == pytest.approx(2 * 2 / (2 + F))
     np.savez(workspace.result("a-s0", "core_latents.npz"), density=np.zeros(F))
-    values = write_stability(workspace, evaluated_runs(workspace))
+    values = stability(evaluated_runs(workspace), {})
     assert values["pairs"][0]["mean_max_cosine"] is None
     assert values["arms"][0]["pairs"] == 1
 
 
 def test_known_pairs_are_not_compared_again(workspace, monkeypatch):
-    write_stability(workspace, evaluated_runs(workspace))
-    stamp = (workspace.eval / "stability.json").stat().st_mtime_ns
+    first = stability(evaluated_runs(workspace), {})
     compared = []
-    monkeypatch.setattr(room, "compare", lambda a, b: (compared.append(1), compare(a, b))[1])
-    write_stability(workspace, evaluated_runs(workspace))
-    assert (compared, (workspace.eval / "stability.json").stat().st_mtime_ns) == ([], stamp)
+    monkeypatch.setattr(module, "compare", lambda a, b: (compared.append(1), compare(a, b))[1])
+    assert stability(evaluated_runs(workspace), first) == first
+    assert not compared
     saved_sae(workspace.runs / "a-s2" / "sae", D, F, seed=77)
     assert "a-s2" not in [run.name for run in evaluated_runs(workspace)]  # its core metrics are of the old weights
     sha = sha256_of(workspace.runs / "a-s2" / "sae" / "sae_weights.safetensors")
     write_json(workspace.result("a-s2", "core.json"), {"sae_sha256": sha})
-    write_stability(workspace, evaluated_runs(workspace))
+    stability(evaluated_runs(workspace), first)
     assert len(compared) == 2
 
 
-def test_nothing_to_pair_leaves_no_file(workspace):
-    write_stability(workspace, [run for run in evaluated_runs(workspace) if run.name in ("a-s0", "b-s0", "public")])
-    assert not (workspace.eval / "stability.json").exists()
+def test_a_run_without_a_second_seed_is_in_no_arm(workspace):
+    values = stability([run for run in evaluated_runs(workspace) if run.name in ("a-s0", "b-s0", "public")], {})
+    assert values["arms"] == values["pairs"] == []
+    assert values["runs"] == {}
 
 
 def test_a_latents_match_is_the_nearest_vector_of_every_other_run(workspace):
