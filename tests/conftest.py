@@ -37,6 +37,10 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from hafs_jax.base import plugins
+
+plugins.load()  # so that the contract suite takes what a module in HAFS_PLUGINS adds
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_programs() -> Iterator[None]:
