@@ -1,7 +1,12 @@
-"""The SAE architectures: each one pure function from pre-activations to latents, and one line in ARCHITECTURES.
+"""The SAE architectures: each is a pure function from pre-activations to latents and one line in ARCHITECTURES.
 
-Parameters beyond W_enc, b_enc, W_dec and b_dec, what a sparsity coefficient multiplies, and further loss terms are
-fields of that line. `sae` applies these functions, `step` trains with them; both work for any entry.
+The fields of that line hold what else an architecture has:
+
+- parameters beyond W_enc, b_enc, W_dec and b_dec;
+- the sparsity cost, which the sparsity coefficient multiplies;
+- further loss terms.
+
+The model (`method.sae`) and the training step read only this line, so they work for every architecture.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,51 +26,53 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 class OperatingPoint(struct.PyTreeNode):
-    """What the activation is set to: k of this step in training, the learned threshold at inference."""
+    """The settings of the activation function at one call: k of this step; at inference also the learned threshold."""
 
     k: Int[Array, ""] | int
     threshold: Float[Array, ""] | None = None  # None in training
 
 
 class Encoding(struct.PyTreeNode):
-    """What the encoder computed: pre-activations and the latents that the architecture kept."""
+    """The output of the encoder: pre-activations and latents."""
 
     pre_BF: Float[Array, "B F"]
     latents_BF: Float[Array, "B F"]
 
 
 Activate = Callable[[Float[Array, "B F"], Params, SAEConfig, OperatingPoint], Float[Array, "B F"]]
-"""(pre_BF, params, config, at) -> latents_BF, not negative."""
+"""(pre_BF, params, config, at) -> latents_BF, all at least 0."""
 
 Cost = Callable[[Encoding, Params, SAEConfig], Float[Array, " B"]]
-"""(encoding, params, config) -> what each row pays, times the sparsity coefficient."""
+"""(encoding, params, config) -> the sparsity cost of each row, before the sparsity coefficient."""
 
 Extra = Callable[[Encoding, Params, SAEConfig, Float[Array, "B D"]], Float[Array, ""]]
-"""(encoding, params, config, target_BD) -> a further mean squared error, over the store's variance in the loss."""
+"""(encoding, params, config, target_BD) -> a further mean squared error, which the loss divides by the variance."""
 
 
 @dataclass(frozen=True)
 class SAELensForm:
-    """How the library SAELens holds an architecture: the names in its cfg.json and among its tensors."""
+    """How the library SAELens saves an architecture: its name in cfg.json and the names of its tensors."""
 
-    sae: str  # cfg.json's architecture of an autoencoder
-    transcoder: str | None = None  # of a transcoder; None: SAELens has no such class
-    repeats_threshold: bool = False  # SAELens wants a threshold per latent: ours is one number, written F times
-    renamed: Mapping[str, str] = field(default_factory=dict)  # our parameter -> SAELens's name of that tensor
+    sae: str  # `architecture` in cfg.json for an autoencoder
+    transcoder: str | None = None  # the same for a transcoder; None: SAELens has no such class
+    repeats_threshold: bool = False  # SAELens needs one threshold per latent: our single number is written F times
+    renamed: Mapping[str, str] = field(default_factory=dict)  # our parameter -> SAELens's name for that tensor
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What training and export need to know of an architecture."""
+    """The facts about an architecture that training and export read."""
 
     activate: Activate
-    cost: Cost | None = None  # None: the activation itself fixes L0; otherwise a coefficient times this does
+    cost: Cost | None = None  # times a coefficient it decides L0; None: the activation function itself fixes L0
     extra: Extra | None = None  # a further loss term
-    params: Mapping[str, Callable[[SAEConfig], float]] = field(default_factory=dict)  # name -> first value of each of F
-    learns_threshold: bool = False  # inference compares with a moving average of training's smallest active latent
-    starts_dense: bool = False  # zero biases leave about half of the latents active
+    params: Mapping[str, Callable[[SAEConfig], float]] = field(
+        default_factory=dict
+    )  # name -> initial value, of shape [F]
+    learns_threshold: bool = False  # inference uses a moving average of the smallest active latent of training batches
+    starts_dense: bool = False  # with zero biases about half of the latents are active
     nested: bool = False  # the loss is the mean over nested prefixes of the dictionary
-    saelens: SAELensForm | None = None  # None: it trains and loads here, but cannot be exported
+    saelens: SAELensForm | None = None  # None: the SAE trains and loads here, but cannot be exported
 
 
 def relu(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: OperatingPoint) -> Float[Array, "B F"]:
@@ -74,9 +81,10 @@ def relu(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: Ope
 
 
 def topk(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: OperatingPoint) -> Float[Array, "B F"]:
-    """The k largest of each row's relu(pre), the rest zero, in training and at inference (Gao et al. 2024, 2406.04093).
+    """The k largest entries of each row of relu(pre), the rest zero, in training and at inference.
 
-    Ties at a row's smallest kept value are all kept; entries that are not positive never are.
+    All entries equal to a row's smallest selected one are selected too. Entries that are not positive never are.
+    Source: Gao et al. 2024 (arXiv 2406.04093).
     """
     positive_BF = jax.nn.relu(pre_BF)
     largest_BK, _ = top_of_rows(jax.lax.stop_gradient(positive_BF), config.largest_k)
@@ -87,10 +95,10 @@ def topk(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: Ope
 def batchtopk(
     pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: OperatingPoint
 ) -> Float[Array, "B F"]:
-    """Training: the B*k largest of relu(pre) over the batch, the rest zero. Inference: relu(pre) where pre > threshold.
+    """The B k largest entries of relu(pre) in the batch, the rest zero; at inference relu(pre) where pre > threshold.
 
-    Ties at the smallest kept value are all kept. The gradient passes through the kept entries unchanged
-    (Bussmann et al. 2024, arXiv 2412.06410).
+    All entries equal to the smallest selected one are selected too. The gradient passes through the selected entries
+    unchanged. Source: Bussmann et al. 2024 (arXiv 2412.06410).
     """
     positive_BF = jax.nn.relu(pre_BF)
     if at.threshold is not None:
@@ -101,51 +109,57 @@ def batchtopk(
 
 
 def jumprelu(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: OperatingPoint) -> Float[Array, "B F"]:
-    """pre where pre > threshold, else 0, with a learned threshold per latent (Rajamanoharan et al. 2024, 2407.14435).
+    """pre where pre > theta, else 0, with a learned threshold theta for each latent.
 
-    The threshold's gradient is the straight-through estimate with a rectangular kernel of width `bandwidth`:
-    d/dtheta = -(theta / bandwidth) [|pre - theta| < bandwidth / 2]; with `threshold_gradient_to_input` the
-    pre-activation gets its negative on top of the plain gradient. theta and the kernel stay float32.
+    The gradient for theta is the straight-through estimate with a rectangular kernel of width `bandwidth`:
+
+        d/dtheta = -(theta / bandwidth) [|pre - theta| < bandwidth / 2]
+
+    With `threshold_gradient_to_input`, the negative of this is added to the plain gradient for pre. theta and the kernel
+    are float32. Source: Rajamanoharan et al. 2024 (arXiv 2407.14435).
     """
     threshold_F = params["threshold"]
-    kept_BF = jnp.where(pre_BF > threshold_F[None], jax.nn.relu(pre_BF), 0.0)
-    return kept_BF + jax.lax.stop_gradient(threshold_F)[None] * _edge(pre_BF, threshold_F, config)
+    active_BF = jnp.where(pre_BF > threshold_F[None], jax.nn.relu(pre_BF), 0.0)
+    return active_BF + jax.lax.stop_gradient(threshold_F)[None] * _step_estimator(pre_BF, threshold_F, config)
 
 
 def gated(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: OperatingPoint) -> Float[Array, "B F"]:
-    """[pre > 0] relu((pre - b_enc) exp(r_mag) + b_mag): the gate decides, the magnitude shares its directions.
+    """[pre > 0] relu((pre - b_enc) exp(r_mag) + b_mag): a gate and a magnitude that share the directions W_enc.
 
-    b_enc is the gate's bias (Rajamanoharan et al. 2024, arXiv 2404.16014). The gate passes no gradient here; it learns
-    from its own L1 and from `gate_reconstruction`.
+    b_enc is the bias of the gate. No gradient passes through the gate here. It learns from its own L1 (`gate_l1`) and
+    from `gate_reconstruction`. Source: Rajamanoharan et al. 2024 (arXiv 2404.16014).
     """
     magnitude_BF = (pre_BF - params["b_enc"][None]) * jnp.exp(params["r_mag"])[None] + params["b_mag"][None]
     return jnp.where(pre_BF > 0, jax.nn.relu(magnitude_BF), 0.0)
 
 
 def l1(encoding: Encoding, params: Params, config: SAEConfig) -> Float[Array, " B"]:
-    """The sum of a row's latents: the decoder's rows have unit norm, so this is L1 x decoder norm."""
+    """The sum of each row's latents. It equals L1 x decoder norm, since the decoder's rows have unit norm."""
     return jnp.sum(encoding.latents_BF, axis=1)
 
 
 def gate_l1(encoding: Encoding, params: Params, config: SAEConfig) -> Float[Array, " B"]:
-    """The sum of relu(pre): L1 of the gate's pre-activations."""
+    """The sum of each row's relu(pre): L1 of the gate's positive pre-activations."""
     return jnp.sum(jax.nn.relu(encoding.pre_BF), axis=1)
 
 
 def l0(encoding: Encoding, params: Params, config: SAEConfig) -> Float[Array, " B"]:
-    """Of a row's number of active latents n, by `l0_loss`: `target`, `step` n, `quadratic` 2 (n - k)^2 / k, `tanh`.
+    """The cost of each row's number of active latents n, of the kind that `l0_loss` names.
 
-    target: k (mean of n over the batch / k - 1)^2, the same for all rows. Thresholds take many steps to follow a
-    coefficient, and reconstruction alone drives L0 below k early on, so that a controller of step's coefficient swings;
-    this pulls from both sides at once.
-    step: Rajamanoharan et al. 2024 (2407.14435); quadratic pulls L0 to k from both sides; tanh is the sum of
-    tanh(4 latent). n's gradient is the straight-through estimate of `jumprelu`, without its factor theta.
+    - target: k (mean of n over the batch / k - 1)^2, the same for all rows. It brings L0 to k from both sides.
+    - step: n (Rajamanoharan et al. 2024, arXiv 2407.14435).
+    - quadratic: 2 (n - k)^2 / k. It also brings L0 to k from both sides.
+    - tanh: the sum of tanh(4 latent).
+
+    `target` is the default because a controller of the coefficient of `step` oscillates: thresholds take many steps to
+    follow a coefficient, and reconstruction alone drives L0 below k early in training. The gradient of n is the
+    straight-through estimate of `jumprelu` without its factor theta.
     """
     if config.l0_loss == "tanh":
         return jnp.sum(jnp.tanh(4.0 * encoding.latents_BF), axis=1)
     threshold_F = params["threshold"]
     active_BF = jnp.where(encoding.pre_BF > threshold_F[None], 1.0, 0.0)
-    active_B = jnp.sum(active_BF + _edge(encoding.pre_BF, threshold_F, config), axis=1)
+    active_B = jnp.sum(active_BF + _step_estimator(encoding.pre_BF, threshold_F, config), axis=1)
     if config.l0_loss == "quadratic":
         return 2.0 / config.k * (active_B - config.k) ** 2
     if config.l0_loss == "step":
@@ -156,18 +170,28 @@ def l0(encoding: Encoding, params: Params, config: SAEConfig) -> Float[Array, " 
 def gate_reconstruction(
     encoding: Encoding, params: Params, config: SAEConfig, target_BD: Float[Array, "B D"]
 ) -> Float[Array, ""]:
-    """Mean of |target - (relu(pre) W_dec + b_dec)|^2 with the decoder held constant: what the gate learns from."""
+    """The mean over rows of |target - (relu(pre) W_dec + b_dec)|^2, from which the gate learns.
+
+    The decoder is a constant here: it gets no gradient.
+    """
     fixed = jax.lax.stop_gradient({"W_dec": params["W_dec"], "b_dec": params["b_dec"]})
     recon_BD = matmul(jax.nn.relu(encoding.pre_BF), fixed["W_dec"], config.compute_dtype) + fixed["b_dec"][None]
     return jnp.mean(jnp.sum((target_BD - recon_BD) ** 2, axis=1))
 
 
-def _edge(pre_BF: Float[Array, "B F"], threshold_F: Float[Array, " F"], config: SAEConfig) -> Float[Array, "B F"]:
-    """Zero, whose gradient is the rectangular kernel's estimate of the step's: -kernel for theta (+kernel for pre)."""
+def _step_estimator(
+    pre_BF: Float[Array, "B F"], threshold_F: Float[Array, " F"], config: SAEConfig
+) -> Float[Array, "B F"]:
+    """Zeros with the straight-through gradient of the step [pre > theta].
+
+    That gradient is -kernel for theta and, with `threshold_gradient_to_input`, +kernel for pre. The kernel is
+    1 / bandwidth where |pre - theta| < bandwidth / 2, else 0.
+    """
     distance_BF = pre_BF - threshold_F[None]
     near_BF = jax.lax.stop_gradient(jnp.abs(distance_BF) < 0.5 * config.bandwidth).astype(jnp.float32)
-    moving_BF = distance_BF if config.threshold_gradient_to_input else jax.lax.stop_gradient(pre_BF) - threshold_F[None]
-    return near_BF / config.bandwidth * (moving_BF - jax.lax.stop_gradient(moving_BF))
+    if not config.threshold_gradient_to_input:
+        distance_BF = jax.lax.stop_gradient(pre_BF) - threshold_F[None]
+    return near_BF / config.bandwidth * (distance_BF - jax.lax.stop_gradient(distance_BF))
 
 
 def _zero(config: SAEConfig) -> float:
@@ -175,10 +199,11 @@ def _zero(config: SAEConfig) -> float:
 
 
 def _first_threshold(config: SAEConfig) -> float:
-    """The config's, or the quantile of a standard normal above which 2 k of F lie.
+    """`config.first_threshold`; if that is None, the value that 2 k of F standard normals exceed on average.
 
-    Inputs have mean square 1 in each direction, so that a random unit encoder's pre-activations are about that. From
-    a low threshold the L0 controller overshoots, and latents that were switched off do not come back.
+    Inputs have mean square 1 in each direction, so the pre-activations of a random unit encoder are roughly standard
+    normal. The value is multiplied by `encoder_scale`. From a low threshold the L0 controller overshoots, and latents
+    that were switched off do not come back.
     """
     if config.first_threshold is not None:
         return config.first_threshold
@@ -209,4 +234,4 @@ ARCHITECTURES: dict[str, Architecture] = {
     "matryoshka": Architecture(batchtopk, learns_threshold=True, nested=True, saelens=_ONE_THRESHOLD),
     "matryoshka_relu": Architecture(relu, cost=l1, starts_dense=True, nested=True, saelens=_STANDARD),
 }
-"""Every architecture by its name. `hafs_jax.register_architecture` adds one."""
+"""Every architecture, by its name. `hafs_jax.register_architecture` adds one."""

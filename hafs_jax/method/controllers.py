@@ -1,7 +1,7 @@
-"""The two feedback loops of training: lambda follows the reconstruction error, the sparsity coefficient follows L0.
+"""The two feedback controllers of training: lambda follows the reconstruction error, the sparsity coefficient L0.
 
-Both are small pytrees with a pure update; what they return is a constant of the *next* step's loss, never
-differentiated. A leading axis, where there is one, is of many SAEs trained in one program.
+Each is a small pytree with a pure update. The value that it returns is a constant in the loss of the *next* step and
+is never differentiated. If one program trains many SAEs, the leaves have a leading axis over them.
 """
 
 import jax
@@ -11,18 +11,18 @@ from jaxtyping import Array, Float, Int
 
 from hafs_jax.config import PenaltyConfig, SparsityConfig
 
-_WINSOR_AFTER, _WINSOR_AT = 100, 3.0  # updates before a spike is clipped, and at how many times the average
-_RISE, _FALL = 0.02, 0.1  # largest moves of lambda per step, as fractions of lam_max
+_WINSOR_AFTER, _WINSOR_AT = 100, 3.0  # after so many updates, FVU is clipped at so many times its average
+_RISE, _FALL = 0.02, 0.1  # largest changes of lambda per step, as fractions of lam_max
 
 
 class ErrorGate(struct.PyTreeNode):
-    """The state of lambda(e): the FVU's moving average and the weight that the next step will use."""
+    """The state of lambda(e): the moving average of FVU and the lambda that the next step will use."""
 
-    ema: Float[Array, "..."]  # uncorrected
-    count: Int[Array, "..."]
+    ema: Float[Array, "..."]  # without bias correction
+    count: Int[Array, "..."]  # of finite batches
     lam: Float[Array, "..."]
-    bad: Int[Array, "..."]  # non-finite batches so far
-    reached: Array  # bool: e has been at or below tau
+    bad: Int[Array, "..."]  # number of non-finite batches so far
+    reached: Array  # bool: e was at or below tau at some step
 
     def error(self, decay: float) -> Float[Array, ""]:
         """e: the bias-corrected moving average of FVU; 1 before the first update."""
@@ -30,7 +30,7 @@ class ErrorGate(struct.PyTreeNode):
 
 
 def init_gate(config: PenaltyConfig, lam_max: Float[Array, ""] | float) -> ErrorGate:
-    """lambda starts at lam_min under the gate, at lam_max for constant pressure, at 0 without a penalty."""
+    """The initial state: lambda is lam_min with the gate, lam_max without it, and 0 without a penalty."""
     start = 0.0 if config.kind == "none" else (config.lam_min if config.gate else lam_max)
     return ErrorGate(
         ema=jnp.zeros(()),
@@ -48,11 +48,15 @@ def update_gate(
     tau: Float[Array, ""] | float,
     lam_max: Float[Array, ""] | float,
 ) -> ErrorGate:
-    """One step of the error-adaptive weight.
+    """The state after one step with the batch's FVU.
 
-    e is the bias-corrected average of FVU, a finite value winsorised at 3 x the average after 100 updates. lambda moves
-    towards lam_min + (lam_max - lam_min) sigmoid((tau - e) / (w tau)), by at most +0.02 or -0.1 lam_max. A batch that
-    is not finite freezes the average and halves lambda. Without the gate only the average and the counters move.
+    e is the bias-corrected moving average of FVU. After 100 updates a value is winsorised at 3 times the average.
+    lambda changes towards
+
+        lam_min + (lam_max - lam_min) sigmoid((tau - e) / (w tau))
+
+    by at most +0.02 lam_max or -0.1 lam_max. A non-finite batch leaves the average as it is and halves lambda. Without
+    the gate only the average and the counters change.
     """
     ok = jnp.isfinite(fvu)
     value = jnp.where(ok, fvu, 0.0)
@@ -67,20 +71,20 @@ def update_gate(
         return gate
     error = gate.error(beta)
     target = config.lam_min + (lam_max - config.lam_min) * jax.nn.sigmoid((tau - error) / (config.gate_width * tau))
-    moved = gate.lam + jnp.clip(target - gate.lam, -_FALL * lam_max, _RISE * lam_max)
+    nearer = gate.lam + jnp.clip(target - gate.lam, -_FALL * lam_max, _RISE * lam_max)
     reached = gate.reached | (ok & (count > 0) & (error <= tau))
-    return gate.replace(lam=jnp.where(ok, moved, 0.5 * gate.lam), reached=reached)
+    return gate.replace(lam=jnp.where(ok, nearer, 0.5 * gate.lam), reached=reached)
 
 
 class SparsityControl(struct.PyTreeNode):
-    """The sparsity coefficient in force and the moving average of L0."""
+    """The current sparsity coefficient and the moving average of L0."""
 
     coefficient: Float[Array, "..."]
     l0_ema: Float[Array, "..."]
 
 
 def init_sparsity(coefficient: Float[Array, ""] | float, target_l0: float | int) -> SparsityControl:
-    """Starts at `coefficient` with the average at its target, so that nothing moves before L0 is known."""
+    """The initial state: the given coefficient, and the average of L0 at its target."""
     return SparsityControl(jnp.array(coefficient, jnp.float32), jnp.array(target_l0, jnp.float32))
 
 
@@ -91,17 +95,17 @@ def update_sparsity(
     target_l0: Array | float | int,
     active: Array,
 ) -> SparsityControl:
-    """Multiplies the coefficient by (L0 / target)^gain while `active`; the average of L0 always moves.
+    """The state after one step: the coefficient times (L0 / target)^gain while `active`, and the new average of L0.
 
-    Integral control in the logarithm, with the present L0 and not its average in the loop: the average's lag makes the
-    loop ring. One step moves the coefficient by at most a factor 2^gain up and 2^(3 gain) down: an L0 far over its
-    target is still falling, and a coefficient that overshoots kills latents.
+    This is integral control of the logarithm. It reads the present L0, because the lag of an average makes the loop
+    oscillate. The factor of one step is limited to between 2^(-3 gain) and 2^gain: an L0 far above its target is still
+    falling, and a coefficient that overshoots kills latents. The average of L0 is updated even if not `active`.
     """
     ratio = jnp.clip(jnp.log2(jnp.maximum(l0, 1e-3) / target_l0), -3.0, 1.0)
-    moved = control.coefficient * jnp.exp2(config.match_gain * ratio)
+    updated = control.coefficient * jnp.exp2(config.match_gain * ratio)
     ok = jnp.isfinite(l0)
     return SparsityControl(
-        jnp.where(active & ok, moved, control.coefficient),
+        jnp.where(active & ok, updated, control.coefficient),
         jnp.where(ok, 0.98 * control.l0_ema + 0.02 * l0, control.l0_ema),
     )
 

@@ -1,4 +1,4 @@
-"""Which axis of an array counts the latents, by the array's name in the training state."""
+"""The axis of the latents in each array of the training state, found by the array's name."""
 
 from hafs_jax.method.architectures import ARCHITECTURES
 
@@ -6,7 +6,7 @@ _OTHERS = {"W_enc": 1, "W_dec": 0, **dict.fromkeys(("b_enc", "steps_since_fired_
 
 
 def latent_axis(path: tuple) -> int | None:
-    """The axis of the latents in the leaf at `path` of a pytree of states, parameters or moments; None: it has none."""
+    """The axis of the latents in the leaf at `path` of a state, parameters or moments; None if it has no such axis."""
     own = {name: 0 for architecture in ARCHITECTURES.values() for name in architecture.params}
     axes = _OTHERS | own
     names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]

@@ -1,10 +1,10 @@
-"""The loss of a batch, the penalty apart, in its plain form. Pure functions.
+"""The loss of a batch without the penalty, in its plain form. Pure functions.
 
     L = reconstruction + sparsity + revival of dead latents
 
-in units of FVU: the batch's residual over the store's variance. For relu that is the usual |x - x_hat|^2 + l1 |f|_1,
-divided by the constant variance; a Matryoshka's reconstruction is the mean over its prefixes. `hafs_jax.fast.objective`
-computes the same value and its gradient more quickly.
+L is in units of FVU: the residual of the batch over the variance of the store. For relu this is the usual
+|x - x_hat|^2 + l1 |f|_1 divided by that constant. The reconstruction term of a Matryoshka SAE is the mean over its
+prefixes. `hafs_jax.fast.objective` computes the same value and its gradient faster.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Metrics = dict[str, Array]
 
 
 class Weights(struct.PyTreeNode):
-    """What the loss at one step is weighted with; constants of differentiation."""
+    """What the loss of one step takes from schedules and state. Constants: they get no gradient."""
 
     k: Int[Array, ""]
     coefficient: Float[Array, ""]
@@ -34,13 +34,15 @@ class Weights(struct.PyTreeNode):
 
 
 class Forward(struct.PyTreeNode):
-    """What a forward pass leaves beside the loss."""
+    """What a forward pass returns beside the loss."""
 
     residual_BD: Float[Array, "B D"]
-    parts: Metrics
-    firing_F: Float[Array, " F"]  # rows in which each latent fires
-    smallest: Float[Array, ""]  # active latent, where the architecture learns from it; infinite where none is
-    encoding: Encoding | None  # none where products are sparse, and of a batch in blocks
+    parts: Metrics  # the terms of the loss, and FVU
+    firing_F: Float[Array, " F"]  # number of rows in which each latent fires
+    smallest: Float[
+        Array, ""
+    ]  # the smallest active latent, if the architecture learns a threshold; inf if none is active
+    encoding: Encoding | None  # None if products are sparse or the batch was taken in blocks
 
 
 def forward(
@@ -52,9 +54,9 @@ def forward(
     key: Key[Array, ""],
     config: TrainConfig,
 ) -> Forward:
-    """The terms of any architecture but for the auxiliary reconstruction, by products with all latents.
+    """The terms of any architecture's loss except the auxiliary loss, by products with all latents.
 
-    `key` samples a Matryoshka's prefixes.
+    `key` samples the prefixes of a Matryoshka SAE.
     """
     architecture, settings = ARCHITECTURES[config.sae.architecture], config.sparsity
     sae = SAE(config.sae, acts_BD.shape[1], target_BD.shape[1])
@@ -70,14 +72,14 @@ def forward(
     if architecture.extra is not None:
         parts["loss_reconstruction"] += architecture.extra(encoding, params, config.sae, target_BD) / variance
     if architecture.cost is not None:
-        paying = encoding
+        counted = encoding
         if architecture.nested:
-            paying = encoding.replace(latents_BF=latents_BF * prefix_shares(config.sae, key)[None])
-        cost = jnp.mean(architecture.cost(paying, params, config.sae))
+            counted = encoding.replace(latents_BF=latents_BF * prefix_shares(config.sae, key)[None])
+        cost = jnp.mean(architecture.cost(counted, params, config.sae))
         parts["loss_sparsity"] = weights.coefficient * cost / variance
     if settings.pre_activation > 0:
-        short = pre_activation_loss(params, encoding.pre_BF, weights.is_dead_F)
-        parts["loss_aux"] = settings.pre_activation * short / variance
+        revival = pre_activation_loss(params, encoding.pre_BF, weights.is_dead_F)
+        parts["loss_aux"] = settings.pre_activation * revival / variance
     active_BF = latents_BF > 0
     return Forward(
         residual_BD,
@@ -89,7 +91,7 @@ def forward(
 
 
 def total(params: Params, run: Callable[..., Forward], *rows: Float[Array, "B _"]) -> tuple[Float[Array, ""], Forward]:
-    """The sum of the terms of a forward pass `run`, and what the pass left."""
+    """The sum of the terms of the forward pass `run(params, *rows)`, and what the pass returned."""
     found = run(params, *rows)
     parts = found.parts
     parts.setdefault("loss_sparsity", jnp.zeros(()))
@@ -106,7 +108,10 @@ def loss(
     key: Key[Array, ""],
     config: TrainConfig,
 ) -> tuple[Float[Array, ""], Forward]:
-    """The whole loss of scaled activations but for the penalty: what `fast.objective` is held to, and its gradient."""
+    """The loss of scaled activations, all terms except the penalty, and what the forward pass returned.
+
+    A test holds `hafs_jax.fast.objective` to this value and its gradient.
+    """
 
     def run(params: Params, acts_BD: Array, target_BD: Array) -> Forward:
         return forward(params, acts_BD, target_BD, weights, variance, key, config)

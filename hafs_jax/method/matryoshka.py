@@ -1,6 +1,7 @@
 """Matryoshka SAEs: nested prefixes of the dictionary, each of which reconstructs on its own. Pure functions.
 
-Bussmann et al. 2025 (arXiv 2503.17547).
+A *prefix* is the first latents up to some number. A *band* is the part of a prefix that is not in the one before.
+Source: Bussmann et al. 2025 (arXiv 2503.17547).
 """
 
 from collections.abc import Sequence
@@ -12,13 +13,14 @@ from jaxtyping import Array, Float, Int, Key
 from hafs_jax.config import SAEConfig
 from hafs_jax.ops.products import Params, matmul
 
-_PARETO = 0.5  # shape of the distribution of sampled prefixes: short ones are the more frequent
+_PARETO = 0.5  # shape of the distribution of sampled lengths: short prefixes are more frequent
 
 
 def prefix_ends(config: SAEConfig, key: Key[Array, ""]) -> Int[Array, " G"]:
-    """Rising lengths of the prefixes, the last F: the config's fractions of F, or a sample of this step's.
+    """The lengths of the prefixes, rising, the last of them F.
 
-    Sampled lengths follow a Pareto distribution of shape 0.5 truncated to 1..F.
+    They are the config's fractions of F or, with `sampled_prefixes`, drawn with `key` from a Pareto distribution of
+    shape 0.5 truncated to 1..F.
     """
     F = config.F
     if not config.sampled_prefixes:
@@ -30,21 +32,21 @@ def prefix_ends(config: SAEConfig, key: Key[Array, ""]) -> Int[Array, " G"]:
 
 
 def fixed_ends(config: SAEConfig) -> tuple[int, ...]:
-    """The lengths of the fixed prefixes: `prefixes` as fractions of F, rounded, at least 1."""
+    """The lengths of the fixed prefixes: each fraction in `prefixes` times F, rounded, at least 1."""
     return tuple(max(1, round(fraction * config.F)) for fraction in config.prefixes)
 
 
 def prefix_shares(config: SAEConfig, key: Key[Array, ""]) -> Float[Array, " F"]:
-    """The share of the prefixes that hold each latent: 1 for the first band, 1 / G for the last.
+    """The fraction of the prefixes that contain each latent: 1 for the first band, 1 / G for the last of G.
 
-    What a latent pays in a loss that is the mean over G nested SAEs, each with its own sparsity cost. Paid in full, L1
-    would outweigh the one prefix in which a latent of the last band helps, and kill the band.
+    It is the weight of a latent's sparsity cost, since the loss is the mean over G nested SAEs, each with its own cost.
+    At full weight L1 would exceed what a latent of the last band gains in its one prefix, and kill the band.
     """
     return jnp.mean(jnp.arange(config.F)[None] < prefix_ends(config, key)[:, None], axis=0, dtype=jnp.float32)
 
 
 def bands(config: SAEConfig) -> Int[Array, " F"]:
-    """The number of the fixed prefix that first holds each latent: its level."""
+    """The level of each latent: the number, from 0, of the first fixed prefix that contains it."""
     ends = jnp.asarray(fixed_ends(config), jnp.int32)
     return jnp.searchsorted(ends, jnp.arange(config.F), side="right").astype(jnp.int32)
 
@@ -52,9 +54,10 @@ def bands(config: SAEConfig) -> Int[Array, " F"]:
 def prefix_changes(
     latents_BF: Float[Array, "B F"], params: Params, config: SAEConfig, key: Key[Array, ""]
 ) -> list[Float[Array, "B D"]]:
-    """What each band of latents, the part of a prefix that is not in the one before, adds to the reconstruction.
+    """What each band of latents adds to the reconstruction.
 
-    Fixed prefixes are slices, so that all of them together cost one decoder product; sampled ones cost one each.
+    Bands of fixed prefixes are slices, which together cost one decoder product. Bands of sampled prefixes cost one
+    decoder product each.
     """
     if config.sampled_prefixes:
         ends_G = prefix_ends(config, key)
@@ -69,7 +72,7 @@ def prefix_changes(
 def prefix_errors(
     changes: Sequence[Float[Array, "B D"]], target_BD: Float[Array, "B D"], b_dec: Float[Array, " D"]
 ) -> tuple[Float[Array, " G"], Float[Array, "B D"]]:
-    """Mean over rows of |target - reconstruction from the first bands|^2 for each prefix, and the whole's residual."""
+    """The mean over rows of |target - reconstruction|^2 for each prefix, and the residual of the last prefix."""
     residual_BD, errors = target_BD - b_dec[None], []
     for change_BD in changes:
         residual_BD = residual_BD - change_BD
