@@ -66,9 +66,7 @@ class Architecture:
     activate: Activate
     cost: Cost | None = None  # times a coefficient it decides L0; None: the activation function itself fixes L0
     extra: Extra | None = None  # a further loss term
-    params: Mapping[str, Callable[[SAEConfig], float]] = field(
-        default_factory=dict
-    )  # name -> initial value, of shape [F]
+    params: Mapping[str, Callable[[SAEConfig], float]] = field(default_factory=dict)  # name -> initial value of all F
     learns_threshold: bool = False  # inference uses a moving average of the smallest active latent of training batches
     starts_dense: bool = False  # with zero biases about half of the latents are active
     nested: bool = False  # the loss is the mean over nested prefixes of the dictionary
@@ -115,8 +113,8 @@ def jumprelu(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at:
 
         d/dtheta = -(theta / bandwidth) [|pre - theta| < bandwidth / 2]
 
-    With `threshold_gradient_to_input`, the negative of this is added to the plain gradient for pre. theta and the kernel
-    are float32. Source: Rajamanoharan et al. 2024 (arXiv 2407.14435).
+    With `threshold_gradient_to_input`, the negative of this is added to the plain gradient for pre. theta and the
+    kernel are float32. Source: Rajamanoharan et al. 2024 (arXiv 2407.14435).
     """
     threshold_F = params["threshold"]
     active_BF = jnp.where(pre_BF > threshold_F[None], jax.nn.relu(pre_BF), 0.0)

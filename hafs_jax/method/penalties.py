@@ -1,6 +1,6 @@
-"""The decoder's orthogonality penalty, its noise floor, and the coherence figures logged beside it. Pure functions.
+"""The decoder's orthogonality penalties, the margin mu0, and the coherence figures in the log. Pure functions.
 
-The plain forms: `hafs_jax.fast.hinge` computes the hinge's value and gradient more quickly.
+These are the plain forms. `hafs_jax.fast.hinge` computes the value and gradient of the hinge faster.
 """
 
 import math
@@ -19,17 +19,20 @@ from hafs_jax.method.sae import unit_rows
 
 
 class Structure(struct.PyTreeNode):
-    """What the penalty knows of the latents beside their directions; constants of differentiation."""
+    """What the penalty reads beside the directions of the latents. Constants: they get no gradient."""
 
-    groups_F: Int[Array, " F"]  # latents of the same group may share direction under alpha
-    rate_F: Float[Array, " F"]  # share of recent rows in which each fires
-    active_BF: Bool[Array, "B F"] | None = None  # who fires in this batch; only `cofiring` asks
+    groups_F: Int[Array, " F"]  # group numbers; latents of one group may share direction under alpha
+    rate_F: Float[Array, " F"]  # fraction of recent rows in which each latent fires
+    active_BF: Bool[Array, "B F"] | None = None  # which latents fire in this batch; only `cofiring` reads it
 
 
 def first_groups(config: PenaltyConfig, sae: SAEConfig) -> Int[Array, " F"]:
-    """The groups of T_ij = [group of i = group of j]: one for all; `group_size` neighbours; or Matryoshka's levels.
+    """The initial group of each latent, where T_ij = [group of i = group of j].
 
-    `parent` starts with all in one group, as `global`, until `assign_parents` is first called.
+    - contiguous: neighbours, `group_size` of them.
+    - level: Matryoshka's levels.
+    - parent: one group of all, as for `global`, until the first call of `assign_parents`.
+    - others: one group of all.
     """
     if config.sharing == "contiguous":
         return jnp.arange(sae.F, dtype=jnp.int32) // config.group_size
@@ -39,7 +42,10 @@ def first_groups(config: PenaltyConfig, sae: SAEConfig) -> Int[Array, " F"]:
 
 
 def assign_parents(W_dec: Float[Array, "F D"], parents: int) -> Int[Array, " F"]:
-    """The number of each latent's parent: of the first `parents` latents (each its own), the one of largest cosine."""
+    """The number of each latent's parent: the one of the first `parents` latents with the largest cosine.
+
+    These first latents are their own parents.
+    """
     units_FD = unit_rows(W_dec)
     parents = min(parents, W_dec.shape[0])
     nearest_F = jnp.argmax(units_FD @ units_FD[:parents].T, axis=1).astype(jnp.int32)
@@ -50,10 +56,12 @@ def assign_parents(W_dec: Float[Array, "F D"], parents: int) -> Int[Array, " F"]
 def sharing_weights(
     ids_CM: Int[Array, "C M"], structure: Structure, config: PenaltyConfig
 ) -> Float[Array, "C M M"] | float:
-    """T_ij, to what degree latents i and j may share direction under alpha, for chunks of latent numbers.
+    """T_ij in [0, 1], the degree to which latents i and j may share direction under alpha, for each pair in a chunk.
 
-    `global`: 1. `contiguous`, `parent`, `level`: 1 within a group, else 0. `cofiring`: the share of the batch's rows
-    where the rarer of the two fires in which the other fires too; 0 where the rarer does not fire at all.
+    - global: 1.
+    - contiguous, parent, level: 1 within a group, else 0.
+    - cofiring: of the batch's rows in which the rarer of the two fires, the fraction in which the other fires too; 0 if
+      the rarer one does not fire at all.
     """
     if config.sharing == "global":
         return 1.0
@@ -69,7 +77,7 @@ def sharing_weights(
 
 
 def tangent(gradient_FD: Float[Array, "F D"], unit_FD: Float[Array, "F D"]) -> Float[Array, "F D"]:
-    """The gradient without its component along the unit rows."""
+    """The gradient without its component along the unit rows: the part that turns them."""
     return gradient_FD - jnp.sum(gradient_FD * unit_FD, axis=1, keepdims=True) * unit_FD
 
 
@@ -81,13 +89,14 @@ def hinge_penalty(
     config: PenaltyConfig,
     key: Key[Array, ""],
 ) -> Float[Array, ""]:
-    """O: the one-sided squared hinge on cosines above mu0, estimated on a random partition into chunks of m.
+    """O: the one-sided squared hinge on cosines above mu0, estimated on a random partition into chunks of m latents.
 
-    O = w * mean_i sum_{j in chunk(i), j != i} (1 - alpha T_ij) relu(u_i . u_j - mu0)^2, u the unit rows of W_dec, with
-    w the inverse probability that a pair shares a chunk: (F - 1)/(m - 1) where m divides F. Unbiased over partitions;
-    exact where one chunk holds all latents. Cost F m D, never F x F. `yielding` decides which row of a pair the
-    gradient turns; the value is the same, and so is the size of the gradient. This is the plain form,
-    which tests hold `hafs_jax.fast.hinge` to.
+        O = w * mean_i sum_{j in chunk(i), j != i} (1 - alpha T_ij) relu(u_i . u_j - mu0)^2
+
+    u_i are the unit rows of W_dec. w is the inverse probability that a pair shares a chunk: (F - 1)/(m - 1) if m
+    divides F. The estimate is unbiased over partitions, and exact if one chunk holds all latents. It costs F m D and
+    never needs an F x F array. `yielding` decides which row of a pair the gradient turns. It changes neither the value
+    nor the size of the gradient of a row that is turned. Tests hold `hafs_jax.fast.hinge` to this plain form.
     """
     F = W_dec.shape[0]
     chunks = partition(F, config.chunk_size, key)
@@ -96,7 +105,7 @@ def hinge_penalty(
     onto_fixed = jnp.einsum("cid,cjd->cij", rows_CMD, fixed_CMD, preferred_element_type=jnp.float32)
     value = jax.lax.stop_gradient(onto_fixed)
     turns_CMM = turning(chunks.ids_CM, structure, config)
-    cosines_CMM = value + 2 * turns_CMM * (onto_fixed - value)  # one product backward where autodiff would take two
+    cosines_CMM = value + 2 * turns_CMM * (onto_fixed - value)  # one product backward, not autodiff's two
     weights_CMM = pair_weights(chunks.ids_CM, chunks.real_CM, alpha, structure, config)
     return jnp.sum(weights_CMM * jax.nn.relu(cosines_CMM - mu0) ** 2) * ((F - 1) / max(chunks.pairs, 1))
 
@@ -108,13 +117,16 @@ def pair_weights(
     structure: Structure,
     config: PenaltyConfig,
 ) -> Float[Array, "C M M"]:
-    """1 - alpha T_ij of distinct latents; 0 for a latent with itself and where one of the two is not real."""
+    """1 - alpha T_ij for pairs of distinct latents; 0 for a latent with itself and for pairs with padding."""
     pairs_CMM = real_CM[:, :, None] & real_CM[:, None, :] & ~jnp.eye(ids_CM.shape[1], dtype=bool)[None]
     return jnp.where(pairs_CMM, 1.0 - alpha * sharing_weights(ids_CM, structure, config), 0.0)
 
 
 def turning(ids_CM: Int[Array, "C M"], structure: Structure, config: PenaltyConfig) -> Float[Array, "C M #M"]:
-    """1 where the penalty of the pair (i, j) turns i, else 0. Weights and cosines are symmetric: (j, i) turns j."""
+    """1 where the penalty of the pair (i, j) turns i, else 0. The pair (j, i) turns j.
+
+    Nothing else distinguishes the two: weights and cosines are symmetric.
+    """
     if config.yielding == "both":
         return jnp.ones((*ids_CM.shape, 1))
     order_CM = ids_CM if config.yielding == "later" else -structure.rate_F[ids_CM]
@@ -122,9 +134,10 @@ def turning(ids_CM: Int[Array, "C M"], structure: Structure, config: PenaltyConf
 
 
 def ortsae_penalty(W_dec: Float[Array, "F D"], config: PenaltyConfig, key: Key[Array, ""]) -> Float[Array, ""]:
-    """Mean over latents of (max_{j != i in chunk(i)} u_i . u_j)^2, chunks of at most `chunk_size` (arXiv 2509.22033).
+    """OrtSAE's penalty: mean_i (max_{j in chunk(i), j != i} u_i . u_j)^2, with chunks of at most `chunk_size` latents.
 
-    The published method takes chunks of 8,192 latents; smaller chunks lower the maximum, so the value depends on them.
+    The published method (arXiv 2509.22033) uses chunks of 8,192 latents. Smaller chunks lower the maximum, so the value
+    depends on their size.
     """
     F = W_dec.shape[0]
     count = -(-F // config.chunk_size)
@@ -137,17 +150,17 @@ def ortsae_penalty(W_dec: Float[Array, "F D"], config: PenaltyConfig, key: Key[A
 
 
 def frobenius_penalty(W_dec: Float[Array, "F D"]) -> Float[Array, ""]:
-    """(|U^T U|_F^2 - F) / F = mean_i sum_{j != i} (u_i . u_j)^2: all pairs, exactly, at a cost of F D^2."""
+    """mean_i sum_{j != i} (u_i . u_j)^2 = (|U^T U|_F^2 - F) / F: exact over all pairs, at a cost of F D^2."""
     units_FD = unit_rows(W_dec)
     return jnp.sum((units_FD.T @ units_FD) ** 2) / len(units_FD) - 1.0
 
 
 @dataclass(frozen=True)
 class Penalty:
-    """What training needs to know of a penalty."""
+    """The facts about a penalty that training reads."""
 
     value: "Value"
-    has_margin: bool = False  # reads mu0, which is solved from the noise floor where the config has none
+    has_margin: bool = False  # it reads mu0, which is solved from the noise floor if the config has none
 
 
 Value = Callable[
@@ -173,20 +186,20 @@ PENALTIES: dict[str, Penalty] = {
     "ortsae": Penalty(_ortsae),
     "frob": Penalty(_frobenius),
 }
-"""Every penalty by the name that `penalty.kind` gives it. `hafs_jax.register_penalty` adds one."""
+"""Every penalty, by its name in `penalty.kind`. `hafs_jax.register_penalty` adds one."""
 
 
 @dataclass(frozen=True)
 class Chunks:
     """A random partition of the latents into chunks of one size."""
 
-    ids_CM: Int[Array, "C M"]  # the last chunk is filled up with the last latent's number
-    real_CM: Bool[Array, "C M"]  # all but what it is filled up with
-    pairs: int  # ordered pairs of distinct latents that share a chunk
+    ids_CM: Int[Array, "C M"]  # latent numbers; the last chunk is padded with the number of the last latent
+    real_CM: Bool[Array, "C M"]  # False for this padding
+    pairs: int  # number of ordered pairs of distinct latents that share a chunk
 
 
 def partition(F: int, size: int, key: Key[Array, ""]) -> Chunks:
-    """A random partition of F latents into chunks of `size`."""
+    """A random partition of F latents into chunks of `size`, at most F."""
     m = min(size, F)
     count = -(-F // m)
     order = jax.random.permutation(key, F).astype(jnp.int32)
@@ -196,10 +209,10 @@ def partition(F: int, size: int, key: Key[Array, ""]) -> Chunks:
 
 
 def noise_floor_margin(n_latents: int, d_model: int, floor: float) -> float:
-    """mu0 at which the penalty of F random unit rows in R^D is `floor`: solves ((F-1)/D) G(mu0 sqrt D) = floor.
+    """mu0 at which the expected hinge penalty of F random unit rows in R^D is `floor`.
 
-    G(s) = (1 + s^2) Phi(-s) - s phi(s) is E[relu(z - s)^2] of a standard normal z. 0 where even the whole positive
-    half is below the floor.
+    It solves ((F-1)/D) G(mu0 sqrt D) = floor, where G(s) = (1 + s^2) Phi(-s) - s phi(s) is E[relu(z - s)^2] of a
+    standard normal z. It is 0 if the penalty is below `floor` even without a margin.
     """
 
     def expected(mu0: float) -> float:
@@ -218,12 +231,15 @@ def noise_floor_margin(n_latents: int, d_model: int, floor: float) -> float:
 
 
 def coherence(W_dec: Float[Array, "F D"], most: int | None = None, chunk: int = 256) -> dict[str, Float[Array, ""]]:
-    """Mean and maximum over latents of the nearest other latent's cosine, and the Frobenius excess.
+    """Measures of how far dictionary vectors share direction, by name.
 
-    coherence_mean = mean_i max_{j != i} u_i . u_j, coherence_max its maximum over i, and frobenius_excess =
-    (|U^T U|_F^2 - F) / (F (F-1) / D): the mean squared cosine of distinct pairs relative to random rows' 1/D.
-    With `most` the first two are over so many latents i, evenly spaced, where there are more: all of them cost F / 5 B
-    dense steps. Chunked: `chunk` x F cosines at a time.
+    - coherence_mean: mean_i max_{j != i} u_i . u_j, the cosine of a latent with its nearest other latent.
+    - coherence_max: max_i max_{j != i} u_i . u_j.
+    - frobenius_excess: (|U^T U|_F^2 - F) / (F (F-1) / D), the mean squared cosine of distinct pairs over 1/D, its value
+      for random rows.
+
+    If there are more than `most` latents, the first two are over `most` evenly spaced latents i. Over all latents they
+    cost as much as F / (5 B) dense steps. Cosines are computed in pieces [`chunk`, F].
     """
     F, D = W_dec.shape
     units_FD = unit_rows(W_dec)

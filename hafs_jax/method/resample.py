@@ -1,6 +1,6 @@
-"""Resampling of dead latents: they start anew from what the SAE reconstructs worst. Pure functions.
+"""Resampling of dead latents: they restart from the rows that the SAE reconstructs worst. Pure functions.
 
-After "Towards Monosemanticity" (Bricken et al. 2023): rows are drawn in proportion to their squared loss.
+Rows are drawn in proportion to their squared loss, as in "Towards Monosemanticity" (Bricken et al. 2023).
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from hafs_jax.method.sae import unit_rows
 from hafs_jax.ops.members import largest_of_members
 from hafs_jax.ops.products import Params
 
-_ENCODER_SHARE = 0.2  # norm of a new encoder column, relative to the mean of the live ones
+_ENCODER_SHARE = 0.2  # norm of a new encoder column, relative to the mean norm of the live ones
 
 
 def resample(
@@ -31,11 +31,15 @@ def resample(
     config: TrainConfig,
     axis: str | None = None,
 ) -> tuple[Params, optax.OptState, Int[Array, " F"]]:
-    """The parameters, moments and counters with dead latents made anew, where `now`; else as they are.
+    """The parameters, optimizer state and counters with all dead latents reset if `now`, else unchanged.
 
-    `rows` are the batch's scaled inputs [B, D] and residuals [B, D_out]. A dead latent's dictionary vector becomes the
-    direction of a drawn row's residual, its encoder column the same direction (a transcoder's: the input's) at a fifth
-    of the live columns' mean norm, its bias 0; what the architecture adds gets its first value, its moments 0.
+    `rows` are the batch's scaled inputs [B, D] and residuals [B, D_out]. One of them is drawn for each dead latent:
+
+    - its dictionary vector becomes the direction of the row's residual;
+    - its encoder column becomes the same direction (for a transcoder, that of the row's input), with a fifth of the
+      mean norm of the live columns;
+    - its bias becomes 0, and the architecture's own parameters get their initial values;
+    - its moments and its counter become 0.
     """
 
     def renew(params: Params, opt_state: Any, since_F: Array) -> tuple[Params, Any, Array]:

@@ -1,4 +1,4 @@
-"""Loss terms that bring dead latents back. Pure functions."""
+"""Loss terms that revive dead latents. Pure functions."""
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ def auxiliary_error(
     aux_k: int,
     config: SAEConfig,
 ) -> Float[Array, ""]:
-    """sum |e - e_hat|^2 over rows: e the residual (a constant), e_hat the sum of the top `aux_k` dead latents.
+    """The sum over rows of |e - e_hat|^2: e is the residual, e_hat its reconstruction by dead latents.
 
-    Gao et al. 2024 (arXiv 2406.04093), appendix A.2. Params may hold some of the latents alone: `is_dead_F` is then of
-    those.
+    Each row is reconstructed by its `aux_k` most active dead latents. e is a constant here. `params` and `is_dead_F`
+    may hold only some of the latents. Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.2.
     """
     pre_BF = matmul(acts_BD, params["W_enc"], config.compute_dtype) + pre_bias(params, config)[None]
     dead_BF = jnp.where(is_dead_F[None], jax.nn.relu(pre_BF), 0.0)
@@ -34,16 +34,17 @@ def auxiliary_error(
 def auxiliary_weight(
     residual_BD: Float[Array, "B D_out"], is_dead_F: Bool[Array, " F"], weight: float
 ) -> Float[Array, ""]:
-    """weight / |e|^2: what `auxiliary_error` counts in the loss. 0 while no latent is dead."""
+    """weight / |e|^2, the factor of `auxiliary_error` in the loss; 0 while no latent is dead."""
     return jnp.where(jnp.any(is_dead_F), weight, 0.0) / jnp.maximum(jnp.sum(residual_BD**2), 1e-20)
 
 
 def pre_activation_loss(params: Params, pre_BF: Float[Array, "B F"], is_dead_F: Bool[Array, " F"]) -> Float[Array, ""]:
-    """Mean over rows of the sum over dead latents of relu(threshold - pre), the threshold 0 where none is learned.
+    """The mean over rows of the sum over dead latents of relu(threshold - pre).
 
-    Anthropic's "update on the SAE training" (January 2025), here for dead latents alone: what never reaches its
-    threshold has no other gradient. The threshold is a constant of it.
+    A latent that never reaches its threshold has no other gradient. The threshold is a constant here, and 0 for
+    architectures that learn none. Source: Anthropic's "update on the SAE training" (January 2025), restricted here to
+    dead latents.
     """
     threshold_F = jax.lax.stop_gradient(params.get("threshold", jnp.zeros_like(params["b_enc"])))
-    short_BF = jnp.where(is_dead_F[None], jax.nn.relu(threshold_F[None] - pre_BF), 0.0)
-    return jnp.mean(jnp.sum(short_BF, axis=1))
+    below_BF = jnp.where(is_dead_F[None], jax.nn.relu(threshold_F[None] - pre_BF), 0.0)
+    return jnp.mean(jnp.sum(below_BF, axis=1))

@@ -1,7 +1,7 @@
-"""The sparse autoencoder as a Flax module, and the affine map between the model's units and the SAE's.
+"""The sparse autoencoder as a Flax module, and the affine map between the language model's units and the SAE's.
 
-Inside, activations are centred by the store's mean and scaled to a mean squared distance of D from it. The decoder's
-rows are of unit norm: `unit_rows` is applied at initialisation and after each update (in `step`), and nowhere else.
+The SAE sees scaled activations: the store's mean is subtracted, and the mean squared norm is then D. The rows of the
+decoder have unit norm: `unit_rows` is applied at initialisation and after each update of the optimizer.
 """
 
 import flax.linen as nn
@@ -16,25 +16,25 @@ from hafs_jax.ops.products import Params, matmul
 
 
 class InputScale(struct.PyTreeNode):
-    """x -> (x - mean) * scale, kept in the checkpoint and folded into the weights at export."""
+    """x -> (x - mean) * scale. It is saved in the checkpoint and folded into the weights at export."""
 
     mean_D: Float[Array, " D"]
     scale: Float[Array, ""]
     variance: Float[Array, ""]  # mean of |(x - mean) * scale|^2, the denominator of FVU
-    target: "InputScale | None" = None  # of a transcoder's target rows
+    target: "InputScale | None" = None  # the scale of a transcoder's target rows
 
     def __call__(self, acts_BD: Array) -> Float[Array, "B D"]:
-        """Raw activations of any float dtype, centred and scaled, in float32."""
+        """The scaled activations in float32, from raw activations of any float dtype."""
         return (acts_BD.astype(jnp.float32) - self.mean_D[None]) * self.scale
 
 
 class SAE(nn.Module):
     """latents = activate((x - b_dec) @ W_enc + b_enc); reconstruction = latents @ W_dec + b_dec.
 
-    A transcoder (`config.transcode`) reconstructs rows of width `d_out` of another store, and its encoder subtracts no
-    b_dec. Parameters are float32; the matrix products' inputs are cast to `config.compute_dtype` and accumulate in
-    float32. The product with W_enc is written x @ W_enc + (b_enc - b_dec @ W_enc): the same function, whose gradient
-    costs no product of B x D x F for an input gradient that nobody needs.
+    A transcoder (`config.transcode`) reconstructs rows of width `d_out` of another store, and its encoder does not
+    subtract b_dec. Parameters are float32. The inputs of matrix products are cast to `config.compute_dtype`, and sums
+    are float32. The product with W_enc is written x @ W_enc + (b_enc - b_dec @ W_enc). This is the same function, but
+    its gradient needs no B x D x F product for a gradient of x - b_dec.
     """
 
     config: SAEConfig
@@ -59,7 +59,7 @@ class SAE(nn.Module):
         self.params = params
 
     def encode(self, acts_BD: Float[Array, "B D"], at: OperatingPoint) -> Encoding:
-        """Pre-activations and latents of scaled activations."""
+        """The pre-activations and latents of scaled activations."""
         params, dtype = dict(self.params), self.config.compute_dtype
         pre_BF = matmul(acts_BD, params["W_enc"], dtype) + pre_bias(params, self.config)[None]
         activate = ARCHITECTURES[self.config.architecture].activate
@@ -76,15 +76,15 @@ class SAE(nn.Module):
 
 
 def pre_bias(params: Params, config: SAEConfig) -> Float[Array, " F"]:
-    """What the encoder adds to acts @ W_enc: b_enc - b_dec @ W_enc; a transcoder's b_enc alone."""
+    """The bias that the encoder adds to acts @ W_enc: b_enc - b_dec @ W_enc, or b_enc for a transcoder."""
     return params["b_enc"] if config.transcode else params["b_enc"] - params["b_dec"] @ params["W_enc"]
 
 
 def encoder_scale(config: SAEConfig, d_model: int) -> float:
-    """The config's, or min(1, 2 D / F) for an SAE that starts dense, else 1.
+    """`config.encoder_scale`; if that is None, min(1, 2 D / F) for an architecture that starts dense, else 1.
 
-    Where half of F random unit latents are active, relu(W_dec x) W_dec is about F / (2 D) x: a tied encoder at 1 starts
-    with an FVU far over 1, whose gradients stay in Adam's second moments and slow the whole run.
+    If half of F random unit latents are active, relu(W_dec x) W_dec is about F / (2 D) x. A tied encoder at scale 1
+    would then start with an FVU far above 1. Its gradients would stay in Adam's second moments and slow the entire run.
     """
     if config.encoder_scale is not None:
         return config.encoder_scale
@@ -92,28 +92,36 @@ def encoder_scale(config: SAEConfig, d_model: int) -> float:
 
 
 def init_params(config: SAEConfig, d_model: int, key: Key[Array, ""], d_out: int | None = None) -> Params:
-    """Fresh parameters: unit-norm random W_dec, W_enc its transpose (or random) times `encoder_scale()`, zero biases.
+    """Initial parameters: random unit rows W_dec, W_enc its transpose (or random) times `encoder_scale()`, zero biases.
 
-    Activations are centred by the data mean before they reach the SAE, so a zero b_dec starts at that mean.
+    Scaled activations have mean 0, so b_dec = 0 is the mean of the store.
     """
     rows_1D = jnp.zeros((1, d_model), jnp.float32)
     return SAE(config, d_model, d_out).init(key, rows_1D, OperatingPoint(config.k))["params"]
 
 
 def unit_rows(matrix: Float[Array, "F D"]) -> Float[Array, "F D"]:
-    """Each row divided by its norm; an all-zero row stays zero."""
+    """Each row divided by its norm; a row of zeros stays zero."""
     norms = jnp.linalg.norm(matrix, axis=-1, keepdims=True)
     return matrix / jnp.where(norms > 0, norms, 1.0)
 
 
 def folded(params: Params, scale: InputScale, threshold: Float[Array, ""]) -> tuple[Params, Float[Array, "..."]]:
-    """Weights and inference threshold that take raw activations: the same function, in the model's units.
+    """The weights and the inference threshold for raw activations: the same function in the language model's units.
 
-    With x' = (x - m) s: b_dec = m + b_dec'/s; the encoder's biases and thresholds are divided by s and the matrices
-    and r_mag unchanged, so that latents = latents'/s and the decoder's rows keep their unit norm. A transcoder's
-    encoder takes (x - m) s without subtracting b_dec, so b_enc = b_enc'/s - m @ W_enc; its latents come out in units
-    of 1/s, its target's scale s_t in others, so W_dec = W_dec' s/s_t: its rows have the norm s/s_t. The threshold is
-    the learned one of [F] where the parameters hold one, else the scalar `threshold`.
+    With x' = (x - m) s, and ' for what the SAE has in scaled units:
+
+    - b_dec = m + b_dec'/s.
+    - Biases of the encoder and thresholds are divided by s. Matrices and r_mag stay. So latents = latents'/s, and the
+      decoder's rows keep their unit norm.
+
+    A transcoder differs in two ways:
+
+    - Its encoder does not subtract b_dec, so b_enc = b_enc'/s - m @ W_enc.
+    - Its latents are in units of 1/s, but its target has another scale s_t. So W_dec = W_dec' s/s_t, whose rows have
+      norm s/s_t.
+
+    The threshold is the learned one [F] if the parameters hold one, else the scalar `threshold`.
     """
     s, target = scale.scale, scale.target
     raw = {name: value / s if name in _IN_UNITS else value for name, value in params.items() if name != "threshold"}
@@ -128,4 +136,4 @@ def folded(params: Params, scale: InputScale, threshold: Float[Array, ""]) -> tu
     return raw, params.get("threshold", threshold) / s
 
 
-_IN_UNITS = ("b_enc", "b_mag")  # biases in the units of the scaled activations
+_IN_UNITS = ("b_enc", "b_mag")  # biases that have the units of the scaled activations

@@ -1,4 +1,4 @@
-"""What varies with the training step alone, as optax schedules: alpha(t), k, the sparsity coefficient, the rate."""
+"""Optax schedules of the training step: alpha(t), k, the sparsity coefficient and the learning rate."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,13 @@ from jaxtyping import Array, Float, Int
 from hafs_jax.config import OptimizerConfig, PenaltyConfig, SAEConfig, SparsityConfig
 
 Schedule = Callable[[Array | int], Float[Array, ""] | Int[Array, ""]]
-"""step -> value, defined for traced steps."""
+"""step -> value; the step may be traced."""
 
 
 def piecewise_linear(fractions: tuple[float, ...], values: tuple[float, ...], steps: int) -> Schedule:
-    """The linear interpolation of `values` at `fractions` of `steps`, constant past the last knot.
+    """The linear interpolation of `values` at `fractions` of `steps`, constant after the last knot.
 
-    Knots are rounded to whole steps; where two fall on one step, the later value holds from there on.
+    Knots are rounded to integer steps. If two fall on the same step, the later value holds from there on.
     """
     knots = [round(fraction * steps) for fraction in fractions]
     segments = [
@@ -25,16 +25,16 @@ def piecewise_linear(fractions: tuple[float, ...], values: tuple[float, ...], st
 
 
 def alpha_schedule(config: PenaltyConfig, steps: int) -> Schedule:
-    """alpha(t), the tolerance of shared direction: 1 is no pressure, 0 full pressure; 0 throughout without `ramp`."""
+    """alpha(t), the tolerance of shared direction: 1 is no pressure, 0 is full pressure; always 0 without `ramp`."""
     if not config.ramp:
         return optax.constant_schedule(0.0)
     return piecewise_linear(config.alpha_fractions, config.alpha_values, steps)
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
-    """The learning rate relative to its peak: linear from 0 to 1, constant, then linear or half a cosine to 0.
+    """The learning rate over its peak: linear from 0 to 1, then constant, then linear or half a cosine to 0.
 
-    The first step is already a share of the rise and the last still one of the fall: no step is an update of size 0.
+    The first and the last step have rates above 0, so no step is an update of size 0.
     """
     rise, fall = round(config.warmup * steps), round(config.decay * steps)
     warmup = optax.linear_schedule(0.0, 1.0, max(rise, 1))
@@ -47,18 +47,18 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
 
 def coefficient_schedule(config: SparsityConfig, steps: int) -> Schedule:
-    """The sparsity coefficient relative to itself."""
+    """The factor on the sparsity coefficient at each step."""
     return piecewise_linear(config.coefficient_fractions, config.coefficient_values, steps)
 
 
 def settled_step(config: SparsityConfig, steps: int) -> int:
-    """The first step from which the coefficient's schedule no longer changes: there the L0 controller starts."""
+    """The first step from which the coefficient's schedule is constant. The L0 controller starts there."""
     values, fractions = config.coefficient_values, config.coefficient_fractions
     last = max((i for i in range(1, len(values)) if values[i] != values[i - 1]), default=0)
     return round(fractions[last] * steps)
 
 
 def k_schedule(config: SAEConfig, steps: int) -> Schedule:
-    """k of each step, a whole number of at least 1: piecewise linear in the fraction of training."""
+    """k at each step, an integer of at least 1: piecewise linear in the fraction of training."""
     multiple = piecewise_linear(config.k_fractions, config.k_values, steps)
     return lambda step: jnp.clip(jnp.round(config.k * multiple(step)), 1, config.largest_k).astype(jnp.int32)
