@@ -210,6 +210,29 @@ def write_hierarchy(folder: Path, run: str, accuracy: float, columns: tuple[str,
     write_json(folder / "eval" / run / "hierarchy.json", {"run": run, "trees": {"professions": tree}, "macro": macro})
 
 
+def write_domains(folder: Path, run: str, f1: float, sources: tuple[str, ...] = ("biology", "text")) -> None:
+    """eval/<run>/domains.json: detectors of each source whose best single latent has F1 `f1`."""
+    values = {}
+    for number, source in enumerate(sources):
+        latents = [{"index": 3 + 2 * n, "f1": f1 - 0.1 * n, "precision": 0.9, "recall": 0.5} for n in range(5)]
+        values[source] = {
+            "documents": 120, "documents_outside": 1280, "prevalence": 0.3, "always_f1": 0.462, "detectors": 4 + number,
+            "best_auroc": {"latent": 3, "auroc": f1 + 0.05}, "best_1": {"f1": f1}, "best_5": {"f1": f1 + 0.1},
+            "best_1_threshold": {"f1": f1}, "latents": latents,
+        }  # fmt: skip
+    write_json(folder / "eval" / run / "domains.json", {"run": run, "config": {}, "sources": values})
+
+
+def write_first_letter(folder: Path, run: str, absorption: float | None, reason: str = "") -> None:
+    """eval/<run>/first_letter.json, valid unless there is a `reason`; without a figure where `absorption` is None."""
+    means = {"mean_absorption_fraction_score": absorption, "mean_full_absorption_score": 0.2}
+    means["mean_num_split_features"] = 1.5
+    details = [{"first_letter": "a", "mean_absorption_fraction": absorption, "full_absorption_rate": 0.2}]
+    result = {"eval_result_metrics": {"mean": means}, "eval_result_details": details}
+    values = {"valid": not reason, "reason": reason or "large", "result": None if absorption is None else result}
+    write_json(folder / "eval" / run / "first_letter.json", {"run": run, **values})
+
+
 def write_summary(folder: Path) -> None:
     """experiment/summary.json with comparisons of every verdict, falsifiers and three sentences."""
     verdicts = ("better", "worse", "not resolved", "non-inferior")

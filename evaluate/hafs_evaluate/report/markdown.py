@@ -32,6 +32,8 @@ def markdown(view: dict[str, Any], drawn: dict[str, str]) -> str:
         parts.append("Top-1 test accuracy:")
         parts.append(table(["task", *tasks["names"]], [[row["task"], *row["cells"]] for row in tasks["rows"]]))
     parts += _trees(view)
+    parts += _domains(view)
+    parts += _first_letter(view)
     parts.append("## Dictionary")
     parts += _figure(drawn, "dictionary", "histograms of latent density and nearest cosine") or [
         "Densities and nearest vectors were not evaluated."
@@ -83,6 +85,7 @@ def _comparisons(view: dict[str, Any]) -> list[str]:
             for one in view["falsifiers"]
         ]
         parts.append("\n".join(lines))
+    parts += [escape(sentence) for sentence in view["experiment_notes"]]
     for block in view["comparisons"]:
         rows = [
             [measure["name"], row["pair"], row["text"], row["interval"], row["p"], f"{row['mark']} {row['verdict']}"]
@@ -102,7 +105,32 @@ def _trees(view: dict[str, Any]) -> list[str]:
         latents = "1 latent" if one["k"] == 1 else f"{one['k']} latents"
         parts.append(f"{escape(one['tree'])}: balanced accuracy of {latents}, each class against all other texts.")
         parts.append(table(one["header"], one["rows"]))
+    if view["skipped_trees"]:
+        parts.append(escape(view["skipped_trees"]))
     return parts
+
+
+def _domains(view: dict[str, Any]) -> list[str]:
+    """How well latents detect each source of text, of the group that the page opens with."""
+    if not view["has_domains"]:
+        return []
+    parts = ["## Domains", "Latents as detectors of one source of text; in the last column the first seed's, by F1."]
+    for one in view["main"]["domains"] if view["main"] else []:
+        rows = [
+            [row["name"], *row["cells"], ", ".join(f"#{latent['index']} {latent['f1']}" for latent in row["latents"])]
+            for row in one["rows"]
+        ]
+        parts += [f"### {escape(one['source'])}", escape(one["note"])]
+        parts.append(table(["arm", *one["header"], "best latents"], rows))
+    return parts
+
+
+def _first_letter(view: dict[str, Any]) -> list[str]:
+    found = view["first_letter"]
+    if not found:
+        return []
+    rows = [[row["name"], *row["cells"], row["validity"]] for row in found["rows"]]
+    return ["## First-letter absorption", table(["arm", *found["header"], "validity"], rows)]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

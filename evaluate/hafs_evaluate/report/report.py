@@ -7,12 +7,12 @@ Equal workspaces give equal bytes, under equal versions of the libraries.
 from pathlib import Path
 from typing import Any
 
-from hafs_evaluate.report import figures, panels, tables
+from hafs_evaluate.report import evaluation_tables, figures, panels, tables
 from hafs_evaluate.report.embedded import chosen_runs, embed
 from hafs_evaluate.report.markdown import markdown
 from hafs_evaluate.report.page import page
 from hafs_evaluate.report.provenance import configs, sources, store_note, versions
-from hafs_evaluate.report.tree_view import tree_data, tree_tables
+from hafs_evaluate.report.tree_view import skipped_trees, tree_data, tree_tables
 from hafs_evaluate.report.verdict import verdict, what_ran
 from hafs_evaluate.results.arms import compared, groups
 from hafs_evaluate.results.results import build_results, published
@@ -63,19 +63,23 @@ def _view(folder: Path, results: dict[str, Any], manifest: Manifest) -> dict[str
         "styles": figures.styles_of(arms),
         "columns": [vars(column) for column in tables.shown_columns(results)],
         "rows": tables.arm_rows(results),
-        "n_tasks": len(tables.task_table(results, list(arms))["rows"]),
+        "n_tasks": len(evaluation_tables.task_table(results, list(arms))["rows"]),
         "many_seeds": any(len(arm["seeds"]) > 1 for arm in arms.values()),
         "has_intervals": any(
             "fvu" in arm["measures"] and arm["measures"]["fvu"]["low"] is not None for arm in arms.values()
         ),
         "comparisons": _comparisons(results, grouped),
         "falsifiers": tables.falsifiers(results),
+        "experiment_notes": tables.experiment_notes(results),
         "frontiers": frontier,
         "frontier_legend": {key: label for label, key in _labels(frontier).items()},
         "groups": grouped,
         "main": main,
+        "has_domains": any(group["domains"] for group in grouped),
+        "first_letter": evaluation_tables.first_letter_table(results),
         "tree": tree_data(results),
         "tree_tables": tree_tables(results, main["names"] if main else []),
+        "skipped_trees": skipped_trees(results),
         "strings": strings,
         "records": records,
         "seeds_shown": {name: run_names[name] for name in kept},
@@ -84,7 +88,7 @@ def _view(folder: Path, results: dict[str, Any], manifest: Manifest) -> dict[str
         "definitions": tables.definitions(results),
         "sources": sources(manifest),
         "store_note": store_note(manifest),
-        "by_source": tables.by_source(results),
+        "by_source": evaluation_tables.by_source(results),
         "seconds": _seconds(results["seconds"], len(results["variants"])),
         "versions": versions(),
         "configs": configs(folder, _configured(results), manifest),
@@ -150,7 +154,8 @@ def _groups(folder: Path, results: dict[str, Any], latents: dict[str, list[dict[
                 "probing_names": [one.key for one in mean[0].series if one.key in arms] if mean else [],
                 "probing_llm": ([one.key for one in mean[0].series if one.key not in arms] if mean else [])
                 + ([key for key, _, _ in mean[0].levels] if mean else []),
-                "task_table": tables.task_table(results, names),
+                "task_table": evaluation_tables.task_table(results, names),
+                "domains": evaluation_tables.domain_tables(results, names),
                 "dictionary": panels.latent_panels(own, prefix),
                 "latent_names": list(own),
             }

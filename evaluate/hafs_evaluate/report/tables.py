@@ -1,5 +1,6 @@
-"""The report's tables as plain values: arms, comparisons, falsifiers, tasks, sources. Pure: no files, no markup."""
+"""The tables of arms, comparisons and falsifiers as plain values, and the definitions. Pure: no files, no markup."""
 
+from collections.abc import Collection
 from typing import Any
 
 from hafs_evaluate.results.arms import groups
@@ -7,6 +8,7 @@ from hafs_evaluate.results.measures import CORE, MEASURES, PROBING, K, Measure, 
 from hafs_evaluate.results.probing_means import mean_probing
 
 NOT_EVALUATED = "not evaluated"
+NAMED = 5  # SAEs that a note names
 PRIMARY = ("hierarchy_parent_top_1", "hole", "fvu")  # the experiment's primaries and FVU: shown first, and open
 MARKS = {"better": "▲", "worse": "▼", "not resolved": "○", "non-inferior": "≈"}
 OUTCOMES = {"pass": "✓", "triggered": "✗"}
@@ -45,13 +47,12 @@ def shown_columns(results: dict[str, Any]) -> list[Measure]:
 
 
 def definitions(results: dict[str, Any]) -> dict[str, str]:
-    """{term: its definition} of every measure that has a column, and of the page's other terms."""
-    shown = shown_columns(results)
-    return {
-        measure.label.replace(K, "k"): measure.definition
-        for measure in MEASURES.values()
-        if any(column in shown for column in measure.columns())
-    } | TERMS
+    """{term: its definition} of every measure that has a column or a figure, and of the page's other terms."""
+    names = [column.name for column in shown_columns(results)]
+    names += [name for arm in results["arms"].values() for name in arm["measures"]]
+    known = {found.definition for name in dict.fromkeys(names) if (found := find_measure(name)) is not None}
+    shown = [measure for measure in MEASURES.values() if measure.definition in known]
+    return {measure.label.replace(K, "k"): measure.definition for measure in shown} | TERMS
 
 
 def arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -132,41 +133,25 @@ def falsifiers(results: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def task_table(results: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Top-1 test accuracy a task (rows) of the arms `names`, means over seeds, and of the language model."""
-    tasks, _ = mean_probing(results)
-    llm = results["llm"]["probing"]
-    columns = [(name, [results["variants"][run]["probing"] for run in results["arms"][name]["runs"]]) for name in names]
-    columns = [(name, seeds) for name, seeds in columns if any(seeds)]
-    rows = []
-    for task in tasks:
-        values: list[float | None] = []
-        for _, seeds in columns:
-            known = [by_task[task]["top_1"] for by_task in seeds if "top_1" in by_task.get(task, {})]
-            values.append(sum(known) / len(known) if known else None)
-        if llm:
-            values += [llm.get(task, {}).get(column) for column in ("top_1", "full")]
-        rows.append({"task": task, "cells": [NOT_EVALUATED if value is None else f"{value:.3f}" for value in values]})
-    return {"names": [name for name, _ in columns] + (["LM top-1", "LM full"] if llm else []), "rows": rows}
+def experiment_notes(results: dict[str, Any]) -> list[str]:
+    """What a reader of the experiment's comparisons must know: SAEs off their L0 level, and SAEs not measured."""
+    summary = results["experiment"]
+    n_saes = (summary.get("saes") or 0) + len(summary.get("missing") or [])
+    notes = []
+    if summary.get("off_level"):
+        margin = (summary.get("config") or {}).get("l0_margin")
+        by_more = "" if margin is None else f" by more than {100 * margin:g}%"
+        notes.append(f"{_some(summary['off_level'], n_saes)} off their L0 level{by_more}.")
+    if summary.get("missing"):
+        notes.append(f"{_some(summary['missing'], n_saes)} not measured.")
+    return notes
 
 
-def by_source(results: dict[str, Any]) -> dict[str, Any] | None:
-    """FVU by source of text, a row an arm, means over seeds; None where no run has it."""
-    found = {
-        name: [results["variants"][run]["core"].get("by_source") or {} for run in arm["runs"]]
-        for name, arm in results["arms"].items()
-    }
-    sources = sorted({source for seeds in found.values() for one in seeds for source in one})
-    if not sources:
-        return None
-    rows = []
-    for name, seeds in found.items():
-        cells = []
-        for source in sources:
-            known = [one[source]["fvu"] for one in seeds if one.get(source, {}).get("fvu") is not None]
-            cells.append(f"{sum(known) / len(known):.3f}" if known else NOT_EVALUATED)
-        rows.append({"name": name, "cells": cells})
-    return {"sources": sources, "rows": rows}
+def _some(names: Collection[str], n_saes: int) -> str:
+    """'2 of 180 SAEs (a, b) are', with the first few names."""
+    first = ", ".join(list(names)[:NAMED])
+    more = ", ..." if len(names) > NAMED else ""
+    return f"{len(names)} of {n_saes} SAEs ({first}{more}) {'is' if len(names) == 1 else 'are'}"
 
 
 def _baseline(arms: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:

@@ -52,6 +52,14 @@ def tree_data(results: dict[str, Any]) -> dict[str, Any] | None:
     return {"trees": trees, "ks": ks, "columns": columns, "values": values, "over": over}
 
 
+def skipped_trees(results: dict[str, Any]) -> str:
+    """A sentence that names the label trees left out, and why; empty where none was."""
+    skipped: dict[str, str] = {}
+    for values in results["variants"].values():
+        skipped |= (values.get("hierarchy") or {}).get("skipped") or {}
+    return f"Trees left out: {'; '.join(f'{tree} ({why})' for tree, why in skipped.items())}." if skipped else ""
+
+
 def tree_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
     """For Markdown: [{tree, header, rows}] of the arms `names` and the full probe, k = 1 against all other texts."""
     data = tree_data(results)

@@ -33,7 +33,7 @@ class Measure:
     title: str = ""  # in a sentence and on a model card [the label]
     over: str = ""  # what it was measured on, or is a mean over
     is_of_all_runs: bool = False  # the file lies in eval/ itself and holds {"runs": {run: the run's figures}}
-    is_column: bool = True  # of the table of arms
+    is_column: bool = True  # of the table of arms; that has room for about 15
     is_optional: bool = True  # its column is left out where no arm has a figure
     column_ks: tuple[int, ...] = (1,)  # of a measure of several k: those that have a column
     is_on_card: bool = False  # on the model card
@@ -203,12 +203,12 @@ for _measure in (
         path="macro.absorption_full", per_dataset=f"{_PARENTS}.absorption.full", better="lower", over=PARENTS,
     ),
     Measure(
-        f"domain_f1_{K}", DOMAINS, f"domain F1, {K}",
+        f"domain_f1_{K}", DOMAINS, f"top-{K} domain F1",
         "F1 of k latents as a detector of one source of text against the others, mean over sources. A document counts"
         " as detected where any of them is active. They are chosen on one half of the documents and measured on the"
         " other.",
         per_dataset=f"sources.*.best_{K}.f1", better="higher", title=f"F1 of {K} latents as detectors of a source",
-        over="mean over sources",
+        over="mean over sources", is_column=False,
     ),
     Measure(
         "domain_auroc", DOMAINS, "domain AUROC",
@@ -221,7 +221,7 @@ for _measure in (
         "SAE-Bench's absorption fraction on the first letters of words, mean over letters, where it is valid: for"
         " language models of at least 1,000 million parameters and dictionaries of at least 16,000 latents.",
         path="result.eval_result_metrics.mean.mean_absorption_fraction_score",
-        per_dataset="letters.*.mean_absorption_fraction", better="lower", over="mean over letters",
+        per_dataset="letters.*.mean_absorption_fraction", better="lower", over="mean over letters", is_column=False,
     ),
     Measure(
         "first_letter_absorption_full", FIRST_LETTER, "first-letter absorption, full",

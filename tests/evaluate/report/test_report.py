@@ -28,6 +28,9 @@ from tests.support.report_workspace import (
     page_of_written,
     unpacked,
     write_core,
+    write_domains,
+    write_first_letter,
+    write_hierarchy,
     write_latents,
     write_llm_probing,
     write_probing,
@@ -328,3 +331,48 @@ def test_a_panels_numbers_lie_where_they_are_drawn():
     across = np.log(np.array([1, 10, 100]) / low) / np.log(high / low)
     np.testing.assert_allclose(drawn[:, 0], x0 + across * (x1 - x0), atol=0.05)
     np.testing.assert_allclose(drawn[:, 1], y1 - np.array([0.2, 0.4, 0.8]) * (y1 - y0), atol=0.05)
+
+
+def test_domains_and_first_letters_are_shown_wherever_results_are(tmp_path):
+    folder = make_workspace(tmp_path, ("baseline-s0", "adaptive-s0"))
+    write_domains(folder, "baseline-s0", 0.7)
+    write_domains(folder, "adaptive-s0", 0.8)
+    write_first_letter(folder, "baseline-s0", 0.31)
+    write_first_letter(folder, "adaptive-s0", 0.12, "found 135 million parameters")
+    page, written = page_of_written(folder), (folder / "report" / "report.md").read_text().replace("\\", "")
+    text = "".join(page.texts)
+    for shown in (text, written):
+        for figure in ("0.850", "0.800", "0.900", "0.31", "not valid: found 135 million", "120 documents of"):
+            assert figure in shown, figure
+        assert "an F1 of 0.462" in shown
+    assert "#3 0.80, #5 0.70, #7 0.60" in written
+    assert "- top-k domain F1: F1 of k latents as a detector" in written
+    kept = json.loads((folder / "report" / "results.json").read_text())
+    adaptive = kept["variants"]["adaptive"]
+    assert adaptive["domains"]["sources"]["biology"]["best_1"]["f1"] == 0.8
+    assert "latents" not in adaptive["domains"]["sources"]["biology"]
+    assert adaptive["first_letter"]["valid"] is False
+    assert adaptive["measures"]["domain_f1_5"] == pytest.approx(0.9)
+    assert "first_letter_absorption" not in adaptive["measures"]
+    assert kept["arms"]["baseline"]["measures"]["first_letter_absorption"]["mean"] == 0.31
+    assert "first-letter" in {value for _, name, value in page.attributes if name == "id"}
+
+
+def test_what_was_not_looked_at_has_no_section(made):
+    text = (made / "report" / "index.html").read_text() + (made / "report" / "report.md").read_text()
+    for part in ('id="domains"', 'id="first-letter"', "## Domains", "First-letter"):
+        assert part not in text
+
+
+def test_trees_left_out_and_saes_off_their_level_are_named(tmp_path):
+    folder = make_workspace(tmp_path, ("baseline-s0",))
+    write_hierarchy(folder, "baseline-s0", 0.7)
+    path = folder / "eval" / "baseline-s0" / "hierarchy.json"
+    write_json(path, {**json.loads(path.read_text()), "skipped": {"places": "under two leaves"}})
+    summary = {"saes": 3, "config": {"l0_margin": 0.02}, "off_level": {"a": 17.0}, "missing": ["b"], "comparisons": []}
+    write_json(folder / "experiment" / "summary.json", {**summary, "falsifiers": [{"name": "x", "outcome": "pass"}]})
+    shown = "".join(page_of_written(folder).texts), (folder / "report" / "report.md").read_text().replace("\\", "")
+    for text in shown:
+        assert "Trees left out: places (under two leaves)." in text
+        assert "1 of 4 SAEs (a) is off their L0 level by more than 2%." in text
+        assert "1 of 4 SAEs (b) is not measured." in text

@@ -1,0 +1,136 @@
+"""The tables of single evaluations as plain values: probing tasks, sources of text, first letters. Pure: no files."""
+
+import re
+from typing import Any
+
+from hafs_evaluate.report.tables import NOT_EVALUATED
+from hafs_evaluate.results.arms import estimate
+from hafs_evaluate.results.probing_means import mean_probing
+
+BEST_LATENTS = 3  # of a source, named in its table
+
+
+def task_table(results: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Top-1 test accuracy a task (rows) of the arms `names`, means over seeds, and of the language model."""
+    tasks, _ = mean_probing(results)
+    llm = results["llm"]["probing"]
+    columns = [(name, [results["variants"][run]["probing"] for run in results["arms"][name]["runs"]]) for name in names]
+    columns = [(name, seeds) for name, seeds in columns if any(seeds)]
+    rows = []
+    for task in tasks:
+        values: list[float | None] = []
+        for _, seeds in columns:
+            known = [by_task[task]["top_1"] for by_task in seeds if "top_1" in by_task.get(task, {})]
+            values.append(sum(known) / len(known) if known else None)
+        if llm:
+            values += [llm.get(task, {}).get(column) for column in ("top_1", "full")]
+        rows.append({"task": task, "cells": [NOT_EVALUATED if value is None else f"{value:.3f}" for value in values]})
+    return {"names": [name for name, _ in columns] + (["LM top-1", "LM full"] if llm else []), "rows": rows}
+
+
+def by_source(results: dict[str, Any]) -> dict[str, Any] | None:
+    """FVU by source of text, a row an arm, means over seeds; None where no run has it."""
+    found = {
+        name: [results["variants"][run]["core"].get("by_source") or {} for run in arm["runs"]]
+        for name, arm in results["arms"].items()
+    }
+    sources = sorted({source for seeds in found.values() for one in seeds for source in one})
+    if not sources:
+        return None
+    rows = []
+    for name, seeds in found.items():
+        cells = []
+        for source in sources:
+            known = [one[source]["fvu"] for one in seeds if one.get(source, {}).get("fvu") is not None]
+            cells.append(f"{sum(known) / len(known):.3f}" if known else NOT_EVALUATED)
+        rows.append({"name": name, "cells": cells})
+    return {"sources": sources, "rows": rows}
+
+
+def domain_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """How well latents of the arms `names` detect each source of text: [{source, note, header, rows}].
+
+    A row is an arm: the best latent's AUROC, the F1 of the best latent and of a union of several, the number of
+    detectors (means over seeds, with half of the 95% interval), and the first seed's best latents.
+    """
+    found = {
+        name: [sources for run in results["arms"][name]["runs"] if (sources := _sources(results, run))]
+        for name in names
+    }
+    found = {name: seeds for name, seeds in found.items() if seeds}
+    tables = []
+    for source in dict.fromkeys(source for seeds in found.values() for one in seeds for source in one):
+        of_source = {name: [one[source] for one in seeds if source in one] for name, seeds in found.items()}
+        of_source = {name: seeds for name, seeds in of_source.items() if seeds}
+        first = next(iter(of_source.values()))[0]
+        unions = [key for key in first if re.fullmatch(r"best_\d+", key) and key != "best_1"]
+        rows = [
+            {
+                "name": name,
+                "cells": [
+                    _mean([one["best_auroc"]["auroc"] for one in seeds]),
+                    *(_mean([one[key]["f1"] for one in seeds]) for key in ("best_1", *unions)),
+                    _mean([one["detectors"] for one in seeds], 0 if len(seeds) == 1 else 1),
+                ],
+                "latents": [
+                    {"index": latent["index"], "f1": f"{latent['f1']:.2f}"}
+                    for latent in seeds[0].get("latents", [])[:BEST_LATENTS]
+                ],
+            }
+            for name, seeds in of_source.items()
+        ]
+        tables.append(
+            {
+                "source": source,
+                "note": f"{first['documents']:,} documents of {source} and {first['documents_outside']:,} others. A"
+                f" latent that is always active would have an F1 of {first['always_f1']:.3f}.",
+                "header": [
+                    "AUROC, best latent",
+                    "F1, best latent",
+                    *(f"F1, any of {key.removeprefix('best_')}" for key in unions),
+                    "detectors",
+                ],
+                "rows": rows,
+            }
+        )
+    return tables
+
+
+def first_letter_table(results: dict[str, Any]) -> dict[str, Any] | None:
+    """SAE-Bench's first-letter absorption, a row an arm: means over seeds, and whether they are valid; None without."""
+    rows = []
+    for name, arm in results["arms"].items():
+        seeds = [found for run in arm["runs"] if (found := results["variants"][run].get("first_letter"))]
+        if not seeds:
+            continue
+        means = [one["result"]["eval_result_metrics"]["mean"] for one in seeds if one.get("result")]
+        reasons = list(dict.fromkeys(one["reason"] for one in seeds if not one["valid"]))
+        rows.append(
+            {
+                "name": name,
+                "cells": [
+                    _mean([one[key] for one in means if one.get(key) is not None])
+                    for key in (
+                        "mean_absorption_fraction_score",
+                        "mean_full_absorption_score",
+                        "mean_num_split_features",
+                    )
+                ],
+                "validity": f"not valid: {'; '.join(reasons)}" if reasons else "valid",
+            }
+        )
+    header = ["absorption fraction", "full absorption", "split latents a letter"]
+    return {"header": header, "rows": rows} if rows else None
+
+
+def _sources(results: dict[str, Any], run: str) -> dict[str, Any]:
+    return (results["variants"][run].get("domains") or {}).get("sources") or {}
+
+
+def _mean(values: list[float], digits: int = 3) -> str:
+    """The mean over seeds, with half of its 95% interval where it has one."""
+    if not values:
+        return NOT_EVALUATED
+    one = estimate(values)
+    half = "" if one.low is None or one.high is None else f" ± {(one.high - one.low) / 2:.{digits}f}"
+    return f"{one.mean:.{digits}f}{half}"
