@@ -36,13 +36,13 @@ import torch
 from sae_lens import SAE
 
 from benchmarks import peers
-from hafs_evaluate.exchange.bridge import export_run
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.files import write_text
 from hafs_jax.base.options import Parser
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.matryoshka import fixed_ends
 from hafs_jax.presets import preset, with_fields
+from hafs_jax.saelens import export_saelens
 from hafs_jax.store.arrays import write_array_store
 from hafs_jax.store.manifest import to_float32
 from hafs_jax.store.reader import Store
@@ -111,7 +111,7 @@ def config_of(architecture: str, library: str, options: argparse.Namespace, seed
 
 def train_ours(config: TrainConfig, store: Path, runs: Path) -> Recon:
     folder = train(config, store, runs, force=True).folder
-    sae = SAE.load_from_disk(export_run(folder)).to(torch.float64)
+    sae = SAE.load_from_disk(export_saelens(folder)).to(torch.float64)
     return lambda rows: (latents := sae.encode(rows), sae.decode(latents))
 
 

@@ -14,7 +14,7 @@ from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.saebench.suites import SUITES
 from hafs_evaluate.stage import LANGUAGE_MODEL, Stage
 from hafs_evaluate.stages import STAGES
-from hafs_evaluate.workspace import FinishedRun, Workspace, finished_runs, open_workspace
+from hafs_evaluate.workspace import FinishedRun, Workspace, export_run, finished_runs, open_workspace
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.files import read_json
 from hafs_jax.base.log import shown
@@ -176,8 +176,6 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="whose format to write [saelens]")
     options = parser.parse_args(arguments)
     _check_folder(options.run_folder)
-
-    from hafs_evaluate.exchange.bridge import export_run
 
     folder = export_run(options.run_folder)
     if options.format == "dictionary_learning":

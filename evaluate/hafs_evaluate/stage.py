@@ -16,7 +16,15 @@ from typing import Any
 
 from hafs_evaluate.config import EvalConfig, resolved
 from hafs_evaluate.results.measures import Measure
-from hafs_evaluate.workspace import Exported, FinishedRun, Workspace, fingerprint, hashed_export, read_result
+from hafs_evaluate.workspace import (
+    Exported,
+    FinishedRun,
+    Workspace,
+    export_run,
+    fingerprint,
+    hashed_export,
+    read_result,
+)
 from hafs_extract.hub import go_offline, hub_problem
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
@@ -209,8 +217,6 @@ class Evaluation:
     def _export(self, run: FinishedRun) -> Exported:
         if run.is_exported:
             return hashed_export(run.name, run.folder / "sae")
-        from hafs_evaluate.exchange.bridge import export_run  # JAX
-
         with self.timed(f"export/{run.name}"):
             return hashed_export(run.name, export_run(run.folder))
 

@@ -6,6 +6,7 @@ O/cache, the report O/report. O/imported holds SAEs of other libraries.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,6 +119,17 @@ def finished_runs(workspace: Workspace, names: Sequence[str] = ()) -> list[Finis
         unfinished = f" ({', '.join(runs)} not finished)" if runs else ""
         raise UserError(f"expected a finished run in {workspace.runs}, found none{unfinished}; run `make train`")
     return [FinishedRun(name, runs[name].folder) for name in (dict.fromkeys(names) or finished)]
+
+
+def export_run(run_folder: Path) -> Path:
+    """`hafs_jax.saelens.export_saelens`: writes the run's SAELens folder from its last checkpoint.
+
+    JAX is imported here. What it computes is small: it must not claim a GPU that the evaluation's torch needs.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from hafs_jax.saelens import export_saelens
+
+    return export_saelens(run_folder)
 
 
 def hashed_export(name: str, folder: Path) -> Exported:

@@ -104,36 +104,3 @@ def unit_rows(matrix: Float[Array, "F D"]) -> Float[Array, "F D"]:
     """Each row divided by its norm; a row of zeros stays zero."""
     norms = jnp.linalg.norm(matrix, axis=-1, keepdims=True)
     return matrix / jnp.where(norms > 0, norms, 1.0)
-
-
-def folded(params: Params, scale: InputScale, threshold: Float[Array, ""]) -> tuple[Params, Float[Array, "..."]]:
-    """The weights and the inference threshold for raw activations: the same function in the language model's units.
-
-    With x' = (x - m) s, and ' for what the SAE has in scaled units:
-
-    - b_dec = m + b_dec'/s.
-    - Biases of the encoder and thresholds are divided by s. Matrices and r_mag stay. So latents = latents'/s, and the
-      decoder's rows keep their unit norm.
-
-    A transcoder differs in two ways:
-
-    - Its encoder does not subtract b_dec, so b_enc = b_enc'/s - m @ W_enc.
-    - Its latents are in units of 1/s, but its target has another scale s_t. So W_dec = W_dec' s/s_t, whose rows have
-      norm s/s_t.
-
-    The threshold is the learned one [F] if the parameters hold one, else the scalar `threshold`.
-    """
-    s, target = scale.scale, scale.target
-    raw = {name: value / s if name in _IN_UNITS else value for name, value in params.items() if name != "threshold"}
-    if target is None:
-        raw["b_dec"] = scale.mean_D + params["b_dec"] / s
-    else:
-        raw["b_enc"] = raw["b_enc"] - scale.mean_D @ params["W_enc"]
-        raw["W_dec"] = params["W_dec"] * s / target.scale
-        raw["b_dec"] = target.mean_D + params["b_dec"] / target.scale
-        if "b_mag" in raw:
-            raw["b_mag"] = raw["b_mag"] - (scale.mean_D @ params["W_enc"]) * jnp.exp(params["r_mag"])
-    return raw, params.get("threshold", threshold) / s
-
-
-_IN_UNITS = ("b_enc", "b_mag")  # biases that have the units of the scaled activations

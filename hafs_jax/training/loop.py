@@ -19,7 +19,7 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.method.penalties import coherence
 from hafs_jax.method.sae import InputScale
 from hafs_jax.runs import Run, RunSummary
-from hafs_jax.saelens import read_start
+from hafs_jax.saelens_format import read_start
 from hafs_jax.store.manifest import MANIFEST
 from hafs_jax.store.reader import Store
 from hafs_jax.training.checkpoint import Checkpoints

@@ -14,13 +14,13 @@ import pytest
 import torch
 from sae_lens import SAE as TorchSAE
 
-from hafs_evaluate.exchange.bridge import export_run
 from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.architectures import ARCHITECTURES as FORMS
 from hafs_jax.method.architectures import OperatingPoint
 from hafs_jax.method.sae import SAE, init_params
 from hafs_jax.presets import ARCHITECTURES, VARIANTS, preset
+from hafs_jax.saelens import export_saelens
 from hafs_jax.store.reader import Store
 from hafs_jax.training.checkpoint import load_checkpoint
 from hafs_jax.training.data import input_scale
@@ -131,9 +131,9 @@ def test_trains_saves_loads_and_exports(
     encoding, recon = SAE(run.config().sae, D).apply({"params": state.params}, rows, at)
     if FORMS[architecture].saelens is None:
         with pytest.raises(UserError, match=f"no SAELens form for architecture '{architecture}'"):
-            export_run(run.folder)
+            export_saelens(run.folder)
         return
-    theirs = TorchSAE.load_from_disk(export_run(run.folder))
+    theirs = TorchSAE.load_from_disk(export_saelens(run.folder))
     with torch.no_grad():
         latents = theirs.encode(torch.tensor(acts))
         theirs_recon = theirs.decode(latents).numpy()
@@ -147,13 +147,13 @@ def test_trains_saves_loads_and_exports(
 
 def test_exporting_twice_gives_the_same_bytes_and_an_unfinished_run_is_refused(store: Store, tmp_path: Path) -> None:
     run = train(config_of("baseline", "batchtopk", steps=16), store.folder, tmp_path)
-    folder = export_run(run.folder)
+    folder = export_saelens(run.folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert set(before) == {"cfg.json", "sae_weights.safetensors"}
-    assert {path.name: path.read_bytes() for path in export_run(run.folder).iterdir()} == before
+    assert {path.name: path.read_bytes() for path in export_saelens(run.folder).iterdir()} == before
     run.result_path.unlink()
     with pytest.raises(UserError, match=r"expected a finished run's run\.json"):
-        export_run(run.folder)
+        export_saelens(run.folder)
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))

@@ -1,7 +1,8 @@
-"""Starting a training from a SAELens folder: the same function, in the trainer's own form."""
+"""SAELens folders: read, written, made from runs; starting a training from one. The same function each time."""
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,17 @@ import safetensors.torch
 import torch
 from sae_lens import SAE as TorchSAE
 
-from hafs_evaluate.exchange.bridge import write_saelens
+from hafs_jax.api import load
 from hafs_jax.base.errors import UserError
-from hafs_jax.config import SAEConfig
-from hafs_jax.method.sae import folded, init_params
-from hafs_jax.saelens import read_saelens, read_start, scaled
+from hafs_jax.base.files import write_json
+from hafs_jax.config import SAEConfig, TrainConfig
+from hafs_jax.method.architectures import ARCHITECTURES, Architecture, OperatingPoint, SAELensForm, batchtopk, l1
+from hafs_jax.method.sae import init_params
+from hafs_jax.presets import ARCHITECTURES as PRESETS
+from hafs_jax.presets import preset, with_fields
+from hafs_jax.saelens import export_saelens, saelens_name
+from hafs_jax.saelens_format import fold, read_saelens, read_start, unfold, write_saelens
+from hafs_jax.training.train import train
 from tests.support.both_saes import (
     D_OUT,
     SAELENS,
@@ -31,6 +38,7 @@ from tests.support.both_saes import (
     rows,
     saelens_folder,
 )
+from tests.support.stores import planted, write_store
 
 OURS = {"standard": "relu", "transcoder": "relu", "jumprelu_transcoder": "jumprelu"}  # others have the same name
 
@@ -53,7 +61,7 @@ def test_a_start_from_saelens_computes_the_same_and_has_unit_rows(
     np.testing.assert_allclose(np.linalg.norm(params["W_dec"], axis=1), 1.0, rtol=1e-6)
     assert (threshold is None) == ("jumprelu" not in architecture)
 
-    raw, raw_threshold = folded({k: jnp.asarray(v) for k, v in params.items()}, scale, jnp.float32(0.0))
+    raw, raw_threshold = fold({k: jnp.asarray(v) for k, v in params.items()}, scale, jnp.float32(0.0))
     tensors = {name: np.asarray(value) for name, value in raw.items()}
     if "jumprelu" in architecture:
         tensors["threshold"] = np.asarray(raw_threshold)
@@ -66,7 +74,7 @@ def test_a_start_from_saelens_computes_the_same_and_has_unit_rows(
     assert_same(again_recon, recon)
 
 
-def test_scaled_undoes_folded_number_by_number() -> None:
+def test_unfold_undoes_fold_number_by_number() -> None:
     for transcode in (False, True):
         scale = input_scale(transcode)
         config = SAEConfig(architecture="jumprelu", n_latents=F, k=K, transcode=transcode)
@@ -75,8 +83,8 @@ def test_scaled_undoes_folded_number_by_number() -> None:
         params |= {
             name: jnp.asarray(random.uniform(0, 1, params[name].shape), jnp.float32) for name in ("b_enc", "b_dec")
         }
-        raw, threshold = folded(params, scale, jnp.float32(0.0))
-        back, threshold = scaled(
+        raw, threshold = fold(params, scale, jnp.float32(0.0))
+        back, threshold = unfold(
             {k: np.asarray(v) for k, v in raw.items()} | {"threshold": np.asarray(threshold)}, scale
         )
         for name, value in params.items():
@@ -167,3 +175,78 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         read_saelens(folder)
     with pytest.raises(UserError, match=r"expected a SAELens folder's cfg\.json"):
         read_saelens(tmp_path / "nowhere")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    acts = 3.0 * planted(800, D, 20, K, seed=2)[0] + 1.0
+    return write_store(tmp_path_factory.mktemp("store") / "train", acts)
+
+
+def squared(pre_BF: jax.Array, params: Any, config: SAEConfig, at: OperatingPoint) -> jax.Array:
+    return jax.nn.relu(pre_BF) ** 2
+
+
+def registered(monkeypatch: pytest.MonkeyPatch, name: str, architecture: Architecture) -> TrainConfig:
+    """A short training of an architecture from outside. A name serves once: compiled programs are kept by config."""
+    monkeypatch.setitem(ARCHITECTURES, name, architecture)
+    monkeypatch.setitem(PRESETS, name, {})
+    fields = {"tokens": 128, "batch_size": 16, "sae": {"n_latents": F, "k": K}}
+    return with_fields(preset("baseline", name), fields)
+
+
+def test_an_architecture_without_a_form_trains_and_loads_and_says_why_it_is_not_exported(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = registered(monkeypatch, "squared", Architecture(squared, cost=l1))
+    run = train(config, store, tmp_path)
+    acts = rows()
+    latents = load(run.folder).encode(acts)
+    assert latents.shape == (len(acts), F) and float(latents.max()) > 0
+    with pytest.raises(UserError, match=r"squared-s0: no SAELens form for architecture 'squared': .* a SAELensForm$"):
+        export_saelens(run.folder)
+    assert not run.sae.exists()
+
+
+def test_an_architecture_from_outside_is_exported_by_the_form_that_it_gives(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = SAELensForm("jumprelu", repeats_threshold=True)
+    config = registered(monkeypatch, "theirs", Architecture(batchtopk, learns_threshold=True, saelens=form))
+    run = train(config, store, tmp_path)
+    sae, acts = load(run.folder), rows()
+    latents, recon = of_saelens(export_saelens(run.folder), acts)
+    assert_same(latents, np.asarray(sae.encode(acts)))
+    assert_same(recon, np.asarray(sae(acts)))
+    with pytest.raises(UserError, match="no SAELens form for transcoder of architecture 'theirs'"):
+        saelens_name("theirs", True, "run")
+    start = with_fields(config, {"init_from": str(run.sae), "tag": "again"})
+    assert train(start, store, tmp_path).finished()
+
+
+def test_a_run_of_the_version_before_goes_on_loads_and_exports_to_the_same_bytes(store: Path, tmp_path: Path) -> None:
+    """Its run.json knew no arm, its config.json no field of it, and a finished run needs no store to be loaded."""
+    fields = {"tokens": 128, "batch_size": 16, "steps_per_dispatch": 2, "tag": "k=3", "sae": {"n_latents": F, "k": K}}
+    config = with_fields(preset("baseline", "relu"), fields)
+    run = train(config, store, tmp_path / "runs")
+    expected = {path.name: path.read_bytes() for path in export_saelens(run.folder).iterdir()}
+
+    result, record = run.result(), run.record()
+    result = {name: value for name, value in result.items() if name not in ("arm", "k", "tag")} | {"k_or_target_l0": K}
+    del record["config"]["arm"]
+    write_json(run.result_path, result)
+    write_json(run.config_path, record)
+    shutil.rmtree(run.sae)
+    assert {path.name: path.read_bytes() for path in export_saelens(run.folder).iterdir()} == expected
+    assert run.summary().arm == "baseline" and run.summary().k == K
+    run.result_path.unlink()  # as if it had been stopped just before
+    again = train(config, store, tmp_path / "runs")
+    assert again.summary().final == run.metrics()[-1] and len(run.metrics()) == len({m["step"] for m in run.metrics()})
+    assert {path.name: path.read_bytes() for path in export_saelens(run.folder).iterdir()} == expected
+    moved = store.rename(store.with_name("gone"))
+    try:
+        assert load(run.folder).d_model == D
+        with pytest.raises(UserError, match=r"manifest\.json, found no such file"):
+            export_saelens(run.folder)
+    finally:
+        moved.rename(store)

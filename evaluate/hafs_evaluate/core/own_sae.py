@@ -37,11 +37,11 @@ class OwnSAE(torch.nn.Module):
     def __init__(self, run_folder: Path, manifest: Manifest) -> None:
         """Raises `UserError` where the run has no checkpoint or it is damaged."""
         from hafs_jax.api import load
-        from hafs_jax.saelens import folded
+        from hafs_jax.saelens import fold
 
         super().__init__()
         self._sae = load(run_folder)
-        weights, _ = folded(self._sae.params, self._sae.scale, self._sae.threshold)
+        weights, _ = fold(self._sae.params, self._sae.scale, self._sae.threshold)
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             self.register_buffer(name, torch.tensor(np.asarray(weights[name], np.float32)))
         config = self._sae.config.sae

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,27 +16,33 @@ from typing import Any
 import numpy as np
 import torch
 
-from hafs_evaluate.exchange.bridge import SAELENS_VERSION, read_saelens, write_saelens
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_json
 from hafs_jax.base.options import did_you_mean
 
 Arrays = dict[str, np.ndarray]
-_LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
-_TOPK = (*_LINEAR, "b_dec", "k", "threshold")
-_OWN = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-KEYS: dict[str, tuple[str, ...]] = {
-    "AutoEncoder": (*_LINEAR, "bias"),
-    "AutoEncoderNew": (*_LINEAR, "decoder.bias"),
-    "GatedAutoEncoder": ("encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias"),
-    "AutoEncoderTopK": _TOPK,
-    "BatchTopKSAE": _TOPK,
-    "MatryoshkaBatchTopKSAE": (*_OWN, "k", "group_sizes"),
-    "JumpReluAutoEncoder": _OWN,
-}
-"""dictionary_learning's classes and the exact keys of their state_dict."""
+Meta = dict[str, Any]
 
-_TRAINED_AS = {"BatchTopKSAE": "batchtopk", "MatryoshkaBatchTopKSAE": "matryoshka"}
+
+@dataclass(frozen=True)
+class LibraryClass:
+    """One of dictionary_learning's SAE classes, and the SAELens architecture that computes the same."""
+
+    saelens: str  # SAELens's name of it
+    keys: tuple[str, ...]  # exactly those of its state_dict
+    read: Callable[[Arrays], Arrays]  # its state_dict -> SAELens's tensors
+    write: Callable[[Arrays, Meta], Arrays] | None  # (weights under our names, metadata) -> its state_dict
+    trained_as: str = ""  # our one architecture that this class is for; none: any other of the SAELens architecture
+    subtracts_b_dec: bool = True  # from its input
+
+
+def library_class(saelens: str, trained_as: str = "") -> str:
+    """The class for an SAE of a SAELens architecture that was trained as an architecture of ours."""
+    fitting = {name: known for name, known in CLASSES.items() if known.saelens == saelens and known.write is not None}
+    written = {known.trained_as: name for name, known in fitting.items()}
+    return written.get(trained_as, written[""])
+
+
 _SITE = re.compile(r"(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
 
@@ -43,17 +50,21 @@ _HOOK = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
 def to_dictionary_learning(folder: Path, target: Path) -> Path:
     """Writes a SAELens folder as `<target>/trainer_0/{ae.pt, config.json}` and returns trainer_0; the same function.
 
-    standard -> AutoEncoder, gated -> GatedAutoEncoder, topk -> AutoEncoderTopK; a jumprelu that was trained as
-    batchtopk or matryoshka (one threshold, and k in its metadata) -> BatchTopKSAE or MatryoshkaBatchTopKSAE, any other
-    -> JumpReluAutoEncoder, which subtracts no b_dec: its bias is b_enc - b_dec @ W_enc. `UserError` for a transcoder.
+    The class is that of CLASSES. A jumprelu counts as trained as batchtopk or matryoshka where it has one threshold,
+    and k in its metadata. Raises `UserError` for a transcoder.
     """
+    from hafs_jax.saelens import read_saelens  # JAX
+
     weights, cfg = read_saelens(folder)
     known = cfg.get("metadata") or {}
     if "transcoder" in cfg["architecture"]:
         raise UserError(f"{folder} holds a {cfg['architecture']}, for which dictionary_learning has no class")
-    name = _class_for(weights, cfg, known)
     k = int(cfg.get("k") or known.get("k") or 0)
-    state = {key: torch.from_numpy(np.array(value)) for key, value in _state(name, weights, k, known).items()}
+    has_one_threshold = k > 0 and np.ptp(weights.get("threshold", 0.0)) == 0
+    name = library_class(cfg["architecture"], known.get("training_architecture") or "" if has_one_threshold else "")
+    write = CLASSES[name].write
+    assert write is not None
+    state = {key: torch.from_numpy(np.array(value)) for key, value in write(weights, {**known, "k": k}).items()}
     hook = _HOOK.fullmatch(known.get("hook_name") or "")
     trainer = {
         "trainer_class": "hafs-jax",
@@ -93,6 +104,8 @@ def import_sae(source: Path, target: Path, form: str = "auto", hook_point: str |
         _clear(target)
         _copy(source, target, hook_point)
         return target
+    from hafs_jax.saelens import write_saelens  # JAX
+
     tensors, cfg = from_dictionary_learning(_ae_file(source), hook_point)
     _clear(target)
     write_saelens(target, tensors, cfg)
@@ -111,12 +124,15 @@ def from_dictionary_learning(ae: Path, hook_point: str | None = None) -> tuple[A
     The class is trainer.dict_class of the config.json beside it; without one, the one whose keys the file has.
     BatchTopK's threshold is used as its encode does: one that training never set (-1) keeps every positive latent.
     """
+    from hafs_jax.saelens import SAELENS_VERSION  # JAX
+
     path = ae.with_name("config.json")
     config = read_json(path, "dictionary_learning's config.json") if path.exists() else {}
     trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
     state = _load(ae)
     name = _class_of(state, trainer.get("dict_class"), ae)
-    architecture, tensors = _FROM[name](state)
+    found = CLASSES[name]
+    tensors = found.read(state)
     D, F = tensors["W_enc"].shape
     _check_shapes(tensors, D, F, ae)
     layer, site = trainer.get("layer"), trainer.get("submodule_name")
@@ -124,12 +140,12 @@ def from_dictionary_learning(ae: Path, hook_point: str | None = None) -> tuple[A
     derived = f"blocks.{layer}.hook_{named[1] if named else 'resid_post'}" if layer is not None else None
     hook = hook_point or trainer.get("hook_name") or (derived if named or not site else None)
     cfg = {
-        "architecture": architecture,
+        "architecture": found.saelens,
         "d_in": D,
         "d_sae": F,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": name not in ("AutoEncoderNew", "JumpReluAutoEncoder"),
+        "apply_b_dec_to_input": found.subtracts_b_dec,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
@@ -142,11 +158,11 @@ def from_dictionary_learning(ae: Path, hook_point: str | None = None) -> tuple[A
             "context_size": buffer.get("ctx_len"),
         },
     }
-    if name in _TRAINED_AS:
-        cfg["metadata"] |= {"training_architecture": _TRAINED_AS[name], "k": int(state["k"])}
+    if found.trained_as:
+        cfg["metadata"] |= {"training_architecture": found.trained_as, "k": int(state["k"])}
     if "group_sizes" in state:
         cfg["metadata"]["prefixes"] = np.cumsum(state["group_sizes"]).tolist()
-    if architecture == "topk":
+    if found.saelens == "topk":
         cfg |= {"k": int(state["k"]), "rescale_acts_by_decoder_norm": False}
     return {key: np.asarray(value, np.float32) for key, value in tensors.items()}, cfg
 
@@ -210,14 +226,14 @@ def _load(path: Path) -> Arrays:
 
 
 def _class_of(state: Arrays, named: str | None, path: Path) -> str:
-    fitting = [name for name, keys in KEYS.items() if set(keys) == set(state)]
+    fitting = [name for name, known in CLASSES.items() if set(known.keys) == set(state)]
     if named is not None:
-        if named not in KEYS:
-            near = did_you_mean(named, KEYS)
-            raise UserError(f"{path}: dict_class {named!r}, expected one of {', '.join(KEYS)}{near}")
+        if named not in CLASSES:
+            near = did_you_mean(named, CLASSES)
+            raise UserError(f"{path}: dict_class {named!r}, expected one of {', '.join(CLASSES)}{near}")
         if named not in fitting:
             raise UserError(
-                f"{path}: expected the keys {', '.join(sorted(KEYS[named]))} of a {named}, found "
+                f"{path}: expected the keys {', '.join(sorted(CLASSES[named].keys))} of a {named}, found "
                 f"{', '.join(sorted(state))}"
             )
         return named
@@ -254,43 +270,71 @@ def _gated(state: Arrays) -> Arrays:
     return _linear(state, "decoder_bias") | renamed
 
 
-_FROM: dict[str, Callable[[Arrays], tuple[str, Arrays]]] = {
-    "AutoEncoder": lambda state: ("standard", _linear(state, "bias")),
-    "AutoEncoderNew": lambda state: ("standard", _linear(state, "decoder.bias")),
-    "GatedAutoEncoder": lambda state: ("gated", _gated(state)),
-    "AutoEncoderTopK": lambda state: ("topk", _linear(state, "b_dec")),
-    "BatchTopKSAE": lambda state: ("jumprelu", _repeated(state, _linear(state, "b_dec"))),
-    "MatryoshkaBatchTopKSAE": lambda state: ("jumprelu", _repeated(state, _own(state))),
-    "JumpReluAutoEncoder": lambda state: ("jumprelu", _own(state) | {"threshold": state["threshold"]}),
+def _matrices(weights: Arrays) -> Arrays:
+    return {"encoder.weight": weights["W_enc"].T, "decoder.weight": weights["W_dec"].T}
+
+
+def _state_plain(weights: Arrays, known: Meta) -> Arrays:
+    return _matrices(weights) | {"bias": weights["b_dec"], "encoder.bias": weights["b_enc"]}
+
+
+def _state_gated(weights: Arrays, known: Meta) -> Arrays:
+    biases = {"gate_bias": weights["b_enc"], "mag_bias": weights["b_mag"], "r_mag": weights["r_mag"]}
+    return _matrices(weights) | {"decoder_bias": weights["b_dec"]} | biases
+
+
+def _state_topk(weights: Arrays, known: Meta) -> Arrays:
+    return _matrices(weights) | {"encoder.bias": weights["b_enc"], "b_dec": weights["b_dec"]} | _buffers(weights, known)
+
+
+def _state_matryoshka(weights: Arrays, known: Meta) -> Arrays:
+    ends = known.get("prefixes") or [len(weights["b_enc"])]
+    return _own(weights) | _buffers(weights, known) | {"group_sizes": np.diff([0, *ends]).astype(np.int64)}
+
+
+def _state_jumprelu(weights: Arrays, known: Meta) -> Arrays:
+    """Its encoder subtracts no b_dec: the bias is b_enc - b_dec @ W_enc."""
+    shift_F = weights["b_dec"].astype(np.float64) @ weights["W_enc"].astype(np.float64)
+    return _own(weights) | {"b_enc": (weights["b_enc"] - shift_F).astype(np.float32), "threshold": weights["threshold"]}
+
+
+def _buffers(weights: Arrays, known: Meta) -> Arrays:
+    threshold = weights["threshold"][0] if "threshold" in weights else -1  # of a topk: as one that was never set
+    return {"k": np.asarray(known["k"], np.int32), "threshold": np.asarray(threshold, np.float32)}
+
+
+_LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
+_TOPK = (*_LINEAR, "b_dec", "k", "threshold")
+_GATED = ("encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias")
+_OWN = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+
+CLASSES: dict[str, LibraryClass] = {
+    "AutoEncoder": LibraryClass("standard", (*_LINEAR, "bias"), lambda state: _linear(state, "bias"), _state_plain),
+    "AutoEncoderNew": LibraryClass(
+        "standard",
+        (*_LINEAR, "decoder.bias"),
+        lambda state: _linear(state, "decoder.bias"),
+        write=None,
+        subtracts_b_dec=False,
+    ),
+    "GatedAutoEncoder": LibraryClass("gated", _GATED, _gated, _state_gated),
+    "AutoEncoderTopK": LibraryClass("topk", _TOPK, lambda state: _linear(state, "b_dec"), _state_topk),
+    "BatchTopKSAE": LibraryClass(
+        "jumprelu", _TOPK, lambda state: _repeated(state, _linear(state, "b_dec")), _state_topk, trained_as="batchtopk"
+    ),
+    "MatryoshkaBatchTopKSAE": LibraryClass(
+        "jumprelu",
+        (*_OWN, "k", "group_sizes"),
+        lambda state: _repeated(state, _own(state)),
+        _state_matryoshka,
+        trained_as="matryoshka",
+    ),
+    "JumpReluAutoEncoder": LibraryClass(
+        "jumprelu",
+        _OWN,
+        lambda state: _own(state) | {"threshold": state["threshold"]},
+        _state_jumprelu,
+        subtracts_b_dec=False,
+    ),
 }
-"""dictionary_learning's class -> (SAELens architecture, its tensors)."""
-
-
-def _class_for(weights: Arrays, cfg: dict[str, Any], known: dict[str, Any]) -> str:
-    if cfg["architecture"] != "jumprelu":
-        return {"standard": "AutoEncoder", "topk": "AutoEncoderTopK", "gated": "GatedAutoEncoder"}[cfg["architecture"]]
-    is_one_threshold = np.ptp(weights["threshold"]) == 0
-    names = {trained: name for name, trained in _TRAINED_AS.items()}
-    trained_as = names.get(known.get("training_architecture") or "")
-    return trained_as if trained_as and is_one_threshold and known.get("k") else "JumpReluAutoEncoder"
-
-
-def _state(name: str, weights: Arrays, k: int, known: dict[str, Any]) -> Arrays:
-    """The state_dict of class `name`; `weights` under our names, of an SAE that subtracts b_dec from its input."""
-    linear = {"encoder.weight": weights["W_enc"].T, "decoder.weight": weights["W_dec"].T}
-    if name == "AutoEncoder":
-        return linear | {"bias": weights["b_dec"], "encoder.bias": weights["b_enc"]}
-    if name == "GatedAutoEncoder":
-        biases = {"gate_bias": weights["b_enc"], "mag_bias": weights["b_mag"], "r_mag": weights["r_mag"]}
-        return linear | {"decoder_bias": weights["b_dec"]} | biases
-    own = {key: weights[key] for key in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    if name == "JumpReluAutoEncoder":
-        shift_F = weights["b_dec"].astype(np.float64) @ weights["W_enc"].astype(np.float64)
-        bias_F = (weights["b_enc"] - shift_F).astype(np.float32)
-        return own | {"b_enc": bias_F, "threshold": weights["threshold"]}
-    threshold = weights["threshold"][0] if "threshold" in weights else np.float32(-1)  # topk: as one never set
-    buffers = {"k": np.asarray(k, np.int32), "threshold": np.asarray(threshold, np.float32)}
-    if name == "MatryoshkaBatchTopKSAE":
-        ends = known.get("prefixes") or [len(weights["b_enc"])]
-        return own | buffers | {"group_sizes": np.diff([0, *ends]).astype(np.int64)}
-    return linear | {"encoder.bias": weights["b_enc"], "b_dec": weights["b_dec"]} | buffers
+"""dictionary_learning's classes by name."""

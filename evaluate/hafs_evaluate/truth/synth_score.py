@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hafs_evaluate.truth.ground_truth import Truth, load_truth
 from hafs_evaluate.truth.scores import SETTINGS, score_sae
-from hafs_evaluate.workspace import FinishedRun, Workspace, finished_runs, hashed_export, read_result
+from hafs_evaluate.workspace import FinishedRun, Workspace, export_run, finished_runs, hashed_export, read_result
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_json, write_text
 from hafs_jax.base.log import bar_options
@@ -53,7 +53,7 @@ def evaluate_synthetic(
     results = []
     runs = finished_runs(workspace, names)
     for run in tqdm(runs, desc="scoring", unit="run", **bar_options(LOG)):
-        results.append(_result(workspace, run, store, truth, device, export or _export))
+        results.append(_result(workspace, run, store, truth, device, export or export_run))
     known = [read_result(workspace.result(run.name, RESULT)) for run in finished_runs(workspace)]
     known = [result for result in known if result.get("truth_sha256") == truth.sha256]
     write_text(workspace.eval / TABLE, _csv(_rows(known)))
@@ -76,12 +76,6 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _export(run_folder: Path) -> Path:
-    from hafs_evaluate.exchange.bridge import export_run  # JAX
-
-    return export_run(run_folder)
 
 
 def _result(

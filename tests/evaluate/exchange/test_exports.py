@@ -12,18 +12,19 @@ import pytest
 import torch
 
 from hafs_evaluate.cli import main
-from hafs_evaluate.exchange.bridge import export_run, saelens_name
 from hafs_evaluate.exchange.dictionary_learning import to_dictionary_learning
 from hafs_jax.base.errors import UserError
 from hafs_jax.config import SAEConfig, TrainConfig
 from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.method.sae import InputScale, init_params
+from hafs_jax.saelens import export_saelens, saelens_name
 from tests.support.both_saes import CLASSES, D_OUT, B, D, F, K, assert_same, input_scale, of_saelens, of_trainer, rows
 from tests.support.peers import dictionary_learning
 from tests.support.runs import finished_run
 from tests.support.stores import write_store
 
-TRANSCODED = [name for name in ARCHITECTURES if name not in ("topk", "gated")]
+FORMS = {name: architecture.saelens for name, architecture in ARCHITECTURES.items()}
+TRANSCODED = [name for name, form in FORMS.items() if form.transcoder]
 
 
 def hand_made_run(
@@ -46,10 +47,10 @@ def hand_made_run(
     state = SimpleNamespace(weights=lambda: params, threshold=lambda decay: threshold)
 
     def load_checkpoint(folder: Path, config: TrainConfig, d_model: int, d_out: int | None = None) -> Any:
-        assert (d_model, d_out) == (D, D_OUT if transcode else None)
+        assert (d_model, d_out) == (D, D_OUT if transcode else D)
         return state, scale
 
-    monkeypatch.setattr("hafs_jax.training.checkpoint.load_checkpoint", load_checkpoint)
+    monkeypatch.setattr("hafs_jax.api.load_checkpoint", load_checkpoint)
     return run.folder, params, scale, threshold
 
 
@@ -60,7 +61,7 @@ def test_every_architecture_is_exported_to_saelens(
     architecture: str, transcode: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, params, scale, threshold = hand_made_run(tmp_path, monkeypatch, architecture, transcode)
-    folder = export_run(run)
+    folder = export_saelens(run)
     latents, recon = of_saelens(folder, rows(5))
     our_latents, our_recon = of_trainer(params, architecture, scale, rows(5), threshold)
     assert_same(recon, our_recon)
@@ -73,14 +74,15 @@ def test_every_architecture_is_exported_to_saelens(
 
 
 def test_what_saelens_has_no_form_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(FORMS) - set(TRANSCODED) == {"topk", "gated"}
     for architecture in ("topk", "gated"):
         run = hand_made_run(tmp_path / architecture, monkeypatch, architecture, transcode=True)[0]
         with pytest.raises(
-            UserError, match=f"no SAELens form for transcoder of architecture '{architecture}'; expected"
+            UserError, match=f"no SAELens form for transcoder of architecture '{architecture}': it trains and loads"
         ):
-            export_run(run)
+            export_saelens(run)
         assert not (run / "sae").exists()
-    with pytest.raises(UserError, match="no SAELens form for architecture 'other'; expected one of batchtopk"):
+    with pytest.raises(UserError, match=r"run: no SAELens form for architecture 'other': .* train one of batchtopk,"):
         saelens_name("other", False, "run")
 
 
@@ -118,5 +120,5 @@ def test_every_architecture_is_exported_to_dictionary_learning_and_comes_back(
 
 def test_sampled_prefixes_are_one_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = hand_made_run(tmp_path, monkeypatch, "matryoshka", sampled=3)[0]
-    place = to_dictionary_learning(export_run(run), tmp_path / "out")
+    place = to_dictionary_learning(export_saelens(run), tmp_path / "out")
     assert torch.load(place / "ae.pt", weights_only=True)["group_sizes"].tolist() == [F]

@@ -40,7 +40,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     scores = {"sae_top_1_test_accuracy": 0.6875, "sae_top_5_test_accuracy": None, "sae_top_1_test_auc": 0.7}
     probing = {"eval_result_metrics": {"sae": scores}, "eval_result_unstructured": {"sae_sha256": sha256}}
     (evaluated / "probing.json").write_text(json.dumps(probing))
-    monkeypatch.setattr("hafs_evaluate.exchange.bridge.export_run", lambda folder: folder / "sae")
+    monkeypatch.setattr("hafs_jax.saelens.export_saelens", lambda folder: folder / "sae")
     return folder
 
 

@@ -15,7 +15,7 @@ from sae_lens import SAE as TorchSAE
 from hafs_evaluate.cli import main
 from hafs_evaluate.exchange.dictionary_learning import import_sae, to_dictionary_learning
 from hafs_jax.base.errors import UserError
-from hafs_jax.saelens import read_start
+from hafs_jax.saelens_format import read_start
 from tests.support.both_saes import (
     CLASSES,
     D,

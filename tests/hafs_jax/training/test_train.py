@@ -351,7 +351,7 @@ def test_where_b_dec_starts(centre: str, out: Path) -> None:
 @pytest.mark.parametrize("architecture", ["batchtopk", "relu", "jumprelu", "gated"])
 def test_a_run_starts_from_a_saelens_folder(architecture: str, out: Path, tmp_path: Path) -> None:
     """Exported and read back, the parameters are those of the run's last checkpoint; and training goes on from them."""
-    from hafs_evaluate.exchange.bridge import export_run
+    from hafs_jax.saelens import export_saelens
     from hafs_jax.training.data import input_scale
     from hafs_jax.training.loop import first_state
     from hafs_jax.training.state import hyperparameters
@@ -359,7 +359,7 @@ def test_a_run_starts_from_a_saelens_folder(architecture: str, out: Path, tmp_pa
 
     store = out / "tiny" / "store" / "train"
     first = train(small("baseline", architecture), store, tmp_path)
-    start = small("baseline", architecture, init_from=str(export_run(first.folder)))
+    start = small("baseline", architecture, init_from=str(export_saelens(first.folder)))
     stores = open_stores(store)
     resolved, _ = resolve(start, stores.train, tmp_path)
     state = first_state(resolved, stores, input_scale(stores.train), hyperparameters(resolved))
