@@ -1,4 +1,4 @@
-"""How much memory a training needs, said before it starts, and refused where there is not so much."""
+"""Estimates how much memory a training needs, before it starts, and refuses one that does not fit."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +50,9 @@ class Budget:
 
 
 def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str | None = None) -> Budget:
-    """An estimate for a resolved config, by device, of `members` SAEs in one program.
+    """The estimated bytes on one device for a resolved config, with `members` SAEs in one program.
 
-    Their steps are at once where `together` is "vmap", else one after the other (see `step.compile_steps`).
+    Their steps run at once where `together` is "vmap", else one after the other (see `programs.compile_steps`).
     """
     D, d_out, B = stores.train.manifest.d_model, stores.d_out, config.batch_size
     hyper = hyperparameters(config)
@@ -82,7 +82,7 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
 
 
 def check_memory(config: TrainConfig, stores: Stores, members: int = 1, together: str | None = None) -> None:
-    """Raises `UserError` where the training's budget is larger than the memory that is free now, if that is known."""
+    """Raises `UserError` where the estimate is larger than the memory that is free now. Nothing is checked where that is not known."""
     needed, free = budget(config, stores, members, together), available_bytes()
     sharing = jax.local_device_count() if target() == "cpu" else 1  # devices in the same memory
     if free is not None and sharing * needed.total > free:
@@ -95,7 +95,7 @@ def check_memory(config: TrainConfig, stores: Stores, members: int = 1, together
 
 
 def available_bytes() -> int | None:
-    """Free bytes of the accelerator, or of the host where the CPU is the device; None where it does not say."""
+    """Free bytes of the accelerator, or of the host where the CPU is the device; None where the system does not say."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         statistics = device.memory_stats() or {}
@@ -110,7 +110,7 @@ def available_bytes() -> int | None:
 
 
 def _more_of_the_pool() -> str:
-    """What else an accelerator's user can do: JAX takes three quarters of its memory unless told otherwise."""
+    """A further remedy on an accelerator, of whose memory JAX takes three quarters unless told otherwise."""
     return "" if target() == "cpu" else ", or give JAX more of it with XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
 
 

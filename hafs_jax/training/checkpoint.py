@@ -16,8 +16,8 @@ from hafs_jax.training.state import TrainState, hyperparameters, init_state
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager.
 
-    Orbax compresses all of a checkpoint in memory before it writes it; given a `state` of the shapes that are saved,
-    one array's worth at a time.
+    Orbax compresses a whole checkpoint in memory before it writes it. Given a `state` of the shapes that are saved, it
+    compresses one array at a time.
     """
 
     def __init__(self, folder: Path, keep: int = 2, state: Any = None) -> None:
@@ -65,7 +65,7 @@ class Checkpoints:
         return like.replace(**fields | {"key": jax.random.wrap_key_data(fields["key"])}), restored["scale"]
 
     def _check_shapes(self, step: int, abstract: dict[str, Any], unfit: str) -> None:
-        """Compares shapes with the checkpoint's metadata first: a restore that fails leaves reads in flight."""
+        """Compares shapes with the checkpoint's metadata. It comes first, since a restore that fails leaves reads running."""
         try:
             saved = self._manager.item_metadata(step)
         except (ValueError, KeyError, FileNotFoundError) as error:
@@ -90,7 +90,7 @@ def load_checkpoint(
 
 
 def blank(config: TrainConfig, d_model: int, d_out: int | None = None) -> tuple[TrainState, InputScale]:
-    """A state and scale of the config's shapes, of arbitrary values."""
+    """A state and scale of the config's shapes. Their values mean nothing."""
     state = init_state(config, d_model, jax.random.key(0), hyperparameters(config), d_out)
     zeros = jax.numpy.zeros
     target = InputScale(zeros(d_out or d_model), zeros(()), zeros(())) if config.sae.transcode else None

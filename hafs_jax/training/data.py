@@ -33,9 +33,8 @@ _THREADS = min(4, os.cpu_count() or 1)  # that gather rows
 class Batches:
     """The batches of a training run over `store`: step n is always the same rows in the same order.
 
-    Each pass visits the shards in a fresh order and each shard's rows in a fresh order; rows that do not fill a last
-    batch of a pass are left out of that pass. Memory: one dispatch (of each store), and a shard in the system's file
-    cache.
+    Each pass visits the shards in a new order, and each shard's rows in a new order. Rows that do not fill the last
+    batch of a pass are left out of that pass. Memory: one dispatch of each store, and a shard in the system's file cache.
     """
 
     def __init__(self, store: Store, batch_size: int, seed: int, target: Store | None = None) -> None:
@@ -55,7 +54,7 @@ class Batches:
     def dispatches(self, start: int, stop: int, size: int) -> Iterator[Rows]:
         """The batches of steps `start` to `stop`, [S, B, D] in the store's dtype, S = `size` but for the last.
 
-        Rows go straight from the mapped shard to their place in the dispatch, which is copied nowhere else.
+        Rows go straight from the mapped shard to their place in the dispatch, and are copied nowhere else.
         """
         B, left = self.batch_size, (stop - start) * self.batch_size
         blocks: Rows = ()  # of the dispatch being filled, `filled` of its rows
@@ -107,7 +106,7 @@ class Batches:
 def mapped_shard(store: Store, shard: int) -> np.ndarray:
     """A shard's rows in the store's dtype, bfloat16 as ml_dtypes', mapped from the file and read in sequence.
 
-    Rows are then taken in any order, which without the reading ahead would be as many small reads of the disk.
+    Rows are then taken in any order. Without reading ahead that would be one small read of the disk for each row.
     """
     acts_ND = store.raw(shard)
     if isinstance(acts_ND.base, mmap.mmap) and sys.platform == "linux":
@@ -118,7 +117,7 @@ def mapped_shard(store: Store, shard: int) -> np.ndarray:
 
 
 def _take(shard_ND: np.ndarray, numbers_N: np.ndarray, out_ND: np.ndarray, pool: ThreadPoolExecutor) -> None:
-    """Copies the rows `numbers_N` of the shard to `out_ND`, each thread its part: numpy lets go of Python's lock."""
+    """Copies the rows `numbers_N` of the shard to `out_ND`, each thread a part of them. Numpy releases the interpreter's lock meanwhile."""
 
     def part(start: int, stop: int) -> None:  # without mode="clip" numpy would fill a copy of `out` first
         np.take(shard_ND, numbers_N[start:stop], axis=0, out=out_ND[start:stop], mode="clip")
@@ -128,17 +127,17 @@ def _take(shard_ND: np.ndarray, numbers_N: np.ndarray, out_ND: np.ndarray, pool:
 
 
 class _Memory:
-    """Memory for dispatches, taken back once nothing looks at it: fresh pages cost about as much as filling them.
+    """Memory for dispatches, used again once no array refers to it: new pages cost about as much as filling them.
 
-    It starts on a page, so that JAX on a CPU uses it as it is. An array of JAX's looks at it until what was computed
-    from that array is done.
+    It starts on a page, so that JAX on a CPU uses it without a copy. An array of JAX's refers to it until what is
+    computed from that array is done.
     """
 
     def __init__(self) -> None:
         self._free: dict[int, list[mmap.mmap]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array of any contents."""
+        """An array whose contents mean nothing yet."""
         size = int(np.prod(shape)) * dtype.itemsize
         free = self._free.setdefault(size, [])
         memory = free.pop() if free else _pages(size)

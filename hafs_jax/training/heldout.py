@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 2048
 
 
 class Heldout:
-    """One run's measurements. `best` is {"step", "heldout_fvu"} of the best so far, None before the first."""
+    """One run's held-out measurements. `best` is {"step", "heldout_fvu"} of the best one, None before the first."""
 
     def __init__(self, config: TrainConfig, run: Run, stores: Any, step: int) -> None:
         """Reads earlier measurements, up to `step`, from the run's metrics. Raises `UserError` where held-out rows are
@@ -64,7 +64,7 @@ class Heldout:
         return {"heldout_fvu": fvu, "heldout_l0": active / rows}
 
     def _note(self, step: int, fvu: float) -> bool:
-        """Counts a measurement; whether it is the best so far."""
+        """Counts a measurement, and returns whether it is the best so far."""
         is_best = self.best is None or fvu < self.best["heldout_fvu"]
         self._since_best = 0 if is_best else self._since_best + 1
         if is_best:

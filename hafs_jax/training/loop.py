@@ -1,4 +1,4 @@
-"""The training loop: feeds the compiled step, logs, measures on held-out rows, checkpoints; one SAE or many."""
+"""The training loop: it feeds the compiled step, logs, measures on held-out rows and checkpoints; one SAE or many."""
 
 import shutil
 import signal
@@ -85,10 +85,10 @@ def fit(
     on_metrics: OnRunMetrics | None = None,
     progress: bool | None = None,
 ) -> list[str]:
-    """Trains the members to the end on the same batches and writes their runs; what became of those that failed.
+    """Trains the members to the end on the same batches, writes their runs, and returns a line on each that failed.
 
-    The configs differ in swept numbers alone. One member trains as it is; several train in one program, as `together`
-    says ("vmap" or "map", see `compile_steps`), with checkpoints of all of them in `folder` until each has its own.
+    The members' configs differ in swept numbers alone. Several train in one program, as `together` says ("vmap" or
+    "map", see `compile_steps`). Their common checkpoints lie in `folder` until each has its own.
     `on_metrics` is called on every logged step of each member; `progress` shows or hides the bar (see `bar_options`).
     Raises `Terminated`; `TrainingStopped` where no member can go on; `UserError` where the devices do not fit.
     """

@@ -113,10 +113,12 @@ def compile_steps(
 
     `batches` are a Batch with a leading axis of S. The state is donated. Its shardings are pinned to `state_shardings`,
     so that the state that comes out fits the program that it goes back into, and nothing compiles twice.
-    `members` says how SAEs are trained together on the same batches, metrics of [S, members]: "vmap" batches their
-    products, state and hyper having a leading axis; "map" runs the one program for each of a tuple of them in turn.
-    `platform` is what the program is for (none: where JAX runs): "gpu" gives one that can be lowered for a GPU on a
-    machine that has none.
+
+    `members` says how SAEs are trained together on the same batches. Their metrics are of [S, members]. "vmap" batches
+    their products: state and hyper have a leading axis. "map" runs the program for each of a tuple of them in turn.
+
+    `platform` is what the program is for (none: where JAX runs). With "gpu" it can be lowered for a GPU on a machine
+    that has none.
     """
     axis = "members" if members == "vmap" else None
 

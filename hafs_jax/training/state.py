@@ -96,7 +96,7 @@ def hyperparameters(config: TrainConfig) -> Hyperparameters:
 def init_state(
     config: TrainConfig, d_model: int, key: Key[Array, ""], hyper: Hyperparameters, d_out: int | None = None
 ) -> TrainState:
-    """A fresh state; `key` seeds the weights and, split off, the penalty's chunks. `d_out`: a transcoder's target."""
+    """A new state. `key` seeds the weights and the penalty's chunks. `d_out` is the width of a transcoder's target."""
     init_key, chunk_key = jax.random.split(key)
     return state_of(config, init_params(config.sae, d_model, init_key, d_out), chunk_key, hyper)
 

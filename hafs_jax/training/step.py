@@ -1,6 +1,7 @@
 """The training step: pure, jit-compiled once per config, the state donated.
 
-It descends on `loss` + lambda * O. The penalty O reads the decoder alone, so its gradient is taken apart and added.
+It descends on loss + lambda O. The penalty O depends on the decoder alone, so its gradient is computed by itself and
+added.
 """
 
 from typing import cast
@@ -82,7 +83,7 @@ def train_step(
     B = len(acts_BD)
     rate_F = _RATE_DECAY * state.rate_F + (1 - _RATE_DECAY) * forward.firing_F / B
 
-    # A unit row can only turn: what points along it would be undone by `unit_rows` but stay in Adam's moments.
+    # A unit row can only turn. What points along it would be undone by `unit_rows`, but would stay in Adam's moments.
     grads["W_dec"] = tangent(grads["W_dec"], state.params["W_dec"])
     metrics = {"penalty": jnp.zeros(()), "loss_orthogonality": jnp.zeros(()), "penalty_gradient_share": jnp.zeros(())}
     held, groups_F = state.held_penalty, state.groups_F
@@ -159,7 +160,7 @@ def _followed(ema: Array, smallest: Float[Array, ""], ok: Array, decay: float) -
 
 
 def _matched(state: TrainState, l0: Float[Array, ""], k: Array, config: TrainConfig) -> SparsityControl:
-    """The L0 controller after a step: it moves between warm-up and the last `freeze_fraction` of training."""
+    """The L0 controller after a step. It changes between warm-up and the last `freeze_fraction` of training."""
     settings = config.sparsity
     frozen_from = round((1 - settings.freeze_fraction) * config.steps)
     matches = settings.match_l0 or config.frozen == "everything"

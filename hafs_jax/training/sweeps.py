@@ -1,4 +1,4 @@
-"""Sweeps: many SAEs from one grid, those of one program trained together over one pass of the data."""
+"""Sweeps: many SAEs from one grid. Those that can share a program train together, over one pass of the data."""
 
 import csv
 import dataclasses
@@ -42,7 +42,7 @@ COLUMNS = ("fvu_ema", "heldout_fvu", "l0", "dead_fraction", "coherence_mean", "c
 
 
 def automatic() -> str:
-    """How members share a program where nobody says: a CPU gains nothing from batched products."""
+    """How SAEs share a program by default: in turn on a CPU, which gains nothing from batched products, else by vmap."""
     return "map" if target() == "cpu" else "vmap"
 
 
@@ -107,10 +107,11 @@ def sweep(
 ) -> tuple[list[Run], list[str]]:
     """Trains all of `configs`, at most `most` in one program, and returns their runs and what became of failed ones.
 
-    Configs that differ in seed, learning rate, sparsity coefficient, lam_max and tau alone train in one program, on the
-    same batches in the same order (`data_seed`, the first config's seed where it is none). Runs without a gate come
-    first, so that a baseline's FVU can give the others' tau. Each run is left as a solo run would leave it; runs that
-    have finished are kept. `together` says how members share a program (see `compile_steps`).
+    SAEs that differ only in seed, learning rate, sparsity coefficient, lam_max or tau share one compiled program and
+    one pass over the data. All see the same batches in the same order, which `data_seed` gives (none: the first
+    config's seed). Runs without a gate come first, so that a baseline's FVU can give the others' tau. Each run is left
+    as training it alone would leave it, and runs that have finished are kept. `together` says how SAEs share a program
+    (see `compile_steps`).
     `on_metrics(name, step, values)` is called on every logged step of each run, with the run's name; see `train`.
     Raises `UserError`, `Terminated` (the sweep goes on when called again) and `TrainingStopped` (all members failed).
     """

@@ -65,7 +65,7 @@ def open_stores(store: Path, target: Path | None = None) -> Stores:
 
 
 def prepare(config: TrainConfig, stores: Stores, runs: Path, force: bool = False) -> tuple[Member, bool]:
-    """The run of a resolved config, its folder and config.json written, and whether it has finished already.
+    """The run of a resolved config, with its folder and config.json written, and whether it has finished already.
 
     Raises `UserError` where the folder holds another run, which `force` replaces, or memory does not suffice.
     """
@@ -120,7 +120,7 @@ def train(
 
 
 def describe(config: TrainConfig, stores: Stores, members: int = 1, together: str | None = None) -> str:
-    """The size of a training and the memory that it needs, of `members` SAEs in one program, for people."""
+    """The size of a training of `members` SAEs in one program, and the memory that it needs, in words."""
     out = "" if stores.target is None else f" D_out={stores.d_out}"
     return (
         f"{config.sae.architecture} D={stores.train.manifest.d_model}{out} F={config.sae.n_latents} k={config.sae.k}, "
