@@ -82,7 +82,7 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
 
 
 def check_memory(config: TrainConfig, stores: Stores, members: int = 1, together: str | None = None) -> None:
-    """Raises `UserError` where the estimate is larger than the memory that is free now. Nothing is checked where that is not known."""
+    """Raises `UserError` where the estimate is larger than the free memory, if that is known."""
     needed, free = budget(config, stores, members, together), available_bytes()
     sharing = jax.local_device_count() if target() == "cpu" else 1  # devices in the same memory
     if free is not None and sharing * needed.total > free:

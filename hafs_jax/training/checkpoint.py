@@ -65,7 +65,7 @@ class Checkpoints:
         return like.replace(**fields | {"key": jax.random.wrap_key_data(fields["key"])}), restored["scale"]
 
     def _check_shapes(self, step: int, abstract: dict[str, Any], unfit: str) -> None:
-        """Compares shapes with the checkpoint's metadata. It comes first, since a restore that fails leaves reads running."""
+        """Compares shapes with the checkpoint's metadata, before a restore: one that fails leaves reads running."""
         try:
             saved = self._manager.item_metadata(step)
         except (ValueError, KeyError, FileNotFoundError) as error:

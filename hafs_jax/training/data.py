@@ -34,7 +34,8 @@ class Batches:
     """The batches of a training run over `store`: step n is always the same rows in the same order.
 
     Each pass visits the shards in a new order, and each shard's rows in a new order. Rows that do not fill the last
-    batch of a pass are left out of that pass. Memory: one dispatch of each store, and a shard in the system's file cache.
+    batch of a pass are left out of that pass. It takes the memory of one dispatch of each store, and a shard in the
+    system's file cache.
     """
 
     def __init__(self, store: Store, batch_size: int, seed: int, target: Store | None = None) -> None:
@@ -117,7 +118,7 @@ def mapped_shard(store: Store, shard: int) -> np.ndarray:
 
 
 def _take(shard_ND: np.ndarray, numbers_N: np.ndarray, out_ND: np.ndarray, pool: ThreadPoolExecutor) -> None:
-    """Copies the rows `numbers_N` of the shard to `out_ND`, each thread a part of them. Numpy releases the interpreter's lock meanwhile."""
+    """Copies rows `numbers_N` of the shard to `out_ND`, each thread a part: numpy releases the interpreter's lock."""
 
     def part(start: int, stop: int) -> None:  # without mode="clip" numpy would fill a copy of `out` first
         np.take(shard_ND, numbers_N[start:stop], axis=0, out=out_ND[start:stop], mode="clip")

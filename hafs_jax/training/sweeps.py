@@ -42,7 +42,7 @@ COLUMNS = ("fvu_ema", "heldout_fvu", "l0", "dead_fraction", "coherence_mean", "c
 
 
 def automatic() -> str:
-    """How SAEs share a program by default: in turn on a CPU, which gains nothing from batched products, else by vmap."""
+    """How SAEs share a program by default: in turn on a CPU, where batched products gain nothing; else by vmap."""
     return "map" if target() == "cpu" else "vmap"
 
 

@@ -178,3 +178,29 @@ def test_the_accelerators_suite_compares_with_no_peer_that_is_not_installed(monk
     for name in ("torch", "benchmarks.peer_steps"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises
     assert accelerator._installed(accelerator._config("topk", 128)) == []
+
+
+def circles(packages: dict[str, str]) -> list[list[str]]:
+    """Modules that import each other in a loop, in functions too. A package's own __init__ only hands names on."""
+    arrows = {module: imports(source) & set(packages) - {module} for module, source in packages.items()}
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append(path[path.index(module) :])
+        elif module not in done:
+            for name in sorted(arrows[module]):
+                walk(name, [*path, module])
+            done.add(module)
+
+    for module in sorted(arrows):
+        walk(module, [])
+    return found
+
+
+def test_no_modules_import_each_other_in_a_loop() -> None:
+    assert circles(modules()) == []
+    looped = {"a.x": "import a.y", "a.y": "def f():\n    from a import z", "a.z": "from a.x import g"}
+    assert circles(looped) == [["a.x", "a.y", "a.z"]]
+    assert circles({**looped, "a.z": "import a.w"}) == []
