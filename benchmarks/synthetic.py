@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from hafs_jax.config import run_name
+from hafs_jax.runs import Run
+
 HELD_OUT = ("toy-1", "toy-2")
 SEEDS = range(4)
 FOREVER = ("--penalty.alpha-values", "1", "1", "1", "1", "1")
@@ -36,10 +39,7 @@ class Arm:
 
     def run_name(self, architecture: str, seed: int) -> str:
         variant, *rest = self.grid.split()
-        short = variant.removeprefix("variant=")
-        middle = "" if architecture == "batchtopk" else f"-{architecture}"
-        tag = ",".join(rest) or self.tag
-        return f"{short}{middle}-s{seed}" + (f"-{tag}" if tag else "")
+        return run_name(variant.removeprefix("variant="), architecture, seed, ",".join(rest) or self.tag)
 
 
 MAIN = [
@@ -143,7 +143,7 @@ def scores(out: Path, world: str, name: str) -> dict[str, float] | None:
     if not path.exists():
         return None
     metrics = json.loads(path.read_text())["metrics"]
-    final = json.loads((out / f"synth-{world}" / "runs" / name / "run.json").read_text())["final"]
+    final = Run(out / f"synth-{world}" / "runs" / name).summary().final
     return {**metrics, "roots": metrics["by_level"][0]["absorption"], "coherence": final["coherence_mean"]}
 
 

@@ -12,12 +12,13 @@ sae/             the SAELens folder, once the run has been exported
 
 import dataclasses
 import itertools
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, read_jsonl, write_json
+from hafs_jax.base.files import read_json, read_jsonl, write_json, write_text
 from hafs_jax.base.options import did_you_mean, from_dict, to_dict
 from hafs_jax.config import TrainConfig, arm_name
 from hafs_jax.presets import preset
@@ -120,6 +121,12 @@ class Run:
         by_step = {record["step"]: record for record in read_jsonl(self.metrics_path)}
         return [by_step[step] for step in sorted(by_step)]
 
+    def drop_metrics(self, after: int) -> list[dict[str, Any]]:
+        """Rewrites metrics.jsonl without the steps after step `after`, and returns what it has left."""
+        kept = [record for record in self.metrics() if record["step"] <= after]
+        write_text(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
+
     def config(self) -> TrainConfig:
         """The resolved config that the run was started with."""
         return from_dict(TrainConfig, self.record()["config"], str(self.config_path))
@@ -151,11 +158,9 @@ class Run:
         result = self.result() if self.finished() else {}
         if "d_model" in result and "d_out" in result:
             return result["d_model"], result["d_out"]
-        record = self.store_record()
-        d_model = read_manifest(self.folder / record["folder"]).d_model
-        return d_model, read_manifest(
-            self.folder / record["target"]["folder"]
-        ).d_model if "target" in record else d_model
+        store = self.store_record()
+        source, target = (read_manifest(self.folder / of["folder"]) for of in (store, store.get("target", store)))
+        return source.d_model, target.d_model
 
     def write_config(self, config: TrainConfig, store: dict[str, Any]) -> None:
         names = {"variant": config.variant, "architecture": config.sae.architecture, "seed": config.seed}

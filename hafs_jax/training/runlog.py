@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, read_jsonl, write_json, write_text
+from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import to_dict
 from hafs_jax.config import TrainConfig
@@ -42,8 +42,7 @@ class RunLog:
     """
 
     def __init__(self, run: Run, config: TrainConfig, start: int, on_metrics: OnRunMetrics | None = None) -> None:
-        kept = [record for record in read_jsonl(run.metrics_path) if record["step"] <= start]
-        write_text(run.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+        kept = run.drop_metrics(after=start)
         self._batch_size, self._name = config.batch_size, run.name
         self._seconds = kept[-1]["seconds"] if kept else 0.0
         self._clock = time.perf_counter()

@@ -143,6 +143,8 @@ def test_of_a_step_logged_again_the_last_counts(run: Run) -> None:
     cut = '{"step": 32, "lo'
     run.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines) + cut)
     assert [(line["step"], line["loss"]) for line in run.metrics()] == [(8, 3.0), (16, 1.0), (24, 9.0)]
+    assert run.drop_metrics(after=16) == run.metrics() == [lines[0], lines[3]]
+    assert len(run.metrics_path.read_text().splitlines()) == 2  # the others and the cut line are gone
 
 
 def test_runs_are_listed_by_name_and_other_folders_are_none(run: Run) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hafs_evaluate.report.markdown import table
+from hafs_evaluate.results.measures import find_measure, sentence_name
+from hafs_evaluate.results.readings import read_results, run_figures, weights_of
 from hafs_evaluate.workspace import export_run
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, write_text
@@ -127,31 +129,21 @@ def model_card(run_folder: Path, sae: Path, repo_id: str, licence: str | None = 
 
 
 def metrics(run_folder: Path, sae: Path, summary: RunSummary) -> list[tuple[str, float, str]]:
-    """(name, value, where it was measured): of run.json, and of eval/<run>/ where that is of the same weights."""
-    final = summary.final
-    names = {"fvu_ema": "FVU", "l0": "L0", "dead_fraction": "dead latents, fraction"}
-    found = [(label, final.get(name), "training, last step") for name, label in names.items()]
-    evaluated = run_folder.resolve().parents[1] / "eval" / summary.name
+    """(label, value, what it was measured on): of the last training step, and of eval/<run>/ the card's measures.
+
+    Results of other weights than those in `sae` are left out.
+    """
+    trained = {"fvu_ema": "fvu", "l0": "l0", "dead_fraction": "dead_fraction"}
+    final = [(sentence_name(measure), summary.final.get(name)) for name, measure in trained.items()]
+    found = [(label, float(value), "training, last step") for label, value in final if value is not None]
     weights_sha256 = sha256_of(sae / "sae_weights.safetensors")
-    core = _optional(evaluated / "core.json")
-    if core.get("sae_sha256") == weights_sha256:
-        paths = {
-            "reconstruction.fvu": "FVU",
-            "sparsity.l0": "L0",
-            "sparsity.dead_fraction": "dead latents, fraction",
-            "model.ce_score": "cross-entropy recovered",
-            "model.kl_score": "KL divergence recovered",
-            "geometry.mean_coherence": "mean coherence",
-            "geometry.max_coherence": "max coherence",
-        }
-        found += [(label, _at(core, path), "held-out rows") for path, label in paths.items()]
-    probing = _optional(evaluated / "probing.json")
-    if (probing.get("eval_result_unstructured") or {}).get("sae_sha256") == weights_sha256:
-        scores = (probing.get("eval_result_metrics") or {}).get("sae") or {}
-        for name, value in scores.items():
-            if match := re.fullmatch(r"sae_top_(\d+)_test_accuracy", name):
-                found.append((f"sparse probing, top-{match[1]} accuracy", value, "SAE-Bench, mean over tasks"))
-    return [(name, float(value), of) for name, value, of in found if value is not None]
+    results = read_results(run_folder.resolve().parents[1] / "eval" / summary.name)
+    of_these = {file: result for file, result in results.items() if weights_of(result) == weights_sha256}
+    for name, value in run_figures({summary.name: of_these})[summary.name].items():
+        measure = find_measure(name)
+        if measure is not None and measure.is_on_card:
+            found.append((measure.sentence_name, value, measure.over))
+    return found
 
 
 @contextmanager
@@ -174,7 +166,3 @@ def _at(values: dict[str, Any], path: str) -> Any:
     for name in path.split("."):
         found = found.get(name) if isinstance(found, dict) else None
     return found
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path, "an evaluation's result") if path.exists() else {}

@@ -37,8 +37,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     evaluated.mkdir(parents=True)
     core = {"sae_sha256": sha256, "reconstruction": {"fvu": 0.1875}, "sparsity": {"l0": 4.25}, "model": {}}
     (evaluated / "core.json").write_text(json.dumps(core))
-    scores = {"sae_top_1_test_accuracy": 0.6875, "sae_top_5_test_accuracy": None, "sae_top_1_test_auc": 0.7}
-    probing = {"eval_result_metrics": {"sae": scores}, "eval_result_unstructured": {"sae_sha256": sha256}}
+    scores = [{"test_accuracy": accuracy, "test_auc": 0.7, "test_f1": 0.7} for accuracy in (0.6875, 0.8125)]
+    details = [{"dataset_name": task, "sae_metrics_by_k": {"1": of}} for task, of in zip("ab", scores, strict=True)]
+    probing = {"eval_result_details": details, "eval_result_unstructured": {"sae_sha256": sha256}}
     (evaluated / "probing.json").write_text(json.dumps(probing))
     monkeypatch.setattr("hafs_jax.saelens.export_saelens", lambda folder: folder / "sae")
     return folder
@@ -126,10 +127,10 @@ def test_the_card(run: Path) -> None:
         "FVU | 0.21 | training",
         "FVU | 0.1875 | held-out",
         "L0 | 4.25 | held-out",
-        "top-1 accuracy | 0.6875 |",
+        "top-1 accuracy | 0.75 | mean over tasks",
     ):
         assert row in text
-    assert "auc" not in text and "top-5" not in text and "cross-entropy" not in text and "penalty.tau" not in text
+    assert "AUROC" not in text and "top-5" not in text and "cross-entropy" not in text and "penalty.tau" not in text
     assert "batch\\_size | 64" in text and "sae.k | 4" in text
     assert "license" not in model_card(run, run / "sae", "me/saes")
 
