@@ -1,1 +1,1 @@
-"""The same values as `hafs_jax.method`, computed more quickly. Each module names its plain twin."""
+"""The same values as `hafs_jax.method`, computed faster. Each module names its plain twin."""

@@ -1,9 +1,9 @@
 """One update of the optimizer: gradients in, parameters and the optimizer's state out. Pure functions.
 
-`plain_update` is the plain form, by optax alone; tests hold `update` to it. An update only reads and writes memory, so
-it is fast where XLA overwrites arrays in place. On a CPU we wrap it in `lax.cond`, Adam's moments and parameters each
-in one of their own, so that XLA does. Other optimizers copy what they read twice. Elsewhere, and under `vmap`, which
-turns branches into selections, we use `jnp.where`.
+`plain_update` is the plain form, by optax alone, to which tests hold `update`. An update only reads and writes memory,
+so it is fast if XLA updates the arrays in place. On a CPU we wrap the update in `lax.cond`, Adam's moments and the
+parameters each in one of their own, so that XLA does. Optimizers other than Adam copy the arrays that they read twice.
+Elsewhere, and under `vmap`, which turns branches into selections, we use `jnp.where`.
 """
 
 import inspect
@@ -26,11 +26,10 @@ Tree = TypeVar("Tree")
 
 
 def optimizer(config: TrainConfig, d_out: int) -> optax.GradientTransformation:
-    """Gradient clipping and the named optax optimizer at a learning rate of 1: the step multiplies by the rate.
+    """Gradient clipping and the named optax optimizer, at a learning rate of 1: the step multiplies by the rate.
 
-    The loss is in FVU, a squared error over `d_out`, and so is the norm at which its gradient is clipped.
-
-    Raises `UserError` where optax has no optimizer of that name.
+    The loss is in units of FVU, a squared error over `d_out`. So the gradient is clipped at `clip_norm` over `d_out`.
+    Raises `UserError` if optax has no optimizer of that name.
     """
     settings = config.optimizer
     make: Any = getattr(optax, settings.name, None)
@@ -58,9 +57,9 @@ def update(
     config: TrainConfig,
     plan: Plan,
 ) -> tuple[Params, optax.OptState]:
-    """The parameters after one update, within their bounds, and the optimizer's state; as they were if not `ok`.
+    """The parameters after one update, within their bounds, and the optimizer's state; both unchanged if not `ok`.
 
-    `gradient_norm` is that of all of `grads`.
+    `gradient_norm` is the global norm of `grads`.
     """
     if config.optimizer.name == "adam":
         params, opt_state = _adam(params, opt_state, grads, gradient_norm, learning_rate, ok, config, plan)
@@ -73,7 +72,7 @@ def update(
 def plain_update(
     params: Params, opt_state: optax.OptState, grads: Params, learning_rate: Float[Array, ""], config: TrainConfig
 ) -> tuple[Params, optax.OptState]:
-    """`update` of any optimizer by optax's own."""
+    """The same as `update`, for any optimizer, by optax's own update."""
     changes, opt_state = optimizer(config, params["W_dec"].shape[-1]).update(grads, opt_state, params)
     return _within_bounds(params, cast(Params, changes), learning_rate, config), opt_state
 
@@ -88,7 +87,7 @@ def _adam(
     config: TrainConfig,
     plan: Plan,
 ) -> tuple[Params, optax.OptState]:
-    """`plain_update` of clipped Adam: first the moments, then, from them alone, the parameters."""
+    """The same as `plain_update` for clipped Adam: first the moments, then the parameters from the moments alone."""
     settings, clip = config.optimizer, jnp.ones(())
     if settings.clip_norm is not None:
         clip = jnp.minimum(1.0, settings.clip_norm / params["W_dec"].shape[-1] / gradient_norm)
@@ -113,18 +112,18 @@ def _adam(
 
 
 def _within_bounds(params: Params, changes: Params, learning_rate: Float[Array, ""], config: TrainConfig) -> Params:
-    """The changed parameters: decoder rows of norm 1, thresholds not negative, what is frozen as it was."""
+    """The changed parameters: decoder rows have norm 1, thresholds are at least 0, what is frozen is unchanged."""
     if config.frozen == "everything":
         return params
     new = jax.tree.map(lambda value, change: value + learning_rate * change, params, changes)
     new["W_dec"] = params["W_dec"] if config.frozen == "decoder" else unit_rows(new["W_dec"])
-    if "threshold" in new:  # below zero the gate would let negative pre-activations through
+    if "threshold" in new:  # below 0, negative pre-activations would count as active
         new["threshold"] = jnp.maximum(new["threshold"], 0.0)
     return new
 
 
 def _if_ok(ok: Bool[Array, ""], new: Callable[[], Tree], old: Tree, plan: Plan) -> Tree:
-    """`new()` where `ok`, else `old`: on a CPU by a branch, elsewhere, where nothing was measured, by selection."""
+    """`new()` if `ok`, else `old`: by a branch on a CPU, by selection elsewhere, where nothing was measured."""
     if plan.on_cpu:
         return cast(Tree, jax.lax.cond(ok, new, lambda: old))
     return cast(Tree, jax.tree.map(lambda a, b: jnp.where(ok, a, b), new(), old))

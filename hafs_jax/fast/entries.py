@@ -1,9 +1,14 @@
-"""The SAE's products without the zeros: only the encoder's forward product is dense. Pure functions.
+"""Sparse products: the SAE's products with its active latents alone. Pure functions.
 
-The twin of the dense products in `hafs_jax.method.sae`. Of the five products of B x D x F in a step, four multiply by
-latents of which few are not zero: the decoder's, its gradient with respect to the latents, and the gradients of both
-matrices. Here they are sums over the active entries, of which there are B k or, with ReLU, as many as there happen to
-be. Values and gradients are those of the dense form, in bfloat16 up to its rounding; tests hold them to it.
+The plain twin is the dense products in `hafs_jax.method.sae`. A step has five products of B x D x F. The encoder's
+forward product is dense. The other four multiply by latents most of which are zero:
+
+- the decoder's forward product;
+- its gradient for the latents;
+- the gradients of both matrices.
+
+Here these are sums over the active entries. There are B k of them, or with ReLU a number that varies. Values and
+gradients are those of the dense form, in bfloat16 up to its rounding; tests hold them to it.
 """
 
 from functools import partial
@@ -19,21 +24,21 @@ from hafs_jax.fast.plan import Plan
 from hafs_jax.ops.products import Params, blocks_of, matmul, row_blocks
 from hafs_jax.ops.selection import Entries, where_true
 
-_UNROLLED = 4  # entries added per turn of the loop
-_CHUNK = 4096  # entries whose rows are gathered at a time
+_UNROLLED = 4  # entries added per iteration of the loop
+_CHUNK = 4096  # entries whose rows are gathered at once
 
 
 class SparseLatents(struct.PyTreeNode):
-    """The active latents of a batch as a list of N entries, row by row. An entry of value 0 stands for nothing."""
+    """The active latents of a batch as a list of N entries, row by row. Entries of value 0 are padding."""
 
     values_N: Float[Array, " N"]
     rows_N: Int[Array, " N"]
     latents_N: Int[Array, " N"]
-    count: Int[Array, ""]  # entries from this one on are 0
-    complete: Bool[Array, ""]  # whether there was room for every active latent
+    count: Int[Array, ""]  # all entries from this number on are padding
+    complete: Bool[Array, ""]  # whether all active latents fitted into the capacity
 
     def firing(self, n_latents: int) -> Float[Array, " F"]:
-        """In how many of the rows each latent fires."""
+        """The number of rows in which each latent fires."""
         return jnp.zeros(n_latents).at[self.latents_N].add(self.values_N > 0)
 
 
@@ -45,9 +50,9 @@ def active_latents(
     config: TrainConfig,
     plan: Plan,
 ) -> SparseLatents:
-    """The entries of relu(acts @ W_enc + bias) that the config's architecture leaves active; not differentiable.
+    """The entries of relu(acts @ W_enc + bias) that the config's architecture makes active; not differentiable.
 
-    Where rows stand alone, a large batch is taken in blocks of rows.
+    If a row's latents do not depend on the other rows, a large batch is taken in blocks of rows.
     """
     form = form_of(config.sae)
     select = form.select
@@ -67,7 +72,7 @@ def active_latents(
     blocks = jax.lax.map(of_rows, row_blocks(acts_BD, P))
     rows_N = (blocks.rows_N * P + jnp.arange(P, dtype=jnp.int32)[:, None]).reshape(-1)
     values_N, latents_N, complete = blocks.values_N.reshape(-1), blocks.latents_N.reshape(-1), jnp.all(blocks.complete)
-    if form.any_number:  # each block ends in zeros, which are to come after all others
+    if form.any_number:  # each block ends in padding, which has to follow the entries of all blocks
         order_N, count = where_true(values_N > 0, len(values_N)), jnp.sum(values_N > 0, dtype=jnp.int32)
         in_order_N = jnp.where(jnp.arange(len(order_N)) < count, values_N[order_N], 0.0)
         return SparseLatents(in_order_N, rows_N[order_N], latents_N[order_N], count, complete)
@@ -78,7 +83,7 @@ def active_latents(
 def encode(
     latents: SparseLatents, acts_BD: Float[Array, "B D"], params: Params, config: SAEConfig, plan: Plan
 ) -> SparseLatents:
-    """`latents`, found by `active_latents`, with the gradient of relu(acts @ W_enc + pre_bias) for `params`."""
+    """`latents` from `active_latents`, with the gradient of relu(acts @ W_enc + pre_bias) for `params`."""
     return latents
 
 
@@ -94,10 +99,10 @@ def _encode_backward(
     latents, acts_BD, params = saved
     gradient = latents.replace(values_N=jnp.where(latents.values_N > 0, cotangent.values_N, 0.0))
     onto_bias_F = jnp.zeros(config.F).at[latents.latents_N].add(gradient.values_N)
-    grads: dict[str, Array | None] = {**dict.fromkeys(params), "b_enc": onto_bias_F}  # None: 0
+    grads: dict[str, Array | None] = {**dict.fromkeys(params), "b_enc": onto_bias_F}  # None means zero
     if not config.transcode:
         grads["b_dec"] = -(params["W_enc"] @ onto_bias_F)
-        acts_BD = acts_BD - params["b_dec"][None]  # so that b_enc - b_dec @ W_enc needs no pass over W_enc of its own
+        acts_BD = acts_BD - params["b_dec"][None]  # saves a pass over W_enc for the gradient of b_dec @ W_enc
     grads["W_enc"] = _onto_latents(gradient, acts_BD, config.F, config.compute_dtype, plan).T
     return None, None, grads
 
@@ -109,7 +114,7 @@ encode.defvjp(_encode_forward, _encode_backward)
 def decode(
     latents: SparseLatents, W_dec: Float[Array, "F D"], rows: int, dtype: str, plan: Plan
 ) -> Float[Array, "B D"]:
-    """latents @ W_dec for the active latents of `rows` rows, factors in `dtype` and sums in float32."""
+    """latents @ W_dec for the active latents of B = `rows` rows, with factors in `dtype` and sums in float32."""
     return _onto_rows(latents, W_dec, rows, dtype, plan)
 
 
@@ -125,7 +130,7 @@ def _decode_backward(
     latents, W_dec = saved
     onto_values_N = _dots(latents, cotangent_BD, W_dec, dtype)
     onto_W_dec = _onto_latents(latents, cotangent_BD, len(W_dec), dtype, plan)
-    # whole numbers have no gradient
+    # integers and flags have no gradient
     return SparseLatents(onto_values_N, None, None, None, None), onto_W_dec  # type: ignore[arg-type]
 
 
@@ -135,7 +140,7 @@ decode.defvjp(_decode_forward, _decode_backward)
 def _onto_rows(
     latents: SparseLatents, source_FD: Float[Array, "F D"], rows: int, dtype: str, plan: Plan
 ) -> Float[Array, "B D"]:
-    """To each of B = `rows` rows the sum of its active values times their latents' rows of `source`."""
+    """For each of B = `rows` rows, the sum over its active latents of the value times the latent's row of `source`."""
     into_N, from_N = latents.rows_N, latents.latents_N
     return _gather_add(into_N, latents.values_N, from_N, source_FD, rows, latents.count, dtype, plan)
 
@@ -143,7 +148,7 @@ def _onto_rows(
 def _onto_latents(
     latents: SparseLatents, source_BD: Float[Array, "B D"], F: int, dtype: str, plan: Plan
 ) -> Float[Array, "F D"]:
-    """To each of F latents the sum of its active values times their rows of `source`."""
+    """For each of F latents, the sum over the rows in which it is active of the value times that row of `source`."""
     into_N, from_N = latents.latents_N, latents.rows_N
     return _gather_add(into_N, latents.values_N, from_N, source_BD, F, latents.count, dtype, plan)
 
@@ -158,19 +163,20 @@ def _gather_add(
     dtype: str,
     plan: Plan,
 ) -> Float[Array, "size D"]:
-    """out[into[n]] += weights[n] * source[from[n]] for each n up to `count`, from where on the weights are 0.
+    """out[into[n]] += weights[n] * source[from[n]] for each n below `count`; the other weights are 0.
 
-    On a CPU one row after the other: XLA's scatter there takes three times as long and materialises what it adds.
+    On a CPU rows are added one after the other: XLA's scatter takes three times as long there, and it first writes all
+    addends to memory.
     """
     weights_N, source = weights_N.astype(dtype).astype(jnp.float32), source.astype(dtype)
-    zero = jnp.minimum(jnp.abs(weights_N[0]), 0.0)  # not a constant, of which XLA fills one array and copies it
+    zero = jnp.minimum(jnp.abs(weights_N[0]), 0.0)  # of a constant XLA would fill one array and then copy it
     out = jnp.full((size, source.shape[1]), zero)
     if not plan.on_cpu:
         return out.at[into_N].add(weights_N[:, None] * source[from_N].astype(jnp.float32))
-    into_N, weights_N, from_N = (_filled_up(array, _UNROLLED) for array in (into_N, weights_N, from_N))
+    into_N, weights_N, from_N = (_padded(array, _UNROLLED) for array in (into_N, weights_N, from_N))
 
-    def add(turn: Array, out: Array) -> Array:
-        for n in (turn * _UNROLLED + i for i in range(_UNROLLED)):
+    def add(iteration: Array, out: Array) -> Array:
+        for n in (iteration * _UNROLLED + i for i in range(_UNROLLED)):
             row_1D = jax.lax.dynamic_slice_in_dim(source, from_N[n], 1).astype(jnp.float32)
             sum_1D = jax.lax.dynamic_slice_in_dim(out, into_N[n], 1) + weights_N[n] * row_1D
             out = jax.lax.dynamic_update_slice_in_dim(out, sum_1D, into_N[n], 0)
@@ -182,12 +188,13 @@ def _gather_add(
 def _dots(
     latents: SparseLatents, of_rows: Float[Array, "B D"], of_latents: Float[Array, "F D"], dtype: str
 ) -> Float[Array, " N"]:
-    """of_rows[row] . of_latents[latent] for each active entry, `_CHUNK` of them at a time; 0 for the others.
+    """of_rows[row] . of_latents[latent] for each active entry, 0 for padding. `_CHUNK` entries are taken at once.
 
-    The sum is a product with ones: as a sum over a row, which XLA's CPU takes one after the other, it is twice as long.
+    The sum over D is a product with ones: XLA's CPU adds the numbers of a row one after the other, which takes twice
+    as long.
     """
     of_rows, of_latents = of_rows.astype(dtype), of_latents.astype(dtype)
-    rows_N, latents_N = _filled_up(latents.rows_N, _CHUNK), _filled_up(latents.latents_N, _CHUNK)
+    rows_N, latents_N = _padded(latents.rows_N, _CHUNK), _padded(latents.latents_N, _CHUNK)
     ones_D = jnp.ones(of_rows.shape[1])
 
     def dots(chunk: Array, out_N: Array) -> Array:
@@ -200,6 +207,6 @@ def _dots(
     return jax.lax.fori_loop(0, -(-latents.count // _CHUNK), dots, out_N)[: len(latents.values_N)]
 
 
-def _filled_up(array_N: Array, unit: int) -> Array:
-    """The array with zeros behind it, so that its length is a multiple of `unit`."""
+def _padded(array_N: Array, unit: int) -> Array:
+    """The array, padded with zeros to a length that is a multiple of `unit`."""
     return jnp.pad(array_N, (0, -len(array_N) % unit))

@@ -1,7 +1,7 @@
-"""What lets an architecture's step skip work: how its active entries are found, and whether rows stand alone.
+"""What a step may skip for each architecture: how its active entries are found, and whether its rows are independent.
 
-One record an architecture. An architecture without a record is computed densely, all rows at once, which is always
-right.
+Each architecture has one record. Without a record, all its products are dense and all rows are taken at once, which is
+always right.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from hafs_jax.config import SAEConfig
 from hafs_jax.ops.selection import Entries, largest_of_all, largest_of_rows, positive
 
 Select = Callable[[Float[Array, "B F"], Float[Array, " F"], SAEConfig, Int[Array, ""] | int], Entries]
-"""(product_BF, bias_F, config, k) -> the entries that `activate` leaves of product + bias, room for B * `capacity`."""
+"""(product_BF, bias_F, config, k) -> the active entries of `activate(product + bias)`, padded to B * `capacity`."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How an architecture may be computed faster."""
+    """How an architecture can be computed faster."""
 
-    select: Select | None = None  # finds the active entries; none: all products are dense
-    any_number: bool = False  # how many are active is not fixed, so there may be no room for some
-    by_row: bool = False  # what becomes of a row does not depend on the other rows of the batch
+    select: Select | None = None  # finds the active entries; None: all products are dense
+    any_number: bool = False  # the number of active entries varies, so it may exceed the capacity
+    by_row: bool = False  # the latents of a row do not depend on the other rows of the batch
 
 
 def _top_of_rows(product_BF: Array, bias_F: Array, config: SAEConfig, k: Array | int) -> Entries:
@@ -49,7 +49,7 @@ FORMS: dict[str, Form] = {
 
 
 def form_of(config: SAEConfig) -> Form:
-    """The form of the config's architecture; the plain one where it has none."""
+    """The form of the config's architecture, or the plain one if it has none."""
     return FORMS.get(config.architecture, Form())
 
 

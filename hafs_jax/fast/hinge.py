@@ -1,6 +1,6 @@
-"""The penalty's value and gradient: of the hinge quickly, of any other by differentiation. Pure functions.
+"""The value and gradient of a penalty: a fast form for the hinge, autodiff for any other. Pure functions.
 
-The twin of `hafs_jax.method.penalties`.
+The plain twin is `hafs_jax.method.penalties`.
 """
 
 import jax
@@ -11,7 +11,7 @@ from hafs_jax.config import PenaltyConfig
 from hafs_jax.fast.plan import Plan
 from hafs_jax.method.penalties import PENALTIES, Structure, pair_weights, partition, tangent, turning
 
-_CHUNKS_A_TURN = 4  # of a CPU's loop; one a turn takes 8% longer
+_UNROLLED = 4  # chunks per iteration of the loop on a CPU; one per iteration takes 8% longer
 
 
 def penalty_and_gradient(
@@ -23,7 +23,7 @@ def penalty_and_gradient(
     key: Key[Array, ""],
     plan: Plan,
 ) -> tuple[Float[Array, ""], Float[Array, "F D"]]:
-    """The config's penalty of a decoder of unit rows, before lambda, and the part of its gradient that turns them."""
+    """The config's penalty on a decoder of unit rows, before lambda, and the part of its gradient that turns them."""
     if config.kind == "hinge":
         return hinge_and_gradient(W_dec, alpha, structure, mu0, config, key, plan)
     value, gradient_FD = jax.value_and_grad(PENALTIES[config.kind].value)(W_dec, alpha, structure, mu0, config, key)
@@ -39,13 +39,18 @@ def hinge_and_gradient(
     key: Key[Array, ""],
     plan: Plan,
 ) -> tuple[Float[Array, ""], Float[Array, "F D"]]:
-    """`hinge_penalty` of a decoder of unit rows, and the part of its gradient that turns them.
+    """`hinge_penalty` on a decoder of unit rows, and the part of its gradient that turns them.
 
-    That gradient is a product with the chunk's own rows, sum_j H_ij u_j - (sum_j H_ij u_i . u_j) u_i with H_ij the
-    derivative for the cosine, so that a chunk is read once: on a CPU one after the other, each while it is in cache.
+    For latent i this gradient is a product with the chunk's own rows:
 
-    A latent sees n = m - 1 of its N = F - 1 others, drawn without replacement. So its gradient's mean squared error is
-    N (N - n) / n times the variance of its terms H_ij (u_j - (u_i . u_j) u_i) over all others j (with divisor N - 1).
+        sum_j H_ij u_j - (sum_j H_ij u_i . u_j) u_i
+
+    H_ij is the derivative for the cosine of i and j. So each chunk is read only once. On a CPU the chunks are taken one
+    after the other, each while it is in the cache.
+
+    A chunk shows a latent n = m - 1 of its N = F - 1 others, drawn without replacement. So the mean squared error of
+    its gradient is N (N - n) / n times the variance over all others j of H_ij (u_j - (u_i . u_j) u_i), computed with
+    the divisor N - 1.
     """
     F, D = W_dec.shape
     chunks = partition(F, config.chunk_size, key)
@@ -63,7 +68,7 @@ def hinge_and_gradient(
 
     each = chunks.ids_CM, chunks.real_CM
     if plan.on_cpu:
-        _, of_each = jax.lax.scan(lambda _, chunk: (None, of_chunk(chunk)), None, each, unroll=_CHUNKS_A_TURN)
+        _, of_each = jax.lax.scan(lambda _, chunk: (None, of_chunk(chunk)), None, each, unroll=_UNROLLED)
     else:
         of_each = jax.vmap(of_chunk)(each)
     totals_C, gradient_CMD = of_each

@@ -1,6 +1,10 @@
-"""The loss and its gradient, computed quickly: the twin of `hafs_jax.method.loss`.
+"""The loss and its gradient in their fast form. The plain twin is `hafs_jax.method.loss`.
 
-Sparse products skip the zeros, a large batch is taken in blocks of rows, and dead latents are multiplied alone.
+It is faster by three means:
+
+- sparse products skip latents that are zero;
+- a large batch is taken in blocks of rows;
+- the auxiliary loss multiplies by dead latents alone.
 """
 
 import itertools
@@ -36,9 +40,10 @@ def loss_and_gradients(
     plan: Plan,
     axis: str | None = None,
 ) -> tuple[tuple[Float[Array, ""], Forward], Params]:
-    """`hafs_jax.method.loss.loss` and its gradient, as `plan` says.
+    """The value of `hafs_jax.method.loss.loss` with what its forward pass returned, and its gradient.
 
-    `key` samples a Matryoshka's prefixes. `axis` names the mapped axis of SAEs that are trained together.
+    `plan` chooses between dense and sparse products. `key` samples the prefixes of a Matryoshka SAE. `axis` names the
+    mapped axis of SAEs that are trained together.
     """
     rows = (acts_BD, target_BD)
 
@@ -72,9 +77,9 @@ def loss_and_gradients(
 def _in_blocks(
     run: Callable[..., Forward], params: Params, rows: tuple[Array, Array], config: TrainConfig, plan: Plan
 ) -> tuple[tuple[Float[Array, ""], Forward], Params]:
-    """`total` of all rows and its gradient, by blocks of rows where the batch is large and no row needs the others.
+    """`total` and its gradient, summed over blocks of rows if the batch is large and its rows are independent.
 
-    Losses are means over rows, so those of equal blocks are averaged. Without `encoding`, if there are several blocks.
+    Losses are means over rows, so those of equal blocks are averaged. With several blocks, `encoding` is None.
     """
     P = blocks_of_rows(config, len(rows[0]), plan)
     blocks = [row_blocks(of, P) for of in rows]
@@ -91,18 +96,18 @@ def _in_blocks(
         return jax.tree.map(jnp.add, grads, more), found
 
     grads, (losses, forwards) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), blocks)
-    whole = Forward(
+    joined = Forward(
         joined_rows(forwards.residual_BD),
         {name: jnp.mean(parts) for name, parts in forwards.parts.items()},
         firing_F=jnp.sum(forwards.firing_F, axis=0),
         smallest=jnp.min(forwards.smallest),
         encoding=None,
     )
-    return (jnp.sum(losses), whole), grads
+    return (jnp.sum(losses), joined), grads
 
 
 def blocks_of_rows(config: TrainConfig, batch_size: int, plan: Plan) -> int:
-    """In how many blocks a dense step takes a batch."""
+    """The number of blocks of rows in which a dense step takes a batch."""
     apart = form_of(config.sae).by_row and config.penalty.sharing != "cofiring"
     return blocks_of(batch_size, config.sae.F, plan.block_bytes) if apart else 1
 
@@ -118,7 +123,7 @@ def _forward_sparse(
     config: TrainConfig,
     plan: Plan,
 ) -> Forward:
-    """`forward` of an architecture with a sparse form, by products with its active latents alone."""
+    """The same as `forward` for an architecture with a sparse form, by products with its active latents alone."""
     architecture, W_dec, dtype = ARCHITECTURES[config.sae.architecture], params["W_dec"], config.sae.compute_dtype
     latents = entries.encode(latents, acts_BD, params, config.sae, plan)
     if architecture.nested:
@@ -129,8 +134,8 @@ def _forward_sparse(
     parts = {"fvu": errors_G[-1] / variance, "loss_reconstruction": jnp.mean(errors_G) / variance}
     assert architecture.cost in (None, l1)
     if architecture.cost is not None:
-        paid_N = latents.values_N * (prefix_shares(config.sae, key)[latents.latents_N] if architecture.nested else 1.0)
-        parts["loss_sparsity"] = weights.coefficient * jnp.sum(paid_N) / len(acts_BD) / variance
+        costs_N = latents.values_N * (prefix_shares(config.sae, key)[latents.latents_N] if architecture.nested else 1.0)
+        parts["loss_sparsity"] = weights.coefficient * jnp.sum(costs_N) / len(acts_BD) / variance
     return Forward(
         residual_BD,
         parts,
@@ -143,7 +148,11 @@ def _forward_sparse(
 def _changes_by_band(
     latents: SparseLatents, W_dec: Float[Array, "F D"], ends_G: Int[Array, " G"], rows: int, dtype: str, plan: Plan
 ) -> list[Float[Array, "B D"]]:
-    """`prefix_changes` for the active latents of B = `rows` rows: each is added to its band's copy of its row."""
+    """The same as `prefix_changes` for the active latents of B = `rows` rows.
+
+    One sum over the entries serves all bands: there is a copy of the B rows for each band, and each entry is added to
+    its row in the copy of its band.
+    """
     band_N = jnp.searchsorted(ends_G, latents.latents_N, side="right")
     banded = latents.replace(rows_N=(band_N * rows + latents.rows_N).astype(jnp.int32))
     return list(entries.decode(banded, W_dec, len(ends_G) * rows, dtype, plan).reshape(len(ends_G), rows, -1))
@@ -159,12 +168,12 @@ def add_auxiliary(
     plan: Plan,
     axis: str | None = None,
 ) -> tuple[Float[Array, ""], Params]:
-    """The auxiliary reconstruction's term of the loss, and `grads` with its gradient added.
+    """The auxiliary loss, and `grads` with its gradient added.
 
-    The term is `auxiliary_weight` times `auxiliary_error`. While no latent is dead it is 0 and `grads` are not touched.
-    Only the dead latents' columns of the encoder and rows of the decoder are multiplied, in a program for at least as
-    many (`_rooms`). A large batch is taken in blocks of rows. SAEs that are trained together along `axis` all do what
-    the one with the most dead latents needs.
+    The auxiliary loss is `auxiliary_weight` times `auxiliary_error`. While no latent is dead it is 0, and `grads` are
+    not touched. Only the dead latents' columns of W_enc and rows of W_dec are multiplied, padded to the next of the
+    `_capacities`. A large batch is taken in blocks of rows. SAEs that are trained together along `axis` all use the
+    capacity that the one with the most dead latents needs.
     """
     F = len(is_dead_F)
     dead = jnp.sum(is_dead_F)
@@ -174,42 +183,45 @@ def add_auxiliary(
         return weight * auxiliary_error(params, is_dead_M, acts_ND, target_ND, config.sparsity.aux_k, config.sae)
 
     def add(
-        sums: tuple[Array, Params], room: int, is_dead_F: Array, params: Params, *rows: Array
+        sums: tuple[Array, Params], capacity: int, is_dead_F: Array, params: Params, *rows: Array
     ) -> tuple[Array, Params]:
-        """The sums with a block's error and gradient added, for which only `room` latents are looked at."""
+        """The sums with the error and gradient of one block added, computed for `capacity` latents."""
         loss, grads = sums
-        if room == F:
+        if capacity == F:
             error, more = jax.value_and_grad(revived)(params, is_dead_F, *rows)
             return loss + error, jax.tree.map(jnp.add, grads, more)
-        ids_M = jnp.nonzero(is_dead_F, size=room, fill_value=F)[0]
+        ids_M = jnp.nonzero(is_dead_F, size=capacity, fill_value=F)[0]
         of_dead = {name: (..., ids_M) if name == "W_enc" else ids_M for name in ("W_enc", "b_enc", "W_dec")}
         some = {name: params[name].at[at].get(mode="clip") for name, at in of_dead.items()}
         error, more = jax.value_and_grad(revived)({**some, "b_dec": params["b_dec"]}, ids_M < F, *rows)
         added = {name: grads[name].at[at].add(more[name], mode="drop") for name, at in of_dead.items()}
         return loss + error, {**grads, **added, "b_dec": grads["b_dec"] + more["b_dec"]}
 
-    def added(sums: tuple[Array, Params], room: int, wanted: Array) -> tuple[Array, Params]:
-        """The sums and, if `wanted`, those of all blocks: a loop of as many turns, whose sums stay where they are."""
-        P = blocks_of(len(acts_BD), room, plan.block_bytes)
+    def added(sums: tuple[Array, Params], capacity: int, wanted: Array) -> tuple[Array, Params]:
+        """The sums with those of all blocks added, if `wanted`.
+
+        It is a loop over the blocks, or over none if not `wanted`, so that XLA updates the sums in place.
+        """
+        P = blocks_of(len(acts_BD), capacity, plan.block_bytes)
         rows_NPD = [rows_BD.reshape(-1, P, rows_BD.shape[1]) for rows_BD in (acts_BD, residual_BD)]  # every P-th row
 
-        def turn(block: Array, sums: tuple[Array, Params]) -> tuple[Array, Params]:
+        def add_block(block: Array, sums: tuple[Array, Params]) -> tuple[Array, Params]:
             rows_ND = (jax.lax.dynamic_index_in_dim(rows, block, axis=1, keepdims=False) for rows in rows_NPD)
-            # Without the barrier XLA computes what is the same in all turns ahead of them, even where there are none.
-            held, held_dead_F, _ = jax.lax.optimization_barrier((params, is_dead_F, block))
-            return add(sums, room, held_dead_F, held, *rows_ND)
+            # Without the barrier XLA computes what is the same for all blocks ahead of the loop, even if it is empty.
+            same_params, same_dead_F, _ = jax.lax.optimization_barrier((params, is_dead_F, block))
+            return add(sums, capacity, same_dead_F, same_params, *rows_ND)
 
-        return jax.lax.fori_loop(0, jnp.where(wanted, P, 0), turn, sums)
+        return jax.lax.fori_loop(0, jnp.where(wanted, P, 0), add_block, sums)
 
     most = largest_of_members(dead, axis)
-    sums, enough = (jnp.zeros(()), grads), 0
-    for room in _rooms(F):
-        sums = added(sums, room, (most > enough) & (most <= room))
-        enough = room
+    sums, smaller = (jnp.zeros(()), grads), 0
+    for capacity in _capacities(F):
+        sums = added(sums, capacity, (most > smaller) & (most <= capacity))
+        smaller = capacity
     return sums
 
 
-def _rooms(n_latents: int) -> list[int]:
-    """For how many dead latents there are programs: 32, 128, 512, ... as far as half of all, and all."""
+def _capacities(n_latents: int) -> list[int]:
+    """The numbers of dead latents for which the program has a loop: 32, 128, 512, ... up to half of all, and all."""
     powers = (32 * 4**n for n in range(16))
-    return [*itertools.takewhile(lambda room: room <= n_latents // 2, powers), n_latents]
+    return [*itertools.takewhile(lambda power: power <= n_latents // 2, powers), n_latents]

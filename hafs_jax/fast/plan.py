@@ -1,8 +1,8 @@
-"""How a step is computed on which machine. The only module that asks what machine this is.
+"""The choice of how a step is computed, from the config and the machine. No other module asks what machine this is.
 
-Two things are decided here. `resolve_products` chooses between dense and sparse products, which round differently: the
-choice is made once, before anything compiles, and stands in the run's config. `choose` gives a program its target
-platform, so that a program for a GPU can be written and compiled on a machine that has none.
+- `resolve_products` chooses between dense and sparse products. The two round differently, so the choice is made once,
+  before anything compiles, and is saved in the run's config.
+- `choose` gives a program its target platform. So a program for a GPU can be lowered on a machine that has none.
 """
 
 import os
@@ -15,18 +15,19 @@ import jax
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.forms import capacity, form_of
 
-_LEAST_RATIO, _LEAST_RATIO_AMX = 11, 85  # F / capacity, per core and one more, from which sparse products are faster
-_BLOCK_BYTES = {"cpu": 32 << 20}  # of one float32 array [rows of a block, F]
-_BLOCK_BYTES_ELSEWHERE = 2 << 30  # smaller blocks' gradients would cost as much to add up as their products
+# Sparse products are faster if F / capacity is at least this times (cores + 1).
+_LEAST_RATIO, _LEAST_RATIO_AMX = 11, 85
+_BLOCK_BYTES = {"cpu": 32 << 20}  # of one float32 array [rows per block, F]
+_BLOCK_BYTES_ELSEWHERE = 2 << 30  # adding up the gradients of smaller blocks would cost as much as their products
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a choice may depend on."""
+    """The facts about a machine that a choice may depend on."""
 
     platform: str  # JAX's name: cpu, gpu or tpu
-    cores: int  # that this process may use
-    has_amx: bool  # the processor multiplies tiles of bfloat16
+    cores: int  # CPU cores that this process may use
+    has_amx: bool  # the processor has AMX, which multiplies tiles of bfloat16
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Plan:
 
     platform: str
     products: str  # dense or sparse
-    block_bytes: int  # largest float32 array [rows of a block, F] of a batch that is taken in blocks of rows
+    block_bytes: int  # largest size of a float32 array [rows per block, F] if a batch is taken in blocks of rows
 
     @property
     def on_cpu(self) -> bool:
@@ -43,40 +44,46 @@ class Plan:
 
 
 def target(platform: str | None = None) -> str:
-    """The platform to compile for: the one named, else the one that JAX runs on."""
+    """The platform to compile for: `platform`, or the one that JAX runs on if it is None."""
     return jax.default_backend() if platform is None else platform
 
 
 def this_machine(platform: str | None = None) -> Machine:
-    """The machine that this process runs on, as seen from `platform`."""
+    """The machine that this process runs on, with `platform` as its platform if one is given."""
     return Machine(target(platform), _cores(), _has_amx())
 
 
 def choose(config: TrainConfig, platform: str | None = None) -> Plan:
-    """The plan of a program for `platform` (none: where JAX runs). `products=auto` counts as dense until resolved."""
+    """The plan of a program for `platform` (None: where JAX runs). `products=auto` is dense until it is resolved."""
     where = target(platform)
     sparse = config.products == "sparse" and has_sparse_form(config)
     return Plan(where, "sparse" if sparse else "dense", _BLOCK_BYTES.get(where, _BLOCK_BYTES_ELSEWHERE))
 
 
 def has_sparse_form(config: TrainConfig) -> bool:
-    """Whether the config's step can multiply by the active latents alone.
+    """Whether the config's step can multiply by the active latents alone. It cannot if
 
-    It cannot where the architecture has no such form, where a loss term needs every pre-activation, and where the
-    latents are split over devices.
+    - the architecture has no such form,
+    - a term of the loss needs all pre-activations, or
+    - the latents are split over devices.
     """
     needs_all = config.penalty.sharing == "cofiring" or config.sparsity.pre_activation > 0
     return form_of(config.sae).select is not None and not needs_all and config.dictionary_shards == 1
 
 
 def resolve_products(config: TrainConfig, machine: Machine) -> str:
-    """`dense` or `sparse`: what the config says, and for `auto` the faster one, as measured, on `machine`.
+    """`dense` or `sparse`: what the config says, or for `auto` the faster one on `machine` by earlier measurements.
 
     `auto` is sparse where `benchmarks/products.py` measured sparse products to be faster or, with AMX, about as fast.
-    What counts is F over the capacity per row: on a CPU of one core from 22 on, of two from 33; in bfloat16 with AMX
-    from 170 and 255. Dense products run on all cores and the sums over entries on one, so the ratio is taken to rise
-    with further cores as it does from one to two. ReLU has more room than k, and counts only where a controller
-    brings L0 to k. Off the CPU nothing was measured, and `auto` is dense.
+    That depends on F over the capacity per row:
+
+    - on a CPU from 22 on with one core, from 33 on with two;
+    - in bfloat16 on a CPU with AMX from 170 on with one core, from 255 on with two.
+
+    More cores were not measured. Dense products run on all cores and the sums over entries on one, so the least ratio
+    is assumed to rise with each further core as it does from one to two. The capacity of ReLU architectures is 1.5 k,
+    and for them `auto` is sparse only if a controller brings L0 to k. Other platforms were not measured: `auto` is
+    dense there.
     """
     if config.products != "auto":
         return config.products if has_sparse_form(config) else "dense"
@@ -94,7 +101,7 @@ def _cores() -> int:
 
 @cache
 def _has_amx() -> bool:
-    """Whether Linux says that the processor has AMX for bfloat16."""
+    """Whether Linux reports that the processor has AMX for bfloat16."""
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

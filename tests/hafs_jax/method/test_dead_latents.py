@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hafs_jax.fast import plan
-from hafs_jax.fast.objective import _rooms, add_auxiliary
+from hafs_jax.fast.objective import _capacities, add_auxiliary
 from hafs_jax.method.architectures import OperatingPoint
 from hafs_jax.method.revival import pre_activation_loss
 from hafs_jax.method.sae import SAE, init_params
@@ -33,9 +33,9 @@ def test_dead_latents_are_revived_by_their_own_gradient() -> None:
 def test_the_aux_loss_and_its_gradient_are_the_plain_ones(
     dead: int, aux_k: int, transcode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the room that is made for so many dead latents, with fewer and with more of them than `aux_k`."""
+    """At each capacity for dead latents, with fewer and with more of them than `aux_k`."""
     n_latents = 600
-    assert _rooms(n_latents) == [32, 128, 600]
+    assert _capacities(n_latents) == [32, 128, 600]
     config = small(sae={"n_latents": n_latents, "transcode": transcode}, sparsity={"aux_k": aux_k, "aux": 1.0})
     params = init_params(config.sae, D, jax.random.key(0))
     random = np.random.default_rng(0)
