@@ -101,18 +101,22 @@ def _probing_of_language_model(evaluation: Evaluation, shared: Any) -> Values:
 
 
 def _trees(evaluation: Evaluation) -> Any:
-    from hafs_evaluate.hierarchy.tree_results import HierarchyStage
+    from hafs_evaluate.hierarchy.tree_results import TreeProbing
 
-    root = evaluation.workspace.cache / "labelled"
-    return HierarchyStage(evaluation.config, evaluation.workspace.train, root, evaluation.model, evaluation.say)
+    cache = evaluation.workspace.cache / "labelled"
+    return TreeProbing(evaluation.config, evaluation.workspace.train, cache, evaluation.model, evaluation.say)
 
 
-def _trees_of_language_model(evaluation: Evaluation, trees: Any) -> None:
-    trees.language_model(*(evaluation.workspace.result(LANGUAGE_MODEL, name) for name in (HIERARCHY, ANSWERS)))
+def _trees_of_language_model(evaluation: Evaluation, trees: Any) -> Values:
+    values, answers = trees.language_model()
+    path = evaluation.workspace.result(LANGUAGE_MODEL, ANSWERS)
+    write_atomic(path, lambda file: np.savez_compressed(file, allow_pickle=False, **answers))
+    return values
 
 
 def _hierarchy(job: Job) -> Values:
-    return job.shared.sae(job.sae(), job.evaluation.workspace.result(LANGUAGE_MODEL, ANSWERS))
+    with np.load(job.evaluation.workspace.result(LANGUAGE_MODEL, ANSWERS), allow_pickle=False) as answers:
+        return job.shared.sae(job.sae(), answers)
 
 
 def _latents_config() -> Any:

@@ -1,16 +1,22 @@
-"""Label absorption and the worst-child hole: what a concept's main latents miss, and who has it. Pure numpy.
+"""Label absorption and the worst-child hole: what a concept's main latent misses, and which latents have it. Numpy.
 
-Rows are tokens, or texts with latents and activations averaged over their tokens (`pooled`). A latent fires on a row
-where it is over its threshold: 0 for tokens. Averaged over a text, a latent is nearly always a little over 0, so its
-threshold is then the one of best F1 in the half where the main latents are chosen.
+The rows are tokens, or texts whose latents and activations are averaged over their tokens (`pooled`). Terms:
 
-A concept's main latent is the one whose firing says best (F1) that a row is positive. Absorption and hole are about
-that one latent. Growing the set while F1 gains takes in the latents of the parent's children, which fire exactly where
-the main latent is silent, and so hides what is to be measured: on synthetic worlds the grown set's figures do not rank
-SAEs as the truth does, the single latent's do (docs/agreement.md). The size of the grown set is reported beside them.
+- A latent fires on a row where it is above its threshold, which is 0 for tokens. Averaged over a text, nearly every
+  latent is a little above 0, so for texts it is the threshold of the best F1 in the half that chooses the main latents.
+- A concept's main latent is the one whose firing says best (by F1) which rows have the concept.
+- Absorption: on a row of the concept, other latents, the absorbers, carry the concept's direction in the place of the
+  main latent, which is weak or silent there. Typically they are the latents of the concept's children.
+- The worst-child hole: how much less often the main latent of a parent fires on the texts of its worst child than on
+  texts of the parent that belong to no child.
 
-Everything is cross-fitted: direction, main latents and thresholds come from one half of the documents, the
-measurement from the other, and then the other way round.
+Both figures are about the one main latent. A grown set, to which latents are added while F1 gains, takes in the latents
+of the children, which fire exactly where the main latent is silent, and so it hides what is to be measured. On
+synthetic worlds its figures do not rank SAEs as the truth does, while those of the single latent do
+(docs/agreement.md). Only the size of the grown set is reported beside them.
+
+Everything is cross-fitted: the direction, the main latents and their thresholds come from one half of the documents,
+the measurement from the other half, and then the other way round.
 """
 
 from collections.abc import Sequence
@@ -20,13 +26,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-MAX_MAINS = 5
-MIN_GAIN = 0.03  # of F1, for one more main latent
-MIN_COSINE = 0.1  # of an absorber's dictionary vector with the concept's direction
-ABSORBERS = 3
-MIN_SHARE = 0.4  # of the projection, for absorbers to count
-MIN_ROWS = 20  # of a child, or of the parent without any
-CANDIDATES = 100  # latents that are looked at for the main ones, best ranked first
+MAX_MAINS = 5  # latents in the grown set
+MIN_GAIN = 0.03  # gain of F1 at which the grown set takes one more latent
+MIN_COSINE = 0.1  # least cosine of an absorber's dictionary vector with the concept's direction
+ABSORBERS = 3  # latents that may absorb a concept on one row
+MIN_SHARE = 0.4  # least share of the row's projection that the absorbers must carry to count
+MIN_ROWS = 20  # fewest rows of a child, or of a parent without any child, on which a recall is measured
+CANDIDATES = 100  # latents that are looked at for the main ones, those that separate best
 
 SETTINGS = {
     "max_mains": MAX_MAINS,
@@ -42,16 +48,16 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Mains:
-    """The latents that stand for a concept, and over what each of them fires."""
+class MainLatents:
+    """The latents that stand for a concept, best first, and the threshold above which each of them fires."""
 
     latents: Int[np.ndarray, "mains"]
     thresholds: Float[np.ndarray, "mains"]
 
     @property
-    def first(self) -> "Mains":
+    def first(self) -> "MainLatents":
         """The best one alone."""
-        return Mains(self.latents[:1], self.thresholds[:1])
+        return MainLatents(self.latents[:1], self.thresholds[:1])
 
     def fires(self, latents_NF: Float[np.ndarray, "N F"]) -> Bool[np.ndarray, "N"]:
         """Whether any of them fires on each row."""
@@ -59,7 +65,10 @@ class Mains:
 
 
 def separation(latents_NF: Float[np.ndarray, "N F"], is_positive_N: Bool[np.ndarray, "N"]) -> Float[np.ndarray, "F"]:
-    """(mean over the positive rows - mean over the others) / sd over all rows; 0 for a latent that does not vary."""
+    """(mean over the positive rows - mean over the others) / standard deviation over all rows, of each latent.
+
+    0 for a latent that does not vary.
+    """
     sd_F = latents_NF.std(0)
     difference_F = latents_NF[is_positive_N].mean(0) - latents_NF[~is_positive_N].mean(0)
     return np.where(sd_F > 1e-8, difference_F / np.maximum(sd_F, 1e-8), 0.0)
@@ -67,11 +76,12 @@ def separation(latents_NF: Float[np.ndarray, "N F"], is_positive_N: Bool[np.ndar
 
 def main_latents(
     latents_NF: Float[np.ndarray, "N F"], is_positive_N: Bool[np.ndarray, "N"], pooled: bool = False
-) -> Mains:
-    """The latents whose firing says best that a row is positive: greedily, while F1 of "any fires" gains > MIN_GAIN.
+) -> MainLatents:
+    """The grown set: latents whose firing says best that a row is positive, added greedily.
 
-    The first is the best alone. At most MAX_MAINS, of the CANDIDATES with the largest `separation` over 0; none where
-    no latent separates.
+    The first is the main latent, of the best F1 alone. The next is each time the one that raises F1 of "any of them
+    fires" most, while it gains more than MIN_GAIN, up to MAX_MAINS latents. Only the CANDIDATES of the largest
+    `separation` above 0 are looked at. The set is empty where no latent separates.
     """
     separation_F = separation(latents_NF, is_positive_N)
     order_C = np.argsort(-separation_F, kind="stable")[:CANDIDATES]
@@ -91,13 +101,13 @@ def main_latents(
             break
         chosen.append(index)
         is_hit_N, best = is_hit_N | fires_NC[:, index], float(f1_C[index])
-    return Mains(order_C[chosen], threshold_C[chosen])
+    return MainLatents(order_C[chosen], threshold_C[chosen])
 
 
 def concept_direction(
     acts_ND: Float[np.ndarray, "N D"], is_positive_N: Bool[np.ndarray, "N"]
 ) -> Float[np.ndarray, "D"]:
-    """Mean of the positive rows - mean of the others, normalised."""
+    """The concept's direction: (mean of the positive rows - mean of the others), normalised."""
     difference_D = acts_ND[is_positive_N].mean(0) - acts_ND[~is_positive_N].mean(0)
     return difference_D / np.maximum(np.linalg.norm(difference_D), 1e-8)
 
@@ -107,13 +117,18 @@ def absorbed_rows(
     projection_N: Float[np.ndarray, "N"],
     W_dec_FD: Float[np.ndarray, "F D"],
     direction_D: Float[np.ndarray, "D"],
-    mains: Mains,
+    mains: MainLatents,
 ) -> tuple[Float[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
-    """(fraction, full) of each row. With a_j = latent j x (W_dec_j . direction), what j adds along the direction:
+    """(fraction, full) of each row: the share of the concept that absorbers carry, and whether it is wholly absorbed.
 
-    absorbed = sum of the ABSORBERS largest a_j over the latents that are not main, are active, and whose dictionary
-    vector has cosine >= MIN_COSINE with the direction; main = sum of the mains' a_j over 0. fraction = absorbed /
-    (absorbed + main) where absorbed >= MIN_SHARE x projection, else 0. full: so it is, and no main fires.
+    Let a_j = f_j (W_dec_j . direction) be what latent j adds along the direction, and p = `projection_N` what the
+    latents have to explain along it. Then
+
+    - absorbed = sum of the ABSORBERS largest a_j > 0, over the latents j that are not main and whose dictionary vector
+      has at least the cosine MIN_COSINE with the direction;
+    - main = sum of max(a_j, 0) over the main latents;
+    - fraction = absorbed / (absorbed + main) where 0 < absorbed >= MIN_SHARE p, else 0;
+    - full: absorbed >= MIN_SHARE p in this way, and no main latent fires.
     """
     along_F = W_dec_FD @ direction_D
     cosine_F = along_F / np.maximum(np.linalg.norm(W_dec_FD, axis=1), 1e-8)
@@ -132,11 +147,11 @@ def absorbed_rows(
 def worst_child_hole(
     is_hit_N: Bool[np.ndarray, "N"], is_parent_N: Bool[np.ndarray, "N"], is_child_CN: Bool[np.ndarray, "C N"]
 ) -> float | None:
-    """recall(main | parent, no child) - min over children of recall(main | child), children of >= MIN_ROWS rows.
+    """recall on the parent's rows without a child - lowest recall on any child's rows; 0 is no hole.
 
-    is_hit_N: a main latent of the parent fires. Where fewer than MIN_ROWS rows have the parent without a child, the
-    reference is the recall over all the parent's rows. None where fewer than two children have enough rows: an only
-    child's recall is the parent's own.
+    The recall is the share of the rows on which a main latent of the parent fires (`is_hit_N`). Only children with at
+    least MIN_ROWS rows count. Where fewer rows than that have the parent without a child, the first term is the recall
+    over all rows of the parent. None where fewer than two children count, since an only child's recall is the parent's.
     """
     recalls = [is_hit_N[is_child_N].mean() for is_child_N in is_child_CN if is_child_N.sum() >= MIN_ROWS]
     if len(recalls) < 2:
@@ -158,14 +173,15 @@ def measure(
     pooled: bool = False,
     grown: bool = False,
 ) -> dict[str, Any]:
-    """Absorption and hole of one label, of its best main latent, or with `grown` of the grown set.
+    """Absorption and hole of one label, of its main latent or, with `grown`, of the grown set.
 
-    `half_N`: 0 or 1, documents kept whole; `is_found_N`: the activation probe's out-of-fold answer.
+    `half_N` is 0 or 1 for each row and the same for all rows of a document. `is_found_N` is what a probe on the
+    activations, fitted on other documents, says of each row. The figures:
 
-    fraction, full: means of `absorbed_rows` over the `texts` positive rows that the probe finds and whose projection
-    (x - b_dec) . direction, what the latents have to explain, is over 0; none where there is no such row. mains: mean
-    size of the grown set in the two halves. dead_fraction: share of latents that are 0 on all rows. hole: see there;
-    none without children.
+    - fraction, full: means of `absorbed_rows` over the `texts` positive rows that the probe finds too and whose
+      projection (x - b_dec) . direction is above 0; None where there is no such row;
+    - mains: size of the grown set, mean of the two halves;
+    - hole: `worst_child_hole` of the parent with the children `is_child_CN`; None without children.
     """
     is_hit_N = np.zeros(len(is_positive_N), bool)
     fractions, fulls, mains_found = [], [], []
@@ -187,7 +203,6 @@ def measure(
         "fraction": float(fraction_N.mean()) if len(fraction_N) else None,
         "full": float(is_full_N.mean()) if len(is_full_N) else None,
         "mains": float(np.mean(mains_found)),
-        "dead_fraction": float((latents_NF == 0).all(0).mean()),
         "texts": len(fraction_N),
         "hole": worst_child_hole(is_hit_N, is_positive_N, children_CN),
     }
@@ -196,7 +211,7 @@ def measure(
 def _best_thresholds(
     values_NC: Float[np.ndarray, "N C"], is_positive_N: Bool[np.ndarray, "N"]
 ) -> Float[np.ndarray, "C"]:
-    """For each column the threshold (midway between two values) over which "positive" has the best F1."""
+    """For each column, the threshold above which "positive" has the best F1; it lies midway between two values."""
     order_NC = np.argsort(-values_NC, axis=0, kind="stable")
     sorted_NC = np.take_along_axis(values_NC, order_NC, axis=0)
     true_NC = np.cumsum(is_positive_N[order_NC], axis=0)

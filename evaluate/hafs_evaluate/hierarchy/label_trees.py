@@ -1,6 +1,6 @@
 """Label trees: data files that say which texts carry which label, and the labelled texts that they give. No torch.
 
-A tree is a JSON file, bundled in evaluate/trees/ or a user's own:
+A tree is a JSON file, one of those in the folder trees/ beside this module or a user's own:
 
     {"about": "...", "cap": 100, "seed": 0,
      "sources": {NAME: {"kind": "packaged", "name": "packaged/wikipedia-summaries", "text": FIELD, "group": FIELD}
@@ -9,12 +9,18 @@ A tree is a JSON file, bundled in evaluate/trees/ or a user's own:
      "leaves": [{"path": "people/arts/actor", "source": NAME, "where": {FIELD: REGEX, ...}, "cap": N},
                 {"path": "films/positive", "source": NAME, "task": TASK, "label": 0 or 1}]}
 
-A path names a text's labels from the root down. Its parts are the tree's nodes. The empty path is the background: text
-of no node, which the nodes are told from. Of a packaged source's leaves, the first whose regular expressions all
-match (anywhere in the field, in any case) takes a record; `where: {}` takes every record left. Of sae_probes, a leaf
-takes the texts of a task that have the label. A jsonl source needs no leaves: its lines are {"text", "label": PATH,
-"group": optional}, its path is relative to the tree's file. A group is the document a text comes from, the text itself
-unless the source says: cross-validation keeps it on one side.
+A path names a text's labels from the root down, and its parts are nodes of the tree. The empty path is the background:
+texts of no node, from which the nodes are told. `cap` is the most texts that a leaf keeps. Each kind of source gives
+its leaves their texts in its own way:
+
+- packaged: a record goes to the first leaf all of whose regular expressions match, anywhere in the field and in any
+  case; `where: {}` takes every record that is left.
+- sae_probes: a leaf takes the texts of a task that have the label.
+- jsonl: the lines are {"text", "label": PATH, "group": optional} and need no leaves. FILE is relative to the tree's
+  file.
+
+A group is the document that a text comes from, or the text itself where the source names none. Cross-validation keeps
+all texts of a group on one side.
 """
 
 import hashlib
@@ -31,7 +37,7 @@ from hafs_jax.base.files import jsonl_records, read_json, sha256_of
 from hafs_jax.base.options import did_you_mean
 
 FOLDER = Path(__file__).parent / "trees"
-MIN_TEXTS = 20  # fewer texts make no leaf: four a fold, of which one more or less right is a quarter
+MIN_TEXTS = 20  # fewest texts of a leaf: in five folds these are four each, of which one is a quarter of the recall
 
 _KEYS = {
     "tree": {"about", "cap", "seed", "sources", "leaves"},
@@ -43,22 +49,22 @@ _LEAF_KEYS = {"packaged": {"path", "source", "where", "cap"}, "sae_probes": {"pa
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """One text, the path of its labels (empty: background) and the document it comes from."""
+class LabelledText:
+    """A text of a tree."""
 
     text: str
-    path: str
-    group: str
+    path: str  # its labels, from the root down; empty: the background
+    group: str  # the document that it comes from
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A tree's file, checked."""
+    """A tree's file, after its checks."""
 
     name: str
     file: Path
     about: str
-    cap: int  # texts a leaf
+    cap: int  # most texts of a leaf that has no cap of its own
     seed: int
     sources: dict[str, dict[str, Any]]
     leaves: tuple[dict[str, Any], ...]
@@ -70,22 +76,22 @@ class Tree:
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """A tree's texts, at most its cap a leaf, and what was left out on the way."""
+    """A tree's texts, of each leaf at most its cap, and what was left out on the way."""
 
     tree: str
-    items: tuple[Labelled, ...]
-    in_training: int = 0  # texts that the store was trained on
-    ambiguous: int = 0  # texts that the sources give two different paths
-    dropped: dict[str, int] = field(default_factory=dict)  # leaves left with under MIN_TEXTS texts, and with how many
+    items: tuple[LabelledText, ...]
+    in_training: int = 0  # texts left out since the SAEs were trained on them
+    ambiguous: int = 0  # texts left out since the sources give them two different paths
+    dropped: dict[str, int] = field(default_factory=dict)  # {leaf: its texts} of leaves left with too few
 
     @property
     def leaves(self) -> list[str]:
-        """The paths that have texts, the background's among them, sorted."""
+        """The paths that have texts, sorted; the background's is one of them."""
         return sorted({item.path for item in self.items})
 
 
 def find_trees(names: Sequence[str] = ()) -> list[Tree]:
-    """The trees `names`, each a bundled one's name or a file's path; none named: all bundled ones."""
+    """The trees called `names` (default: all bundled ones), each the name of a bundled tree or the path of a file."""
     bundled = {path.stem: path for path in sorted(FOLDER.glob("*.json"))}
     found = []
     for name in dict.fromkeys(names) or bundled:
@@ -124,19 +130,20 @@ def read_tree(path: Path) -> Tree:
 
 
 def tree_sha256(tree: Tree) -> list[str]:
-    """Hashes of the tree's file and of the jsonl files it reads: its texts change only if one of them does."""
+    """Hashes of the tree's file and of the jsonl files that it reads. Its texts change only where one of these does."""
     own = [tree.file.parent / source["path"] for source in tree.sources.values() if source["kind"] == "jsonl"]
     return [sha256_of(path) if path.exists() else "none" for path in (tree.file, *own)]
 
 
 def labelled_texts(tree: Tree, training_sha256: Collection[str] = ()) -> LabelledTexts:
-    """The tree's texts, capped, without those whose SHA-256 is in `training_sha256` (documents.jsonl's, UTF-8 text).
+    """The tree's texts, without those whose SHA-256 is in `training_sha256`, as documents.jsonl has it.
 
-    A text given several times counts once; one given two different paths is left out as ambiguous. The cap's draw
-    takes the texts with the smallest hash of seed and text, so that it is the same whatever else is in the leaf. A
-    leaf that its sources give under MIN_TEXTS texts is a `UserError`; one left with so few by the exclusion is dropped.
+    A text given several times counts once; one given two different paths is left out as ambiguous. Where a leaf has
+    more texts than its cap, those with the smallest hash of seed and text are kept, so that the choice of a text does
+    not depend on what else is in the leaf. Raises `UserError` for a leaf to which the sources give fewer than MIN_TEXTS
+    texts. A leaf left with fewer than that outside `training_sha256` is dropped.
     """
-    by_text: dict[str, Labelled] = {}
+    by_text: dict[str, LabelledText] = {}
     ambiguous: set[str] = set()
     for item in _items(tree):
         known = by_text.setdefault(item.text, item)
@@ -149,23 +156,28 @@ def labelled_texts(tree: Tree, training_sha256: Collection[str] = ()) -> Labelle
                 f"{tree.file}: leaf {path!r}: expected at least {MIN_TEXTS} texts, found {offered[path]};"
                 " widen its rule or take the leaf out"
             )
-    kept: dict[str, list[Labelled]] = {path: [] for path in offered}
+    kept: dict[str, list[LabelledText]] = {path: [] for path in offered}
     in_training = 0
     for text, item in by_text.items():
         if text in ambiguous:
             continue
-        if _sha256(text) in training_sha256:
+        if text_sha256(text) in training_sha256:
             in_training += 1
         else:
             kept[item.path].append(item)
     dropped = {path: len(items) for path, items in sorted(kept.items()) if len(items) < MIN_TEXTS}
-    drawn: list[Labelled] = []
+    drawn: list[LabelledText] = []
     for path in sorted(kept.keys() - dropped.keys()):
-        drawn += sorted(kept[path], key=lambda item: _sha256(f"{tree.seed}\0{item.text}"))[: tree.cap_of(path)]
+        drawn += sorted(kept[path], key=lambda item: text_sha256(f"{tree.seed}\0{item.text}"))[: tree.cap_of(path)]
     return LabelledTexts(tree.name, tuple(drawn), in_training, len(ambiguous), dropped)
 
 
-def _items(tree: Tree) -> Iterator[Labelled]:
+def text_sha256(text: str) -> str:
+    """The SHA-256 of a text, as documents.jsonl has it."""
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def _items(tree: Tree) -> Iterator[LabelledText]:
     for name, source in tree.sources.items():
         leaves = [leaf for leaf in tree.leaves if leaf["source"] == name]
         if source["kind"] == "jsonl":
@@ -177,7 +189,7 @@ def _items(tree: Tree) -> Iterator[Labelled]:
                 yield from _task_items(leaf)
 
 
-def _packaged_items(tree: Tree, source: dict[str, Any], leaves: Sequence[dict[str, Any]]) -> Iterator[Labelled]:
+def _packaged_items(tree: Tree, source: dict[str, Any], leaves: Sequence[dict[str, Any]]) -> Iterator[LabelledText]:
     rules = [
         (leaf["path"], {name: re.compile(found, re.I) for name, found in leaf["where"].items()}) for leaf in leaves
     ]
@@ -189,11 +201,11 @@ def _packaged_items(tree: Tree, source: dict[str, Any], leaves: Sequence[dict[st
             if all(rule.search(record[name] or "") for name, rule in where.items()):
                 text = record[source["text"]]
                 if text and text.strip():
-                    yield Labelled(text, path, str(record[source["group"]]) if "group" in source else text)
+                    yield LabelledText(text, path, str(record[source["group"]]) if "group" in source else text)
                 break
 
 
-def _task_items(leaf: dict[str, Any]) -> Iterator[Labelled]:
+def _task_items(leaf: dict[str, Any]) -> Iterator[LabelledText]:
     import pandas
 
     from hafs_evaluate.saebench.task_activations import task_path
@@ -201,17 +213,17 @@ def _task_items(leaf: dict[str, Any]) -> Iterator[Labelled]:
     table = pandas.read_csv(task_path(leaf["task"]), compression="zstd")
     for text in table["prompt"][table["target"] == leaf["label"]]:
         if isinstance(text, str) and text.strip():
-            yield Labelled(text, leaf["path"], text)
+            yield LabelledText(text, leaf["path"], text)
 
 
-def _jsonl_items(path: Path) -> Iterator[Labelled]:
+def _jsonl_items(path: Path) -> Iterator[LabelledText]:
     if not path.exists():
         raise UserError(f"expected labelled texts at {path}, found no such file")
     for number, record in enumerate(jsonl_records(path), start=1):
         text, label = record.get("text"), record.get("label")
         if not isinstance(text, str) or not text.strip() or not isinstance(label, str) or not _is_path(label):
             raise UserError(f'{path}, record {number}: expected {{"text": "...", "label": "parent/child"}}')
-        yield Labelled(text, label, str(record.get("group") or text))
+        yield LabelledText(text, label, str(record.get("group") or text))
 
 
 def _check_leaf(leaf: dict[str, Any], sources: dict[str, dict[str, Any]], path: Path) -> None:
@@ -247,8 +259,3 @@ def _check_keys(values: dict[str, Any], known: set[str], where: str) -> None:
 
 def _is_path(path: str) -> bool:
     return path == "" or all(part.strip() == part and part for part in path.split("/"))
-
-
-def _sha256(text: str) -> str:
-    """As documents.jsonl has it."""
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()

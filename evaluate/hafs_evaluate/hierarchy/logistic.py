@@ -1,14 +1,15 @@
-"""Many small balanced logistic regressions at once, and the figures of their answers. Numpy and scipy.
+"""Many small balanced logistic regressions at once, and how well their answers are. Numpy and scipy.
 
-The probe is scikit-learn's (L2, `class_weight="balanced"`, standardised inputs). A label tree and an SAE need tens of
-thousands of them on few columns: `fit_logistic` solves many together by Newton's method, and a test compares the two.
+The regression is scikit-learn's, with an L2 penalty, `class_weight="balanced"` and standardised inputs. One SAE on one
+label tree needs tens of thousands of them on few columns, so `fit_logistic` solves many together by Newton's method. A
+test compares it with scikit-learn.
 """
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 MAX_STEPS = 25
-TOLERANCE = 1e-3  # of a coefficient of a standardised column, in one step of a method that squares its error
+TOLERANCE = 1e-3  # largest change of a coefficient in the last step; Newton's method squares its error in each step
 
 
 def fit_logistic(
@@ -17,15 +18,17 @@ def fit_logistic(
     weights_MN: Float[np.ndarray, "M N"],
     C_M: Float[np.ndarray, "M"],
 ) -> Float[np.ndarray, "M k+1"]:
-    """(coefficients, intercept) of M logistic regressions on the same rows: the minimum of
+    """(w, b), coefficients and intercept, of M logistic regressions on the same rows. They minimise
 
-    |w|^2 / 2 + C sum_n weight_n log(1 + exp(-y_n (w . x_n + b))), y = 1 or -1, scikit-learn's objective. Newton's
+    |w|^2 / 2 + C sum_n weight_n log(1 + exp(-y_n (w . x_n + b))),
+
+    where y_n is 1 or -1: scikit-learn's objective. Each has its own C and its own weights of the rows. By Newton's
     method; a step that does not lower the objective is halved.
     """
     n_rows, k = inputs_Nk.shape
     x_NK = np.concatenate([inputs_Nk, np.ones((n_rows, 1))], axis=1)
     above = np.triu_indices(k + 1)
-    # so that the halves of all Hessians are one product; in float32, for they only shape the steps
+    # the upper halves of all Hessians are one product with this; float32 is enough, since they only shape the steps
     outer_NP = (x_NK[:, above[0]] * x_NK[:, above[1]]).astype(np.float32)
     penalty_K = np.append(np.ones(k), 0.0)
     ridge_KK = np.diag(np.append(np.ones(k), 1e-9))
@@ -34,7 +37,7 @@ def fit_logistic(
     hessian_MKK = np.empty((len(found_MK), k + 1, k + 1))
 
     def objective(coefficients_MK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Its value and the probabilities: log(1 + exp(z)) = max(z, 0) + log(1 + exp(-|z|)), and numpy's fast exp."""
+        """The objective and the probabilities, by log(1 + exp(z)) = max(z, 0) + log(1 + exp(-|z|))."""
         odds_MN = coefficients_MK @ x_NK.T
         small_MN = np.exp(-np.abs(odds_MN))
         losses_MN = np.maximum(odds_MN, 0) - target_N * odds_MN + np.log(1 + small_MN)
@@ -61,20 +64,20 @@ def fit_logistic(
 
 
 def balanced_weights(is_positive_N: Bool[np.ndarray, "N"], is_used_N: Bool[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-    """scikit-learn's class_weight="balanced": n / (2 n of the row's class) of the rows used, 0 for the others."""
+    """scikit-learn's class_weight="balanced": (rows used) / (2 x rows used of the row's class); 0 for rows not used."""
     used, positive = is_used_N.sum(), (is_used_N & is_positive_N).sum()
     of_class_N = np.where(is_positive_N, positive, used - positive)
     return np.where(is_used_N, used / (2 * np.maximum(of_class_N, 1)), 0.0)
 
 
 def standardised(values_Nk: Float[np.ndarray, "N k"], is_train_N: Bool[np.ndarray, "N"]) -> Float[np.ndarray, "N k"]:
-    """Columns less their mean over their sd, both of the training rows; 0 for a column that does not vary there."""
+    """(values - mean) / standard deviation, both of the training rows; 0 for a column that does not vary there."""
     mean_k, sd_k = values_Nk[is_train_N].mean(0), values_Nk[is_train_N].std(0)
     return np.where(sd_k > 1e-6, (values_Nk - mean_k) / np.maximum(sd_k, 1e-6), 0.0)
 
 
 def balanced_accuracy(scores_N: Float[np.ndarray, "N"], is_positive_N: Bool[np.ndarray, "N"]) -> float:
-    """Mean of the recalls of both classes, positive where the score is over 0; NaN where a class is absent."""
+    """Mean of the recalls of both classes, where a score above 0 says positive; NaN where a class is absent."""
     positives = is_positive_N.sum()
     if positives in (0, len(is_positive_N)):
         return float("nan")

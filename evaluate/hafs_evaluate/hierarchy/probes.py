@@ -1,12 +1,13 @@
-"""Sparse probes of a label tree's contrasts, cross-validated by document. Numpy, scikit-learn; no files, no torch.
+"""Sparse probes of the nodes of a label tree, cross-validated by document. Numpy, scikit-learn; no files, no torch.
 
-A node is told from the rest of the tree's texts, and from its siblings among its parent's texts.
+A probe is a logistic regression on k columns, latents or dimensions, that tells the texts of a node from others. Each
+node has two such contrasts: "rest", against all other texts of the tree, and "siblings", among the texts of its parent
+alone.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -15,22 +16,22 @@ from hafs_evaluate.hierarchy.label_trees import LabelledTexts
 from hafs_evaluate.hierarchy.logistic import balanced_accuracy, balanced_weights, fit_logistic, quality, standardised
 from hafs_jax.base.errors import UserError
 
-GRID = (0.001, 0.03, 1.0)  # of C, the inverse of the penalty: the weight of the summed log loss
-FULL_GRID = (0.0001, 0.003, 0.1)  # of the probe on all D columns, which overfits sooner
+GRID = (0.001, 0.03, 1.0)  # values of C, the weight of the summed log loss against the penalty, that are tried
+FULL_GRID = (0.0001, 0.003, 0.1)  # those tried for the probe on all D columns, which overfits sooner
 
 Scores = dict[tuple[str, str], dict[str, "FoldScores"]]
-"""By (node, contrast), by the name of the probe."""
+"""{(node, contrast): {name of the probe: its figures}}."""
 
 
 @dataclass(frozen=True)
 class FoldScores:
-    """One probe's figures in each fold; NaN in a fold whose test texts are all of one class."""
+    """One probe's figures in each fold; NaN in a fold whose held-out texts are all of one class."""
 
     balanced_accuracy: Float[np.ndarray, "folds"]
     auroc: Float[np.ndarray, "folds"]
 
     def as_json(self) -> dict[str, float]:
-        """Means over folds and their standard errors, sd / sqrt(folds)."""
+        """Mean over the folds that have a figure, and its standard error, standard deviation / sqrt(folds)."""
         values: dict[str, float] = {}
         for name in ("balanced_accuracy", "auroc"):
             known = getattr(self, name)[~np.isnan(getattr(self, name))]
@@ -41,26 +42,26 @@ class FoldScores:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Which texts a probe is on, and which of them are positive."""
+    """A node, and the texts that a probe tells it from."""
 
     node: str
     kind: str  # "rest" or "siblings"
-    is_in_N: Bool[np.ndarray, "N"]
-    is_positive_N: Bool[np.ndarray, "N"]
+    is_in_N: Bool[np.ndarray, "N"]  # the probe is about these texts
+    is_positive_N: Bool[np.ndarray, "N"]  # the node's texts
 
 
 @dataclass(frozen=True)
 class TreeData:
-    """A tree's texts by number: paths, folds of the cross-validation, halves of the absorption's cross-fitting."""
+    """A tree's N texts."""
 
     name: str
     paths: tuple[str, ...]
-    fold_N: Int[np.ndarray, "N"]
-    half_N: Int[np.ndarray, "N"]
+    fold_N: Int[np.ndarray, "N"]  # of the cross-validation
+    half_N: Int[np.ndarray, "N"]  # 0 or 1, of the cross-fitting of absorption
 
     @cached_property
     def nodes(self) -> dict[str, Bool[np.ndarray, "N"]]:
-        """Each node and its texts: those whose path begins with it. Parents first."""
+        """Which texts each node has, those whose path begins with it. Parents come first."""
         prefixes = {
             "/".join(path.split("/")[:depth])
             for path in set(self.paths)
@@ -78,7 +79,7 @@ class TreeData:
 
     @cached_property
     def contrasts(self) -> list[Contrast]:
-        """Every node against the rest of the tree, and against its siblings given the parent, where there are such."""
+        """Both contrasts of every node, without those that have nothing to tell the node from."""
         found = []
         for node, is_positive_N in self.nodes.items():
             parent = parent_of(node)
@@ -92,14 +93,14 @@ class TreeData:
 
 
 def parent_of(node: str) -> str | None:
-    """The node above, None for one of the first level."""
+    """The node above; None for one of the first level."""
     return node.rpartition("/")[0] or None
 
 
 def tree_data(texts: LabelledTexts, folds: int, seed: int) -> TreeData:
-    """`texts` with folds and halves, each with every leaf in its share and no document in two.
+    """`texts` divided into folds and halves, so that each has its share of every leaf and no document is in two.
 
-    `UserError` where a leaf's texts come from fewer documents than folds.
+    Raises `UserError` where a leaf's texts come from fewer documents than there are folds.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -124,10 +125,10 @@ def tree_data(texts: LabelledTexts, folds: int, seed: int) -> TreeData:
 def rankings(
     values_NF: Float[np.ndarray, "N F"], contrasts: Sequence[Contrast], is_train_N: Bool[np.ndarray, "N"], top: int
 ) -> Int[np.ndarray, "C top"]:
-    """The `top` columns of largest |mean of positive - mean of negative texts| / sd, best first, of each contrast.
+    """For each contrast, the `top` columns of the largest |mean of positive - mean of negative texts| / sd, best first.
 
-    Means and sd (over positive and negative texts together) are of the contrast's training texts alone. A column that
-    does not vary comes last.
+    The means, and sd, the standard deviation over positive and negative texts together, are taken over the contrast's
+    training texts alone. A column that does not vary comes last.
     """
     values_TF = values_NF[is_train_N].astype(np.float32)
     values_TF = values_TF - values_TF.mean(0)
@@ -149,11 +150,12 @@ def sparse_scores(
     ranked: bool = True,
     contrasts: Sequence[Contrast] | None = None,
 ) -> Scores:
-    """Scores of the probes on k columns of `values`, named top_1, top_2, ..., of each contrast (none: all).
+    """Scores of the probes on k columns of `values`, called top_<k>, for each k of `ks` and each contrast.
 
-    In each fold, columns are ranked (`ranked`, else taken in their order), standardised, and the probe and its C fitted
-    on the training texts alone. `values` may be a function of which texts those are. C is the one of GRID with the best
-    mean balanced accuracy when each of the other folds in turn is held out of the training texts.
+    `contrasts` are by default all of the tree's. In each fold the columns are ranked (or taken in their order, where
+    `ranked` is False) and standardised, and the probe and its C are fitted, all on the training texts alone. `values`
+    may be a function of which texts those are. C is the one of GRID that has the best mean balanced accuracy when each
+    of the other folds in turn is held out of the training texts.
     """
     contrasts = data.contrasts if contrasts is None else contrasts
     folds = range(int(data.fold_N.max()) + 1)
@@ -187,7 +189,7 @@ def held_out_scores(
     fold: int,
     grid: Sequence[float] = GRID,
 ) -> Float[np.ndarray, "N"]:
-    """The log odds of all rows by the probe fitted without `fold`, its C chosen by holding out each other fold."""
+    """The log odds that the probe fitted without `fold` gives all rows. C is chosen by holding out each other fold."""
     inner = [other for other in np.unique(fold_N) if other != fold]
     masks = [(fold_N != fold) & (fold_N != other) for other in inner] + [fold_N != fold]
     weights_MN = np.stack([balanced_weights(is_positive_N, mask) for mask in masks])
@@ -209,9 +211,10 @@ def held_out_scores(
 def full_scores(
     acts_ND: Float[np.ndarray, "N D"], data: TreeData
 ) -> tuple[dict[tuple[str, str], FoldScores], dict[str, Bool[np.ndarray, "N"]]]:
-    """Scores of the probe on all D standardised columns, and each node's out-of-fold answers of "rest", [N].
+    """(scores of the probe on all D standardised columns, what it says of each text), for each contrast and each node.
 
-    C is chosen with one of the other folds held out, the next one: all of them would take minutes.
+    What it says of a text is by the probe whose training texts did not include it, in the contrast "rest". C is chosen
+    by holding out only the next one of the other folds, since holding out each in turn would take minutes.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -234,7 +237,7 @@ def full_scores(
             is_chosen = is_train & ~is_inner
             best = max(
                 FULL_GRID,
-                key=lambda C: np.nan_to_num(  # the first, so the most regularised, of equals
+                key=lambda C: np.nan_to_num(  # of equals the first, which is the most regularised
                     balanced_accuracy(fitted(C, is_inner, inputs, is_positive)[is_chosen], is_positive[is_chosen])
                 ),
             )
@@ -250,51 +253,8 @@ def full_scores(
 def principal_components(
     acts_ND: Float[np.ndarray, "N D"], count: int, is_train_N: Bool[np.ndarray, "N"]
 ) -> Float[np.ndarray, "N count"]:
-    """All texts' coordinates along the first `count` principal components of the training texts."""
+    """The coordinates of all texts along the first `count` principal components of the training texts."""
     centred_ND = (acts_ND - acts_ND[is_train_N].mean(0)).astype(np.float64)
     covariance_DD = centred_ND[is_train_N].T @ centred_ND[is_train_N]
     _, vectors_DD = np.linalg.eigh(covariance_DD)
     return centred_ND @ vectors_DD[:, ::-1][:, :count]
-
-
-def macro(nodes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Means over the nodes of a tree's result, each node alike; none where no node has the figure.
-
-    level_1, level_2, ...: of each probe against the rest, over the nodes of the level; siblings_2, ...: against the
-    siblings given the parent. parents_top_1: balanced accuracy of top_1 against the rest, over nodes that have
-    children. hole, absorption_fraction, absorption_full: over the nodes that have them.
-    """
-    values: dict[str, Any] = {}
-    for kind, prefix in (("rest", "level"), ("siblings", "siblings")):
-        for level in sorted({node["level"] for node in nodes.values()}):
-            of_level = [node["contrasts"][kind] for node in nodes.values() if node["level"] == level]
-            if known := [scores for scores in of_level if scores]:
-                values[f"{prefix}_{level}"] = {
-                    probe: {
-                        name: float(np.mean([scores[probe][name] for scores in known]))
-                        for name in ("balanced_accuracy", "auroc")
-                    }
-                    for probe in known[0]
-                }
-    parents = {node["parent"] for node in nodes.values()} - {None}
-    top_1 = [(nodes[parent]["contrasts"]["rest"] or {}).get("top_1") for parent in sorted(parents)]
-    values["parents_top_1"] = _mean([scores["balanced_accuracy"] for scores in top_1 if scores])
-    values["hole"] = _mean([node.get("hole") for node in nodes.values()])
-    for name in ("fraction", "full"):
-        values[f"absorption_{name}"] = _mean([(node.get("absorption") or {}).get(name) for node in nodes.values()])
-    return values
-
-
-def mean_over_trees(macros: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The trees' `macro`s, averaged key by key over the trees that have the figure."""
-    keys = dict.fromkeys(key for values in macros for key in values)
-    found: dict[str, Any] = {}
-    for key in keys:
-        known = [values[key] for values in macros if values.get(key) is not None]
-        found[key] = mean_over_trees(known) if known and isinstance(known[0], dict) else _mean(known)
-    return found
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

@@ -1,21 +1,20 @@
-"""Activations of labelled texts: one language-model pass for all trees and all SAEs, and their means. Torch; no jax.
+"""Activations of labelled texts, computed by one pass of the language model for all trees and all SAEs. Torch; no jax.
 
-A cache folder holds parts, each written atomically and its index last, so that an interrupted pass goes on and new
-texts are added to old ones:
+The cache is a folder of parts, each written atomically and its index last. So an interrupted pass goes on where it
+stopped, and new texts are added to old ones:
 
-    <key>/<part>.npy    activations of the part's tokens, [tokens, D], as the store keeps them (its dtype; BOS and
-                        tokens over the store's norm filter left out)
+    <key>/<part>.npy    activations of the part's tokens, [tokens, D], as the store keeps them: in its dtype, without
+                        BOS and without the tokens that its norm filter drops
     <key>/<part>.json   {"texts": [sha256, ...], "rows": [tokens of each]}
 
-The key names model, tokenizer, hook point, dtype, norm filter and tokens a text.
+`cache_key` says what the key is made of.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +22,8 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from hafs_evaluate.core.encode import TorchSAE, batch_rows, encode
-from hafs_evaluate.saebench.task_activations import by_length
+from hafs_evaluate.core.texts import text_batches
+from hafs_evaluate.hierarchy.label_trees import text_sha256
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_json, write_npy
@@ -36,41 +36,45 @@ FORMAT = 1  # raise it when the same key would hold other numbers
 PART_TEXTS = 512
 
 
+class Span(NamedTuple):
+    """Where the activations of one text lie."""
+
+    part: str
+    first: int  # row of the part's array
+    rows: int  # tokens of the text that have an activation
+
+
 @dataclass(frozen=True)
-class LabelledActs:
-    """The activations of texts at one hook point, in parts of a folder. `where`: (part, first row, rows) by sha256."""
+class TextActivations:
+    """The activations of texts at one hook point, in parts of a folder."""
 
     folder: Path
-    dtype: str
-    where: dict[str, tuple[str, int, int]]
-
-    def rows(self, texts: Sequence[str]) -> Int[np.ndarray, "N"]:
-        """Tokens of each text that have an activation here."""
-        return np.array([self.where[_sha256(text)][2] for text in texts])
+    dtype: str  # in which the store keeps activations
+    where: dict[str, Span]  # by the text's SHA-256
 
     def pooled(self, texts: Sequence[str], sae: TorchSAE | None = None) -> Float[np.ndarray, "N F"]:
         """Mean over each text's tokens of the SAE's latents (default: of the activations themselves), float32.
 
-        A text all of whose tokens were left out has mean 0.
+        A text all of whose tokens were left out has the mean 0.
         """
         n_latents = 0 if sae is None else sae.W_dec.shape[0]
-        by_part: dict[str, list[tuple[int, int, int]]] = {}
+        by_part: dict[str, list[tuple[int, Span]]] = {}
         for index, text in enumerate(texts):
-            part, first, rows = self.where[_sha256(text)]
-            by_part.setdefault(part, []).append((index, first, rows))
+            span = self.where[text_sha256(text)]
+            by_part.setdefault(span.part, []).append((index, span))
         found: np.ndarray | None = None
         for part, spans in by_part.items():
             kept = np.load(self.folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
             for batch in _batches(spans, batch_rows(kept.shape[1], n_latents)):
-                raw = np.concatenate([kept[first : first + rows] for _, first, rows in batch])
+                raw = np.concatenate([kept[span.first : span.first + span.rows] for _, span in batch])
                 acts_BD = torch.from_numpy(to_float32(raw, self.dtype))
                 values_BF = acts_BD if sae is None else encode(sae, acts_BD).float().cpu()
                 if found is None:
                     found = np.zeros((len(texts), values_BF.shape[1]), np.float32)
-                counts = torch.tensor([rows for _, _, rows in batch])
+                counts = torch.tensor([span.rows for _, span in batch])
                 owner = torch.repeat_interleave(torch.arange(len(batch)), counts)
                 sums = torch.zeros(len(batch), values_BF.shape[1]).index_add_(0, owner, values_BF)
-                found[[index for index, _, _ in batch]] = (sums / counts.clamp(min=1)[:, None]).numpy()
+                found[[index for index, _ in batch]] = (sums / counts.clamp(min=1)[:, None]).numpy()
         return np.zeros((len(texts), 0), np.float32) if found is None else found
 
 
@@ -89,41 +93,42 @@ def cache_key(manifest: Manifest, max_tokens: int) -> str:
     )
 
 
-def fill(
+def fill_text_cache(
     texts: Sequence[str],
     manifest: Manifest,
     root: Path,
     model: Callable[[], Any],
     max_tokens: int = 64,
     batch_tokens: int = 4096,
-) -> LabelledActs:
-    """The activations of all `texts` (BOS and their first tokens, `max_tokens` in all); what is missing is computed.
+) -> TextActivations:
+    """The activations of all `texts`; those that the cache in `root` lacks are computed.
 
-    `model()` is called only if something is. Raises `UserError` for a text without a token.
+    Of each text, BOS and the first tokens are read, `max_tokens` in all. `model()` is called only where something is
+    missing. Raises `UserError` for a text without a token.
     """
     folder = root / cache_key(manifest, max_tokens)
     where = _index(folder)
-    missing = [text for text in dict.fromkeys(texts) if _sha256(text) not in where]
+    missing = [text for text in dict.fromkeys(texts) if text_sha256(text) not in where]
     if missing:
         _compute(missing, manifest, folder, model(), max_tokens, batch_tokens)
         where = _index(folder)
-    return LabelledActs(folder, manifest.dtype, where)
+    return TextActivations(folder, manifest.dtype, where)
 
 
-def _index(folder: Path) -> dict[str, tuple[str, int, int]]:
+def _index(folder: Path) -> dict[str, Span]:
     where = {}
     for path in sorted(folder.glob("*.json")):
         index = read_json(path, "an index of labelled texts")
         starts = np.cumsum([0, *index["rows"]])
         for digest, first, rows in zip(index["texts"], starts[:-1].tolist(), index["rows"], strict=True):
-            where[digest] = (path.stem, first, rows)
+            where[digest] = Span(path.stem, first, rows)
     return where
 
 
 def _compute(
     texts: Sequence[str], manifest: Manifest, folder: Path, model: Any, max_tokens: int, batch_tokens: int
 ) -> None:
-    """Writes the parts of `texts`, those of near lengths together so that padding is nearly nothing."""
+    """Writes the parts of `texts`. Texts of near lengths share a part, so that padding is nearly nothing."""
     bos = [manifest.tokenizer.bos_token_id] if manifest.tokenizer.prepend_bos else []
     ids = [np.concatenate([bos, own[: max_tokens - len(bos)]]).astype(np.int32) for own in model.tokenize(list(texts))]
     for text, own in zip(texts, ids, strict=True):
@@ -134,51 +139,42 @@ def _compute(
     total = sum(map(len, ids))
     with tqdm(total=total, desc="labelled texts", unit="tok", unit_scale=True, **bar_options(LOG)) as bar:
         for part in parts:
-            digests = [_sha256(texts[index]) for index in part]
+            digests = [text_sha256(texts[index]) for index in part]
             kept = _kept(model, [ids[index] for index in part], len(bos), manifest, batch_tokens, bar.update)
             name = fingerprint(digests)
             write_npy(folder / f"{name}.npy", np.concatenate(kept))
             write_json(folder / f"{name}.json", {"texts": digests, "rows": [len(rows) for rows in kept]})
 
 
-@torch.no_grad()
 def _kept(
     model: Any,
-    ids: Sequence[np.ndarray],
+    ids: Sequence[Int[np.ndarray, "_"]],
     skip: int,
     manifest: Manifest,
     batch_tokens: int,
     progress: Callable[[int], Any],
 ) -> list[np.ndarray]:
-    """Each text's rows as the store keeps rows: without the first `skip` tokens and those over the norm filter."""
+    """Each text's rows as the store keeps rows: without the first `skip` tokens and what the norm filter drops."""
     found: list[np.ndarray] = [np.empty(0)] * len(ids)
     limit = manifest.norm_filter.max_norm
-    for batch in by_length([len(own) for own in ids], batch_tokens):
-        tokens_BL = torch.zeros(len(batch), len(ids[batch[-1]]), dtype=torch.long)
-        for row, index in enumerate(batch):
-            tokens_BL[row, : len(ids[index])] = torch.from_numpy(ids[index].astype(np.int64))
-        acts_BLD = model.activations(tokens_BL, manifest.hook_point).float().cpu().numpy()
+    for batch, acts in text_batches(model, ids, manifest.hook_point, batch_tokens, progress):
+        acts_BLD = acts.float().cpu().numpy()
         for row, index in enumerate(batch):
             acts_TD = acts_BLD[row, skip : len(ids[index])]
             norm_T = np.linalg.norm(acts_TD.astype(np.float64), axis=1)
             is_kept_T = np.isfinite(norm_T) & (norm_T <= (np.inf if limit is None else limit))
             found[index] = from_float32(acts_TD[is_kept_T], manifest.dtype)
-        progress(sum(len(ids[index]) for index in batch))
     return found
 
 
-def _batches(spans: Sequence[tuple[int, int, int]], rows: int) -> list[list[tuple[int, int, int]]]:
-    """`spans` in order, in batches of at most `rows` rows (or one text)."""
-    batches: list[list[tuple[int, int, int]]] = [[]]
+def _batches(spans: Sequence[tuple[int, Span]], rows: int) -> list[list[tuple[int, Span]]]:
+    """`spans` in order, in batches of at most `rows` rows, or of one text."""
+    batches: list[list[tuple[int, Span]]] = [[]]
     held = 0
-    for span in spans:
-        if batches[-1] and held + span[2] > rows:
+    for index, span in spans:
+        if batches[-1] and held + span.rows > rows:
             batches.append([])
             held = 0
-        batches[-1].append(span)
-        held += span[2]
+        batches[-1].append((index, span))
+        held += span.rows
     return batches
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()

@@ -1,85 +1,143 @@
-"""The hierarchy stage: label trees probed on SAEs and on the language model's activations, and absorption. Torch.
+"""The results of all label trees, of the language model and of an SAE: probes of nodes, absorption, holes. Torch.
 
-eval/llm/hierarchy.json         probes on the activations: all D (full), k of them (top_k), k components (pca_k)
-eval/llm/hierarchy_answers.npz  what the full probe says of each text, out of fold, of nodes with children
-eval/<run>/hierarchy.json       probes on k latents (top_k), absorption and holes
+A text is represented by the mean over its tokens of its activations, or of an SAE's latents. `TreeProbing` gives
 
-A text is represented by the mean over its tokens of its latents, or of its activations.
+- eval/llm/hierarchy.json: probes on the activations, on all D of them (full), on k of them (top_k) and on their first k
+  principal components (pca_k);
+- eval/llm/hierarchy_answers.npz: what the full probe says of each text when its document was held out, for the nodes
+  that have children;
+- eval/<run>/hierarchy.json: probes on k latents (top_k), absorption and holes.
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 from threadpoolctl import threadpool_limits
 
 from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.core.encode import TorchSAE, to_numpy
 from hafs_evaluate.hierarchy import absorption
-from hafs_evaluate.hierarchy.label_trees import LabelledTexts, find_trees, labelled_texts, tree_sha256
+from hafs_evaluate.hierarchy.label_trees import LabelledTexts, Tree, find_trees, labelled_texts, tree_sha256
 from hafs_evaluate.hierarchy.probes import (
     FULL_GRID,
     GRID,
-    FoldScores,
     Scores,
     TreeData,
     full_scores,
-    macro,
-    mean_over_trees,
     parent_of,
     principal_components,
     sparse_scores,
     tree_data,
 )
-from hafs_evaluate.hierarchy.text_activations import LabelledActs, cache_key, fill
+from hafs_evaluate.hierarchy.text_activations import TextActivations, cache_key, fill_text_cache
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_jsonl, write_atomic, write_json
+from hafs_jax.base.files import read_jsonl
 from hafs_jax.store.reader import Store
 
 FORMAT = 1  # raise it when results of the same inputs would differ
 
+Answers = Mapping[str, Bool[np.ndarray, "N"]]
+"""What the full probe says of each text of a tree, by `answer_key`."""
+
 
 @dataclass
-class HierarchyStage:
-    """The trees of one workspace, their texts and activations. Reading them is put off until a result is missing."""
+class TreeProbing:
+    """The label trees of one workspace. Their texts and activations are read when they are first needed."""
 
     config: EvalConfig
-    train: Store
-    root: Path  # of the activations' cache
-    model: Callable[[], Any]
-    say: Callable[[str], None]
+    train: Store  # its documents are left out of the trees
+    cache: Path  # folder of the texts' activations
+    model: Callable[[], Any]  # gives the `LanguageModel`
+    say: Callable[[str], None]  # tells the user
+
+    def language_model(self) -> tuple[dict[str, Any], dict[str, Bool[np.ndarray, "N"]]]:
+        """(eval/llm/hierarchy.json, eval/llm/hierarchy_answers.npz)."""
+        ks, trees = self.config.hierarchy_ks, {}
+        answers: dict[str, np.ndarray] = {}
+        with threadpool_limits(1, user_api="blas"):  # the products are small: threads cost more than they give
+            for texts, data, rows in zip(self.texts, self.data, self.rows, strict=True):
+                acts_ND = self.pooled_acts[rows]
+                full, found = full_scores(acts_ND, data)
+                top = sparse_scores(acts_ND, data, ks)
+                pca = sparse_scores(partial(principal_components, acts_ND, max(ks)), data, ks, ranked=False)
+                scores = {
+                    key: {
+                        "full": full[key],
+                        **top[key],
+                        **{name.replace("top_", "pca_"): value for name, value in pca[key].items()},
+                    }
+                    for key in full
+                }
+                trees[data.name] = _tree(texts, data, scores, {})
+                answers |= {answer_key(data.name, node): found[node] for node in data.nodes if data.children(node)}
+        manifest = self.train.manifest
+        identity = {"model": manifest.model.name, "hook_point": manifest.hook_point, "grid": list(GRID)}
+        return {**identity, **self._result(trees)}, answers
+
+    def sae(self, sae: TorchSAE, answers: Answers) -> dict[str, Any]:
+        """eval/<run>/hierarchy.json of one SAE; `answers` are those that `language_model` gave."""
+        W_dec_FD, b_dec_D = to_numpy(sae.W_dec), to_numpy(sae.b_dec)
+        pooled_latents = self.acts.pooled(self.every_text, sae)
+        trees = {}
+        with threadpool_limits(1, user_api="blas"):
+            for texts, data, rows in zip(self.texts, self.data, self.rows, strict=True):
+                latents_NF, acts_ND = pooled_latents[rows], self.pooled_acts[rows]
+                scores = sparse_scores(latents_NF, data, self.config.hierarchy_ks)
+                absorbed = {
+                    node: absorption.measure(
+                        latents_NF,
+                        acts_ND,
+                        W_dec_FD,
+                        b_dec_D,
+                        data.nodes[node],
+                        answers[answer_key(data.name, node)],
+                        [data.nodes[child] for child in data.children(node)],
+                        data.half_N,
+                        pooled=True,
+                    )
+                    for node in data.nodes
+                    if (node, "rest") in scores and data.children(node)
+                }
+                trees[data.name] = _tree(texts, data, scores, absorbed)
+        return self._result(trees)
 
     @cached_property
     def settings(self) -> list[Any]:
-        """What the results depend on besides the SAE."""
+        """What the results depend on besides the SAE, as JSON values."""
         config, manifest = self.config, self.train.manifest
-        trees = [[tree.name, *tree_sha256(tree)] for tree in find_trees(config.trees)]
-        options = [list(config.hierarchy_ks), config.hierarchy_folds, config.hierarchy_seed]
-        key = cache_key(manifest, config.hierarchy_tokens)
         return [
             FORMAT,
-            trees,
-            options,
-            key,
+            [[tree.name, *tree_sha256(tree)] for tree in self.trees],
+            [list(config.hierarchy_ks), config.hierarchy_folds, config.hierarchy_seed],
+            cache_key(manifest, config.hierarchy_tokens),
             manifest.files_sha256["documents.jsonl"],
             absorption.SETTINGS,
             list(GRID + FULL_GRID),
         ]
 
     @cached_property
+    def trees(self) -> list[Tree]:
+        """The trees that the config names."""
+        return find_trees(self.config.trees)
+
+    @cached_property
     def texts(self) -> list[LabelledTexts]:
-        """The trees' texts without the training documents; a tree left with under two leaves is skipped."""
+        """The texts of each tree, without the training documents. A tree left with under two leaves is not there."""
         trained_on = {record.get("sha256", "") for record in read_jsonl(self.train.folder / "documents.jsonl")}
         kept = []
-        for tree in find_trees(self.config.trees):
+        for tree in self.trees:
             texts = labelled_texts(tree, trained_on)
             if texts.dropped:
-                few = f"{len(texts.dropped)} leaves have too few texts outside the training documents"
-                self.say(f"tree {tree.name}: {few}: {', '.join(path or 'background' for path in texts.dropped)}")
+                names = ", ".join(path or "background" for path in texts.dropped)
+                self.say(
+                    f"tree {tree.name}: {len(texts.dropped)} leaves have too few texts outside the training documents:"
+                    f" {names}"
+                )
             if len(texts.leaves) < 2:
                 self.say(
                     f"tree {tree.name}: skipped, under two leaves are left; extract with a larger heldout_fraction"
@@ -91,15 +149,8 @@ class HierarchyStage:
         return kept
 
     @cached_property
-    def skipped(self) -> dict[str, str]:
-        """Why each tree that is not in the results is not."""
-        known = {texts.tree for texts in self.texts}
-        names = [tree.name for tree in find_trees(self.config.trees)]
-        return {name: "under two leaves outside the training documents" for name in names if name not in known}
-
-    @cached_property
     def data(self) -> list[TreeData]:
-        """The trees with their folds."""
+        """The nodes and folds of each tree in `texts`."""
         return [tree_data(texts, self.config.hierarchy_folds, self.config.hierarchy_seed) for texts in self.texts]
 
     @cached_property
@@ -108,106 +159,109 @@ class HierarchyStage:
         return list(dict.fromkeys(item.text for texts in self.texts for item in texts.items))
 
     @cached_property
-    def rows(self) -> list[np.ndarray]:
+    def rows(self) -> list[Int[np.ndarray, "N"]]:
         """Where each tree's texts lie in `every_text`."""
         number = {text: index for index, text in enumerate(self.every_text)}
         return [np.array([number[item.text] for item in texts.items]) for texts in self.texts]
 
     @cached_property
-    def acts(self) -> LabelledActs:
+    def acts(self) -> TextActivations:
         """The activations of all tokens of all texts."""
-        return fill(self.every_text, self.train.manifest, self.root, self.model, self.config.hierarchy_tokens)
+        return fill_text_cache(
+            self.every_text, self.train.manifest, self.cache, self.model, self.config.hierarchy_tokens
+        )
 
     @cached_property
-    def pooled_acts(self) -> np.ndarray:
-        """The mean activation of each text, [N, D]."""
+    def pooled_acts(self) -> Float[np.ndarray, "N D"]:
+        """The mean activation of each text in `every_text`."""
         return self.acts.pooled(self.every_text)
 
-    def language_model(self, path: Path, answers_path: Path) -> None:
-        """Probes the activations themselves; writes both files."""
-        ks, trees = self.config.hierarchy_ks, {}
-        answers: dict[str, np.ndarray] = {}
-        with threadpool_limits(1, user_api="blas"):  # small products: threads cost more than they give
-            for texts, data, rows in zip(self.texts, self.data, self.rows, strict=True):
-                acts_ND = self.pooled_acts[rows]
-                full, found = full_scores(acts_ND, data)
-                top = sparse_scores(acts_ND, data, ks)
-                pca = sparse_scores(partial(principal_components, acts_ND, max(ks)), data, ks, ranked=False)
-                scores = {
-                    key: {
-                        "full": full[key],
-                        **top[key],
-                        **{f"pca_{name[4:]}": value for name, value in pca[key].items()},
-                    }
-                    for key in full
-                }
-                trees[data.name] = self._tree(texts, data, scores, {})
-                answers |= {f"{data.name}|{node}": found[node] for node in data.nodes if data.children(node)}
-        write_atomic(answers_path, lambda file: np.savez_compressed(file, allow_pickle=False, **answers))
-        manifest = self.train.manifest
-        identity = {"model": manifest.model.name, "hook_point": manifest.hook_point, "grid": list(GRID)}
-        write_json(path, {**identity, **self._result(trees)})
-
-    def sae(self, sae: TorchSAE, answers_path: Path) -> dict[str, Any]:
-        """The result of one SAE: {"trees", "macro", "skipped", "seconds"}."""
-        started = time.monotonic()
-        W_dec_FD, b_dec_D = to_numpy(sae.W_dec), to_numpy(sae.b_dec)
-        latents = self.acts.pooled(self.every_text, sae)
-        encoded = time.monotonic()
-        trees = {}
-        with np.load(answers_path, allow_pickle=False) as answers, threadpool_limits(1, user_api="blas"):
-            for texts, data, rows in zip(self.texts, self.data, self.rows, strict=True):
-                latents_NF, acts_ND = latents[rows], self.pooled_acts[rows]
-                scores = sparse_scores(latents_NF, data, self.config.hierarchy_ks)
-                absorbed = {
-                    node: absorption.measure(
-                        latents_NF,
-                        acts_ND,
-                        W_dec_FD,
-                        b_dec_D,
-                        data.nodes[node],
-                        answers[f"{data.name}|{node}"],
-                        [data.nodes[child] for child in data.children(node)],
-                        data.half_N,
-                        pooled=True,
-                    )
-                    for node in data.nodes
-                    if (node, "rest") in scores and data.children(node)
-                }
-                trees[data.name] = self._tree(texts, data, scores, absorbed)
-        seconds = {"encode": round(encoded - started, 2), "probe": round(time.monotonic() - encoded, 2)}
-        return {**self._result(trees), "seconds": seconds}
-
     def _result(self, trees: dict[str, Any]) -> dict[str, Any]:
-        means = mean_over_trees([tree["macro"] for tree in trees.values()])
-        return {"trees": trees, "macro": means, "skipped": self.skipped}
-
-    def _tree(
-        self, texts: LabelledTexts, data: TreeData, scores: Scores, absorbed: dict[str, dict[str, Any]]
-    ) -> dict[str, Any]:
-        nodes = {}
-        for node, is_positive_N in data.nodes.items():
-            found = dict(absorbed.get(node, {}))
-            hole = found.pop("hole", None)
-            nodes[node] = {
-                "level": node.count("/") + 1,
-                "parent": parent_of(node),
-                "label": node.rpartition("/")[2],
-                "texts": int(is_positive_N.sum()),
-                "contrasts": {kind: _as_json(scores.get((node, kind))) for kind in ("rest", "siblings")},
-                "absorption": found or None,
-                "hole": hole,
-            }
+        known = {texts.tree for texts in self.texts}
+        reason = "under two leaves outside the training documents"
+        skipped = {tree.name: reason for tree in self.trees if tree.name not in known}
         return {
-            "texts": len(data.paths),
-            "levels": max(node["level"] for node in nodes.values()),
-            "in_training": texts.in_training,
-            "ambiguous": texts.ambiguous,
-            "dropped": texts.dropped,
-            "nodes": nodes,
-            "macro": macro(nodes),
+            "trees": trees,
+            "macro": mean_over_trees([tree["macro"] for tree in trees.values()]),
+            "skipped": skipped,
         }
 
 
-def _as_json(scores: dict[str, FoldScores] | None) -> dict[str, Any] | None:
-    return {name: values.as_json() for name, values in scores.items()} if scores else None
+def answer_key(tree: str, node: str) -> str:
+    """The name of a node's array in hierarchy_answers.npz."""
+    return f"{tree}|{node}"
+
+
+def macro(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the nodes of a tree's result, each node with the same weight; None where no node has the figure.
+
+    - level_1, level_2, ...: scores of each probe against the rest of the tree, over the nodes of that level;
+    - siblings_2, ...: scores of each probe against the siblings, given the parent, over the nodes of that level;
+    - parents_top_1: balanced accuracy of top_1 against the rest, over the nodes that have children;
+    - hole, absorption_fraction, absorption_full: over the nodes that have them.
+    """
+    values: dict[str, Any] = {}
+    for kind, prefix in (("rest", "level"), ("siblings", "siblings")):
+        for level in sorted({node["level"] for node in nodes.values()}):
+            of_level = [node["contrasts"][kind] for node in nodes.values() if node["level"] == level]
+            if known := [scores for scores in of_level if scores]:
+                values[f"{prefix}_{level}"] = {
+                    probe: {
+                        name: float(np.mean([scores[probe][name] for scores in known]))
+                        for name in ("balanced_accuracy", "auroc")
+                    }
+                    for probe in known[0]
+                }
+    parents = {node["parent"] for node in nodes.values()} - {None}
+    top_1 = [(nodes[parent]["contrasts"]["rest"] or {}).get("top_1") for parent in sorted(parents)]
+    values["parents_top_1"] = _mean([scores["balanced_accuracy"] for scores in top_1 if scores])
+    values["hole"] = _mean([node.get("hole") for node in nodes.values()])
+    for name in ("fraction", "full"):
+        values[f"absorption_{name}"] = _mean([(node.get("absorption") or {}).get(name) for node in nodes.values()])
+    return values
+
+
+def mean_over_trees(macros: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The trees' `macro`s, averaged key by key over the trees that have the figure."""
+    keys = dict.fromkeys(key for values in macros for key in values)
+    found: dict[str, Any] = {}
+    for key in keys:
+        known = [values[key] for values in macros if values.get(key) is not None]
+        found[key] = mean_over_trees(known) if known and isinstance(known[0], dict) else _mean(known)
+    return found
+
+
+def _tree(
+    texts: LabelledTexts, data: TreeData, scores: Scores, absorbed: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A tree's entry in hierarchy.json; `absorbed` has the absorption and hole of the nodes that have children."""
+    nodes = {}
+    for node, is_positive_N in data.nodes.items():
+        found = dict(absorbed.get(node, {}))
+        hole = found.pop("hole", None)
+        nodes[node] = {
+            "level": node.count("/") + 1,
+            "parent": parent_of(node),
+            "label": node.rpartition("/")[2],
+            "texts": int(is_positive_N.sum()),
+            "contrasts": {
+                kind: {name: values.as_json() for name, values in scores.get((node, kind), {}).items()} or None
+                for kind in ("rest", "siblings")
+            },
+            "absorption": found or None,
+            "hole": hole,
+        }
+    return {
+        "texts": len(data.paths),
+        "levels": max(node["level"] for node in nodes.values()),
+        "in_training": texts.in_training,
+        "ambiguous": texts.ambiguous,
+        "dropped": texts.dropped,
+        "nodes": nodes,
+        "macro": macro(nodes),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

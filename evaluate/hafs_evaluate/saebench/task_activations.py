@@ -11,7 +11,7 @@ of each text, cut on the left to `max_tokens`, the last token's activation, as s
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from hafs_evaluate.core.texts import text_batches
 from hafs_evaluate.saebench.harness import model_short_name
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
@@ -34,7 +35,6 @@ from hafs_jax.store.manifest import Manifest
 LOG = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the same key would hold other numbers
-BATCH_TEXTS = 256
 
 
 @dataclass(frozen=True)
@@ -156,40 +156,19 @@ def _compute(
     return total
 
 
-@torch.no_grad()
 def last_activations(
     model: Any,
-    ids: Sequence[np.ndarray],
+    ids: Sequence[Int[np.ndarray, "_"]],
     hook_point: str,
     batch_tokens: int,
     progress: Callable[[int], Any] = lambda tokens: None,
 ) -> Float[Tensor, "N D"]:
-    """The activation at the last token of each of `ids`, float32, in the order given.
-
-    Texts of near lengths are run together, padded on the right, so that padding is nearly nothing.
-    """
+    """The activation at the last token of each of `ids`, float32, in the order given."""
     found: list[Tensor] = [torch.empty(0)] * len(ids)
-    for batch in by_length([len(each) for each in ids], batch_tokens):
-        tokens_BL = torch.zeros(len(batch), len(ids[batch[-1]]), dtype=torch.long)
-        for row, index in enumerate(batch):
-            tokens_BL[row, : len(ids[index])] = torch.from_numpy(ids[index].astype(np.int64))
-        acts_BLD = model.activations(tokens_BL, hook_point)
+    for batch, acts_BLD in text_batches(model, ids, hook_point, batch_tokens, progress):
         for row, index in enumerate(batch):
             found[index] = acts_BLD[row, len(ids[index]) - 1].float().cpu()
-        progress(sum(len(ids[index]) for index in batch))
     return torch.stack(found) if found else torch.empty(0, 0)
-
-
-def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `batch_tokens` with padding (or one text), shortest first, so with little of it."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        if batch and (len(batch) == BATCH_TEXTS or (len(batch) + 1) * lengths[index] > batch_tokens):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _encode(model: Any, manifest: Manifest, task: Task, texts: list[str], max_tokens: int) -> list[np.ndarray]:

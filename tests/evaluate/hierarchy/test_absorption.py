@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from hafs_evaluate.hierarchy.absorption import MIN_ROWS, Mains, main_latents, measure, worst_child_hole
+from hafs_evaluate.hierarchy.absorption import MIN_ROWS, MainLatents, main_latents, measure, worst_child_hole
 from hafs_evaluate.truth.agreement import correlations
 
 D, N, CHILDREN = 12, 3_000, 3
@@ -104,11 +104,11 @@ def test_the_reference_of_the_hole():
     assert worst_child_hole(is_hit, is_parent, few) is None
 
 
-def test_dead_latents_and_an_empty_set_of_mains():
+def test_dead_latents_are_an_empty_set_of_main_latents():
     latents, acts, W_dec = planted(0.0)
     found = measure(latents * 0, acts, W_dec, np.zeros(D), IS_PARENT, IS_PARENT, IS_CHILD, HALF)
-    assert (found["dead_fraction"], found["mains"], found["hole"], found["full"]) == (1, 0, 0, 0)
-    assert Mains(np.zeros(0, int), np.zeros(0)).first.fires(latents).sum() == 0
+    assert (found["mains"], found["hole"], found["full"]) == (0, 0, 0)
+    assert MainLatents(np.zeros(0, int), np.zeros(0)).first.fires(latents).sum() == 0
 
 
 def test_the_hole_ranks_planted_saes_as_the_truth_does():
