@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +183,27 @@ def test_the_command_line_trains_a_grid_and_prints_one_table(
 
 
 @pytest.mark.slow
-def test_synth_makes_a_world_trains_and_scores(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """Three rooms by one command; k and F come from the world."""
+def test_synth_makes_a_world_trains_and_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rooms by one command; k and F come from the world. The commands that it starts run in this process."""
     from hafs_jax.cli import main
 
+    started: list[str] = []
+    real = subprocess.run
+
+    def run(command: Any, **options: Any) -> subprocess.CompletedProcess:
+        if command[:3] != [sys.executable, "-m", "hafs_jax"]:
+            return real(command, **options)  # SAELens asks git for its version
+        started.append(command[3])
+        return subprocess.CompletedProcess(command, main(command[3:]))
+
+    monkeypatch.setattr(subprocess, "run", run)
     flags = ["--batch-size", "64", "--passes", "2"]
     grid = "variant=baseline,random_init"
     main(["synth", "--out", str(tmp_path), "--world", "tiny", "--samples", "20000", "--grid", grid, *flags])
-    shown = capfd.readouterr().out
+    shown = capsys.readouterr().out
+    assert started == ["synth-world", "synth-score"]
     with open(tmp_path / "synth-tiny" / "eval" / "synthetic.csv") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert set(rows) == {"baseline-s0", "random_init-s0"} and "mcc" in shown

@@ -44,9 +44,13 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def command(out: Path, *extra: str) -> list[str]:
+def arguments(out: Path, *extra: str) -> list[str]:
     flags = [text for pair in FLAGS.items() for text in pair]
-    return [sys.executable, "-m", "hafs_jax", "train", "--out", str(out), "--profile", "tiny", *flags, *extra]
+    return ["train", "--out", str(out), "--profile", "tiny", *flags, *extra]
+
+
+def command(out: Path, *extra: str) -> list[str]:
+    return [sys.executable, "-m", "hafs_jax", *arguments(out, *extra)]
 
 
 def spawn(out: Path, *extra: str) -> subprocess.Popen:
@@ -90,14 +94,17 @@ def wait_for_step(run: Run, step: int, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_anywhere_resumes_to_the_same_bits(out: Path, tmp_path: Path) -> None:
+def test_a_run_killed_anywhere_resumes_to_the_same_bits(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """SIGKILL past a checkpoint, then SIGTERM, then to the end: the same weights, counters, key and losses."""
+    from hafs_jax.cli import main
+
     other = tmp_path / "artifacts"
     (other / "tiny").mkdir(parents=True)
     (other / "tiny" / "store").symlink_to(out / "tiny" / "store")
     extra = ("--variant", "adaptive", "--penalty.tau", "0.3", "--log-every-steps", "4")
-    code, _, stderr = finish(spawn(out, *extra))
-    assert code == 0, stderr
+    assert main(arguments(out, *extra)) == 0
     whole = Run(out / "tiny" / "runs" / "adaptive-s0")
 
     run = Run(other / "tiny" / "runs" / "adaptive-s0")
@@ -111,14 +118,13 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bits(out: Path, tmp_path: Pat
     process.send_signal(signal.SIGTERM)
     code, _, stderr = finish(process)
     assert code == 128 + signal.SIGTERM and "stopped and checkpointed; run the same command again" in stderr
-    code, _, stderr = finish(spawn(other, *extra))
-    assert code == 0, stderr
+    assert main(arguments(other, *extra)) == 0
 
     assert weights(run) == weights(whole)
     assert losses(run) == losses(whole)
     assert run.result()["final"]["fvu_ema"] == whole.result()["final"]["fvu_ema"]
-    code, stdout, _ = finish(spawn(other, *extra))
-    assert code == 0 and "already trained" in stdout
+    capsys.readouterr()
+    assert main(arguments(other, *extra)) == 0 and "already trained" in capsys.readouterr().out
 
 
 def test_logging_does_not_change_training(out: Path, tmp_path: Path) -> None:
@@ -413,17 +419,22 @@ def with_tau(tau: float) -> Any:
 
 @pytest.mark.slow
 def test_compiled_programs_are_kept_for_the_next_start_where_they_can_be(out: Path, tmp_path: Path) -> None:
-    def stderr_with_cache(cache: Path) -> str:
-        environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    def programs_after_a_run() -> set[str]:
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
         flags = ["--tokens", "640", "--force", "--tag", "again"]
-        done = subprocess.run(command(out, *flags), env=environment, capture_output=True, text=True, timeout=1200)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
+        subprocess.run(command(out, *flags), env=environment, capture_output=True, timeout=1200, check=True)
+        return {path.name for path in (tmp_path / "hafs-jax" / "jax").glob("*-cache")}
 
-    stderr_with_cache(tmp_path)
-    kept = {path.name for path in (tmp_path / "hafs-jax" / "jax").glob("*-cache")}
+    kept = programs_after_a_run()
     assert len(kept) > 20  # the small programs too
-    stderr_with_cache(tmp_path)
-    assert {path.name for path in (tmp_path / "hafs-jax" / "jax").glob("*-cache")} == kept
+    assert programs_after_a_run() == kept
+
+
+def test_where_no_cache_can_be_written_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hafs_jax.commands import _use_compilation_cache
+
+    before = jax.config.jax_compilation_cache_dir
     (tmp_path / "file").write_text("not a folder")
-    assert "cache" not in stderr_with_cache(tmp_path / "file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    _use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
