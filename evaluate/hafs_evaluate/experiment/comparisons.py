@@ -1,7 +1,8 @@
 """What an experiment shows: comparisons with uncertainty, falsifiers, and the verdict in words. Numpy; no torch.
 
-Comparisons are made within an architecture, at each L0 level and over all of them (k none). One family of Holm's
-correction: the primaries of every comparison over all levels.
+Two arms are compared within an architecture, at each L0 level and over all of them (then k is None). Holm's correction
+has one family of tests: the primary measures of every comparison over all levels. A falsifier is a condition, fixed
+beforehand, under which a statement about the method is dropped.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from hafs_evaluate.experiment.config import ExperimentConfig
 from hafs_evaluate.experiment.measurements import Values
 from hafs_evaluate.results.measures import find_measure, sentence_name
 from hafs_evaluate.results.paired import Difference, difference, holm, mean_interval
+from hafs_jax.base.options import to_dict
 
 METHOD, PLAIN, CONSTANT, RAMP, GATE, FROZEN = (
     "adaptive",
@@ -34,7 +36,7 @@ class Comparison:
     b: str
     found: Difference
     p_holm: float | None
-    verdict: str  # better, worse, not resolved; for FVU with a margin also "non-inferior" and "inferior"
+    verdict: str  # better, worse or not resolved
 
     def plain(self) -> dict[str, Any]:
         """As summary.json holds it."""
@@ -54,6 +56,29 @@ class Comparison:
             "seeds": found.seeds,
             "verdict": self.verdict,
         }
+
+
+def summary_of(rows: Sequence[dict[str, Any]], config: ExperimentConfig) -> dict[str, Any]:
+    """What summary.json holds, from the rows of the experiment's table (`measurements`)."""
+    values, runs = Values(rows), {row["run"] for row in rows}
+    comparisons = comparisons_of(values, config)
+    falsifiers = falsifiers_of(comparisons, config)
+    return {
+        "config": to_dict(config),
+        "saes": len(runs),
+        "arms": arms_of(values, config),
+        "comparisons": [comparison.plain() for comparison in comparisons],
+        "falsifiers": falsifiers,
+        "verdict": verdict_of(comparisons, falsifiers, config, len(runs)),
+        "off_level": off_level(rows, config.l0_margin),
+        "missing": [cell.run for cell in config.cells() if cell.run not in runs],
+    }
+
+
+def off_level(rows: Sequence[dict[str, Any]], margin: float) -> dict[str, float]:
+    """{run: its held-out L0} of the runs whose L0 is off their level by more than the share `margin`."""
+    l0 = {row["run"]: (row["value"], row["k"]) for row in rows if row["measure"] == "l0"}
+    return {run: value for run, (value, k) in l0.items() if abs(value / k - 1) > margin}
 
 
 def arms_of(values: Values, config: ExperimentConfig) -> list[dict[str, Any]]:
@@ -99,7 +124,7 @@ def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def falsifiers_of(comparisons: Sequence[Comparison], config: ExperimentConfig) -> list[dict[str, str]]:
-    """The conditions, fixed beforehand, under which a claim is dropped, an outcome for each architecture."""
+    """Each falsifier's outcome, pass, triggered or not decided, for each architecture."""
     found = []
     for architecture in config.architectures:
         own = {(c.measure, c.a, c.b): c for c in comparisons if c.architecture == architecture and c.k is None}
@@ -116,7 +141,7 @@ def falsifiers_of(comparisons: Sequence[Comparison], config: ExperimentConfig) -
 def verdict_of(
     comparisons: Sequence[Comparison], falsifiers: Sequence[dict[str, str]], config: ExperimentConfig, n_saes: int
 ) -> list[str]:
-    """Three sentences: what adaptive does to the primaries, what it costs, and which claims fall."""
+    """Three sentences: what adaptive does to the primary measures, what it costs in FVU, which falsifiers it meets."""
     first, second = [], []
     for architecture in config.architectures:
         own = [c for c in comparisons if c.architecture == architecture and c.k is None and c.a == METHOD]
@@ -177,7 +202,7 @@ def _hierarchy_adds(own: dict[Any, Comparison], config: ExperimentConfig, archit
     if not known:
         return _falsifier(name, claim, architecture, "not decided", "no arm shares by parents here")
     better = [c for c in known if c.verdict == "worse"]  # adaptive (global) is the worse one
-    why = "; ".join(f"{c.measure} global - parent {_shown(c.found)}" for c in known)
+    why = "; ".join(f"{sentence_name(c.measure)}, global - parent, {_shown(c.found)}" for c in known)
     return _falsifier(name, claim, architecture, "pass" if better else "triggered", why)
 
 
@@ -193,7 +218,7 @@ def _beats_tuned_strict(own: dict[Any, Comparison], config: ExperimentConfig, ar
     if not rivals:
         return _falsifier(name, claim, architecture, "not decided", "no primary was measured")
     ties = sorted({c.b for c in rivals} - {c.b for c in rivals if c.verdict == "better"})
-    why = "; ".join(f"{c.measure} against {c.b} {_shown(c.found)}" for c in rivals)
+    why = "; ".join(f"{sentence_name(c.measure)} against {c.b} {_shown(c.found)}" for c in rivals)
     return _falsifier(name, claim, architecture, "triggered" if ties else "pass", why)
 
 
@@ -216,7 +241,7 @@ def _keeps_reconstruction(own: dict[Any, Comparison], config: ExperimentConfig, 
 def _must_beat(name: str, claim: str, architecture: str, rivals: Sequence[Comparison], whom: str) -> dict[str, str]:
     if not rivals:
         return _falsifier(name, claim, architecture, "not decided", f"{whom} was not trained or not measured")
-    why = "; ".join(f"{c.measure} {_shown(c.found)} ({c.verdict})" for c in rivals)
+    why = "; ".join(f"{sentence_name(c.measure)} {_shown(c.found)} ({c.verdict})" for c in rivals)
     is_better = any(c.verdict == "better" for c in rivals)
     return _falsifier(name, claim, architecture, "pass" if is_better else "triggered", why)
 

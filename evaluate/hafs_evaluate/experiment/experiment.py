@@ -20,14 +20,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hafs_evaluate.experiment import comparisons as claims
+from hafs_evaluate.experiment.comparisons import summary_of
 from hafs_evaluate.experiment.config import ExperimentConfig
-from hafs_evaluate.experiment.measurements import Cell, Values, rows_of
+from hafs_evaluate.experiment.measurements import Cell, rows_of
 from hafs_evaluate.workspace import Workspace, open_workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_atomic, write_json, write_text
 from hafs_jax.base.log import bar_options
-from hafs_jax.base.options import to_dict
 from hafs_jax.runs import Run
 
 LOG = logging.getLogger(__name__)
@@ -104,28 +103,9 @@ def summarise(config: ExperimentConfig, workspace: Workspace) -> dict[str, Any]:
     folder = workspace.folder / FOLDER
     write_atomic(folder / f"{TABLE}.parquet", lambda file: table.to_parquet(file, index=False))
     write_text(folder / f"{TABLE}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    values = Values(rows)
-    comparisons = claims.comparisons_of(values, config)
-    falsifiers = claims.falsifiers_of(comparisons, config)
-    summary = {
-        "config": to_dict(config),
-        "saes": int(table.run.nunique()),
-        "arms": claims.arms_of(values, config),
-        "comparisons": [comparison.plain() for comparison in comparisons],
-        "falsifiers": falsifiers,
-        "verdict": claims.verdict_of(comparisons, falsifiers, config, int(table.run.nunique())),
-        "off_level": off_level(table, config.l0_margin),
-        "missing": [cell.run for cell in cells if cell.run not in set(table.run)],
-    }
+    summary = summary_of(rows, config)
     write_json(folder / SUMMARY, _finite(summary))
     return summary
-
-
-def off_level(table: Any, margin: float) -> dict[str, float]:
-    """{run: its held-out L0} of the runs whose L0 is off their level by more than the share `margin`."""
-    l0 = table[table.measure == "l0"]
-    off = l0[(l0.value / l0.k - 1).abs() > margin]
-    return dict(zip(off.run, off.value, strict=True))
 
 
 def _check(cell: Cell, workspace: Workspace) -> None:

@@ -1,6 +1,8 @@
 """The experiment runner: its config, its table and its claims from made-up results, and one whole small experiment."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +13,9 @@ import numpy as np
 import pandas
 import pytest
 
-from hafs_evaluate.experiment import comparisons as claims
+from hafs_evaluate.experiment.comparisons import _verdict, off_level, summary_of
 from hafs_evaluate.experiment.config import ExperimentConfig, read_experiment, run_name
-from hafs_evaluate.experiment.experiment import off_level, run_experiment, summarise
+from hafs_evaluate.experiment.experiment import run_experiment, summarise
 from hafs_evaluate.experiment.measurements import Cell, Values, rows_of
 from hafs_evaluate.results.paired import Difference
 from hafs_evaluate.workspace import Workspace
@@ -236,9 +238,9 @@ def test_sharing_by_parents_is_judged_where_it_was_trained(tmp_path: Path) -> No
 
 def test_holm_takes_the_verdict_back_where_many_primaries_are_tested() -> None:
     found = Difference(0.2, 0.01, 0.4, p=0.03, reseed_sd=0.01, seeds=5)
-    assert claims._verdict("top_1", found, None) == "better"
-    assert claims._verdict("top_1", found, 0.12) == "not resolved"
-    assert claims._verdict("fvu", found, None) == "worse"
+    assert _verdict("top_1", found, None) == "better"
+    assert _verdict("top_1", found, 0.12) == "not resolved"
+    assert _verdict("fvu", found, None) == "worse"
 
 
 def test_runs_off_their_level_are_named() -> None:
@@ -246,12 +248,25 @@ def test_runs_off_their_level_are_named() -> None:
         {"run": "a", "measure": "l0", "k": 16, "value": 16.2},
         {"run": "b", "measure": "l0", "k": 16, "value": 17.0},
     ]
-    assert off_level(pandas.DataFrame(rows), 0.02) == {"b": 17.0}
+    assert off_level(rows, 0.02) == {"b": 17.0}
 
 
 def test_nothing_measured_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected evaluated runs of experiment, found none"):
         summarise(CONFIG, Workspace(tmp_path))
+
+
+def test_the_committed_table_still_gives_the_committed_verdict() -> None:
+    folder = EXPERIMENTS.parent / "docs" / "results" / "reduced"
+    rows = pandas.read_parquet(folder / "results.parquet").to_dict("records")
+    arms = ("baseline", "strict", "adaptive")
+    config = dataclasses.replace(read_experiment(EXPERIMENTS / "reduced.toml"), arms=arms, secondaries=("fvu",))
+    own = [row for row in rows if row["variant"] in arms and row["measure"] in ("l0", "fvu", *config.primaries)]
+    said = (folder / "README.md").read_text()
+    for sentence in summary_of(own, config)["verdict"][:2]:
+        found = re.findall(r"[+-]\d\.\d{3} \[[^]]+\]", sentence)
+        assert len(found) >= 4
+        assert all(figure in said for figure in found)
 
 
 @pytest.mark.slow
