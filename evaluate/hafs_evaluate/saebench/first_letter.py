@@ -1,9 +1,15 @@
-"""SAE-Bench's first-letter absorption, with its validity said beside it. Torch; no jax.
+"""SAE-Bench's first-letter absorption, which says whether it is valid. Torch; must not import jax.
 
-The code that scores is SAE-Bench 0.6.0's `absorption.run_eval`. Replaced while it runs, in this process alone: the
-model (the one that made the store), its three result folders (which lie in site-packages otherwise) and the working
-directory (into which it writes artifacts). Small models do not spell, and small dictionaries hold too few
-latents a letter: below LEAST_PARAMETERS or LEAST_LATENTS the figure means nothing and is refused unless forced.
+A word's first letter is the concept, and a spelling prompt asks the language model for it. Small models do not spell,
+and small dictionaries hold too few latents for each letter: below LEAST_PARAMETERS or LEAST_LATENTS the figure means
+nothing, and is refused unless forced.
+
+The code that scores is SAE-Bench 0.6.0's `absorption.run_eval`. Three things are replaced while it runs, in this
+process alone:
+
+- its model, by the one that made the store;
+- its three folders of results, which otherwise lie in site-packages;
+- the working directory, into which it writes more files.
 """
 
 import contextlib
@@ -20,13 +26,12 @@ from hafs_evaluate.saebench.harness import check_hook_point, logged, read_output
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.manifest import Manifest
 
-LEAST_PARAMETERS = 1_000_000_000
-LEAST_LATENTS = 16_000
-MODES = ("on", "force")
+LEAST_PARAMETERS = 1_000_000_000  # of the language model
+LEAST_LATENTS = 16_000  # of the dictionary
 
 
 def validity(parameters: int, latents: int) -> tuple[bool, str]:
-    """Whether first-letter absorption means anything for such a model and dictionary, and why (not)."""
+    """(whether first-letter absorption is valid for such a language model and dictionary, the reason)."""
     found = f"{parameters / 1e6:,.0f} million parameters and {latents:,} latents"
     if parameters < LEAST_PARAMETERS or latents < LEAST_LATENTS:
         least = f"{LEAST_PARAMETERS / 1e6:,.0f} million parameters and {LEAST_LATENTS:,} latents"
@@ -35,7 +40,7 @@ def validity(parameters: int, latents: int) -> tuple[bool, str]:
 
 
 def check_validity(run: str, parameters: int, latents: int, mode: str) -> None:
-    """Raises `UserError` where the figure would not be valid and `mode` does not force it."""
+    """Raises `UserError` where the figure would not be valid, unless `mode` is "force"."""
     valid, reason = validity(parameters, latents)
     if not valid and mode != "force":
         raise UserError(f"run {run}: {reason}; leave --first-letter out, or take --first-letter force to see it anyway")
@@ -44,10 +49,10 @@ def check_validity(run: str, parameters: int, latents: int, mode: str) -> None:
 def first_letter(
     unique_name: str, sae: Any, model: Any, manifest: Manifest, root: Path, changes: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """{"valid", "reason", "result": SAE-Bench's own JSON, or None where it found too few letters}.
+    """{"valid", "reason", "result": SAE-Bench's own JSON, or None where the model spells too few letters}.
 
-    `changes`: fields of SAE-Bench's config to replace. Its files are kept under `root`; an interrupted run goes on from
-    them, which is safe as the folder is named by a hash of the SAE's weights.
+    `changes` replaces fields of SAE-Bench's config. SAE-Bench's files are kept under `root`, and an interrupted run
+    goes on from them. That is safe, since `unique_name`, which names the folder, carries a hash of the SAE's weights.
     """
     check_hook_point(manifest.hook_point)
     valid, reason = validity(parameters(model), sae.W_dec.shape[0])
@@ -67,20 +72,20 @@ def first_letter(
 
 
 def parameters(model: Any) -> int:
-    """The number of the language model's parameters, tied ones once."""
+    """The number of the language model's parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.hf.parameters())
 
 
 @contextlib.contextmanager
 def _redirected(model: Any, folder: Path) -> Iterator[None]:
-    """SAE-Bench's absorption with `model` and with all its folders under `folder`; undone afterwards."""
+    """Within it, SAE-Bench's absorption uses `model`, and all its folders lie under `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     gradients = torch.is_grad_enabled()
     with without_type_checks():
         from sae_bench.evals.absorption import main
 
         kept = main.HookedTransformer, main.run_k_sparse_probing_experiment, main.run_feature_absortion_experiment
-        probes = folder.parent / "probes"  # of the model alone: shared by all SAEs
+        probes = folder.parent / "probes"  # these are of the model alone, so all SAEs share them
         sparse = folder / "k_sparse_probing"
         main.HookedTransformer = SimpleNamespace(from_pretrained_no_processing=lambda *args, **kwargs: model.bridge)
         main.run_k_sparse_probing_experiment = partial(kept[1], experiment_dir=sparse, probes_dir=probes)
@@ -95,4 +100,4 @@ def _redirected(model: Any, folder: Path) -> Iterator[None]:
                 yield
         finally:
             main.HookedTransformer, main.run_k_sparse_probing_experiment, main.run_feature_absortion_experiment = kept
-            torch.set_grad_enabled(gradients)  # it turns them on for good
+            torch.set_grad_enabled(gradients)  # SAE-Bench turns them on for good

@@ -14,7 +14,7 @@ from hafs_jax.store.manifest import Manifest
 
 @contextlib.contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Sends SAE-Bench's prints and progress bars to a log and hides its libraries' warnings."""
+    """Sends SAE-Bench's prints and progress bars to a log file, and hides its libraries' warnings."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(path, "a", encoding="utf-8") as log,
@@ -40,9 +40,9 @@ def without_type_checks() -> Iterator[None]:
 
 
 def read_output(folder: Path, unique_name: str) -> dict[str, Any]:
-    """SAE-Bench's output file for `unique_name`, with its version in the place of the commit that it wrote.
+    """SAE-Bench's output file for `unique_name`, with its version in the place of the commit hash that it wrote.
 
-    SAE-Bench takes the HEAD of whatever repository the working directory is in for its own.
+    That hash is of whatever repository the working directory lies in.
     """
     (path,) = folder.glob(f"{unique_name}_*_eval_results.json")
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def read_output(folder: Path, unique_name: str) -> dict[str, Any]:
 
 
 def model_short_name(manifest: Manifest) -> str:
-    """The last part of the model's name: SAE-Bench puts it into file names, where a slash would be a folder."""
+    """The last part of the model's name, which SAE-Bench puts into file names, where a slash would make a folder."""
     return manifest.model.name.rstrip("/").split("/")[-1]
 
 

@@ -1,9 +1,11 @@
-"""SAE-Bench's sparse probing on sae-probes' tasks, of SAEs and of the language model itself. Torch; no jax.
+"""The suite sae_probes: SAE-Bench's sparse probing on sae-probes' tasks, of SAEs and of the language model. Torch.
 
-The code that scores is SAE-Bench 0.6.0's `sparse_probing_sae_probes.run_eval`, unchanged; `task_activations` has
-given it the activations. Its traps are closed here: the SAE's name carries a hash of its weights (a known name gets
-its old scores back), every folder is one that a hash of the settings names (results are aggregated over whatever lies
-in a folder), and what is aggregated is checked to be complete.
+The code that scores is SAE-Bench 0.6.0's `sparse_probing_sae_probes.run_eval`, unchanged. `task_activations` gives it
+the activations. It has three traps, which are avoided here:
+
+- It returns the old scores of an SAE whose name it knows, so the name carries a hash of the SAE's weights.
+- It aggregates over all results that lie in its folder, so a hash of the settings names the folder.
+- It aggregates even where tasks are missing, so its result is checked to be complete.
 """
 
 import json
@@ -28,22 +30,22 @@ class ProbeSettings:
     """What decides the scores, beside the SAE and the activations."""
 
     tasks: tuple[str, ...]
-    ks: tuple[int, ...]
-    penalty: str
-    seed: int
+    ks: tuple[int, ...]  # latents that a probe may use
+    penalty: str  # "l1" or "l2"
+    seed: int  # of the splits into training and test texts
 
 
 def probe_sae(
     unique_name: str, sae: Any, hook_point: str, cache: ActivationCache, settings: ProbeSettings, root: Path
 ) -> dict[str, Any]:
-    """SAE-Bench's own result for one SAE, as the JSON of its output file; SAE-Bench's files are kept under `root`.
+    """SAE-Bench's own result for one SAE, as the JSON of its output file. SAE-Bench's files are kept under `root`.
 
-    Top-k probes on the SAE's latents at each text's last token, and the full probe on the activations themselves
-    (`llm_test_*`), which is trained once for all SAEs. An interrupted run goes on at the task where it stopped.
-    Raises `UserError` for a hook point whose name SAE-Bench cannot read.
+    It has top-k probes on the SAE's latents at each text's last token, and the full probe on the activations themselves
+    (`llm_test_*`), which is trained once for all SAEs. An interrupted run goes on at the task where it stopped. Raises
+    `UserError` for a hook point whose name SAE-Bench cannot read.
     """
     check_hook_point(hook_point)
-    # Its logistic regressions are small: on busy cores, BLAS threads waiting for each other made them 20 times slower.
+    # its logistic regressions are small: on busy cores, BLAS threads that wait for each other made them 20 times slower
     with logged(root / "saebench.log"), threadpool_limits(1, user_api="blas"):
         from sae_bench.evals.sparse_probing_sae_probes import SparseProbingSaeProbesEvalConfig, run_eval
 
@@ -75,9 +77,10 @@ def probe_language_model(
 ) -> dict[str, Any]:
     """The language model's own probes: {"model", "hook_point", "tasks": {task: {"full": ..., "top_1": ..., ...}}}.
 
-    `full` is sae-probes' logistic regression on all D activations. `top_k` is the sparse probe of `probe_sae` on the
-    identity in the place of an SAE: the k residual-stream dimensions that tell the classes apart best. `pca_k` is that
-    of `pca_probes`.
+    - full: sae-probes' logistic regression on all D dimensions of the activations;
+    - top_k: the sparse probe of `probe_sae` with the identity in the place of an SAE, so on the k dimensions of the
+      activations that tell the classes apart best;
+    - pca_k: see `pca_probes`.
     """
     layer = check_hook_point(manifest.hook_point)
     with logged(root / "saebench.log"):
@@ -104,10 +107,10 @@ def pca_probes(
 ) -> dict[str, dict[str, float]]:
     """{"pca_<k>": {metric: value}}: probes on the first k principal components of the task's training activations.
 
-    The k come from the variance alone, not from the classes: what any k directions of the activations are worth. Split,
-    logistic regression, choice of C and metrics are sae-probes' own (`get_xy_traintest`, `find_best_reg`), as is the
-    standardisation of each dimension before the components are taken (`find_best_pcareg`). Of a k beyond the number of
-    components, all of them are taken.
+    The components follow from the variance alone and not from the classes, so they say what any k directions of the
+    activations are worth. The split, the logistic regression, the choice of C and the metrics are sae-probes' own
+    (`get_xy_traintest`, `find_best_reg`), and so is the standardisation of each dimension before the components are
+    taken (`find_best_pcareg`). Where k exceeds the number of components, all of them are taken.
     """
     with logged(root / "saebench.log"), threadpool_limits(1, user_api="blas"):
         from sae_probes.run_baselines import DATASET_SIZES
@@ -116,7 +119,7 @@ def pca_probes(
         from sklearn.decomposition import PCA
         from sklearn.preprocessing import StandardScaler
 
-        n_train = min(DATASET_SIZES[task] - 100, 1024)  # as sae-probes has it for both its baselines and its SAEs
+        n_train = min(DATASET_SIZES[task] - 100, 1024)  # as sae-probes has it, for its baselines and for SAEs
         place = {"model_name": cache.model_name, "model_cache_path": str(cache.folder), "seed": settings.seed}
         train_ND, train_y, test_ND, test_y = get_xy_traintest(n_train, task, hook_point, **place)
         scaler = StandardScaler().fit(train_ND)
@@ -132,13 +135,13 @@ def pca_probes(
 
 
 def full_probe(values: dict[str, Any], task: str) -> dict[str, float]:
-    """Of a SAE-Bench result, the full probe on the language model's activations."""
+    """The full probe on the language model's activations, from a SAE-Bench result."""
     detail = _detail(values, task)
     return {metric: detail[f"llm_{metric}"] for metric in METRICS}
 
 
 def top_probes(values: dict[str, Any], task: str) -> dict[str, dict[str, float]]:
-    """Of a SAE-Bench result, {"top_<k>": {metric: value}}."""
+    """{"top_<k>": {metric: value}} from a SAE-Bench result."""
     return {f"top_{k}": metrics for k, metrics in _detail(values, task)["sae_metrics_by_k"].items()}
 
 
@@ -147,7 +150,7 @@ def _detail(values: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def _check_complete(values: dict[str, Any], settings: ProbeSettings) -> None:
-    """Raises where SAE-Bench left out a task or a k: it averages over what it finds, and says nothing."""
+    """Raises `RuntimeError` where SAE-Bench left out a task or a k, which it does without a word."""
     found = {detail["dataset_name"]: detail for detail in values["eval_result_details"]}
     if set(found) != set(settings.tasks):
         raise RuntimeError(f"SAE-Bench returned the tasks {sorted(found)}, asked for {sorted(settings.tasks)}")
@@ -164,7 +167,7 @@ def _settings_key(cache: ActivationCache, settings: ProbeSettings) -> str:
 
 
 def _drop_torn(results: Path) -> None:
-    """Removes what a kill left half-written: sae-probes takes any file that exists for a finished task."""
+    """Removes files that an interruption left half-written, since sae-probes takes any file for a finished task."""
     for path in results.rglob("*.json"):
         try:
             json.loads(path.read_text(encoding="utf-8"))

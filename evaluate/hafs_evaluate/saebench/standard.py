@@ -1,12 +1,15 @@
-"""SAE-Bench's sparse probing on its eight datasets from the hub, by name, with its own config. Torch; no jax.
+"""The suite standard: SAE-Bench's sparse probing on its eight datasets from the hub, with its own config. Torch.
 
-The code that scores is SAE-Bench 0.6.0's `sparse_probing.run_eval`: 4,000 training and 1,000 test texts a class pair,
-128 tokens, seed 42, mean over tokens. Three things of it are replaced while it runs, in this process and no installed
-file: the model (the one that made the store, with its tokenizer, rather than a second download), the reading of
-`codeparrot/github-code` (a script dataset, which `datasets` refuses from version 4 on), and jaxtyping's checks, which
-one of its own functions fails. Its cache is keyed by dataset, model and hook alone, and a hit skips random draws, so
-that an SAE scores differently with and without one: here its folder is named by a hash of everything, each dataset is
-filled once with nothing of interest, and every SAE is scored from the cache.
+The code that scores is SAE-Bench 0.6.0's `sparse_probing.run_eval`: 4,000 training and 1,000 test texts for each pair
+of classes, 128 tokens, seed 42, mean over tokens. Three things are replaced while it runs, in this process alone:
+
+- its model, by the one that made the store, with that one's tokenizer, rather than a second download;
+- its reader of `codeparrot/github-code`, a dataset with a script, which `datasets` refuses from version 4 on;
+- jaxtyping's checks, which one of its own functions fails.
+
+Its cache of activations has two traps. Its key names dataset, model and hook point alone, so here a hash of everything
+names its folder. And a hit skips random draws, so that an SAE scores differently with and without one; so here each
+dataset's cache is filled first, with a run whose scores are thrown away, and every SAE is scored from the cache.
 """
 
 import contextlib
@@ -44,7 +47,7 @@ LANGUAGES = {
     "PHP": (".php", ".php3", ".php4", ".php5", ".phps", ".phpt"),
     "Python": (".py",),
 }
-"""How a file's name says its language, of the five that SAE-Bench asks for."""
+"""The endings of file names that tell a file's language, for the five languages that SAE-Bench asks for."""
 
 
 class StandardProbing:
@@ -53,7 +56,7 @@ class StandardProbing:
     def __init__(
         self, manifest: Manifest, model: Any, datasets: tuple[str, ...], ks: tuple[int, ...], seed: int, root: Path
     ) -> None:
-        """`model`: a `LanguageModel`; `root`: SAE-Bench's folders. `UserError` for a dataset unknown.
+        """`model` is a `LanguageModel`; SAE-Bench's folders lie under `root`. `UserError` for an unknown dataset.
 
         The SAE and the cached activations are float32, whatever dtype the model computes in.
         """
@@ -87,7 +90,7 @@ class StandardProbing:
             return read_output(output, unique_name)
 
     def language_model(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The language model's own probes: what SAE-Bench puts into every SAE's result (`values`), and components."""
+        """The language model's own probes: those in every SAE's result (`values`), and those of `_components`."""
         tasks = {}
         for dataset, detail in zip(self.config.dataset_names, values["eval_result_details"], strict=True):
             probes = {"full": {"test_accuracy": detail["llm_test_accuracy"]}}
@@ -98,7 +101,8 @@ class StandardProbing:
     def _components(self, dataset: str) -> dict[str, dict[str, float]]:
         """{"pca_<k>": ...}: SAE-Bench's probes on the first k principal components of the texts' mean activations.
 
-        The components are of the training texts of all classes, each dimension standardised: as `probing.pca_probes`.
+        The components are those of the training texts of all classes, with each dimension standardised, as in
+        `sae_probes.pca_probes`.
         """
         from sklearn.decomposition import PCA
         from sklearn.preprocessing import StandardScaler
@@ -119,7 +123,7 @@ class StandardProbing:
             )
             found = {}
             for k in self.ks:
-                random.seed(seed)  # which texts of the other classes are the negatives
+                random.seed(seed)  # it decides which texts of the other classes are the negatives
                 torch.manual_seed(seed)
                 of_k = ({label: acts_NK[:, :k] for label, acts_NK in split.items()} for split in (train, test))
                 _, accuracies = train_probe_on_activations(*of_k)
@@ -127,7 +131,7 @@ class StandardProbing:
         return found
 
     def bytes_needed(self) -> int:
-        """Disk space of the activations that are not cached yet: every token of every text is kept."""
+        """Disk space that the activations not yet cached will take; every token of every text is kept."""
         rows = (self.config.probe_train_set_size + self.config.probe_test_set_size) // 2 * self.config.context_length
         missing = [name for name in self.config.dataset_names if not self._cached(name).exists()]
         return sum(len(self._classes[name]) * rows * self.manifest.d_model * 4 for name in missing)
@@ -140,12 +144,12 @@ class StandardProbing:
         return self.root / fingerprint([values, model, tokenizer, self.manifest.hook_point, versions])
 
     def _cached(self, dataset: str, folder: Path | None = None) -> Path:
-        """Where SAE-Bench keeps the activations of `dataset`."""
+        """Where SAE-Bench keeps the activations of `dataset`, in `folder` [the suite's own]."""
         place = (folder or self._folder) / "sparse_probing" / self.config.model_name / self.manifest.hook_point
         return place / f"{dataset}_activations.pt".replace("/", "_")
 
     def _fill(self, dataset: str) -> None:
-        """Makes the cache of one dataset, in a folder beside, moved into its place when it is whole."""
+        """Makes the cache of one dataset, in a folder beside it, and moves it into its place when it is whole."""
         path = self._cached(dataset)
         if path.exists():
             return
@@ -184,7 +188,7 @@ class StandardProbing:
 
 
 class _Adapter:
-    """A `LanguageModel` as SAE-Bench calls a HookedTransformer, for what sparse probing needs of one."""
+    """A `LanguageModel` that SAE-Bench can call as a HookedTransformer, as far as sparse probing does."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -200,7 +204,7 @@ class _Adapter:
 
 
 class _Tokenizer:
-    """The store's tokenizer as a HookedTransformer has it: BOS first, padded and cut on the right."""
+    """The store's tokenizer as a HookedTransformer has it: BOS in front, padded and cut on the right."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -229,7 +233,7 @@ class _Tokenized:
 
 @contextlib.contextmanager
 def _patched(model: _Adapter) -> Iterator[None]:
-    """SAE-Bench with `model`, with a reader for GitHub code and without jaxtyping's checks; all undone afterwards."""
+    """Within it, SAE-Bench uses `model`, reads GitHub's code, and runs without jaxtyping's checks."""
     with without_type_checks():
         from sae_bench.evals.sparse_probing import main
         from sae_bench.sae_bench_utils import dataset_utils
@@ -245,7 +249,7 @@ def _patched(model: _Adapter) -> Iterator[None]:
 
 
 def _github_code_or(load_dataset: Any) -> Any:
-    """`load_dataset`, but GitHub code from its parquet files, with the language that its script would have added."""
+    """`load_dataset`, but GitHub's code from its parquet files, with the language that its script would have added."""
 
     def load(name: str, *args: Any, **kwargs: Any) -> Any:
         if name != GITHUB_CODE:

@@ -1,11 +1,12 @@
 """The language model's activations on sae-probes' labelled texts, computed once for all SAEs. Torch; no jax.
 
 sae-probes reads `<folder>/model_activations_<model>/<task>_<hook>.pt`, [texts, D], and runs a model only where that
-file is missing. This module makes the file with the model that made the store: same weights, dtype, tokenizer and BOS;
-of each text, cut on the left to `max_tokens`, the last token's activation, as sae-probes' `_process_activations` does.
+file is missing. This module makes the file with the model that made the store, so with the same weights, dtype,
+tokenizer and BOS. Of each text, cut on the left to `max_tokens`, it keeps the activation of the last token, as
+sae-probes' `_process_activations` does.
 
-    <root>/tasks/<key>.pt                        one task's activations; the key is a hash of all they depend on
-    <root>/<key of all the tasks' keys>/...      what sae-probes is given: links to those files under its names
+    <root>/tasks/<key>.pt                    one task's activations; the key is a hash of all that they depend on
+    <root>/<hash of all tasks' keys>/...     what sae-probes is given: links to those files, under the names it reads
 """
 
 import logging
@@ -49,16 +50,16 @@ class Task:
 
 @dataclass(frozen=True)
 class ActivationCache:
-    """What sae-probes is pointed at: a `model_cache_path`, the model's name in it, and a key of its contents."""
+    """A folder of activations as sae-probes reads it."""
 
-    folder: Path
-    model_name: str
-    key: str
-    tokens: int  # run through the model to fill it this time; 0 where all was there
+    folder: Path  # its `model_cache_path`
+    model_name: str  # the model's name in the names of its files
+    key: str  # a hash of its contents
+    tokens: int  # run through the model to fill it this time; 0 where everything was there
 
 
 def task_path(name: str) -> Path:
-    """The data file of task `name`; `UserError` naming a near task where there is none."""
+    """The data file of the task `name`; where there is none, `UserError` with the nearest name."""
     folder = _data_folder() / "cleaned_data"
     path = folder / f"{name}.csv.zst"
     if not path.exists():
@@ -68,7 +69,7 @@ def task_path(name: str) -> Path:
 
 
 def read_task(name: str) -> Task:
-    """The texts of task `name`, in file order; `UserError` where it is no binary task of sae-probes."""
+    """The task `name`, its texts in the order of the file; `UserError` where it is no binary task of sae-probes."""
     import pandas
 
     path = task_path(name)
@@ -106,9 +107,9 @@ def fill_cache(
     max_tokens: int = 1024,
     batch_tokens: int = 4096,
 ) -> ActivationCache:
-    """A cache of all `tasks` at the manifest's hook point; what is missing is computed with `model()`.
+    """The activations of all `tasks` at the manifest's hook point; what is missing is computed with `model()`.
 
-    A text that several tasks share is run once. Each task's file is written as soon as it is done, atomically.
+    A text that several tasks share is run once. Each task's file is written, atomically, as soon as it is done.
     """
     read = [read_task(name) for name in tasks]
     keys = [task_key(task, manifest, max_tokens) for task in read]
@@ -138,7 +139,7 @@ def _compute(
     max_tokens: int,
     batch_tokens: int,
 ) -> int:
-    """Writes the files of the `missing` tasks; the tokens run. `known`: activations already had, by text."""
+    """Writes the files of the `missing` tasks and returns the number of tokens run. `known` has activations by text."""
     new_texts, seen = [], set(known)
     for task, _ in missing:
         new_texts.append([text for text in dict.fromkeys(task.texts) if text not in seen])
@@ -172,7 +173,7 @@ def last_activations(
 
 
 def _encode(model: Any, manifest: Manifest, task: Task, texts: list[str], max_tokens: int) -> list[np.ndarray]:
-    """Token ids as the store's contexts have them, BOS first where it has one, cut on the left to `max_tokens`."""
+    """The texts' token ids, with BOS in front where the store's contexts have it, cut on the left to `max_tokens`."""
     if not texts:
         return []
     bos = [manifest.tokenizer.bos_token_id] if manifest.tokenizer.prepend_bos else []
@@ -187,7 +188,7 @@ def _encode(model: Any, manifest: Manifest, task: Task, texts: list[str], max_to
 
 
 def _link(file: Path, name: Path) -> None:
-    """Makes `name` the same file as `file`, or a copy where the file system has no links."""
+    """Makes `name` a link to `file`, or a copy of it where the file system has no links."""
     if name.exists():
         return
     try:
@@ -198,7 +199,7 @@ def _link(file: Path, name: Path) -> None:
 
 
 def _data_folder() -> Path:
-    """Where sae-probes keeps its data, found without importing it, which would read all 113 tasks."""
+    """Where sae-probes keeps its data. It is not imported, since that reads all 113 tasks."""
     from importlib.util import find_spec
 
     spec = find_spec("sae_probes")

@@ -1,9 +1,9 @@
-"""`hafs agreement`: do the measures that need no truth rank SAEs as the truth does? Torch; no jax.
+"""`hafs agreement`: do the measures that need no truth rank SAEs as the truth does? Torch; must not import jax.
 
-On a synthetic world the root features are labels: a row is positive where the feature fires, its children are the
-features right under it. Hole, absorption and k=1 parent probing are computed from these labels, as on real text, and
-their ranks over the world's SAEs compared with the ranks of the true absorption of the edges from a root
-(`hafs_evaluate.truth.scores`, from eval/<run>/synthetic.json).
+On a synthetic world, root features with children can serve as labels: a row is positive where the feature fires, and
+the label's children are the features right below it. From these labels the hole, absorption and top-1 probing of
+parents are computed as on real text (`hafs_evaluate.hierarchy`). Their ranks over the world's SAEs are compared with
+the ranks of the true absorption of the edges whose parent is a root (`truth.scores`, in eval/<run>/synthetic.json).
 
 OUT/<profile>/eval/agreement.json   each SAE's figures and the rank correlations
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 from scipy.stats import spearmanr
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -32,25 +33,28 @@ from hafs_jax.base.log import bar_options
 LOG = logging.getLogger(__name__)
 
 RESULT = "agreement.json"
-ROWS, PROBE_ROWS = 6_000, 2_000  # held-out rows of the absorption and of the probes
+ROWS, PROBE_ROWS = 6_000, 2_000  # held-out rows on which absorption is measured, and those that are probed
 FOLDS = 5
 MEASURES = ("hole", "full", "fraction", "hole_grown", "full_grown", "fraction_grown", "top_1")
-REFERENCES = ("random_init", "frozen_decoder")  # never learnt a parent to absorb: correlated with and without them
+"""See `absorption.measure`; those with `_grown` are of the grown set of main latents, the others of the main latent."""
+
+REFERENCES = ("random_init", "frozen_decoder")
+"""Variants that never learnt a parent that could be absorbed. Correlations are given with and without them."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """A world's root features as labels of its first held-out rows."""
+    """The R root features that have children, as labels of a world's first N held-out rows."""
 
-    acts_ND: np.ndarray
-    fires_RN: np.ndarray  # each root that has children
-    children: tuple[np.ndarray, ...]  # of each root, [its children, N]
-    found_RN: np.ndarray  # an activation probe's answers, fitted on the other half
-    half_N: np.ndarray
+    acts_ND: Float[np.ndarray, "N D"]
+    fires_RN: Bool[np.ndarray, "R N"]
+    children: tuple[Bool[np.ndarray, "_ N"], ...]  # of each root, on which rows each of its children fires
+    found_RN: Bool[np.ndarray, "R N"]  # what a probe on the activations says, fitted on the other half of the rows
+    half_N: Int[np.ndarray, "N"]  # 0 or 1
 
 
 def root_labels(truth: Truth, rows: int = ROWS) -> Labels:
-    """The labels of the first `rows` rows; the probe is scikit-learn's balanced logistic regression."""
+    """The labels of the first `rows` rows. The probe is scikit-learn's balanced logistic regression."""
     from sklearn.linear_model import LogisticRegression
 
     rows = min(rows, truth.rows)
@@ -70,7 +74,7 @@ def root_labels(truth: Truth, rows: int = ROWS) -> Labels:
 
 
 def proxies(sae: TorchSAE, labels: Labels) -> dict[str, float | None]:
-    """MEASURES of one SAE, each the mean over the roots that have it; `_grown` of the grown set of main latents."""
+    """MEASURES of one SAE, and `mains`, the size of the grown set; each is the mean over the roots that have it."""
     latents_NF, W_dec_FD, b_dec_D = encode_rows(sae, labels.acts_ND), to_numpy(sae.W_dec), to_numpy(sae.b_dec)
     values: dict[str, float | None] = {}
     for suffix in ("", "_grown"):
@@ -100,7 +104,10 @@ def proxies(sae: TorchSAE, labels: Labels) -> dict[str, float | None]:
 
 
 def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Spearman's rank correlation of each of MEASURES with `true_absorption` over the SAEs that have both."""
+    """{measure: {"rho", "saes"}}: Spearman's rank correlation with `true_absorption`, over the SAEs that have both.
+
+    rho is None where one of the two is the same for all SAEs.
+    """
     found = {}
     for name in MEASURES:
         pairs = [(row[name], row["true_absorption"]) for row in rows if None not in (row[name], row["true_absorption"])]
@@ -111,7 +118,7 @@ def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def evaluate_agreement(workspace: Workspace, names: Sequence[str] = ()) -> dict[str, Any]:
-    """The figures of the runs `names` (none: all finished) that `hafs synth-score` has scored; written."""
+    """Writes agreement.json and returns it, over the runs `names` (default: all finished) that have been scored."""
     from sae_lens import SAE
 
     truth = load_truth(workspace.folder)
@@ -150,7 +157,7 @@ def evaluate_agreement(workspace: Workspace, names: Sequence[str] = ()) -> dict[
 
 
 def table(values: dict[str, Any]) -> str:
-    """The correlations as a Markdown table, a row a set of SAEs."""
+    """The correlations as a Markdown table with a row for each set of SAEs."""
     lines = [
         f"| {values['profile']} | SAEs | {' | '.join(MEASURES)} |",
         "|" + "---|" * (len(MEASURES) + 2),
@@ -162,7 +169,7 @@ def table(values: dict[str, Any]) -> str:
 
 
 def result_path(workspace: Workspace) -> Path:
-    """Where the figures lie."""
+    """Where agreement.json lies."""
     return workspace.eval / RESULT
 
 

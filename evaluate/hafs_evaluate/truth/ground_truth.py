@@ -19,37 +19,42 @@ TRUTH, TRUTH_ARRAYS, TRUTH_VERSION = "truth.json", "truth.npz", 1
 
 @dataclass(frozen=True)
 class Truth:
-    """What is true of a world and its held-out rows; see `hafs_extract.synthetic.samples` for each array."""
+    """The n features of a world and its held-out rows; see `hafs_extract.synthetic.samples` for each array.
 
-    directions_ND: Float[np.ndarray, "n D"]
+    A row is the sum of the features' directions, each times its coefficient, plus the bias.
+    """
+
+    directions_ND: Float[np.ndarray, "n D"]  # unit vectors
     bias_D: Float[np.ndarray, "D"]
-    parents_N: Int[np.ndarray, "n"]
-    levels_N: Int[np.ndarray, "n"]
+    parents_N: Int[np.ndarray, "n"]  # the feature above; -1 for a root
+    levels_N: Int[np.ndarray, "n"]  # 0 for a root
     coefficients: csr_array  # [rows, n], without explicit zeros
-    heldout_fingerprint: str | None = None  # of the store whose rows these are; None: any
+    heldout_fingerprint: str | None = None  # of the store that holds these rows; None: of any
     sha256: str = ""  # of truth.npz
 
     @property
     def n(self) -> int:
+        """The number of features."""
         return len(self.directions_ND)
 
     @property
     def rows(self) -> int:
+        """The number of held-out rows."""
         return self.coefficients.shape[0]
 
     @cached_property
     def edges(self) -> tuple[Int[np.ndarray, "E"], Int[np.ndarray, "E"]]:
-        """(parents [E], children [E]) of all edges, by child."""
+        """(parents, children) of all edges of the hierarchy, ordered by child."""
         children_E = np.flatnonzero(self.parents_N >= 0)
         return self.parents_N[children_E], children_E
 
     def acts(self, start: int, stop: int) -> Float[np.ndarray, "B D"]:
-        """Rows start to stop: coefficients directions + bias, [B, D] float32."""
+        """The activations of the rows from `start` to `stop`, float32."""
         return (self.coefficients[start:stop] @ self.directions_ND + self.bias_D).astype(np.float32)
 
 
 def load_truth(folder: Path) -> Truth:
-    """The truth in OUT/<profile>; `UserError` where there is none, or a file is not the one that was written."""
+    """The truth in OUT/<profile>; `UserError` where there is none or its arrays are not those that were written."""
     path, arrays_path = folder / TRUTH, folder / TRUTH_ARRAYS
     record = read_json(path, "a synthetic world's truth (hafs synth-world)")
     if record.get("format_version") != TRUTH_VERSION:

@@ -1,9 +1,13 @@
-"""Scores latents against a synthetic world's true features, streaming over the held-out rows. Numpy, scipy, torch.
+"""Scores an SAE's latents against a synthetic world's true features, in one pass over the held-out rows. Torch.
 
-Notation: n features with unit directions d_j, F latents with unit dictionary vectors u_i, c_ij = |u_i . d_j|, over the
-held-out rows. best(i) = argmax_j c_ij, the feature that SAELens judges latent i by. match(j), the latent of feature j,
-is the one-to-one matching of min(F, n) pairs with the largest sum of c; where F < n some features have none. A latent
-fires where it is not 0, a feature where its coefficient is over 0.
+Notation: n features with unit directions d_j, F latents with unit dictionary vectors u_i, and c_ij = |u_i . d_j|.
+
+- best(i) = argmax_j c_ij is the feature by which SAELens judges latent i.
+- match(j) is the latent of feature j in the one-to-one matching of min(F, n) pairs with the largest sum of c. Where
+  F < n, some features have none.
+- A latent fires on a row where it is not 0, a feature where its coefficient is above 0.
+- An edge leads from a feature, the parent, to one right below it in the hierarchy, the child.
+- An edge is absorbed on a row where parent and child truly fire, match(child) fires and match(parent) is silent.
 """
 
 from typing import Any
@@ -19,22 +23,22 @@ from hafs_evaluate.truth.ground_truth import Truth
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.reader import Store
 
-MIN_EDGE_ROWS = 20  # an edge that fires in fewer rows is left out of absorption
-RECOVERED = 0.9  # a feature is recovered where its matched cosine is over this
-MIN_NORM = 1e-6  # shorter rows have no shrinkage; SAELens's bound
+MIN_EDGE_ROWS = 20  # an edge whose ends both fire on fewer rows is left out of absorption
+RECOVERED = 0.9  # a feature is recovered where c of it and its match is above this
+MIN_NORM = 1e-6  # shorter rows are left out of shrinkage, as in SAELens
 
 SETTINGS = {"min_edge_rows": MIN_EDGE_ROWS, "recovered_cosine": RECOVERED, "version": 1}
 """What the figures depend on besides SAE, store and truth. Raise `version` when figures of the same inputs change."""
 
 
 def cosines(W_dec_FD: Float[np.ndarray, "F D"], directions_ND: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "F n"]:
-    """c_ij = |W_i . d_j| / (|W_i| |d_j|), [F, n] float64; 0 for a vector that is 0."""
+    """c_ij = |W_i . d_j| / (|W_i| |d_j|), with W_i row i of W_dec, in float64; 0 where a vector is 0."""
     unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-8) for x in (W_dec_FD, directions_ND)]
     return np.abs(unit[0].astype(np.float64) @ unit[1].astype(np.float64).T)
 
 
 def matching(cosines_FN: Float[np.ndarray, "F n"]) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """(match(j) or -1, its cosine or 0) of each feature, [n]: the matching that maximises sum_j c_{match(j) j}."""
+    """(match(j), c of match(j) and j) of each feature j; (-1, 0) of a feature that has no match."""
     latents_N = np.full(cosines_FN.shape[1], -1)
     cosine_N = np.zeros(cosines_FN.shape[1])
     rows, columns = linear_sum_assignment(cosines_FN, maximize=True)
@@ -43,37 +47,40 @@ def matching(cosines_FN: Float[np.ndarray, "F n"]) -> tuple[Int[np.ndarray, "n"]
 
 
 def mcc(latents_N: Int[np.ndarray, "n"], cosine_N: Float[np.ndarray, "n"]) -> float:
-    """Mean of c_{match(j) j} over the min(F, n) matched features: SAELens's mean correlation coefficient."""
+    """Mean of c of match(j) and j over the min(F, n) matched features: SAELens's mean correlation coefficient."""
     return float(cosine_N[latents_N >= 0].mean())
 
 
 def uniqueness(best_F: Int[np.ndarray, "F"]) -> float:
-    """|{best(i)}| / F: 1 where no two latents are nearest to the same feature."""
+    """Number of different best(i) / F: 1 where no two latents are nearest to the same feature."""
     return len(np.unique(best_F)) / len(best_F)
 
 
 def precision_each(both: Int[np.ndarray, "pairs"], fired: Int[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
-    """Rows in which latent and feature fire / rows in which the latent fires, for each pair; 0 where it never does."""
+    """Rows on which latent and feature fire / rows on which the latent fires, of each pair; 0 where it never fires."""
     return both / np.maximum(fired, 1)
 
 
 def recall_each(both: Int[np.ndarray, "pairs"], true: Int[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
-    """Rows in which latent and feature fire / rows in which the feature fires, for each pair; 0 where it never does."""
+    """Rows on which latent and feature fire / rows on which the feature fires, of each pair; 0 where it never fires."""
     return both / np.maximum(true, 1)
 
 
 def f1_each(
     both: Int[np.ndarray, "pairs"], fired: Int[np.ndarray, "pairs"], true: Int[np.ndarray, "pairs"]
 ) -> Float[np.ndarray, "pairs"]:
-    """2 both / (fired + true), the harmonic mean of precision and recall, for each pair; 0 where neither fires."""
+    """2 both / (fired + true), the harmonic mean of precision and recall, of each pair; 0 where neither fires.
+
+    `both`, `fired` and `true` count the rows on which both fire, the latent fires, and the feature fires.
+    """
     return 2 * both / np.maximum(fired + true, 1)
 
 
 def absorption(absorbed_E: Int[np.ndarray, "E"], both_E: Int[np.ndarray, "E"]) -> tuple[float | None, int]:
-    """(mean over edges of absorbed / both, edges counted), edges alike, those with both >= MIN_EDGE_ROWS.
+    """(mean of absorbed / both over the edges, number of those edges), each edge with the same weight.
 
-    both: rows in which parent p and child c truly fire; absorbed: those of them in which match(p) is silent and
-    match(c) fires. None where no edge counts.
+    `both` counts the rows on which parent and child truly fire, `absorbed` those of them on which the edge is absorbed.
+    Only edges with both >= MIN_EDGE_ROWS count; None where there are none.
     """
     counts_E = both_E >= MIN_EDGE_ROWS
     shares = absorbed_E[counts_E] / both_E[counts_E]
@@ -81,7 +88,10 @@ def absorption(absorbed_E: Int[np.ndarray, "E"], both_E: Int[np.ndarray, "E"]) -
 
 
 class Scorer:
-    """Counts over blocks of rows, in any order, and the scores that follow. Memory: O(F n) and the block."""
+    """Counts over blocks of rows, given in any order, and the scores that follow from them.
+
+    Memory holds F x n cosines and one block.
+    """
 
     def __init__(self, W_dec_FD: Float[np.ndarray, "F D"], truth: Truth) -> None:
         if W_dec_FD.shape[1] != truth.directions_ND.shape[1]:
@@ -109,7 +119,7 @@ class Scorer:
         acts_BD: Float[np.ndarray, "B D"],
         recon_BD: Float[np.ndarray, "B D"],
     ) -> None:
-        """Counts the block that begins at held-out row `start`."""
+        """Counts a block of rows, the first of which is the held-out row `start`."""
         stop = start + len(latents_BF)
         fired = csc_array(csr_array(latents_BF != 0), dtype=np.int32)
         true = csc_array(self.truth.coefficients[start:stop] > 0, dtype=np.int32)
@@ -133,14 +143,18 @@ class Scorer:
         self.ratios += float((np.linalg.norm(recon[valid_B], axis=1) / norm_B[valid_B]).sum())
 
     def result(self) -> dict[str, Any]:
-        """All scores. With x a row, y its reconstruction, m the rows' mean:
+        """All scores. Notation: x is a row, y its reconstruction, and m the mean of the rows.
 
-        mcc, uniqueness: see there. precision, recall, f1: mean over latents i of that of (i, best(i)). true_l0, l0:
-        features and latents firing a row. dead_fraction: share of latents that never fire. fvu: sum |x - y|^2 /
-        sum |x - m|^2. shrinkage: mean |y| / |x|. absorption, edges: over all edges. parents_recovered: share of the
-        features with children whose matched cosine is over RECOVERED. by_level, a list: `features` at the level; mcc,
-        mean of their matched cosine, 0 for one without match; f1, mean over those that ever fire of that of
-        (match(j), j), 0 without match; absorption and edges of the edges whose parent is at the level.
+        - mcc, uniqueness: see there;
+        - precision, recall, f1: mean over the latents i of `precision_each`, ... of the pair (i, best(i));
+        - true_l0, l0: mean number of features, and of latents, that fire on a row;
+        - dead_fraction: share of the latents that never fire;
+        - fvu: sum |x - y|^2 / sum |x - m|^2; shrinkage: mean of |y| / |x|;
+        - absorption, edges: of all edges whose two ends have a match;
+        - parents_recovered: share of the features with children that are recovered;
+        - by_level: the same for each level of the hierarchy. `features` counts those at the level. mcc is the mean of
+          their matched cosines, f1 the mean of `f1_each` of (match(j), j) over those that ever fire; both count a
+          feature without match as 0. absorption and edges are of the edges whose parent is at the level.
         """
         levels_N, is_parent_N = self.truth.levels_N, np.zeros(self.truth.n, bool)
         is_parent_N[self.truth.edges[0]] = True
@@ -186,7 +200,7 @@ class Scorer:
 
 @torch.no_grad()
 def score_sae(sae: TorchSAE, store: Store, truth: Truth) -> dict[str, Any]:
-    """`Scorer.result` of a SAELens SAE on the held-out store of the truth; `UserError` where the two do not belong."""
+    """`Scorer.result` of an SAE on the held-out store of the truth; `UserError` where store and truth do not belong."""
     if truth.heldout_fingerprint not in (None, store.manifest.fingerprint) or len(store) != truth.rows:
         raise UserError(
             f"{store.folder} is not the truth's held-out store: expected {truth.rows} rows of fingerprint"

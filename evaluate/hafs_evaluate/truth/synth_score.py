@@ -1,7 +1,7 @@
-"""`hafs synth-score`: every finished run of a synthetic world against its truth. Torch; no jax.
+"""`hafs synth-score`: scores every finished run of a synthetic world against its truth. Torch; must not import jax.
 
-OUT/<profile>/eval/<run>/synthetic.json   the run's config, what the figures were made from, `metrics`
-OUT/<profile>/eval/synthetic.csv          one row a run, with those entries of the config in which runs differ
+OUT/<profile>/eval/<run>/synthetic.json   the run's config, the hashes of what was scored, and `metrics`
+OUT/<profile>/eval/synthetic.csv          a row for each run, with those entries of the config in which the runs differ
 """
 
 import csv
@@ -25,8 +25,8 @@ from hafs_jax.store.reader import Store
 LOG = logging.getLogger(__name__)
 
 RESULT, TABLE = "synthetic.json", "synthetic.csv"
-FACTS = ("run", "variant", "architecture", "seed", "k")
-SHOWN = ("l0", "fvu", "mcc", "f1", "absorption", "dead_fraction")
+FACTS = ("run", "variant", "architecture", "seed", "k")  # what a result says of its run, beside its config
+SHOWN = ("l0", "fvu", "mcc", "f1", "absorption", "dead_fraction")  # columns of the table on the terminal
 
 
 def score_folder(sae_folder: Path, store: Store, truth: Truth, device: str = "cpu") -> dict[str, Any]:
@@ -42,10 +42,10 @@ def evaluate_synthetic(
     device: str = "auto",
     export: Callable[[Path], Path] | None = None,
 ) -> list[dict[str, Any]]:
-    """Scores the runs `names` (none: all that have finished), writes their results and the table; those results.
+    """Scores the runs `names` (default: all that have finished), writes their results and the table, and returns them.
 
-    A result stays as it is while its SAE's bytes, the truth and SETTINGS do. `export` writes a run's SAELens folder;
-    it is not called where neither the run nor the folder has changed since.
+    A result stays as it is while the SAE's bytes, the truth and SETTINGS do. `export` writes a run's SAELens folder; it
+    is not called where neither the run nor that folder has changed since.
     """
     from hafs_extract.models import pick_device
 
@@ -61,7 +61,7 @@ def evaluate_synthetic(
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as aligned columns; `roots` is the absorption of the edges from a root."""
+    """The results as aligned columns. `roots` is the absorption of the edges whose parent is a root."""
     rows = [["run", "k", *SHOWN, "roots"]]
     for result in results:
         values = result["metrics"] | {"roots": result["metrics"]["by_level"][0]["absorption"]}
@@ -81,6 +81,7 @@ def _cell(value: float | None, digits: int) -> str:
 def _result(
     workspace: Workspace, run: FinishedRun, store: Store, truth: Truth, device: str, export: Callable[[Path], Path]
 ) -> dict[str, Any]:
+    """The run's result: the earlier one where nothing has changed since, else a new one, which is written."""
     path = workspace.result(run.name, RESULT)
     before = read_result(path)
     marks: dict[str, Any] = {"truth_sha256": truth.sha256, "settings": SETTINGS}
@@ -97,7 +98,7 @@ def _result(
 
 
 def _hashes(run: FinishedRun) -> dict[str, str]:
-    """The hashes of the SAE that the run's folder holds; one that matches nothing where there is none."""
+    """The hashes of the SAE in the run's folder; where there is none, one that matches nothing."""
     try:
         exported = hashed_export(run.name, run.folder / "sae")
     except UserError:
@@ -106,14 +107,14 @@ def _hashes(run: FinishedRun) -> dict[str, str]:
 
 
 def _facts(run: FinishedRun) -> dict[str, Any]:
-    """FACTS of a run, and its config."""
+    """The FACTS of a run, and its config."""
     summary = Run(run.folder).summary()
     named = {"variant": summary.variant, "architecture": summary.architecture, "seed": summary.seed, "k": summary.k}
     return {"run": run.name, **named, "config": Run(run.folder).record()["config"]}
 
 
 def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """FACTS, the flattened entries of the config that are not the same in all results, and the flattened metrics."""
+    """For each result its FACTS, those entries of its config that are not the same in all results, and its metrics."""
     configs = [_flat(result["config"]) for result in results]
     keys = dict.fromkeys(key for config in configs for key in config)
     known = {"variant", "seed", "sae.architecture", "sae.k"}
@@ -129,6 +130,7 @@ def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The entries of nested objects in one, their keys joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
