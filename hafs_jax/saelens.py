@@ -15,6 +15,7 @@ from hafs_jax.method.matryoshka import fixed_ends
 from hafs_jax.runs import Run
 from hafs_jax.saelens_format import (
     SAELENS_VERSION,
+    NoSAELensForm,
     fold,
     read_saelens,
     saelens_config,
@@ -24,7 +25,15 @@ from hafs_jax.saelens_format import (
 )
 from hafs_jax.store.manifest import read_manifest
 
-__all__ = ["SAELENS_VERSION", "export_saelens", "fold", "read_saelens", "saelens_name", "write_saelens"]
+__all__ = [
+    "SAELENS_VERSION",
+    "NoSAELensForm",
+    "export_saelens",
+    "fold",
+    "read_saelens",
+    "saelens_name",
+    "write_saelens",
+]
 
 
 def export_saelens(run_folder: Path | str) -> Path:
@@ -38,8 +47,8 @@ def export_saelens(run_folder: Path | str) -> Path:
     - of a jumprelu threshold [F]: batchtopk and matryoshka repeat their one threshold;
     - of a gated b_gate, b_mag and r_mag [F], and no b_enc.
 
-    cfg.json is written last. Raises `UserError` where the run has not finished, its store is gone, or SAELens has no
-    form for it, as for a topk or gated transcoder.
+    cfg.json is written last. Raises `UserError` where the run has not finished or its store is gone, and its subclass
+    `NoSAELensForm` where SAELens has no form for it, as for a topk or gated transcoder.
     """
     run = Run(Path(run_folder))
     summary, config = run.summary(), run.config()

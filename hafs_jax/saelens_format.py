@@ -88,14 +88,18 @@ def write_saelens(folder: Path, tensors: dict[str, np.ndarray], cfg: dict[str, A
     write_json(folder / "cfg.json", cfg)
 
 
+class NoSAELensForm(UserError):
+    """SAELens has no class that computes what this architecture does."""
+
+
 def saelens_name(architecture: str, transcode: bool, where: str) -> str:
-    """SAELens's name of an architecture of ours; `UserError`, naming `where`, where it has none."""
+    """SAELens's name of an architecture of ours; `NoSAELensForm`, naming `where`, where it has none."""
     forms = {name: entry.saelens for name, entry in ARCHITECTURES.items() if entry.saelens is not None}
     known = {name: form.transcoder if transcode else form.sae for name, form in forms.items()}
     if (found := known.get(architecture)) is None:
         form = "transcoder of architecture" if transcode else "architecture"
         having = ", ".join(name for name, kind in known.items() if kind is not None)
-        raise UserError(
+        raise NoSAELensForm(
             f"{where}: no SAELens form for {form} {architecture!r}: it trains and loads in hafs_jax alone; to export, "
             f"train one of {having}, or give its Architecture a SAELensForm"
         )

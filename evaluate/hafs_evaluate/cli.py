@@ -14,7 +14,7 @@ from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.saebench.suites import SUITES
 from hafs_evaluate.stage import LANGUAGE_MODEL, Stage
 from hafs_evaluate.stages import STAGES
-from hafs_evaluate.workspace import FinishedRun, Workspace, export_run, finished_runs, open_workspace
+from hafs_evaluate.workspace import FinishedRun, Workspace, finished_runs, open_workspace
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.files import read_json
 from hafs_jax.base.log import shown
@@ -177,7 +177,9 @@ def export(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     _check_folder(options.run_folder)
 
-    folder = export_run(options.run_folder)
+    from hafs_jax.saelens import export_saelens
+
+    folder = export_saelens(options.run_folder)
     if options.format == "dictionary_learning":
         from hafs_evaluate.exchange.dictionary_learning import to_dictionary_learning
 

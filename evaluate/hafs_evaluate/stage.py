@@ -20,9 +20,8 @@ from hafs_evaluate.workspace import (
     Exported,
     FinishedRun,
     Workspace,
-    export_run,
+    export,
     fingerprint,
-    hashed_export,
     read_result,
 )
 from hafs_extract.hub import go_offline, hub_problem
@@ -124,7 +123,7 @@ class Job:
         return self.evaluation.workspace.heldout
 
     def sae(self, device: Any = None) -> Any:
-        """The run's `sae_lens.SAE`, without gradients; `UserError` where it is of another hook point than the store."""
+        """The run's torch SAE, without gradients; `UserError` where it is of another hook point than the store."""
         return self.evaluation.sae(self.run, device)
 
 
@@ -158,19 +157,18 @@ class Evaluation:
                 self._compute_each(stage)
 
     def sae(self, run: Exported, device: Any = None) -> Any:
-        """The `sae_lens.SAE` of `run`, without gradients; `UserError` where it is of another hook point."""
-        from sae_lens import SAE
-
+        """The torch SAE of `run`, without gradients; `UserError` where it is of another hook point."""
+        from hafs_evaluate.core.loading import load_sae
         from hafs_extract.models import pick_device
 
-        sae = SAE.load_from_disk(run.folder, device=str(device or pick_device(self.config.device)))
+        sae = load_sae(run, self.manifest, str(device or pick_device(self.config.device)))
         hook_point = sae.cfg.metadata.hook_name
         if hook_point != self.manifest.hook_point:
             raise UserError(
                 f"run {run.name} was trained at {hook_point}, the held-out store in {self.workspace.folder} is of"
                 f" {self.manifest.hook_point}; evaluate the run in the workspace it was trained in"
             )
-        return sae.requires_grad_(False)
+        return sae
 
     def model(self, dtype: str | None = None) -> Any:
         """The store's language model in `dtype` (none: the one it was extracted with); one is kept at a time."""
@@ -216,9 +214,9 @@ class Evaluation:
 
     def _export(self, run: FinishedRun) -> Exported:
         if run.is_exported:
-            return hashed_export(run.name, run.folder / "sae")
+            return export(run)
         with self.timed(f"export/{run.name}"):
-            return hashed_export(run.name, export_run(run.folder))
+            return export(run)
 
     def _compute_all(self, stage: Stage, compute: Callable[["Evaluation"], Values | None]) -> None:
         path = self.workspace.eval / stage.file

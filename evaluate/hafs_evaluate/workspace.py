@@ -6,6 +6,7 @@ O/cache, the report O/report. O/imported holds SAEs of other libraries.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from typing import Any
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of, write_json
 from hafs_jax.base.options import did_you_mean
-from hafs_jax.runs import all_runs, profile_folder
+from hafs_jax.runs import Run, all_runs, profile_folder
 from hafs_jax.store.reader import Store
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,17 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished run's SAELens folder and the hashes that name its contents."""
+    """A finished run's SAE and the hashes that name it: of a SAELens folder's weights and cfg.json.
+
+    Of a run that has no such form (`is_own`) the folder is the run's, and the hashes are of its run.json and
+    config.json.
+    """
 
     name: str
     folder: Path
     weights_sha256: str
     cfg_sha256: str
+    is_own: bool = False
 
     @property
     def unique_name(self) -> str:
@@ -121,15 +129,22 @@ def finished_runs(workspace: Workspace, names: Sequence[str] = ()) -> list[Finis
     return [FinishedRun(name, runs[name].folder) for name in (dict.fromkeys(names) or finished)]
 
 
-def export_run(run_folder: Path) -> Path:
-    """`hafs_jax.saelens.export_saelens`: writes the run's SAELens folder from its last checkpoint.
+def export(run: FinishedRun) -> Exported:
+    """The SAE of a run as evaluations load it: its SAELens folder, written from the last checkpoint.
 
-    JAX is imported here. What it computes is small: it must not claim a GPU that the evaluation's torch needs.
+    An architecture without a SAELens form is evaluated by the run itself.
     """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from hafs_jax.saelens import export_saelens
+    if run.is_exported:
+        return hashed_export(run.name, run.folder / "sae")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX must not claim a GPU that torch needs
+    from hafs_jax.saelens import NoSAELensForm, export_saelens
 
-    return export_saelens(run_folder)
+    try:
+        return hashed_export(run.name, export_saelens(run.folder))
+    except NoSAELensForm:
+        own = Run(run.folder)
+        LOG.info(f"{run.name}: SAELens has no form for this architecture; its own JAX functions are measured")
+        return Exported(run.name, run.folder, sha256_of(own.result_path), sha256_of(own.config_path), is_own=True)
 
 
 def hashed_export(name: str, folder: Path) -> Exported:

@@ -13,7 +13,6 @@ from typing import Any
 from hafs_evaluate.report.markdown import table
 from hafs_evaluate.results.measures import find_measure, sentence_name
 from hafs_evaluate.results.readings import read_results, run_figures, weights_of
-from hafs_evaluate.workspace import export_run
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, write_text
 from hafs_jax.runs import Run, RunSummary
@@ -89,7 +88,9 @@ def upload(
 
 def write_upload(run_folder: Path, target: Path, repo_id: str, licence: str | None = None) -> Path:
     """Writes what `upload` uploads into `target` and returns it: README.md, and <run>/ with the SAE and its config."""
-    sae, run = export_run(run_folder), run_folder.resolve().name
+    from hafs_jax.saelens import export_saelens
+
+    sae, run = export_saelens(run_folder), run_folder.resolve().name
     for name in ("sae_weights.safetensors", "sparsity.safetensors", "cfg.json"):
         if (sae / name).exists():
             with open(sae / name, "rb") as original:

@@ -21,11 +21,12 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from hafs_evaluate.core.encode import TorchSAE, encode_rows, to_numpy
+from hafs_evaluate.core.loading import load_sae
 from hafs_evaluate.hierarchy import absorption
 from hafs_evaluate.hierarchy.probes import Contrast, TreeData, sparse_scores
 from hafs_evaluate.truth.ground_truth import Truth, load_truth
 from hafs_evaluate.truth.synth_score import RESULT as SYNTHETIC
-from hafs_evaluate.workspace import Workspace, finished_runs, read_result
+from hafs_evaluate.workspace import Workspace, finished_runs, hashed_export, read_result
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
 from hafs_jax.base.log import bar_options
@@ -119,8 +120,6 @@ def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def evaluate_agreement(workspace: Workspace, names: Sequence[str] = ()) -> dict[str, Any]:
     """Writes agreement.json and returns it, over the runs `names` (default: all finished) that have been scored."""
-    from sae_lens import SAE
-
     truth = load_truth(workspace.folder)
     scored = []
     for run in finished_runs(workspace, names):
@@ -136,7 +135,7 @@ def evaluate_agreement(workspace: Workspace, names: Sequence[str] = ()) -> dict[
     rows = []
     with threadpool_limits(1, user_api="blas"):
         for run, result in tqdm(scored, desc="agreement", unit="run", **bar_options(LOG)):
-            sae = SAE.load_from_disk(run.folder / "sae", device="cpu").requires_grad_(False)
+            sae = load_sae(hashed_export(run.name, run.folder / "sae"), workspace.heldout.manifest)
             facts = {name: result[name] for name in ("run", "variant", "architecture", "seed", "k")}
             true = result["metrics"]["by_level"][0]["absorption"]
             rows.append({**facts, "true_absorption": true, **proxies(sae, labels)})

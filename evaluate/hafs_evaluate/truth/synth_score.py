@@ -8,14 +8,14 @@ import csv
 import io
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from hafs_evaluate.core.loading import load_sae
 from hafs_evaluate.truth.ground_truth import Truth, load_truth
 from hafs_evaluate.truth.scores import SETTINGS, score_sae
-from hafs_evaluate.workspace import FinishedRun, Workspace, export_run, finished_runs, hashed_export, read_result
+from hafs_evaluate.workspace import Exported, FinishedRun, Workspace, export, finished_runs, hashed_export, read_result
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_json, write_text
 from hafs_jax.base.log import bar_options
@@ -29,23 +29,21 @@ FACTS = ("run", "variant", "architecture", "seed", "k")  # what a result says of
 SHOWN = ("l0", "fvu", "mcc", "f1", "absorption", "dead_fraction")  # columns of the table on the terminal
 
 
-def score_folder(sae_folder: Path, store: Store, truth: Truth, device: str = "cpu") -> dict[str, Any]:
-    """`score_sae` of the SAELens folder `sae_folder`."""
-    from sae_lens import SAE
-
-    return score_sae(SAE.load_from_disk(sae_folder, device=device).requires_grad_(False), store, truth)
+def score(exported: Exported, store: Store, truth: Truth, device: str = "cpu") -> dict[str, Any]:
+    """`score_sae` of an exported run."""
+    return score_sae(load_sae(exported, store.manifest, device), store, truth)
 
 
 def evaluate_synthetic(
     workspace: Workspace,
     names: Sequence[str] = (),
     device: str = "auto",
-    export: Callable[[Path], Path] | None = None,
+    export: Callable[[FinishedRun], Exported] = export,
 ) -> list[dict[str, Any]]:
     """Scores the runs `names` (default: all that have finished), writes their results and the table, and returns them.
 
-    A result stays as it is while the SAE's bytes, the truth and SETTINGS do. `export` writes a run's SAELens folder; it
-    is not called where neither the run nor that folder has changed since.
+    A result stays as it is while the SAE's bytes, the truth and SETTINGS do. `export` is called for a run's SAE, but not
+    where neither the run nor its SAELens folder has changed since.
     """
     from hafs_extract.models import pick_device
 
@@ -53,7 +51,7 @@ def evaluate_synthetic(
     results = []
     runs = finished_runs(workspace, names)
     for run in tqdm(runs, desc="scoring", unit="run", **bar_options(LOG)):
-        results.append(_result(workspace, run, store, truth, device, export or export_run))
+        results.append(_result(workspace, run, store, truth, device, export))
     known = [read_result(workspace.result(run.name, RESULT)) for run in finished_runs(workspace)]
     known = [result for result in known if result.get("truth_sha256") == truth.sha256]
     write_text(workspace.eval / TABLE, _csv(_rows(known)))
@@ -79,7 +77,12 @@ def _cell(value: float | None, digits: int) -> str:
 
 
 def _result(
-    workspace: Workspace, run: FinishedRun, store: Store, truth: Truth, device: str, export: Callable[[Path], Path]
+    workspace: Workspace,
+    run: FinishedRun,
+    store: Store,
+    truth: Truth,
+    device: str,
+    export: Callable[[FinishedRun], Exported],
 ) -> dict[str, Any]:
     """The run's result: the earlier one where nothing has changed since, else a new one, which is written."""
     path = workspace.result(run.name, RESULT)
@@ -88,10 +91,10 @@ def _result(
     marks["run_sha256"] = [sha256_of(file) for file in (Run(run.folder).result_path, Run(run.folder).config_path)]
     if all(before.get(name) == value for name, value in marks.items()) and before == {**before, **_hashes(run)}:
         return before
-    exported = hashed_export(run.name, export(run.folder))
+    exported = export(run)
     marks |= {"sae_sha256": exported.weights_sha256, "cfg_sha256": exported.cfg_sha256}
     same = all(before.get(name) == value for name, value in marks.items() if name != "run_sha256")
-    metrics = before["metrics"] if same else score_folder(exported.folder, store, truth, device)
+    metrics = before["metrics"] if same else score(exported, store, truth, device)
     result = {**_facts(run), **marks, "metrics": metrics}
     write_json(path, result)
     return result

@@ -3,14 +3,13 @@
 import csv
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
 import hafs_evaluate.truth.synth_score as stage
 from hafs_evaluate.cli import main as evaluate_main
 from hafs_evaluate.truth.ground_truth import load_truth
-from hafs_evaluate.workspace import open_workspace
+from hafs_evaluate.workspace import Exported, FinishedRun, hashed_export, open_workspace
 from hafs_extract.synthetic.samples import HOOK_POINT, generate
 from hafs_jax.runs import Run
 from tests.support.runs import STORE, config_of, finished_run
@@ -39,9 +38,9 @@ class Export:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def __call__(self, folder: Path) -> Path:
-        self.calls.append(folder.name)
-        return folder / "sae"
+    def __call__(self, run: FinishedRun) -> Exported:
+        self.calls.append(run.name)
+        return hashed_export(run.name, run.folder / "sae")
 
 
 def test_runs_are_scored_once(workspace, monkeypatch):
@@ -52,8 +51,8 @@ def test_runs_are_scored_once(workspace, monkeypatch):
     for result in results:
         path = workspace.result(result["run"], "synthetic.json")
         assert json.loads(path.read_text()) == result
-        sae_folder = workspace.runs / result["run"] / "sae"
-        assert result["metrics"] == stage.score_folder(sae_folder, workspace.heldout, truth)
+        exported = hashed_export(result["run"], workspace.runs / result["run"] / "sae")
+        assert result["metrics"] == stage.score(exported, workspace.heldout, truth)
         assert result["truth_sha256"] == truth.sha256
         assert result["settings"]["min_edge_rows"] == 20
     assert (results[1]["variant"], results[1]["architecture"], results[1]["seed"], results[1]["k"]) == (
@@ -76,7 +75,7 @@ def test_runs_are_scored_once(workspace, monkeypatch):
     def called(*args: object) -> None:
         raise AssertionError("this was done already")
 
-    monkeypatch.setattr(stage, "score_folder", called)
+    monkeypatch.setattr(stage, "score", called)
     assert stage.evaluate_synthetic(workspace, device="cpu", export=called) == results
     assert {path: path.stat().st_mtime_ns for path in workspace.eval.rglob("*.json")} == before
     run = Run(workspace.runs / "strict-s1")
@@ -100,15 +99,15 @@ def test_another_sae_truth_or_setting_is_scored_anew(workspace, change, monkeypa
     else:
         monkeypatch.setattr(stage, "SETTINGS", {"version": 99})
     scored = []
-    original = stage.score_folder
-    monkeypatch.setattr(stage, "score_folder", lambda *args: scored.append(args[0].parent.name) or original(*args))
+    original = stage.score
+    monkeypatch.setattr(stage, "score", lambda *args: scored.append(args[0].name) or original(*args))
     second = stage.evaluate_synthetic(workspace, device="cpu", export=Export())
     assert scored == (["strict-s1"] if change == "sae" else list(LAM))
     assert (second[1]["metrics"] != first[1]["metrics"]) == (change != "settings")
 
 
 def test_the_command_line_scores_the_named_runs_and_keeps_the_others_rows(workspace, capsys, monkeypatch):
-    monkeypatch.setattr("hafs_jax.saelens.export_saelens", Export())
+    monkeypatch.setattr("hafs_jax.saelens.export_saelens", lambda folder: folder / "sae")
     place = ["synth-score", "--out", str(workspace.folder.parent), "--profile", "synth-tiny", "--device", "cpu"]
     assert evaluate_main([*place, "--runs", "strict-s1"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,7 +1,4 @@
-"""A run whose architecture has no SAELens form, as the torch SAE that the evaluations expect. Torch; JAX when needed.
-
-It computes with the run's own JAX functions, on the CPU, and hands torch tensors in and out.
-"""
+"""Loading the SAEs that are evaluated: SAELens folders, and runs that have no such form. Torch; JAX when needed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hafs_evaluate.workspace import Exported
 from hafs_jax.store.manifest import Manifest
+
+
+def load_sae(exported: Exported, manifest: Manifest, device: str = "cpu") -> Any:
+    """The SAE, without gradients: a `sae_lens.SAE` on `device`, or an `OwnSAE`. `manifest` is its store's."""
+    if exported.is_own:
+        return OwnSAE(exported.folder, manifest).requires_grad_(False)
+    from sae_lens import SAE
+
+    return SAE.load_from_disk(exported.folder, device=device).requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,10 @@ class _Config:
 
 
 class OwnSAE(torch.nn.Module):
-    """The SAE of a run's folder, of a store's width: raw activations in, latents and reconstructions in model units."""
+    """The SAE of a run whose architecture has no SAELens form: raw activations in, everything in the model's units.
+
+    It computes with the run's own JAX functions, on the CPU, and hands torch tensors in and out.
+    """
 
     def __init__(self, run_folder: Path, manifest: Manifest) -> None:
         """Raises `UserError` where the run has no checkpoint or it is damaged."""
