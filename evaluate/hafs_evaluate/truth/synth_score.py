@@ -42,8 +42,8 @@ def evaluate_synthetic(
 ) -> list[dict[str, Any]]:
     """Scores the runs `names` (default: all that have finished), writes their results and the table, and returns them.
 
-    A result stays as it is while the SAE's bytes, the truth and SETTINGS do. `export` is called for a run's SAE, but not
-    where neither the run nor its SAELens folder has changed since.
+    A result stays as it is while the SAE's bytes, the truth and SETTINGS do. `export` is called for a run's SAE, but
+    not where neither the run nor its SAELens folder has changed since.
     """
     from hafs_extract.models import pick_device
 
