@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from benchmarks import peers
-from benchmarks.workloads import L1, Weights
+from benchmarks.workloads import L1, Weights, resolved
 from hafs_jax.config import TrainConfig
+from hafs_jax.fast.objective import loss_and_gradients
+from hafs_jax.fast.plan import choose
 from hafs_jax.method.loss import Weights as At
-from hafs_jax.method.loss import loss_and_gradients
 from hafs_jax.method.matryoshka import fixed_ends
 from hafs_jax.method.penalties import tangent
 
@@ -111,8 +112,9 @@ def check_same(config: TrainConfig, weights: Weights, rows_BD: np.ndarray, names
     """
     at = At(jnp.int32(config.sae.k), jnp.float32(L1), jnp.zeros(config.sae.F, bool))
     params, acts = {name: jnp.asarray(value) for name, value in weights.items()}, jnp.asarray(rows_BD)
-    ours = jax.jit(loss_and_gradients, static_argnums=6)
-    (loss, _), grads = ours(params, acts, acts, at, jnp.float32(1.0), jax.random.key(0), config)
+    ours = jax.jit(loss_and_gradients, static_argnums=(6, 7))
+    variance, key = jnp.float32(1.0), jax.random.key(0)
+    (loss, _), grads = ours(params, acts, acts, at, variance, key, config, choose(resolved(config)))
     mine = {"loss": np.asarray(loss), **{name: np.asarray(value) for name, value in grads.items()}}
     for peer in names:
         factor, their_loss, their_grads = _LOSSES[peer](config, weights, torch.from_numpy(rows_BD))

@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.harness import Row, interleaved
 from benchmarks.workloads import config_of, our_steps, planted_rows
+from hafs_jax.fast.plan import this_machine
 from hafs_jax.method.sae import InputScale, init_params
 from hafs_jax.training.programs import compile_steps
 from hafs_jax.training.state import hyperparameters, shared_config, state_of
@@ -20,7 +21,7 @@ _D = 576
 
 def measure(quick: bool) -> Iterator[Row]:
     """Rows x SAEs a second, together and one after the other; a GPU is to gain threefold, a CPU to lose nothing."""
-    on_cpu = target() == "cpu"
+    on_cpu = this_machine().platform == "cpu"
     sizes = ((1_024, 256),) if quick else ((1_024, 256), (4_096, 1_024))
     for F, B in sizes if on_cpu else ((4_096, 2_048),):
         rows_BD = planted_rows(B, seed=0)

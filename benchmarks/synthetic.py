@@ -129,12 +129,12 @@ def run(out: Path, world: str, arms: dict[str, list[Arm]]) -> None:
         for arm in lines:
             grid = f"arch={architecture} {arm.grid} seed={SEEDS.start}..{SEEDS.stop - 1}"
             tag = ("--tag", arm.tag) if arm.tag else ()
-            command("hafs_jax", "sweep", *place, "--grid", grid, *COMMON, *size, *form, *arm.flags, *tag)
-    command("evaluate", "synth", *place)
+            command("sweep", *place, "--grid", grid, *COMMON, *size, *form, *arm.flags, *tag)
+    command("synth-score", *place)
 
 
-def command(module: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+def command(name: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "hafs_jax", name, *arguments], check=True)
 
 
 def scores(out: Path, world: str, name: str) -> dict[str, float] | None:

@@ -39,6 +39,11 @@ def config_of(architecture: str, n_latents: int, variant: str = "baseline", **fi
     return with_fields(config, {"penalty": {"tau": 0.1, "mu0": 0.1}}) if config.penalty.gate else config
 
 
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The config with `products` resolved for this machine, as a training does before it compiles."""
+    return dataclasses.replace(config, products=resolve_products(config, this_machine()))
+
+
 def random_weights(config: TrainConfig, rows_BD: np.ndarray, l0: int | None = None) -> Weights:
     """Random weights; with `l0`, biases that leave so many positive pre-activations of a row on average."""
     weights = {name: np.array(value) for name, value in init_params(config.sae, D, jax.random.key(0)).items()}
@@ -62,7 +67,7 @@ def our_steps(
     config: TrainConfig, rows_BD: np.ndarray, steps: int = DISPATCH, weights: Weights | None = None
 ) -> Callable[[], Any]:
     """`steps` training steps in one call, as the training loop makes them; from `weights`, or from fresh ones."""
-    config = dataclasses.replace(config, products=resolve_products(config, this_machine()))
+    config = resolved(config)
     hyper, d_model = hyperparameters(config), rows_BD.shape[1]
     fresh = init_params(config.sae, d_model, jax.random.key(0))
     params = fresh if weights is None else {name: jnp.asarray(value) for name, value in weights.items()}
