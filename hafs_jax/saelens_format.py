@@ -1,10 +1,11 @@
 """The format of the library SAELens: folders read and written, and weights turned into the trainer's units and back.
 
 A SAELens folder holds cfg.json and sae_weights.safetensors. Its SAE takes raw activations, the trainer's takes centred
-and scaled ones (`hafs_jax.method.sae.InputScale`): `fold` puts that map into the weights, `unfold` takes it out. What
-SAELens calls an architecture of ours is said by the architecture's own record (`Architecture.saelens`).
+and scaled ones (`hafs_jax.method.sae.InputScale`). `fold` puts that map into the weights, and `unfold` takes it out.
+What SAELens calls an architecture of ours is in the architecture's own record (`Architecture.saelens`).
 
-Must not import torch. `hafs_jax.saelens`, which is above the training, exports runs.
+This module is below the training, which may start from a SAELens folder. `hafs_jax.saelens` is above it and exports
+runs. Neither imports torch.
 """
 
 import json
@@ -43,14 +44,14 @@ TENSORS: dict[str, tuple[str, ...]] = {
 }
 """The tensors of each SAELens architecture that can be read."""
 
-_KINDS: dict[str, np.dtype] = {
+_NUMPY_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
 }
-_EQUAL_NORMS = 1e-3  # largest relative spread of decoder norms under which rescaling cannot change a top-k in float16
-_IN_UNITS = ("b_enc", "b_mag")  # biases in the units of the scaled activations
+_EQUAL_NORMS = 1e-3  # relative spread of decoder norms up to which rescaling does not change a top-k in float16
+_IN_UNITS = ("b_enc", "b_mag")  # biases that have the units of the scaled activations
 
 
 def read_saelens(folder: Path) -> tuple[Weights, dict[str, Any]]:
@@ -307,9 +308,9 @@ def _read_tensors(path: Path) -> Weights:
 
 
 def _array(entry: Any, where: str) -> np.ndarray:
-    if entry["dtype"] not in _KINDS:
-        raise UserError(f"{where} is of dtype {entry['dtype']}, expected one of {', '.join(_KINDS)}")
-    values = np.frombuffer(entry["data"], _KINDS[entry["dtype"]]).reshape(entry["shape"])
+    if entry["dtype"] not in _NUMPY_DTYPES:
+        raise UserError(f"{where} is of dtype {entry['dtype']}, expected one of {', '.join(_NUMPY_DTYPES)}")
+    values = np.frombuffer(entry["data"], _NUMPY_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return to_float32(values, "bfloat16") if entry["dtype"] == "BF16" else values
 
 

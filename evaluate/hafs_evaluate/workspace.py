@@ -84,7 +84,7 @@ class FinishedRun:
 
     name: str
     folder: Path
-    is_exported: bool = False  # <folder>/sae is there already, and no checkpoint to write it from
+    is_exported: bool = False  # of an imported SAE: <folder>/sae is there, and there is no checkpoint
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Exported:
 
     @property
     def unique_name(self) -> str:
-        """The name under which SAE-Bench keeps results: equal names with other weights would get old scores back."""
+        """SAE-Bench's name for it. Of the run's name alone it would return old scores for new weights."""
         return f"{self.name}-{fingerprint([self.weights_sha256, self.cfg_sha256])}"
 
 
@@ -163,5 +163,5 @@ def fingerprint(values: Any) -> str:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """An earlier result, to see whether it still holds; empty where there is none. It was written atomically."""
+    """An earlier result, to see whether it still holds; empty where there is none."""
     return read_json(path, "an earlier result") if path.exists() else {}

@@ -40,7 +40,12 @@ from tests.support.both_saes import (
 )
 from tests.support.stores import planted, write_store
 
-OURS = {"standard": "relu", "transcoder": "relu", "jumprelu_transcoder": "jumprelu"}  # others have the same name
+OURS = {  # SAELens's architecture -> ours with the same parameters
+    form: name
+    for name, architecture in reversed(ARCHITECTURES.items())
+    if architecture.saelens is not None and not architecture.saelens.repeats_threshold
+    for form in (architecture.saelens.sae, architecture.saelens.transcoder)
+}
 
 
 @pytest.mark.parametrize("apply_b_dec", [True, False])
@@ -51,7 +56,7 @@ def test_a_start_from_saelens_computes_the_same_and_has_unit_rows(
     transcode = "transcoder" in architecture
     cfg = {} if transcode else {"apply_b_dec_to_input": apply_b_dec}
     folder = saelens_folder(tmp_path, architecture, unit=architecture == "topk", **cfg)
-    acts, scale, ours = rows(), input_scale(transcode), OURS.get(architecture, architecture)
+    acts, scale, ours = rows(), input_scale(transcode), OURS[architecture]
     latents, recon = of_saelens(folder, acts)
     params, threshold = read_start(folder, ours, D, F, scale)
     our_latents, our_recon = of_trainer(params, ours, scale, acts)

@@ -10,13 +10,14 @@ import torch
 from sae_lens import SAE as TorchSAE
 from sae_lens.registry import get_sae_class
 
-from hafs_evaluate.exchange.dictionary_learning import library_class
+from hafs_evaluate.exchange.dictionary_classes import library_class
 from hafs_jax.config import SAEConfig
 from hafs_jax.method.architectures import ARCHITECTURES, OperatingPoint
 from hafs_jax.method.sae import SAE, InputScale, init_params
+from hafs_jax.saelens_format import TENSORS
 
 B, D, D_OUT, F, K = 60, 5, 7, 11, 3
-SAELENS = ("standard", "topk", "jumprelu", "gated", "transcoder", "jumprelu_transcoder")
+SAELENS = tuple(TENSORS)
 CLASSES = {  # our architecture -> dictionary_learning's class
     name: library_class(architecture.saelens.sae, name)
     for name, architecture in ARCHITECTURES.items()

@@ -1,14 +1,16 @@
-"""Other libraries' SAEs on disk: dictionary_learning's to SAELens folders and back, checked SAELens folders. Torch.
+"""SAEs of other libraries on disk: dictionary_learning's are turned into SAELens folders and back. Torch.
 
-A dictionary_learning SAE is a folder with `ae.pt` (a state_dict) and `config.json` ({"trainer": ..., "buffer": ...},
-dispatched on trainer.dict_class). Its formats are of version 0.1.0; the library itself is not needed.
+A dictionary_learning SAE is a folder with two files:
+
+- `ae.pt` is a state_dict.
+- `config.json` is {"trainer": ..., "buffer": ...}. Its `trainer.dict_class` says which class the state_dict is of.
+
+The format is that of version 0.1.0. The library itself is not needed.
 """
 
 import pickle
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,42 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from hafs_evaluate.exchange.dictionary_classes import CLASSES, Arrays, library_class
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_json
 from hafs_jax.base.options import did_you_mean
-
-Arrays = dict[str, np.ndarray]
-Meta = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class LibraryClass:
-    """One of dictionary_learning's SAE classes, and the SAELens architecture that computes the same."""
-
-    saelens: str  # SAELens's name of it
-    keys: tuple[str, ...]  # exactly those of its state_dict
-    read: Callable[[Arrays], Arrays]  # its state_dict -> SAELens's tensors
-    write: Callable[[Arrays, Meta], Arrays] | None  # (weights under our names, metadata) -> its state_dict
-    trained_as: str = ""  # our one architecture that this class is for; none: any other of the SAELens architecture
-    subtracts_b_dec: bool = True  # from its input
-
-
-def library_class(saelens: str, trained_as: str = "") -> str:
-    """The class for an SAE of a SAELens architecture that was trained as an architecture of ours."""
-    fitting = {name: known for name, known in CLASSES.items() if known.saelens == saelens and known.write is not None}
-    written = {known.trained_as: name for name, known in fitting.items()}
-    return written.get(trained_as, written[""])
-
 
 _SITE = re.compile(r"(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
 
 
 def to_dictionary_learning(folder: Path, target: Path) -> Path:
-    """Writes a SAELens folder as `<target>/trainer_0/{ae.pt, config.json}` and returns trainer_0; the same function.
+    """Writes the SAE of a SAELens folder as `<target>/trainer_0/{ae.pt, config.json}` and returns trainer_0.
 
-    The class is that of CLASSES. A jumprelu counts as trained as batchtopk or matryoshka where it has one threshold,
-    and k in its metadata. Raises `UserError` for a transcoder.
+    The written SAE computes the same function. Its class is the one in CLASSES. A jumprelu is written as what it was
+    trained as, batchtopk or matryoshka, where all its thresholds are equal and its metadata has k; else as a
+    JumpReluAutoEncoder. Raises `UserError` for a transcoder, for which the library has no class.
     """
     from hafs_jax.saelens import read_saelens  # JAX
 
@@ -90,11 +71,16 @@ def to_dictionary_learning(folder: Path, target: Path) -> Path:
 def import_sae(source: Path, target: Path, form: str = "auto", hook_point: str | None = None) -> Path:
     """Writes the SAE at `source` as a SAELens folder at `target`, checked by loading it, and returns `target`.
 
-    `source`: a SAELens folder (its files are copied), a dictionary_learning `ae.pt`, or the folder of one (also the
-    folder above a single trainer_*/). `form` "auto" tells them apart. `hook_point` overrides the hook point that
-    the source names, or says it where it names none. Latents and reconstruction are those of the source's own library,
-    before the decoder's normalisation that dictionary_learning's AutoEncoder does when it loads. What was at `target`
-    is replaced, once the source has been read.
+    `source` is one of
+
+    - a SAELens folder, whose files are copied;
+    - an `ae.pt` of dictionary_learning;
+    - the folder of one, or the folder above a single trainer_*/.
+
+    `form` "auto" tells them apart. `hook_point` replaces the hook point that the source names, or gives one where it
+    names none. Latents and reconstruction are those of the source's own library; but dictionary_learning's AutoEncoder
+    normalises its decoder when it loads, which is not done here. What was at `target` is replaced, once the source has
+    been read.
     """
     form = detect(source) if form == "auto" else form
     if form == "saelens":
@@ -121,8 +107,9 @@ def detect(source: Path) -> str:
 def from_dictionary_learning(ae: Path, hook_point: str | None = None) -> tuple[Arrays, dict[str, Any]]:
     """The tensors and cfg of a SAELens SAE that computes what the dictionary_learning SAE in `ae` does.
 
-    The class is trainer.dict_class of the config.json beside it; without one, the one whose keys the file has.
-    BatchTopK's threshold is used as its encode does: one that training never set (-1) keeps every positive latent.
+    The class is the trainer.dict_class of the config.json beside it. Without that file it is the class whose keys the
+    file has. BatchTopK's threshold is used as its `encode` does: one that training never set, -1, keeps every positive
+    latent.
     """
     from hafs_jax.saelens import SAELENS_VERSION  # JAX
 
@@ -180,7 +167,7 @@ def check_loads(folder: Path) -> Any:
     try:
         return SAE.load_from_disk(folder, device="cpu")
     except Exception as error:
-        # whatever a foreign file makes the library raise: it is the file that is wrong
+        # Whatever the library raises, it is the file that is wrong.
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: SAELens does not load it ({type(error).__name__}: {reason})") from error
 
@@ -250,91 +237,3 @@ def _check_shapes(tensors: Arrays, D: int, F: int, path: Path) -> None:
             raise UserError(f"{path}: {name} has shape {list(value.shape)}, its encoder says {list(expected)}")
         if not np.isfinite(value).all():
             raise UserError(f"{path}: {name} holds values that are not finite; get the file again")
-
-
-def _linear(state: Arrays, b_dec: str) -> Arrays:
-    found = {"W_enc": state["encoder.weight"].T, "W_dec": state["decoder.weight"].T, "b_dec": state[b_dec]}
-    return found | ({"b_enc": state["encoder.bias"]} if "encoder.bias" in state else {})
-
-
-def _own(state: Arrays) -> Arrays:
-    return {name: state[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-
-
-def _repeated(state: Arrays, tensors: Arrays) -> Arrays:
-    return tensors | {"threshold": np.full(tensors["W_enc"].shape[1], float(state["threshold"]))}
-
-
-def _gated(state: Arrays) -> Arrays:
-    renamed = {"b_gate": state["gate_bias"], "b_mag": state["mag_bias"], "r_mag": state["r_mag"]}
-    return _linear(state, "decoder_bias") | renamed
-
-
-def _matrices(weights: Arrays) -> Arrays:
-    return {"encoder.weight": weights["W_enc"].T, "decoder.weight": weights["W_dec"].T}
-
-
-def _state_plain(weights: Arrays, known: Meta) -> Arrays:
-    return _matrices(weights) | {"bias": weights["b_dec"], "encoder.bias": weights["b_enc"]}
-
-
-def _state_gated(weights: Arrays, known: Meta) -> Arrays:
-    biases = {"gate_bias": weights["b_enc"], "mag_bias": weights["b_mag"], "r_mag": weights["r_mag"]}
-    return _matrices(weights) | {"decoder_bias": weights["b_dec"]} | biases
-
-
-def _state_topk(weights: Arrays, known: Meta) -> Arrays:
-    return _matrices(weights) | {"encoder.bias": weights["b_enc"], "b_dec": weights["b_dec"]} | _buffers(weights, known)
-
-
-def _state_matryoshka(weights: Arrays, known: Meta) -> Arrays:
-    ends = known.get("prefixes") or [len(weights["b_enc"])]
-    return _own(weights) | _buffers(weights, known) | {"group_sizes": np.diff([0, *ends]).astype(np.int64)}
-
-
-def _state_jumprelu(weights: Arrays, known: Meta) -> Arrays:
-    """Its encoder subtracts no b_dec: the bias is b_enc - b_dec @ W_enc."""
-    shift_F = weights["b_dec"].astype(np.float64) @ weights["W_enc"].astype(np.float64)
-    return _own(weights) | {"b_enc": (weights["b_enc"] - shift_F).astype(np.float32), "threshold": weights["threshold"]}
-
-
-def _buffers(weights: Arrays, known: Meta) -> Arrays:
-    threshold = weights["threshold"][0] if "threshold" in weights else -1  # of a topk: as one that was never set
-    return {"k": np.asarray(known["k"], np.int32), "threshold": np.asarray(threshold, np.float32)}
-
-
-_LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
-_TOPK = (*_LINEAR, "b_dec", "k", "threshold")
-_GATED = ("encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias")
-_OWN = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-
-CLASSES: dict[str, LibraryClass] = {
-    "AutoEncoder": LibraryClass("standard", (*_LINEAR, "bias"), lambda state: _linear(state, "bias"), _state_plain),
-    "AutoEncoderNew": LibraryClass(
-        "standard",
-        (*_LINEAR, "decoder.bias"),
-        lambda state: _linear(state, "decoder.bias"),
-        write=None,
-        subtracts_b_dec=False,
-    ),
-    "GatedAutoEncoder": LibraryClass("gated", _GATED, _gated, _state_gated),
-    "AutoEncoderTopK": LibraryClass("topk", _TOPK, lambda state: _linear(state, "b_dec"), _state_topk),
-    "BatchTopKSAE": LibraryClass(
-        "jumprelu", _TOPK, lambda state: _repeated(state, _linear(state, "b_dec")), _state_topk, trained_as="batchtopk"
-    ),
-    "MatryoshkaBatchTopKSAE": LibraryClass(
-        "jumprelu",
-        (*_OWN, "k", "group_sizes"),
-        lambda state: _repeated(state, _own(state)),
-        _state_matryoshka,
-        trained_as="matryoshka",
-    ),
-    "JumpReluAutoEncoder": LibraryClass(
-        "jumprelu",
-        _OWN,
-        lambda state: _own(state) | {"threshold": state["threshold"]},
-        _state_jumprelu,
-        subtracts_b_dec=False,
-    ),
-}
-"""dictionary_learning's classes by name."""

@@ -1,4 +1,7 @@
-"""A run on the model hub: the folder that is uploaded (SAELens folder, model card, training config) and its upload."""
+"""A run on the model hub: the folder that is uploaded, and its upload.
+
+The folder holds the run's SAELens folder, its training config and a model card.
+"""
 
 import json
 import re
@@ -61,9 +64,9 @@ def upload(
 ) -> str:
     """Uploads a finished run's SAELens folder and model card to the hub in one commit, and returns the page's address.
 
-    The repository is made where there is none; one that exists keeps its visibility. `dry_run`: write the folder that
-    would be uploaded there instead, touch no network, and return its path. `UserError` for a bad repo_id, without a
-    token, where the hub cannot be reached, and for whatever it refuses.
+    A repository that does not exist is created. One that exists keeps its visibility. With `dry_run` nothing is sent:
+    the folder that would be uploaded is written there, and its path returned. Raises `UserError` for a bad repo_id,
+    without a token, where the hub cannot be reached, and for whatever it refuses.
     """
     if not _REPO_ID.fullmatch(repo_id):
         raise UserError(f"--repo-id {repo_id!r}: expected USER/NAME of letters, digits, '-', '_' and '.'")
@@ -101,7 +104,7 @@ def write_upload(run_folder: Path, target: Path, repo_id: str, licence: str | No
 
 
 def model_card(run_folder: Path, sae: Path, repo_id: str, licence: str | None = None) -> str:
-    """README.md of the run: YAML for the hub, how to load it, and the metrics that are of exactly these weights."""
+    """README.md of the run: YAML for the hub, how to load the SAE, and what was measured on exactly these weights."""
     cfg = read_json(sae / "cfg.json", "a SAELens folder's cfg.json")
     summary, config = Run(run_folder).summary(), Run(run_folder).record()["config"]
     known, run = cfg["metadata"], summary.name
@@ -149,7 +152,7 @@ def metrics(run_folder: Path, sae: Path, summary: RunSummary) -> list[tuple[str,
 
 @contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """What the hub's client raises as one line: refusals, validation, connections cut."""
+    """Turns what the hub's client raises (refusals, validation, lost connections) into a `UserError` of one line."""
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 
     try:

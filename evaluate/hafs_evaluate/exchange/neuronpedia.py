@@ -8,8 +8,8 @@
                               features/batch-0.jsonl.gz
                               activations/batch-0.jsonl.gz
 
-Neuronpedia's operators fill in what only they know: creatorId is left empty. What was not measured is an empty list:
-neuron alignments, histograms, decoder weight distributions.
+Neuronpedia's operators fill in what only they know, so creatorId is left empty. What was not measured is an empty list:
+neuron alignments, histograms and decoder weight distributions.
 """
 
 import gzip
@@ -39,7 +39,7 @@ EMPTY = (
     "logits_hist_data_bar_values",
     "decoder_weights_dist",
 )
-"""Lists of both formats that are left empty."""
+"""The lists of both formats that are left empty."""
 
 
 def write_neuronpedia(
@@ -70,9 +70,12 @@ def write_neuronpedia(
 def dashboard_batch(values: dict[str, Any], manifest: Manifest, set_name: str) -> dict[str, Any]:
     """SAEDashboard's batch of the latents in a latents.json.
 
-    Partners are its correlated features: phi is the Pearson correlation of the two firings, not of the activations. Of
-    the activations, those of top contexts have the bin (-1, maximum) by which SAEDashboard marks them; each random
-    context stands for an equal share of the rows on which the latent fires, its bin's limits half-way to the next.
+    A latent's partners become its correlated features. Their phi is the Pearson correlation of whether the two latents
+    are active, not of their activations.
+
+    The activations are in bins. Those of top contexts have the bin (-1, maximum), by which SAEDashboard marks them.
+    Each random context stands for an equal share of the rows on which the latent is active, and the limits of its bin
+    lie half-way to the next context's value.
     """
     parts = manifest.hook_point.split(".")
     return {

@@ -1,6 +1,6 @@
 """`hafs experiment FILE`: trains, measures and compares every SAE of an experiment. No torch, no jax.
 
-Each stage is a command of its own, so that a killed experiment goes on where it stopped:
+The stages run `hafs` commands, which skip what is done: a killed experiment goes on where it stopped. They leave
 
     OUT/<name>/<profile>/store, runs, eval                  as `hafs extract`, `sweep` and `evaluate` leave them
     OUT/<name>/<profile>/experiment/results.{parquet,csv}   one row per SAE, measure and dataset (`measurements`)
@@ -36,7 +36,7 @@ STAGES = ("extract", "train", "evaluate", "table")
 
 
 def run_experiment(config: ExperimentConfig, out: Path, workers: int, stages: Sequence[str] = STAGES) -> Workspace:
-    """Runs `stages` of the experiment, `workers` commands at a time; the workspace that holds all of it."""
+    """Runs `stages` of the experiment, `workers` commands at a time, and returns the workspace that holds all of it."""
     root = out / config.name
     if "extract" in stages:
         command = ["extract", "--out", str(root), "--profile", config.profile, *config.extract]
@@ -52,7 +52,7 @@ def run_experiment(config: ExperimentConfig, out: Path, workers: int, stages: Se
 
 
 def train(config: ExperimentConfig, workspace: Workspace, workers: int) -> None:
-    """Trains what has not finished. Seed 0 comes first: its baselines give the gates of all seeds their tau."""
+    """Trains what has not finished. Seed 0 comes first, because its baselines give the gates of all seeds their tau."""
     missing = [cell for cell in config.cells() if not Run(workspace.runs / cell.run).finished()]
     jobs = sorted({(cell.seed > 0, cell.architecture, cell.seed) for cell in missing})
     total, n_arms = len(list(config.cells())), len(config.arms) * len(config.ks)
@@ -72,7 +72,7 @@ def train(config: ExperimentConfig, workspace: Workspace, workers: int) -> None:
 
 
 def evaluate(config: ExperimentConfig, workspace: Workspace, workers: int) -> None:
-    """Measures every SAE: the first one alone, which fills the caches of the language model's activations."""
+    """Measures every SAE. The first one is measured alone: it fills the caches of the language model's activations."""
     cells = list(config.cells())
     names = [cell.run for cell in cells]
     shown = {
@@ -145,9 +145,10 @@ def _run_all(commands: dict[str, list[str]], workspace: Workspace, workers: int,
 
 
 def _shares(workers: int) -> list[set[int] | None]:
-    """The cores of each of `workers` commands at a time: all for one alone, None where the system has no say in it.
+    """A set of cores for each of `workers` commands that run at the same time.
 
-    Two programs whose threads share cores wait for each other's: here that took three times as long.
+    None stands for all cores: for a command that runs alone, and on systems that cannot pin processes. Programs whose
+    threads share cores wait for each other: two trainings on two shared cores took three times as long.
     """
     if workers <= 1 or not hasattr(os, "sched_setaffinity"):
         return [None] * max(1, workers)
@@ -156,7 +157,10 @@ def _shares(workers: int) -> list[set[int] | None]:
 
 
 def _command(command: list[str], log: Path, cores: set[int] | None) -> None:
-    """Runs `hafs COMMAND` on `cores`, its output into `log`; `UserError` with its last line where it fails."""
+    """Runs `hafs COMMAND` on `cores` and appends its output to `log`.
+
+    Raises `UserError` with the last line of the output where the command fails.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     if cores is not None:
@@ -168,7 +172,7 @@ def _command(command: list[str], log: Path, cores: set[int] | None) -> None:
         ) as process,
     ):
         if cores is not None:
-            os.sched_setaffinity(process.pid, cores)  # its threads, all still to come, inherit it
+            os.sched_setaffinity(process.pid, cores)  # the threads that it will start inherit it
         code = process.wait()
     if code:
         last = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()[-1:]
@@ -176,7 +180,7 @@ def _command(command: list[str], log: Path, cores: set[int] | None) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: a bound that one seed cannot give is null."""
+    """The value with null for numbers that are not finite, which JSON lacks: one seed gives no finite interval."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

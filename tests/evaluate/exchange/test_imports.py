@@ -13,6 +13,7 @@ import torch
 from sae_lens import SAE as TorchSAE
 
 from hafs_evaluate.cli import main
+from hafs_evaluate.exchange.dictionary_classes import library_class
 from hafs_evaluate.exchange.dictionary_learning import import_sae, to_dictionary_learning
 from hafs_jax.base.errors import UserError
 from hafs_jax.saelens_format import read_start
@@ -80,6 +81,13 @@ def test_every_class_of_dictionary_learning_is_imported(name: str, tmp_path: Pat
         ours |= {their: our for our, their in CLASSES.items() if their not in ours and our != "matryoshka_relu"}
         params, _ = read_start(folder, ours[name], D, F, input_scale())
         assert_same(of_trainer(params, ours[name], input_scale(), acts)[1], recon)
+
+
+def test_an_architecture_is_written_as_the_class_of_its_own_or_of_its_form() -> None:
+    assert library_class("jumprelu", "batchtopk") == "BatchTopKSAE"
+    assert library_class("jumprelu", "matryoshka") == "MatryoshkaBatchTopKSAE"
+    assert library_class("jumprelu", "of another library") == library_class("jumprelu") == "JumpReluAutoEncoder"
+    assert library_class("standard", "matryoshka_relu") == "AutoEncoder"  # AutoEncoderNew is read alone
 
 
 def test_a_threshold_that_training_never_set_keeps_every_positive_latent(tmp_path: Path) -> None:
