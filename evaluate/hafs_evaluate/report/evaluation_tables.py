@@ -47,6 +47,31 @@ def by_source(results: dict[str, Any]) -> dict[str, Any] | None:
     return {"sources": sources, "rows": rows}
 
 
+def core_table(results: dict[str, Any], names: list[str]) -> dict[str, Any] | None:
+    """Every number of core.json (rows, by their path in it) for the arms `names`, means over seeds; None without."""
+    found = {
+        name: [_leaves(results["variants"][run]["core"]) for run in results["arms"][name]["runs"]] for name in names
+    }
+    found = {name: [one for one in seeds if one] for name, seeds in found.items()}
+    paths = dict.fromkeys(path for seeds in found.values() for one in seeds for path in one)
+    rows = []
+    for path in paths:
+        known = [[one[path] for one in seeds if path in one] for seeds in found.values()]
+        rows.append({"path": path, "cells": [f"{sum(own) / len(own):.5g}" if own else "" for own in known]})
+    return {"names": list(found), "rows": rows} if rows else None
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers in `values` by their dotted path; not those of single sources, which have a table, nor the config."""
+    leaves: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key not in ("config", "by_source"):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            leaves[prefix + key] = value
+    return leaves
+
+
 def domain_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
     """How well latents of the arms `names` detect each source of text: [{source, note, header, rows}].
 
@@ -64,12 +89,14 @@ def domain_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, A
         of_source = {name: seeds for name, seeds in of_source.items() if seeds}
         first = next(iter(of_source.values()))[0]
         unions = [key for key in first if re.fullmatch(r"best_\d+", key) and key != "best_1"]
+        f1 = {"best_1": "F1, best latent", "best_1_threshold": "F1, best over a threshold"}
+        f1 |= {key: f"F1, any of {key.removeprefix('best_')}" for key in unions}
         rows = [
             {
                 "name": name,
                 "cells": [
                     _mean([one["best_auroc"]["auroc"] for one in seeds]),
-                    *(_mean([one[key]["f1"] for one in seeds]) for key in ("best_1", *unions)),
+                    *(_mean([one[key]["f1"] for one in seeds]) for key in f1),
                     _mean([one["detectors"] for one in seeds], 0 if len(seeds) == 1 else 1),
                 ],
                 "latents": [
@@ -84,12 +111,7 @@ def domain_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, A
                 "source": source,
                 "note": f"{first['documents']:,} documents of {source} and {first['documents_outside']:,} others. A"
                 f" latent that is always active would have an F1 of {first['always_f1']:.3f}.",
-                "header": [
-                    "AUROC, best latent",
-                    "F1, best latent",
-                    *(f"F1, any of {key.removeprefix('best_')}" for key in unions),
-                    "detectors",
-                ],
+                "header": ["AUROC, best latent", *f1.values(), "detectors"],
                 "rows": rows,
             }
         )

@@ -105,9 +105,7 @@ def _trees(view: dict[str, Any]) -> list[str]:
         latents = "1 latent" if one["k"] == 1 else f"{one['k']} latents"
         parts.append(f"{escape(one['tree'])}: balanced accuracy of {latents}, each class against all other texts.")
         parts.append(table(one["header"], one["rows"]))
-    if view["skipped_trees"]:
-        parts.append(escape(view["skipped_trees"]))
-    return parts
+    return parts + [escape(sentence) for sentence in view["tree_notes"]]
 
 
 def _domains(view: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from hafs_evaluate.report.embedded import chosen_runs, embed
 from hafs_evaluate.report.markdown import markdown
 from hafs_evaluate.report.page import page
 from hafs_evaluate.report.provenance import configs, sources, store_note, versions
-from hafs_evaluate.report.tree_view import skipped_trees, tree_data, tree_tables
+from hafs_evaluate.report.tree_view import tree_data, tree_notes, tree_tables
 from hafs_evaluate.report.verdict import verdict, what_ran
 from hafs_evaluate.results.arms import compared, groups
 from hafs_evaluate.results.results import build_results, published
@@ -79,7 +79,7 @@ def _view(folder: Path, results: dict[str, Any], manifest: Manifest) -> dict[str
         "first_letter": evaluation_tables.first_letter_table(results),
         "tree": tree_data(results),
         "tree_tables": tree_tables(results, main["names"] if main else []),
-        "skipped_trees": skipped_trees(results),
+        "tree_notes": tree_notes(results),
         "strings": strings,
         "records": records,
         "seeds_shown": {name: run_names[name] for name in kept},
@@ -156,6 +156,7 @@ def _groups(folder: Path, results: dict[str, Any], latents: dict[str, list[dict[
                 + ([key for key, _, _ in mean[0].levels] if mean else []),
                 "task_table": evaluation_tables.task_table(results, names),
                 "domains": evaluation_tables.domain_tables(results, names),
+                "core": evaluation_tables.core_table(results, names),
                 "dictionary": panels.latent_panels(own, prefix),
                 "latent_names": list(own),
             }

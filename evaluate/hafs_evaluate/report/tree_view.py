@@ -52,12 +52,25 @@ def tree_data(results: dict[str, Any]) -> dict[str, Any] | None:
     return {"trees": trees, "ks": ks, "columns": columns, "values": values, "over": over}
 
 
-def skipped_trees(results: dict[str, Any]) -> str:
-    """A sentence that names the label trees left out, and why; empty where none was."""
+def tree_notes(results: dict[str, Any]) -> list[str]:
+    """Sentences that say of each tree which of its texts and classes were left out, and which trees were, and why."""
+    trees: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     for values in results["variants"].values():
-        skipped |= (values.get("hierarchy") or {}).get("skipped") or {}
-    return f"Trees left out: {'; '.join(f'{tree} ({why})' for tree, why in skipped.items())}." if skipped else ""
+        found = values.get("hierarchy") or {}
+        trees = (found.get("trees") or {}) | trees
+        skipped |= found.get("skipped") or {}
+    notes = []
+    for name, tree in trees.items():
+        reasons = {"in_training": "in the training documents", "ambiguous": "in two classes at once"}
+        parts = [f"{tree[key]:,} texts {why}" for key, why in reasons.items() if tree.get(key)]
+        if tree.get("dropped"):
+            parts.append(f"classes with too few texts: {', '.join(path or 'background' for path in tree['dropped'])}")
+        if parts:
+            notes.append(f"Left out of {name}: {'; '.join(parts)}.")
+    if skipped:
+        notes.append(f"Trees left out: {'; '.join(f'{tree} ({why})' for tree, why in skipped.items())}.")
+    return notes
 
 
 def tree_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:

@@ -235,5 +235,11 @@ for _measure in (
         " vector of the other seed, mean over pairs of seeds.",
         path="mean_max_cosine", better="higher", over="pairs of seeds", is_of_all_runs=True,
     ),
+    Measure(
+        "stability_shared", STABILITY, "shared latents",
+        "Fraction of the latents that can be matched one to one with those of another seed, each pair with a cosine"
+        " above 0.7; mean over pairs of seeds.",
+        path="shared_fraction", better="higher", over="pairs of seeds", is_of_all_runs=True, is_column=False,
+    ),
 ):  # fmt: skip
     register_measure(_measure)

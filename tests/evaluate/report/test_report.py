@@ -358,6 +358,13 @@ def test_domains_and_first_letters_are_shown_wherever_results_are(tmp_path):
     assert "first-letter" in {value for _, name, value in page.attributes if name == "id"}
 
 
+def test_every_number_of_the_core_metrics_is_on_the_page(made):
+    text = "".join(page_of(made).texts)
+    for path, value in (("geometry.frobenius_excess", "0.1"), ("sparsity.n_latents", "13"), ("model.kl_score", "0.95")):
+        assert path in text and value in text
+    assert "by_source.text" not in text
+
+
 def test_what_was_not_looked_at_has_no_section(made):
     text = (made / "report" / "index.html").read_text() + (made / "report" / "report.md").read_text()
     for part in ('id="domains"', 'id="first-letter"', "## Domains", "First-letter"):
@@ -368,11 +375,15 @@ def test_trees_left_out_and_saes_off_their_level_are_named(tmp_path):
     folder = make_workspace(tmp_path, ("baseline-s0",))
     write_hierarchy(folder, "baseline-s0", 0.7)
     path = folder / "eval" / "baseline-s0" / "hierarchy.json"
-    write_json(path, {**json.loads(path.read_text()), "skipped": {"places": "under two leaves"}})
+    found = json.loads(path.read_text())
+    found["trees"]["professions"] |= {"in_training": 1234, "ambiguous": 0, "dropped": {"people/poet": 7}}
+    write_json(path, {**found, "skipped": {"places": "under two leaves"}})
     summary = {"saes": 3, "config": {"l0_margin": 0.02}, "off_level": {"a": 17.0}, "missing": ["b"], "comparisons": []}
     write_json(folder / "experiment" / "summary.json", {**summary, "falsifiers": [{"name": "x", "outcome": "pass"}]})
     shown = "".join(page_of_written(folder).texts), (folder / "report" / "report.md").read_text().replace("\\", "")
     for text in shown:
         assert "Trees left out: places (under two leaves)." in text
+        left_out = "1,234 texts in the training documents; classes with too few texts: people/poet"
+        assert f"Left out of professions: {left_out}." in text
         assert "1 of 4 SAEs (a) is off their L0 level by more than 2%." in text
         assert "1 of 4 SAEs (b) is not measured." in text
