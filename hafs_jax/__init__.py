@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hafs_jax.registry import register_variant as register_variant
     from hafs_jax.runs import Run as Run
     from hafs_jax.runs import RunSummary as RunSummary
+    from hafs_jax.saelens import export_saelens as export_saelens
     from hafs_jax.store.arrays import write_array_store as write_array_store
     from hafs_jax.store.reader import Store as Store
     from hafs_jax.training.loop import Terminated as Terminated
@@ -53,6 +54,7 @@ _MODULES = {
     "TrainingStopped": "training.loop",
     "UserError": "base.errors",
     "VARIANTS": "presets",
+    "export_saelens": "saelens",
     "load": "api",
     "open_stores": "training.train",
     "preset": "presets",
