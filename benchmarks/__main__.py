@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would take ours' cores
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # of a GPU's memory; torch's peers need some besides
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would take our cores
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # of a GPU's memory; the other libraries need some too
 
 import importlib
 
@@ -32,20 +32,24 @@ SUITES = (
     "accelerator",
 )
 QUICK = ("limits", "steps", "penalties", "loading", "startup")
-"""What `--quick` runs, each at fewer sizes and rounds: under three minutes on two cores."""
+"""The suites that `--quick` runs, each at fewer sizes and rounds: under three minutes on two cores."""
 
 
 def main() -> int:
     parser = Parser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds, under three minutes")
-    parser.add_argument("--only", nargs="+", choices=SUITES, metavar="SUITE", help=f"of {', '.join(SUITES)} [all]")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"only {', '.join(QUICK)}, at fewer sizes and rounds: under three minutes"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=SUITES, metavar="SUITE", help=f"run these suites: {', '.join(SUITES)} [all]"
+    )
     parser.add_argument(
         "--write", type=Path, help="JSON file for the table [benchmarks/results/<device>.json; none with --only]"
     )
     options = parser.parse_args()
     names = options.only or (QUICK if options.quick else SUITES)
     path = options.write
-    if path is None and not options.only:  # a part of the table would replace the whole
+    if path is None and not options.only:  # with --only, a part of the table would replace all of it
         path = Path(__file__).parent / "results" / f"{device()}.json"
     rows: list[Row] = []
     limits: dict[str, float] = {}

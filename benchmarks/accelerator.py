@@ -1,9 +1,9 @@
-"""On an accelerator alone: the dense bfloat16 step and TopK over 131,072 latents, and the loader feeding the first.
+"""On an accelerator: the dense bfloat16 step, TopK over 131,072 latents, and the dense step's wait for its data.
 
-Ours needs no other library than JAX. sae_lens, dictionary_learning and sparsify with its fused kernels take part where
-they are installed and torch has the device; losses and gradients are compared first, at a small size on the CPU. Yields
-nothing on a CPU. No accelerator has been at hand yet: what it would print is not known. The batch repeats, so that
-latents would count as dead soon; here none ever does.
+Our side needs no other library than JAX. sae_lens, dictionary_learning and sparsify with its fused kernels take part
+if they are installed and torch has the device. Losses and gradients are compared first, at a small size on the CPU. On
+a CPU the suite has no rows. It has not been run on an accelerator yet. The batch repeats, so that latents would soon
+count as dead; the config prevents that.
 """
 
 import importlib.util
@@ -25,14 +25,14 @@ _D, _B, _DENSE_F, _WIDE_F, _K = 2_048, 8_192, 32_768, 131_072, 64
 _STEPS = 4
 _PRODUCTS_TARGET = 0.65
 _CHECKED = 64
-_BYTES = 2 << 30  # of the store that the loader reads
+_BYTES = 2 << 30  # size of the store that the loader reads
 _NONE_DEAD = {"dead_after_tokens": 10**9}
 
 Runs = dict[str, Callable[[], Any]]
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """Tokens a second; the dense step is to reach 65% of what its products alone do in the same rounds."""
+    """Rows with tokens per second. The dense step's target is 0.65 of the rate of its products in the same rounds."""
     if jax.default_backend() == "cpu":
         return
     rounds = 5 if quick else 20
@@ -42,7 +42,7 @@ def measure(quick: bool) -> Iterator[Row]:
     yield from _rows(dense, rows_BD, _STEPS, rounds, {"its five products": products}, _PRODUCTS_TARGET)
     by_dense = our_steps(_config("topk", _WIDE_F, products="dense"), rows_BD, 1)
     yield from _rows(wide, rows_BD, 1, rounds, {"our dense products": by_dense})
-    del products, by_dense  # their memory is the peers'
+    del products, by_dense  # the other libraries need their memory
     with tempfile.TemporaryDirectory(prefix="hafs-loading-") as temporary:
         store = loading.make_store(Path(temporary), _BYTES, _D)
         sizes = {"MB": _BYTES >> 20, "D": _D, "B": _B, "dtype": "bfloat16"}
@@ -60,7 +60,7 @@ def _config(architecture: str, n_latents: int, **fields: Any) -> TrainConfig:
 def _rows(
     config: TrainConfig, rows_BD: np.ndarray, steps: int, rounds: int, others: Runs, target: float | None = None
 ) -> Iterator[Row]:
-    """`steps` of ours in a call against one of each of `others`."""
+    """Rows that compare `steps` of our steps in one call with one step of each of `others`."""
     times = interleaved({"ours": our_steps(config, rows_BD, steps), **others}, rounds)
     ours, spread = times["ours"].rate(steps * _B)
     name = f"{config.sae.architecture} step, F={config.sae.F:,}"
@@ -71,7 +71,10 @@ def _rows(
 
 
 def _installed(config: TrainConfig) -> list[str]:
-    """The peers that have the architecture and are installed, if torch has the device; checked to compute the same."""
+    """The installed libraries that have the architecture, if torch has the device, once the check has passed.
+
+    The check compares their losses and gradients with ours.
+    """
     if importlib.util.find_spec("torch") is None:
         return []
     import torch
@@ -88,7 +91,7 @@ def _installed(config: TrainConfig) -> list[str]:
 
 
 def _peer_step(peer: str, config: TrainConfig, rows_BD: np.ndarray) -> Callable[[], Any]:
-    """A step of a peer on torch's device, returning when that has done it."""
+    """A step of another library on torch's device, which returns when the device is done."""
     import torch
 
     from benchmarks.peer_steps import STEPS

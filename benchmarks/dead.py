@@ -1,4 +1,4 @@
-"""What the auxiliary loss costs: a BatchTopK step with some latents dead against the same without."""
+"""The cost of the auxiliary loss: a BatchTopK step with some latents dead against the same step with none."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,11 +7,11 @@ from benchmarks.harness import Row, interleaved
 from benchmarks.workloads import DISPATCH, B, D, K, config_of, our_steps, planted_rows, random_weights
 
 _CASES = ((4_608, (10, 300, 1_500)), (16_384, (800,)))
-_SILENT = -1e6  # a bias under which no latent ever fires
+_SILENT = -1e6  # a bias with which a latent never fires
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """Milliseconds a step. The dead have no bias from which to come back, so that their number stays."""
+    """Rows with milliseconds per step. A large negative bias keeps dead latents dead, so their number is fixed."""
     rows_BD = planted_rows(B, seed=0)
     for F, numbers in _CASES[:1] if quick else _CASES:
         runs: dict[int, Callable[[], Any]] = {}

@@ -1,7 +1,8 @@
-"""Seconds of SAE-Bench's probing of a second variant against the first, the cache of activations empty at the start.
+"""SAE-Bench's probing: the seconds for a second variant against those for the first, whose cache is empty.
 
-The packaged model and sae-probes' own tasks. The first variant pays for the model's activations and for the probe on
-all of their dimensions; the second finds both. The SAEs are random: what is timed does not depend on what they learned.
+The model is the packaged one, the tasks are from sae-probes. The first variant computes the activations of the model
+and the probe on all of their dimensions. The second one finds both in the cache. The SAEs have random weights, since
+the time does not depend on what they learned.
 """
 
 import contextlib
@@ -28,12 +29,12 @@ from hafs_jax.store.reader import Store
 
 TASKS = ("117_us_state_FL", "21_headline_istrump", "105_click_bait", "96_spam_is")
 N_LATENTS = 2_304
-MAX_TOKENS = 128  # of a text, where evaluations read 1,024: the first variant would pay more
+MAX_TOKENS = 128  # per text; evaluations read 1,024, with which the first variant would take longer
 TARGET = 0.2
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """The suite's row."""
+    """The row of the suite."""
     tasks = TASKS[:1] if quick else TASKS
     with tempfile.TemporaryDirectory(prefix="hafs-evaluation-") as temporary:
         manifest = _manifest(Path(temporary))
@@ -41,9 +42,9 @@ def measure(quick: bool) -> Iterator[Row]:
         settings = ProbeSettings(tasks, defaults.ks, defaults.penalty, defaults.probe_seed)
         saes = [_random_sae(manifest, seed) for seed in range(3)]
         one_task = dataclasses.replace(settings, tasks=tasks[:1])
-        _probed("warm-up", saes[2], manifest, one_task, Path(temporary) / "warm-up")  # imports, threads
-        first, tokens = _probed("first", saes[0], manifest, settings, Path(temporary) / "cache")
-        second, _ = _probed("second", saes[1], manifest, settings, Path(temporary) / "cache")
+        _probing_seconds("warm-up", saes[2], manifest, one_task, Path(temporary) / "warm-up")  # imports, threads
+        first, tokens = _probing_seconds("first", saes[0], manifest, settings, Path(temporary) / "cache")
+        second, _ = _probing_seconds("second", saes[1], manifest, settings, Path(temporary) / "cache")
     sizes = {"tasks": len(tasks), "tokens": tokens, "max_tokens": MAX_TOKENS, "F": N_LATENTS, "ks": list(settings.ks)}
     note = "the first computes the activations of all texts and the probe on all dimensions, once for all variants"
     yield Row(
@@ -51,8 +52,8 @@ def measure(quick: bool) -> Iterator[Row]:
     )
 
 
-def _probed(name: str, sae: Any, manifest: Manifest, settings: ProbeSettings, root: Path) -> tuple[float, int]:
-    """Seconds of a variant's probing from an activation cache in `root`, and the tokens run through the model."""
+def _probing_seconds(name: str, sae: Any, manifest: Manifest, settings: ProbeSettings, root: Path) -> tuple[float, int]:
+    """The seconds of probing a variant with an activation cache in `root`, and the number of tokens in the cache."""
     started = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
         cache = fill_cache(
@@ -63,7 +64,7 @@ def _probed(name: str, sae: Any, manifest: Manifest, settings: ProbeSettings, ro
 
 
 def _manifest(folder: Path) -> Manifest:
-    """That of a small store of the packaged model: what the evaluations know of the model."""
+    """The manifest of a small store of the packaged model, from which evaluations read what the model is."""
     prepare_hub(OFFLINE)
     config = dataclasses.replace(OFFLINE, max_rows=4_000)
     with contextlib.redirect_stderr(io.StringIO()):

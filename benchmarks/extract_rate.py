@@ -1,8 +1,8 @@
-"""Tokens a second of `LanguageModel.activations`: dtypes, batch sizes, and the bridge against transformers' own block.
+"""Tokens per second of `LanguageModel.activations` by dtype and batch size, and of TransformerLens's bridge.
 
     python benchmarks/extract_rate.py [--model NAME] [--hook-point POINT] [--context-length 128] [--seconds 10]
 
-Every case is measured in turn, three times around, and the best is shown: what else the machine does comes and goes.
+The cases run in turn, three times. The best rate of each is shown, since other work of the machine only slows them.
 """
 
 import argparse
@@ -20,7 +20,7 @@ ROUNDS = 3
 
 
 def rate(run: Callable[[torch.Tensor], object], tokens_BL: torch.Tensor, seconds: float) -> float:
-    """Tokens a second over at least `seconds`, after one call that is not counted."""
+    """Tokens per second over at least `seconds`, after one call that is not counted."""
     run(tokens_BL)
     calls, started = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds:

@@ -1,9 +1,12 @@
-"""Tokens a second from text to a store on disk: against the bare forward pass, and against sae_lens's runner.
+"""Tokens per second from text to a store on disk, against the bare forward pass and against sae_lens's runner.
 
-The packaged model and text. Tokens are those that the model sees, BOS included. Loading the model is left out of all
-rates; tokenising, the forward pass, shuffling and writing are in ours, and in sae_lens's as far as it does them. What
-is compared computes the same: a relative difference of activations above `TOLERANCE` is an error. The model's blocks
-are compiled in ours, as a large extraction's are; compiling is left out of the rates too, as loading is.
+Model and text are the packaged ones. Tokens are those that the model sees, BOS included.
+
+- Loading the model is left out of all rates.
+- Our rate includes tokenising, the forward pass, shuffling and writing. sae_lens's includes those of them that it does.
+- On our side the model's blocks are compiled, as in a large extraction. Compiling is left out of the rates too.
+
+All sides must compute the same activations: a relative difference above `TOLERANCE` is an error.
 """
 
 import contextlib
@@ -32,15 +35,15 @@ from hafs_jax.store.manifest import TIMING
 from hafs_jax.store.reader import Store
 
 BARE_TARGET, SAE_LENS_TARGET = 0.95, 1.5
-TOLERANCE = 2e-2  # bfloat16 has 8 bits; float32 is 1.0e-2 from the model as it is, 0.8e-2 from the compiled one
+TOLERANCE = 2e-2  # bfloat16 has 8 bits: in it the plain model is 1.0e-2 from float32, the compiled one 0.8e-2
 LAYER = int(OFFLINE.hook_point.split(".")[1])
 LENGTH, BATCH = OFFLINE.context_length, OFFLINE.batch_tokens // OFFLINE.context_length
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """The suite's rows."""
+    """Rows of the suite."""
     tokens = (15 if quick else 50) * OFFLINE.batch_tokens
-    prepare_hub(OFFLINE)  # nothing of it is needed
+    prepare_hub(OFFLINE)  # no file of the hub is needed
     model = load_model(OFFLINE.model, OFFLINE.model_dtype)
     sizes = {"tokens": tokens, "model": OFFLINE.model, "layers": LAYER + 1, "L": LENGTH, "batch": BATCH}
     sizes["dtype"] = OFFLINE.model_dtype
@@ -57,11 +60,11 @@ def measure(quick: bool) -> Iterator[Row]:
             _check(run(tokens_NL[:BATCH]), model.activations(tokens_NL[:BATCH], OFFLINE.hook_point), name)
         before = {name: _bare_rate(run, tokens_NL) for name, run in bare.items()}
         ours, stages = _our_rate(Path(temporary) / "ours", tokens)
-        for name, run in bare.items():  # before and after: the machine has other work at times
+        for name, run in bare.items():  # measured before and after ours, since the machine may have other work
             theirs = 2 / (1 / before[name] + 1 / _bare_rate(run, tokens_NL))
-            note = f"ours has tokenising, padding, shuffling and writing besides: {stages}"
+            note = f"ours also includes tokenising, padding, shuffling and writing: {stages}"
             yield row(name, ours, theirs, BARE_TARGET, note)
-        note = "the weights' products of all layers as far as the hooked one, for a batch, and nothing else"
+        note = "only a batch's products with the weights of all layers up to the hooked one"
         yield row("the pass's matrix products", ours, products, None, note)
         theirs = _sae_lens_rate(Path(temporary) / "sae_lens", model, tokens)
         again, _ = _our_rate(Path(temporary) / "again", tokens)
@@ -74,7 +77,7 @@ def measure(quick: bool) -> Iterator[Row]:
 
 
 def texts(model: LanguageModel, tokens: int) -> list[tuple[str, np.ndarray]]:
-    """The profile's mix of documents, with their token ids, until they hold `tokens`."""
+    """Documents of the profile's mix with their token ids, until they hold `tokens` tokens."""
     found: list[tuple[str, np.ndarray]] = []
     for _, document, ids in mixed(OFFLINE.sources, model.tokenize, []):
         found.append((document.text, ids))
@@ -85,13 +88,13 @@ def texts(model: LanguageModel, tokens: int) -> list[tuple[str, np.ndarray]]:
 
 
 def packed(model: LanguageModel, tokens: int) -> torch.Tensor:
-    """The mix's token ids one after another, cut to contexts [N, L] without padding."""
+    """The token ids of the mix one after another, cut into contexts [N, L] without padding."""
     ids = np.concatenate([ids for _, ids in texts(model, tokens)])
     return torch.from_numpy(ids[: tokens // LENGTH * LENGTH].reshape(-1, LENGTH).astype(np.int64))
 
 
 def truncated(compiled: bool) -> Any:
-    """tokens [B, L] -> activations [B, L, D]: transformers' model that ends after the hooked layer."""
+    """A function tokens [B, L] -> activations [B, L, D]: transformers' model, cut off after the hooked layer."""
     base = load_model(OFFLINE.model, OFFLINE.model_dtype).hf.base_model
     base.layers = base.layers[: LAYER + 1]
     base.norm = torch.nn.Identity()
@@ -106,9 +109,9 @@ def truncated(compiled: bool) -> Any:
 
 
 def matrix_products(model: LanguageModel) -> Callable[[], Any]:
-    """The products of a batch's rows with each weight matrix of the layers as far as the hooked one, in their dtype.
+    """A case of a batch's products with each weight matrix of the layers up to the hooked one, in their dtype.
 
-    No pass that computes what the model does can be faster, whatever it fuses.
+    No forward pass of the same model can be faster, whatever it fuses.
     """
     layers = model.hf.base_model.layers[: LAYER + 1]
     weights = [module.weight for module in layers.modules() if isinstance(module, torch.nn.Linear)]
@@ -133,7 +136,7 @@ def _bare_rate(run: Any, tokens_NL: torch.Tensor) -> float:
 
 
 def _our_rate(out: Path, tokens: int) -> tuple[float, str]:
-    """Tokens a second of extracting `tokens` training rows, loading and compiling the model left out; its stages."""
+    """Tokens per second of an extraction of `tokens` training rows without loading and compiling, and its stages."""
     config = dataclasses.replace(OFFLINE, max_rows=tokens, compile="on")
     started = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
@@ -148,7 +151,7 @@ def _our_rate(out: Path, tokens: int) -> tuple[float, str]:
 
 
 def _sae_lens_rate(out: Path, model: LanguageModel, tokens: int) -> float:
-    """Tokens a second of sae_lens's runner on the same documents, in two buffers, float16 on disk."""
+    """Tokens per second of sae_lens's runner on the same documents, with two buffers and float16 on disk."""
     from datasets import Dataset
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 
@@ -184,7 +187,7 @@ def _sae_lens_rate(out: Path, model: LanguageModel, tokens: int) -> float:
 
 
 def _check(theirs: torch.Tensor, ours: torch.Tensor, peer: str) -> None:
-    """Raises where the activations of the same tokens differ."""
+    """Raises `RuntimeError` if the activations of the same tokens differ by more than `TOLERANCE`."""
     difference = float((theirs.float() - ours.float()).norm() / ours.float().norm())
     if difference > TOLERANCE:
         raise RuntimeError(f"activations of {peer} differ from ours by {difference:.2%} for the same tokens")

@@ -1,6 +1,6 @@
-"""What every benchmark shares: rows of the table, interleaved timing, and how a table is kept.
+"""What all benchmarks share: rows of the table, interleaved timing, and files of tables.
 
-A suite is a module with `measure(quick: bool) -> Iterator[Row]`.
+A suite is a module with a function `measure(quick: bool) -> Iterator[Row]`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ PACKAGES = ("jax", "jaxlib", "torch", "sae-lens", "dictionary-learning", "eai-sp
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `ratio` is compared with `target` in `sense`; a row without a target only informs."""
+    """One comparison. Its target is met if `ratio` `sense` `target` holds; without a target it is for information."""
 
     name: str
     peer: str
@@ -33,26 +33,26 @@ class Row:
     unit: str
     ratio: float
     target: float | None
-    sense: str = ">="  # how ratio is to stand to target: ">=" or "<="
+    sense: str = ">="  # ">=" or "<="
     sizes: Mapping[str, Any] = field(default_factory=dict)
-    spread: tuple[float, float] | None = None  # smallest and largest of ours, in its unit
+    spread: tuple[float, float] | None = None  # smallest and largest value of `ours`, in `unit`
     note: str = ""
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met; None where there is none."""
+        """Whether the target is met; None if there is no target."""
         if self.target is None:
             return None
         return self.ratio >= self.target if self.sense == ">=" else self.ratio <= self.target
 
     def plain(self) -> dict[str, Any]:
-        """The row as JSON holds it."""
+        """The row as plain JSON values."""
         return {**dataclasses.asdict(self), "met": self.met}
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each round of one case."""
+    """The seconds of each round of one case."""
 
     seconds: tuple[float, ...]
 
@@ -61,13 +61,16 @@ class Times:
         return statistics.median(self.seconds)
 
     def rate(self, amount: float) -> tuple[float, tuple[float, float]]:
-        """`amount` a second: by the median, and by the slowest and the fastest round."""
+        """`amount` per second: of the median round, and of the slowest and the fastest one."""
         return amount / self.median, (amount / max(self.seconds), amount / min(self.seconds))
 
 
 def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int, warm_ups: int = 2) -> dict[str, Times]:
-    """Runs the cases in turn, `rounds` times around after `warm_ups` calls of each: what else the machine does comes
-    and goes, and meets all of them. A case returns when its work is done."""
+    """The times of cases that run in turn, `rounds` times, after `warm_ups` calls of each.
+
+    They run in turn so that other work of the machine slows all of them alike. A case must return only when its work is
+    done.
+    """
     for case in cases.values():
         for _ in range(warm_ups):
             case()
@@ -81,7 +84,7 @@ def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int, warm_ups: i
 
 
 def in_fresh_process(arguments: Iterable[str], environment: Mapping[str, str] | None = None) -> tuple[str, float]:
-    """Standard output and seconds of `python ARGUMENTS`; raises `RuntimeError` with its errors where it fails."""
+    """The standard output and the seconds of `python ARGUMENTS`. Raises `RuntimeError` with its errors if it fails."""
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **(environment or {})}
@@ -92,7 +95,7 @@ def in_fresh_process(arguments: Iterable[str], environment: Mapping[str, str] | 
 
 
 def device() -> str:
-    """A name for the machine's device, fit for a file's name: the accelerator's, or a CPU's and how many cores."""
+    """A name of the device that can be a file's name: the accelerator's, or the CPU's with its number of cores."""
     import jax
 
     kind = jax.devices()[0].device_kind
@@ -102,7 +105,7 @@ def device() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what is compared."""
+    """The version of Python and of each package that is compared, "absent" if it is not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -113,7 +116,7 @@ def versions() -> dict[str, str]:
 
 
 def write_table(path: Path, rows: Iterable[Row], command: str, limits: Mapping[str, float]) -> None:
-    """The rows with what they depend on, as JSON."""
+    """Writes the rows as JSON, with the command, the machine, the versions and the limits that they depend on."""
     write_json(
         path,
         {
@@ -128,7 +131,7 @@ def write_table(path: Path, rows: Iterable[Row], command: str, limits: Mapping[s
 
 
 def processor() -> str:
-    """The CPU's own name for itself, and what of its instructions matters here."""
+    """The CPU's name and those of its instruction sets that matter here."""
     found = _cpuinfo().get("flags", "").split()
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in found]
     return f"{_model_name()} ({', '.join(flags)})" if flags else _model_name()
@@ -139,7 +142,7 @@ def _model_name() -> str:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """What Linux says of the first processor; nothing elsewhere."""
+    """The fields of /proc/cpuinfo for the first processor; empty if there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -163,5 +166,5 @@ def show(rows: Iterable[Row]) -> str:
 
 
 def number(value: float) -> str:
-    """Three or four significant digits, thousands set apart."""
+    """The number with three significant digits or, from 100 on, as an integer with commas between thousands."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

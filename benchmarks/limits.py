@@ -1,4 +1,4 @@
-"""What the machine allows: a large matrix product in each dtype, and a large copy. JAX's and torch's."""
+"""The machine's limits: the rates of a large matrix product in each dtype and of a large copy, by JAX and by torch."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +16,7 @@ _COPIED = 1 << 28  # bytes
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """GFLOP/s of a product [B, D] @ [D, F] and GB/s of a copy (bytes read and written)."""
+    """Rows with GFLOP/s of a product [B, D] @ [D, F] and GB/s of a copy, which counts bytes read and bytes written."""
     rounds = 5 if quick else 15
     random = np.random.default_rng(0)
     left, right = (random.standard_normal(shape, dtype=np.float32) for shape in ((B, D), (D, F)))
@@ -30,7 +30,7 @@ def measure(quick: bool) -> Iterator[Row]:
 
 
 def jax_product(left: np.ndarray, right: np.ndarray, dtype: str) -> Callable[[], Any]:
-    """A product of arrays that are already in `dtype` on the device."""
+    """A case that multiplies two arrays, which are already in `dtype` on the device."""
     arrays = jnp.asarray(left, dtype), jnp.asarray(right, dtype)
     product = jax.jit(lambda left, right: matmul(left, right, dtype))
     return lambda: jax.block_until_ready(product(*arrays))

@@ -1,6 +1,6 @@
-"""Reading a store into training: its rate against a plain read, the step's wait for it, and its memory.
+"""Reading a store into training: its rate against a plain read, the time that a step waits for it, and its memory.
 
-A store of random float16 rows is made in a temporary folder; all reads come from the system's file cache.
+A store of random float16 rows is made in a temporary folder. All reads come from the system's file cache.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ READ_TARGET, WAIT_TARGET, MEMORY_TARGET = 0.7, 0.02, 1.1
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """The suite's rows."""
+    """Rows of the suite: the rate, the memory and the wait."""
     megabytes = 128 if quick else 512
     with tempfile.TemporaryDirectory(prefix="hafs-loading-") as temporary:
         store = make_store(Path(temporary), megabytes << 20)
@@ -42,7 +42,7 @@ def measure(quick: bool) -> Iterator[Row]:
 
 
 def make_store(folder: Path, size: int, d_model: int = D) -> Store:
-    """A store of `size` bytes of random rows, in shards of the usual number of rows."""
+    """A store of `size` bytes of random rows, in shards of the default number of rows."""
     random = np.random.default_rng(0)
     files = []
     for number in range(max(1, size >> 27)):
@@ -57,9 +57,9 @@ def make_store(folder: Path, size: int, d_model: int = D) -> Store:
 
 
 def _reading(store: Store, rounds: int, sizes: dict) -> Iterator[Row]:
-    """Gigabytes a second of shuffled batches on the device, and of the shards' files read from first to last.
+    """Rows with GB/s of shuffled batches on the device, against the shards' files read in order.
 
-    Both over as many passes as make a gigabyte: what the first dispatches cost, a training pays once.
+    Both make enough passes for a gigabyte, since the extra cost of the first dispatches comes only once in a training.
     """
     batches = Batches(store, B, seed=0)
     files = [store.folder / shard_name(index) for index in range(len(store.shard_sizes))]
@@ -85,8 +85,8 @@ def _reading(store: Store, rounds: int, sizes: dict) -> Iterator[Row]:
     times = interleaved(cases, rounds, warm_ups=1)
     ours, spread = times["ours"].rate(passes * batches.steps_per_pass * B * 2 * D / 1e9)
     notes = {
-        "fromfile": "the files in their order, read into fresh memory, as batches are",
-        "readinto": "the files in their order, read into one buffer over and over, of which nothing could be kept",
+        "fromfile": "the files in order, read into new memory, as batches are",
+        "readinto": "the files in order, read into one buffer again and again, so that no data could be kept",
     }
     for name, note in notes.items():
         theirs, _ = times[name].rate(passes * everything / 1e9)
@@ -95,14 +95,15 @@ def _reading(store: Store, rounds: int, sizes: dict) -> Iterator[Row]:
 
 
 def waiting(store: Store, dispatches: int, sizes: dict, batch_size: int = B, **sae: Any) -> Row:
-    """The share of a relu step's time in which it waits for its batch; the first dispatch, which compiles, apart."""
+    """The fraction of a relu step in which it waits for its batch. The first dispatch, which compiles, is left out."""
     config = with_fields(
         preset("baseline", "relu"),
         {"batch_size": batch_size, "steps_per_dispatch": STEPS_PER_DISPATCH, "sae": {"n_latents": N_LATENTS, **sae}},
     )
     config, _ = resolve(dataclasses.replace(config, passes=100.0), store, store.folder)
     scale, hyper = input_scale(store), hyperparameters(config)
-    # put where the batches are, as a training does: else the second dispatch, which is timed, would compile once more
+    # The state is put where the batches are, as in a training. Otherwise the second dispatch, which is timed, would
+    # compile again.
     state, scale = jax.device_put((first_state(config, Stores(store), scale, hyper), scale), _here())
     train_steps = compile_steps()
     blocks = _blocks(Batches(store, batch_size, seed=0), (1 + dispatches) * STEPS_PER_DISPATCH)
@@ -126,7 +127,7 @@ def waiting(store: Store, dispatches: int, sizes: dict, batch_size: int = B, **s
 
 
 def _memory(store: Store, sizes: dict) -> Row:
-    """The largest resident set in the second pass over the store, against that of the first."""
+    """The largest resident memory in the second pass over the store, against that in the first."""
     batches = Batches(store, B, seed=0)
     peaks = [0.0, 0.0]
     for number in range(2):
@@ -147,6 +148,6 @@ def _here() -> jax.sharding.Sharding:
 
 
 def _resident_bytes() -> int:
-    """The process's resident set now, mapped files included."""
+    """The resident memory of this process now, mapped files included."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * 4096

@@ -1,8 +1,11 @@
-"""Peak resident memory, each in a process of its own: of a training, against what it must hold, and of extractions.
+"""Peak resident memory of a training, against the arrays that it must hold, and of extractions.
 
-An extraction's does not depend on the model but by its weights, so that of millions of rows takes a tiny one.
+Each is measured in a process of its own, which this module's command line starts:
 
-python -m benchmarks.memory train STORE OUT ARCHITECTURE LATENTS | extract MODEL OUT ROWS     prints bytes (the suite's)
+    python -m benchmarks.memory train STORE OUT ARCHITECTURE LATENTS      prints bytes
+    python -m benchmarks.memory extract MODEL OUT ROWS                    prints bytes
+
+The model adds only its weights to the memory of an extraction, so extractions of millions of rows use a tiny model.
 """
 
 import contextlib
@@ -17,37 +20,37 @@ from benchmarks.harness import Row, in_fresh_process
 
 D, F, B, K, STEPS, ROWS = 576, 16_384, 2_048, 32, 6, 20_000
 TRAIN_TARGET, EXTRACT_TARGET = 1.5, 0.25
-_FEW = 64  # latents, of a training that needs next to nothing of its own
+_FEW = 64  # latents of a training whose own arrays are negligible
 _TINY_D = 64
 _WORDS, _DOCUMENT_WORDS = 5_000, 1_000
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """The suite's rows."""
+    """Rows of the suite."""
     with tempfile.TemporaryDirectory(prefix="hafs-memory-") as temporary:
         store = _store(Path(temporary))
         for architecture in ("topk",) if quick else ("topk", "relu"):
             yield from _training(architecture, store, Path(temporary))
-        few, many = 1_500_000, 3_000_000 if quick else 10_000_000  # three, five, seventeen buckets of the shuffle
+        few, many = 1_500_000, 3_000_000 if quick else 10_000_000  # 3, and 5 or 17 buckets of the shuffle
         model = _tiny_model(Path(temporary) / "model")
         peaks = [_peak("extract", str(model), str(Path(temporary) / f"rows-{rows}"), str(rows)) for rows in (few, many)]
         yield _extracting(few, many, *peaks)
 
 
 def _extracting(few: int, many: int, peak_few: float, peak_many: float) -> Row:
-    """What the peak grows by from `few` rows to `many`, against the bytes of the rows that came to it."""
+    """The growth of the peak from `few` rows to `many`, against the bytes of the additional rows."""
     growth, added = peak_many - peak_few, (many - few) * _TINY_D * 2 / 1e6
     sizes = {"rows": many, "rows of the first": few, "peak MB": round(peak_many), "first MB": round(peak_few)}
     sizes["D"] = _TINY_D
     name = f"growth from {few:,} to {many:,} rows extracted"
-    note = "a peak in two processes differs by some MB of itself, so that it may seem to shrink"
+    note = "peaks of two equal processes differ by some MB, so the growth may come out negative"
     return Row(name, "those rows", growth, added, "MB", growth / added, EXTRACT_TARGET, "<=", sizes, None, note)
 
 
 def _training(architecture: str, store: Path, folder: Path) -> Iterator[Row]:
-    """What the peak is over the framework's base: against parameters, Adam's moments and two batches; and our budget.
+    """The peak above a base, against the bytes of parameters, Adam's moments and two batches, and against our budget.
 
-    The base is the peak of the same training of 64 latents with 64 rows a step: imports, compiling, checkpoints.
+    The base is the peak of the same training with 64 latents and 64 rows per step: imports, compiling, checkpoints.
     """
     from hafs_jax.store.reader import Store
     from hafs_jax.training.budget import budget
@@ -59,7 +62,7 @@ def _training(architecture: str, store: Path, folder: Path) -> Iterator[Row]:
     name = f"training, {architecture}"
     yield Row(name, "what it must hold", peak - base, needed, "MB", (peak - base) / needed, TRAIN_TARGET, "<=", sizes)
     said = budget(_config(architecture), Stores(Store(store))).total / 1e6
-    note = "the line that a training prints"
+    note = "the estimate that a training prints"
     yield Row(name, "our budget", peak - base, said, "MB", (peak - base) / said, None, "<=", sizes, None, note)
 
 
@@ -82,7 +85,7 @@ def _config(architecture: str, latents: int = F):
 
 
 def _peak(*arguments: str) -> float:
-    """Megabytes that a process of this module's command line holds at most."""
+    """The peak memory in megabytes of a process that runs this module's command line."""
     printed, _ = in_fresh_process(["-m", "benchmarks.memory", *arguments])
     return float(printed.split()[-1]) / 1e6
 
@@ -94,7 +97,7 @@ def _train(store: str, out: str, architecture: str, latents: str) -> None:
 
 
 def _tiny_model(folder: Path) -> Path:
-    """A folder with a random model of Pythia's architecture, D=64, under the packaged model's tokenizer."""
+    """A folder with a random model of Pythia's architecture, D=64, and the packaged model's tokenizer."""
     from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
     from hafs_extract.packaged import model_folder
@@ -108,7 +111,7 @@ def _tiny_model(folder: Path) -> Path:
 
 
 def _words(path: Path, words: int) -> Path:
-    """A file of documents of random words, `words` in all."""
+    """A file of documents of random words, `words` words in all of them."""
     import json
 
     import numpy as np
@@ -129,7 +132,7 @@ def _extract(model: str, out: str, rows: str) -> None:
     from hafs_extract.run import extract
 
     Path(out).mkdir()
-    text = _words(Path(out) / "words.jsonl", int(rows))  # of a token or more each
+    text = _words(Path(out) / "words.jsonl", int(rows))  # each word is at least one token
     config = dataclasses.replace(
         OFFLINE,
         model=model,
@@ -144,7 +147,10 @@ def _extract(model: str, out: str, rows: str) -> None:
 
 
 def _most_held() -> int:
-    """Peak resident bytes of this process. Not `ru_maxrss`: that begins at what the parent held when it forked."""
+    """The peak resident memory of this process in bytes.
+
+    Not `ru_maxrss`, which starts at the memory of the parent when it forked.
+    """
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 

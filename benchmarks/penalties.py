@@ -1,10 +1,10 @@
-"""What the orthogonality penalty costs: on top of a training step, and by itself against F and two other forms.
+"""The cost of the orthogonality penalty on top of a training step, and of its gradient alone in three forms.
 
-ours         random chunks of m latents: F m D; every step (the default), or every fourth and held in between
-naive Gram   all pairs, F x F cosines: F^2 D, what a first version would do
-OrtSAE       its published chunks of 8,192 latents, squared largest cosine (arXiv 2509.22033)
+ours         random chunks of m latents, cost F m D; at every step (the default), or every fourth and reused in between
+naive Gram   all pairs, F x F cosines, cost F^2 D: the simplest implementation
+OrtSAE       the squared largest cosine in its published chunks of 8,192 latents (arXiv 2509.22033)
 
-and how far the estimate from one random partition is from the gradient over all pairs.
+The suite also measures the error of the gradient from one random partition against the gradient over all pairs.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from hafs_jax.method.penalties import Structure, first_groups
 from hafs_jax.method.sae import init_params
 from hafs_jax.presets import preset
 
-_MOST = 1.05  # a step with the penalty, as a multiple of one without
+_MOST = 1.05  # target: a step with the penalty takes at most this many times one without
 _BATCH = 2_048
 _MU0 = 0.1
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """Milliseconds a step with and without the penalty; then of the penalty's gradient alone, by F."""
+    """Rows with milliseconds per step with and without the penalty, and of the penalty's gradient alone, by F."""
     rounds = 3 if quick else 7
     for architecture, F in (("topk", 16_384),) if quick else (("relu", 4_608), ("topk", 4_608), ("topk", 16_384)):
         for every in (4,) if quick else (1, 4):
-            held_to_target = every > 1 and F >= 16_384
-            more = 1 if quick or not held_to_target else 3  # a twentieth is hard to see
-            yield _on_top(architecture, F, every, more * rounds, _MOST if held_to_target else None)
+            has_target = every > 1 and F >= 16_384
+            more = 1 if quick or not has_target else 3  # a difference of 5% needs more rounds
+            yield _on_top(architecture, F, every, more * rounds, _MOST if has_target else None)
     for F in (1_024, 4_096) if quick else (1_024, 4_096, 16_384):
         yield from _alone(F, rounds)
     for F in (1_024,) if quick else (1_024, 4_096):
@@ -71,7 +71,7 @@ def _alone(F: int, rounds: int) -> Iterator[Row]:
 
 
 def _spread(F: int, draws: int) -> Row:
-    """The root mean squared error of a step's penalty gradient, in norms of the exact one, for random unit rows."""
+    """The root mean squared error of a step's penalty gradient over the norm of the exact one, for random unit rows."""
     strict = preset("strict").penalty
     W_dec = init_params(config_of("topk", F).sae, D, jax.random.key(0))["W_dec"]
     structure = Structure(first_groups(strict, config_of("topk", F).sae), jnp.zeros(F))

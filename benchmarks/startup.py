@@ -1,7 +1,7 @@
-"""Seconds from the start of `hafs train` to its first logged step: an empty compilation cache, then not.
+"""Seconds from the start of `hafs train` to its first logged step, with a filled and with an empty compilation cache.
 
-Each time in a process of its own, with the cache in a temporary folder. The first logged step is the first line of
-metrics.jsonl, which is looked for every `POLL_SECONDS`.
+Each start is a process of its own, with the cache in a temporary folder. The first logged step is the first line of
+metrics.jsonl. The suite looks for it every `POLL_SECONDS`.
 """
 
 import os
@@ -24,7 +24,7 @@ LIMIT_SECONDS = 300.0
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """The suite's row."""
+    """The row of the suite."""
     with tempfile.TemporaryDirectory(prefix="hafs-startup-") as temporary:
         folder = Path(temporary)
         acts_ND = np.random.default_rng(0).standard_normal((ROWS, D), np.float32).astype(np.float16)
@@ -47,12 +47,12 @@ def measure(quick: bool) -> Iterator[Row]:
             "<=",
             sizes,
             (min(warm), max(warm)),
-            "warm: the compilation cache of the cold start; both import everything anew",
+            "warm: with the compilation cache that the cold start filled; both import all modules",
         )
 
 
 def _first_step_seconds(store: Path, out: Path, cache: Path) -> float:
-    """Starts a training, waits for its first line of metrics and stops it."""
+    """The seconds until a new training writes its first line of metrics. The training is then stopped."""
     command = [sys.executable, "-m", "hafs_jax", "train", "--store", str(store), "--out", str(out)]
     command += ["--batch-size", str(B), "--sae.n-latents", str(F), "--tokens", str(ROWS), "--log-every-steps", "1"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}

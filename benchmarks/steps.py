@@ -1,12 +1,14 @@
-"""Training steps a second: ours, sae_lens's, dictionary_learning's, sparsify's, and what the matrix products allow.
+"""Training steps: our rate against sae_lens's, dictionary_learning's, sparsify's, and the limit of the products.
 
-All take the same batch, first weights, sizes and threads, in float32, one after the other in one process. Before any
-clock starts, losses and gradients of ours and theirs are compared on a part of the batch.
+All use the same batch, initial weights, sizes and threads, in float32, one after the other in one process. Before the
+timing, losses and gradients of ours and theirs are compared on a part of the batch.
 
-The dense limit is five products of B x D x F, measured in the same rounds: encoder, decoder, and the gradients with
-respect to both matrices and to the latents. A step that skips zeros is held to the peers alone. ReLU is timed twice:
-from random weights, where half of the latents are active and nothing can be skipped, and with biases that leave k, as a
-training does but in its first steps.
+The limit of a dense step is its five products of B x D x F, measured in the same rounds: encoder, decoder, and the
+gradients for both matrices and for the latents. A step that skips zeros is compared with the other libraries alone.
+ReLU is timed twice:
+
+- from random weights, where half of the latents are active and nothing can be skipped;
+- with biases that leave k latents active, as in a training except for its first steps.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,16 +24,16 @@ _CHECKED = 64  # rows on which losses and gradients are compared
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared at one size, and how far ours is to be ahead of each."""
+    """One comparison, with the targets for the ratios of our rate to the limit's and to each library's."""
 
     architecture: str
     n_latents: int
     variant: str = "baseline"
-    sparse: bool = False  # of relu: whether the biases leave k latents active
+    sparse: bool = False  # for relu: whether biases leave only k latents active
     of_limit: float | None = None
     sae_lens: float | None = None
     dictionary_learning: float | None = None
-    quick: bool = False  # whether the quick run has it too
+    quick: bool = False  # whether --quick measures it too
 
 
 CASES = (
@@ -49,7 +51,7 @@ CASES = (
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """Tokens a second of each case's step against the peers' and the limit."""
+    """Rows with tokens per second of each case's step, against the other libraries and the limit."""
     for case in [case for case in CASES if case.quick or not quick]:
         yield from _rows(case, rounds=2 if quick else 5, all_peers=not quick or case.n_latents < 10_000)
 

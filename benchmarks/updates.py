@@ -1,4 +1,4 @@
-"""The optimizer's update in place against optax's of the same gradients, kept where they are finite."""
+"""Our update of the optimizer, in place, against optax's update of the same gradients followed by a selection."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +21,7 @@ Update = Callable[[Params, optax.OptState, Params, jax.Array, jax.Array, jax.Arr
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    """Milliseconds an update, norm of the gradient included, and megabytes of temporary memory."""
+    """Rows with milliseconds per update, the norm of the gradient included, and megabytes of temporary memory."""
     for F in (4_608,) if quick else (4_608, 16_384):
         config = config_of("topk", F)
         programs = {"ours": _program(config, _ours), "theirs": _program(config, _selected)}
@@ -29,11 +29,11 @@ def measure(quick: bool) -> Iterator[Row]:
         runs = {name: _runs(config, program) for name, program in programs.items()}
         times = interleaved(runs, 3 if quick else 7)
         ours, theirs = (times[name].median / _STEPS * 1e3 for name in programs)
-        held = [program.memory_analysis().temp_size_in_bytes / 1e6 for program in programs.values()]
+        temporary = [program.memory_analysis().temp_size_in_bytes / 1e6 for program in programs.values()]
         sizes, peer = {"D": D, "F": F}, "optax's update, selected"
         yield Row(f"the optimizer's update, F={F:,}", peer, ours, theirs, "ms", theirs / ours, None, sizes=sizes)
         name = f"temporary memory of the optimizer's update, F={F:,}"
-        yield Row(name, peer, held[0], held[1], "MB", held[0] / held[1], None, "<=", sizes)
+        yield Row(name, peer, *temporary, "MB", temporary[0] / temporary[1], None, "<=", sizes)
 
 
 def _ours(
@@ -45,7 +45,7 @@ def _ours(
 def _selected(
     params: Params, state: optax.OptState, grads: Params, _: Any, rate: jax.Array, ok: jax.Array, config: TrainConfig
 ) -> tuple[Params, optax.OptState]:
-    """The update as it is written without a thought of memory."""
+    """The update without regard for memory: the new values are computed and then selected where `ok`."""
     new = plain_update(params, state, grads, rate, config)
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, (params, state))
 
@@ -71,17 +71,17 @@ def _start(config: TrainConfig) -> tuple[tuple[Params, optax.OptState], Params]:
 
 def _runs(config: TrainConfig, program: Any) -> Callable[[], Any]:
     old, grads = _start(config)
-    held = [old]
+    state = [old]
 
     def run() -> None:
-        held[0] = program(held[0], grads)
-        jax.block_until_ready(held[0])
+        state[0] = program(state[0], grads)
+        jax.block_until_ready(state[0])
 
     return run
 
 
 def _check_same(config: TrainConfig, ours: Any, theirs: Any) -> None:
-    """Raises `RuntimeError` where the two leave other parameters or moments."""
+    """Raises `RuntimeError` if the two give different parameters or moments."""
     for mine, other in zip(*(jax.tree.leaves(program(*_start(config))) for program in (ours, theirs)), strict=True):
         if not np.allclose(mine, other, rtol=1e-4, atol=1e-7):
             raise RuntimeError(f"the update in place differs from optax's by {np.abs(mine - other).max():.1e}")

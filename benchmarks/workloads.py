@@ -1,4 +1,4 @@
-"""What the suites measure: configs, rows, weights, our training steps and the products they need. No other library."""
+"""Workloads of the suites: configs, rows, weights, our training steps, the products they need. No other library."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from hafs_jax.training.programs import compile_steps
 from hafs_jax.training.state import hyperparameters, shared_config, state_of
 
 D, B, K = 576, 2_048, 32
-DISPATCH = 4  # steps of ours in one call, as the training loop makes them
+DISPATCH = 4  # our steps per call; the training loop makes several in one call too
 L1 = 1.0
 
 Weights = dict[str, np.ndarray]
-"""float32 arrays under our names."""
+"""Our parameter names -> float32 arrays."""
 
 
 def config_of(architecture: str, n_latents: int, variant: str = "baseline", **fields: Any) -> TrainConfig:
-    """A training of the library's defaults but for the fixed coefficient that the peers have too."""
+    """The library's defaults, except that relu has a fixed coefficient, as the other libraries have."""
     fixed = {"coefficient": L1, "match_l0": False} if architecture == "relu" else {}
     config = with_fields(
         preset(variant, architecture),
@@ -45,7 +45,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 
 def random_weights(config: TrainConfig, rows_BD: np.ndarray, l0: int | None = None) -> Weights:
-    """Random weights; with `l0`, biases that leave so many positive pre-activations of a row on average."""
+    """Random weights. With `l0`, biases leave so many positive pre-activations per row on average."""
     weights = {name: np.array(value) for name, value in init_params(config.sae, D, jax.random.key(0)).items()}
     if l0 is not None:
         pre = np.sort((rows_BD @ weights["W_enc"]).reshape(-1))
@@ -54,7 +54,7 @@ def random_weights(config: TrainConfig, rows_BD: np.ndarray, l0: int | None = No
 
 
 def planted_rows(rows: int, seed: int, d_model: int = D, features: int = 2_000) -> np.ndarray:
-    """Rows of mean 0 and mean square norm d_model, sparse sums of random directions: [rows, d_model] float32."""
+    """Sparse sums of random directions, [rows, d_model] in float32, with mean 0 and mean squared norm d_model."""
     random = np.random.default_rng(seed)
     directions = random.standard_normal((features, d_model), dtype=np.float32)
     active = random.random((rows, features), dtype=np.float32) < 20 / features
@@ -66,7 +66,7 @@ def planted_rows(rows: int, seed: int, d_model: int = D, features: int = 2_000) 
 def our_steps(
     config: TrainConfig, rows_BD: np.ndarray, steps: int = DISPATCH, weights: Weights | None = None
 ) -> Callable[[], Any]:
-    """`steps` training steps in one call, as the training loop makes them; from `weights`, or from fresh ones."""
+    """A case of `steps` training steps in one call, from `weights` or from new random ones."""
     config = resolved(config)
     hyper, d_model = hyperparameters(config), rows_BD.shape[1]
     fresh = init_params(config.sae, d_model, jax.random.key(0))
@@ -83,10 +83,10 @@ def our_steps(
 
 
 def five_products(rows_BD: np.ndarray, weights: Weights, dtype: str = "float32") -> Callable[[], Any]:
-    """The matrix products that a dense step cannot do without, of arrays that are in `dtype` already."""
+    """A case of the five matrix products that every dense step needs, of arrays that are already in `dtype`."""
     acts_BD, W_enc, W_dec = (jnp.asarray(array, dtype) for array in (rows_BD, weights["W_enc"], weights["W_dec"]))
     random_BF = jax.random.normal(jax.random.key(0), (len(acts_BD), len(W_dec)))
-    latents_BF = jax.nn.relu(random_BF).astype(dtype)  # half zeros, as ReLU's: some devices draw less power for them
+    latents_BF = jax.nn.relu(random_BF).astype(dtype)  # half zeros, like ReLU's: some devices draw less power for zeros
     sums = {"preferred_element_type": jnp.float32}
     products = (
         (jax.jit(lambda x, w: jnp.matmul(x, w, **sums)), acts_BD, W_enc),
