@@ -1,18 +1,25 @@
-"""Final FVU of our trainer and of the peers' own, on the same rows in the same order, from the same first weights.
+"""Final FVU of our trainer and of other libraries' own, on the same rows in the same order from the same weights.
 
     python -m benchmarks.parity [--store OUT/NAME/store/train] [--architectures relu topk] [--write FILE.md]
 
-Without --store it makes a planted store with numpy: D=64, 128 features of Zipf-like frequency, 300k rows, mean L0 6.
+Without --store it makes a planted store with numpy: D=64, 128 features of Zipf-like frequency, 300,000 rows, mean L0 6.
 
-What is the same: batches, steps, learning rate and its schedule, F, k or coefficient (an L1 or L0 weight means the same
-to all; see tests/test_parity.py), the first weights, the rows' centring and scale, the number of rows after which a
-latent is dead. Each keeps its own loss, auxiliary loss, Adam's moments, clipping and treatment of the decoder's norm;
---clip-norm sets ours: the peers clip the gradient of a squared error of D, so that their 1 is our 1/D.
-dictionary_learning's thresholds move like ours (.99, from the first batch), and its start at the geometric median is
-left out. Its JumpReLU has a target L0, with which our l0_loss=target is compared; our l0_loss=step is with sae_lens's.
+The same on all sides:
 
-FVU is sum |x - x_hat|^2 / sum |x - mean|^2 over held-out rows, in float64, of each library's own inference code; ours
-runs as the SAELens folder it exports. Dead: the share of latents that fire on none of those rows.
+- batches and steps, learning rate and its schedule, F;
+- k, or the coefficient: an L1 or L0 weight means the same to all (see tests/contract/test_parity.py);
+- initial weights, centring and scale of the rows;
+- the number of rows after which a latent is dead.
+
+Each library keeps its own loss, auxiliary loss, moments of Adam, clipping and treatment of the decoder's norm.
+--clip-norm sets our clipping, on the gradient of a squared error of D, as theirs is.
+
+Two settings of dictionary_learning are changed. Its thresholds follow like ours (decay 0.99, from the first batch), and
+it does not start at the geometric median. Its JumpReLU has a target L0 and is compared with our l0_loss=target.
+sae_lens's is compared with our l0_loss=step.
+
+FVU is sum |x - x_hat|^2 / sum |x - mean|^2 over held-out rows, in float64, by each library's own inference code. Ours
+runs as the SAELens folder that it exports. Dead is the fraction of latents that fire on none of these rows.
 """
 
 import argparse
@@ -53,7 +60,7 @@ from hafs_jax.training.train import open_stores, train
 
 ARCHITECTURES = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 COEFFICIENTS = {"relu": 1.5, "gated": 1.5, "jumprelu": 0.6}
-"""Weights of L1 or L0 beside a squared error of D: near an L0 of 6 on the planted store."""
+"""Weights of L1 or L0 for a squared error of D, which give an L0 of about 6 on the planted store."""
 
 HELDOUT_ROWS = 20_000
 _ROWS_AT_ONCE = 5_000
@@ -71,7 +78,7 @@ class Measured:
 
 
 def planted(rows: int = 300_000, d_model: int = 64, features: int = 128, active: float = 6.0) -> np.ndarray:
-    """Sums of randomly firing unit directions with uniform(.5, 1.5) coefficients, an offset, and noise of .02."""
+    """Sums of randomly firing unit directions with uniform(0.5, 1.5) coefficients, an offset, and noise of 0.02."""
     random = np.random.default_rng(0)
     directions = random.normal(size=(features, d_model)).astype(np.float32)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -88,10 +95,10 @@ def planted(rows: int = 300_000, d_model: int = 64, features: int = 128, active:
 
 
 def config_of(architecture: str, library: str, options: argparse.Namespace, seed: int, variance: float) -> TrainConfig:
-    """Our config for a comparison with `library`; `variance` is of the scaled rows."""
+    """Our config for a comparison with `library`; `variance` is that of the scaled rows."""
     l0_loss, coefficient = "step", options.coefficients.get(architecture, 1.0)
     if (architecture, library) == ("jumprelu", "dictionary_learning"):
-        l0_loss, coefficient = "target", variance / options.k  # so that c k (L0 / k - 1)^2 is its penalty
+        l0_loss, coefficient = "target", variance / options.k  # then c k (L0 / k - 1)^2 is its penalty
     fields: dict[str, dict[str, Any]] = {
         "sae": {"n_latents": options.n_latents, "k": options.k, "l0_loss": l0_loss},
         "optimizer": {"learning_rate": options.learning_rate},
@@ -116,7 +123,7 @@ def train_ours(config: TrainConfig, store: Path, runs: Path) -> Recon:
 
 
 def train_theirs(library: str, config: TrainConfig, store: Path) -> Recon:
-    """The peer's SAE of our config, from our first weights, on our batches."""
+    """The other library's SAE, trained by our config on our batches from our initial weights."""
     weights, batches = first_weights(config, store), scaled_batches(config, store)
     if library == "sae_lens":
         sae = peers.fit_sae_lens(config, weights, fixed_ends(config.sae), batches)
@@ -133,7 +140,7 @@ def first_weights(config: TrainConfig, store: Path) -> peers.Weights:
 
 
 def scaled_batches(config: TrainConfig, store: Path) -> Iterator[torch.Tensor]:
-    """Our batches in our order, as our SAE sees them."""
+    """Our batches in our order, centred and scaled as our SAE sees them."""
     opened = Store(store)
     scale = input_scale(opened)
     mean_D, factor = np.asarray(scale.mean_D), np.asarray(scale.scale)
@@ -157,10 +164,12 @@ def measure(recon: Recon, rows_ND: torch.Tensor) -> Measured:
 
 
 def compare(options: argparse.Namespace, store: Path, work: Path) -> list[dict[str, Any]]:
-    """One row for each architecture and peer, with a `Measured` of each side for each seed."""
+    """One row for each architecture and library, with a `Measured` of each side for each seed."""
     heldout = open_stores(store).heldout(HELDOUT_ROWS)
     if heldout is None:
-        raise UserError(f"{store}: expected a held-out store beside it, found none; extract or import one")
+        raise UserError(
+            f"{store}: expected a held-out store beside it, found none; make one with `hafs extract` or `hafs import`"
+        )
     raw = heldout[0]
     rows = to_float32(raw.view(np.uint16), "bfloat16") if raw.dtype.name == "bfloat16" else raw
     raw_ND = torch.tensor(rows.astype(np.float64))
@@ -182,7 +191,7 @@ def compare(options: argparse.Namespace, store: Path, work: Path) -> list[dict[s
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: means over seeds, and the ratio of FVUs for each seed."""
+    """The table in Markdown: means over seeds, and the ratio of FVUs for each seed."""
     head = ["architecture", "peer", "FVU ours", "theirs", "L0 ours", "theirs", "dead ours", "theirs", "FVU ratio"]
     lines = [[*head, "ratio by seed", "within 2% or better"]]
     for row in rows:
@@ -201,13 +210,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, help="a training store with a held-out one beside it [a planted one]")
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=1504)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--n-latents", type=int, default=128)
-    parser.add_argument("--k", type=int, default=6)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--clip-norm", type=float, help="our largest gradient norm [our default]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="seeds to train [0 1]")
+    parser.add_argument("--steps", type=int, default=1504, help="steps of each training [1504]")
+    parser.add_argument("--batch-size", type=int, default=256, help="B, rows per step [256]")
+    parser.add_argument("--n-latents", type=int, default=128, help="F, the number of latents [128]")
+    parser.add_argument("--k", type=int, default=6, help="active latents per row [6]")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate [0.003]")
+    parser.add_argument("--clip-norm", type=float, help="our largest norm of the gradient [our default]")
     parser.add_argument("--coefficient", action="append", default=[], metavar="ARCH=VALUE", help="weight of L1 or L0")
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write the table, as Markdown")
     options = parser.parse_args(arguments)
@@ -219,7 +228,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         except ValueError:
             name = ""
         if name not in COEFFICIENTS:
-            raise UserError(f"--coefficient {given}: expected one of {', '.join(COEFFICIENTS)}, = and a number")
+            raise UserError(f"--coefficient {given}: expected ARCH=NUMBER with ARCH one of {', '.join(COEFFICIENTS)}")
     return options
 
 

@@ -1,9 +1,12 @@
-"""One training step of each peer on a batch, as its own trainer makes it, and its loss and gradients in our units.
+"""One training step of each other library on a batch, by its own trainer, and its loss and gradients in our units.
 
-sae_lens's `SAETrainer._train_step` and dictionary_learning's `update`. sparsify's `Trainer.fit` has no such part, and
-holds a language model: its step is the lines of it that train one `SparseCoder` on one batch. All with their
-defaults, so that sparsify's optimizer is signum, which keeps one moment where Adam keeps two. On a GPU in bfloat16 as
-each of them does it: by torch's autocast.
+- sae_lens: `SAETrainer._train_step`.
+- dictionary_learning: `update` of its trainer.
+- sparsify: the lines of `Trainer.fit` that train one `SparseCoder` on one batch. `fit` has no function for a step, and
+  it needs a language model.
+
+All have their default settings. So sparsify's optimizer is signum, which keeps one moment; Adam keeps two. On a GPU all
+use bfloat16 by torch's autocast, as they do themselves.
 """
 
 from collections.abc import Callable, Iterable
@@ -67,7 +70,7 @@ def dictionary_learning_step(config: TrainConfig, weights: Weights, rows_BD: np.
 
 
 def sparsify_step(config: TrainConfig, weights: Weights, rows_BD: np.ndarray, device: str = "cpu") -> Step:
-    """What sparsify's `Trainer.fit` does for one SparseCoder and one batch, by default without an auxiliary loss."""
+    """One step of sparsify's `Trainer.fit` for one SparseCoder; by default it has no auxiliary loss."""
     from schedulefree import ScheduleFreeWrapper
     from sparsify.sign_sgd import SignSGD
 
@@ -100,15 +103,15 @@ STEPS = {"sae_lens": sae_lens_step, "dictionary_learning": dictionary_learning_s
 
 
 def peers_of(architecture: str) -> tuple[str, ...]:
-    """The peers that have an architecture: sparsify has TopK alone."""
+    """The other libraries that have an architecture: sparsify has TopK alone."""
     return tuple(STEPS) if architecture == "topk" else ("sae_lens", "dictionary_learning")
 
 
 def check_same(config: TrainConfig, weights: Weights, rows_BD: np.ndarray, names: Iterable[str]) -> None:
-    """Raises `RuntimeError` where our loss or a gradient is not that of one of `names`; the penalty is no part of it.
+    """Raises `RuntimeError` if our loss or a gradient, without the penalty, differs from that of one of `names`.
 
-    Of W_dec's gradient only the part along the tangent of unit rows counts, to which a step projects it: sae_lens's
-    L1 is x decoder norm, and so has a part along the rows.
+    Of W_dec's gradient only the part that turns the unit rows is compared, since a training step keeps only that part.
+    The L1 cost of sae_lens is multiplied by the decoder norm, so its gradient also has a part along the rows.
     """
     at = At(jnp.int32(config.sae.k), jnp.float32(L1), jnp.zeros(config.sae.F, bool))
     params, acts = {name: jnp.asarray(value) for name, value in weights.items()}, jnp.asarray(rows_BD)
@@ -135,7 +138,7 @@ def _sae_lens_loss(config: TrainConfig, weights: Weights, rows: torch.Tensor) ->
     sae = peers.training_sae(architecture, weights, **_sae_lens_settings(config))
     loss = sae.training_forward_pass(TrainStepInput(rows, {"l1": L1}, torch.zeros(config.sae.F).bool(), 0, False)).loss
     loss.backward()
-    # Matryoshka's prefixes: it adds them up, ours is a mean
+    # for Matryoshka it sums the losses of the prefixes; ours is their mean
     return 1 / _terms(config), float(loss.detach()), peers.gradients(sae, "sae_lens", architecture)
 
 
@@ -148,7 +151,7 @@ def _dictionary_learning_loss(
     trainer = peers.trainer(config.sae.architecture, weights, **settings)
     loss = trainer.loss(rows, step=0)
     loss.backward()
-    # Matryoshka's prefixes: it weights a mean by 1 / their number
+    # for Matryoshka it divides the mean over the prefixes by their number again
     return (
         _terms(config),
         float(loss.detach()),
@@ -169,7 +172,7 @@ _LOSSES: dict[str, Callable[[TrainConfig, Weights, torch.Tensor], tuple[float, f
     "dictionary_learning": _dictionary_learning_loss,
     "sparsify": _sparsify_loss,
 }
-"""Each peer's loss on rows [B, D] and its gradients, and the factor that makes both ours."""
+"""For each library (config, weights, rows [B, D]) -> the factor to our units, its loss and its gradients."""
 
 
 def _terms(config: TrainConfig) -> int:

@@ -1,8 +1,10 @@
-"""Other libraries' own training classes, holding our weights: sae_lens's training SAEs, dictionary_learning's trainers,
-sparsify's sparse coder. Each library is imported where it is used: any may be absent.
+"""The training classes of other libraries with our weights, and trainings by them with our config.
 
-Weights go by our names: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D], and an architecture's threshold, r_mag, b_mag
-[F]. Also trains with them, as their trainers do, by our config.
+They are sae_lens's training SAEs, dictionary_learning's trainers and sparsify's sparse coder. Each library is imported
+where it is used, since any of them may be absent.
+
+Weights have our names: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D], and an architecture's threshold, r_mag and
+b_mag [F].
 """
 
 import contextlib
@@ -40,7 +42,7 @@ DICTIONARY_LEARNING: dict[str, tuple[str, str]] = {
     "gated": ("gdm", "GatedSAETrainer"),
     "matryoshka": ("matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer"),
 }
-"""Our architecture -> dictionary_learning's module of trainers and its class."""
+"""Our architecture -> dictionary_learning's module and class of its trainer."""
 
 _PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 _LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "b_dec"}
@@ -56,7 +58,7 @@ _NAMES: dict[tuple[str, str], dict[str, str]] = {
         **{name: _LINEAR[name] for name in ("W_enc", "W_dec")},
         **{"b_enc": "gate_bias", "b_dec": "decoder_bias", "r_mag": "r_mag", "b_mag": "mag_bias"},
     },
-}  # a matrix named "...weight" is torch's Linear's: the transpose of ours
+}  # a matrix named "...weight" belongs to torch's Linear and is the transpose of ours
 
 
 def training_sae(architecture: str, weights: Weights, device: str = "cpu", **settings: Any) -> Any:
@@ -74,7 +76,7 @@ def training_sae(architecture: str, weights: Weights, device: str = "cpu", **set
 def trainer(
     architecture: str, weights: Weights, steps: int = 10, warmup_steps: int = 0, device: str = "cpu", **settings: Any
 ) -> Any:
-    """dictionary_learning's trainer of an architecture; `settings` are further arguments of it."""
+    """dictionary_learning's trainer of an architecture; `settings` are further arguments of its class."""
     D, F = weights["W_enc"].shape
     module, name = DICTIONARY_LEARNING[architecture]
     size = {"activation_dim": D, "dict_size": F, "layer": 0, "lm_name": "", "device": device}
@@ -87,7 +89,7 @@ def trainer(
 
 def sparse_coder(weights: Weights, k: int, device: str = "cpu") -> Any:
     """sparsify's SparseCoder, whose activation is TopK, in float32."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it says there whether it has triton
+    with contextlib.redirect_stdout(io.StringIO()):  # on import it prints whether triton is there
         from sparsify import SparseCoder, SparseCoderConfig
     D, F = weights["W_enc"].shape
     coder = SparseCoder(D, SparseCoderConfig(num_latents=F, k=k), device, torch.float32)
@@ -96,7 +98,7 @@ def sparse_coder(weights: Weights, k: int, device: str = "cpu") -> Any:
 
 
 def dictionary_learning(module: str) -> Any:
-    """A module of dictionary_learning. An empty nnsight stands in where there is none: only buffers need it."""
+    """A module of dictionary_learning. If nnsight is absent, an empty module takes its place: only buffers need it."""
     if "nnsight" not in sys.modules and importlib.util.find_spec("nnsight") is None:
         stub: Any = types.ModuleType("nnsight")
         stub.LanguageModel = object
@@ -105,12 +107,12 @@ def dictionary_learning(module: str) -> Any:
 
 
 def values(module: nn.Module, library: str, architecture: str) -> Weights:
-    """The weights of a peer's module."""
+    """The weights of another library's module, under our names."""
     return {name: _array(value.detach(), flip) for name, value, flip in _parameters(module, library, architecture)}
 
 
 def gradients(module: nn.Module, library: str, architecture: str) -> Weights:
-    """The gradients that a backward pass has left in a peer's module; zeros where it left none."""
+    """The gradients in another library's module after a backward pass, under our names; zeros where there is none."""
     found = _parameters(module, library, architecture)
     return {
         name: _array(torch.zeros_like(value) if value.grad is None else value.grad, flip) for name, value, flip in found
@@ -120,7 +122,10 @@ def gradients(module: nn.Module, library: str, architecture: str) -> Weights:
 def fit_sae_lens(
     config: TrainConfig, weights: Weights, widths: tuple[int, ...], batches: Iterator[torch.Tensor]
 ) -> Any:
-    """sae_lens's SAETrainer by our config; its SAE as saved for inference, in float64. `widths`: Matryoshka's."""
+    """The SAE that sae_lens's SAETrainer trains by our config, as it saves it for inference, in float64.
+
+    `widths` are the lengths of Matryoshka's prefixes.
+    """
     import sae_lens
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -143,7 +148,7 @@ def fit_sae_lens(
         lr_end=config.optimizer.learning_rate,
         lr_warm_up_steps=at["warmup"],
         lr_decay_steps=at["decay"],
-        dead_feature_window=at["dead"] - 1,  # dead where more steps than that
+        dead_feature_window=at["dead"] - 1,  # it counts a latent as dead after more steps than this
         feature_sampling_window=config.steps + 1,
     )
     SAETrainer(trainer_config, sae, batches).fit()
@@ -155,9 +160,10 @@ def fit_sae_lens(
 def fit_dictionary_learning(
     config: TrainConfig, weights: Weights, widths: tuple[int, ...], batches: Iterable[torch.Tensor], variance: float
 ) -> Any:
-    """The dictionary in float64 after dictionary_learning's own updates by our config. `widths`: Matryoshka's.
+    """The dictionary that dictionary_learning's trainer trains by our config, in float64.
 
-    Its JumpReLU's penalty is its default of 1 for rows of mean squared norm 1, for rows of `variance`.
+    `widths` are the lengths of Matryoshka's prefixes. The sparsity penalty of its JumpReLU is by default 1 for rows of
+    mean squared norm 1. For rows of mean squared norm `variance` that corresponds to `variance`.
     """
     architecture, at, steps = config.sae.architecture, _steps_of(config), config.steps
     by_k = {"k": config.sae.k, "threshold_beta": config.sparsity.threshold_decay, "threshold_start_step": 0}
@@ -184,20 +190,23 @@ def fit_dictionary_learning(
         made.optimizer, lambda step: min(1.0, (step + 1) / at["warmup"]) * min(1.0, (steps - step) / at["decay"])
     )
     made.dead_feature_threshold = config.sparsity.dead_after_tokens
-    first = int("k" in special.get(architecture, by_k))  # update 0 of these would replace b_dec
+    first = int("k" in special.get(architecture, by_k))  # their update number 0 would replace b_dec
     for step, rows in enumerate(batches):
         made.update(first + step, rows)
     return made.ae.double()
 
 
 def group_fractions(widths: tuple[int, ...]) -> list[float]:
-    """dictionary_learning's groups, as fractions of F, whose prefixes are `widths`: it rounds down all but the last."""
+    """dictionary_learning's groups as fractions of F, such that the prefixes have the lengths `widths`.
+
+    It rounds the size of each group down except the last.
+    """
     inner = [(end - start + 0.5) / widths[-1] for start, end in zip((0, *widths), widths[:-1], strict=False)]
     return [*inner, 1 - sum(inner)]
 
 
 def _steps_of(config: TrainConfig) -> dict[str, int]:
-    """Our schedules and counters in steps."""
+    """The lengths of our schedules and counters in steps."""
     return {
         "warmup": round(config.optimizer.warmup * config.steps),
         "decay": round(config.optimizer.decay * config.steps),
@@ -207,7 +216,7 @@ def _steps_of(config: TrainConfig) -> dict[str, int]:
 
 
 def _parameters(module: nn.Module, library: str, architecture: str) -> list[tuple[str, nn.Parameter, bool]]:
-    """Our name, their parameter, and whether that is the transpose of ours; every parameter of the module."""
+    """For each parameter of the module: our name, the parameter, and whether it is the transpose of ours."""
     names = _NAMES.get((library, architecture), _PLAIN)
     own = dict(module.named_parameters())
     assert set(own) == set(names.values()), f"{library} {architecture}: {sorted(own)}"

@@ -1,9 +1,9 @@
-"""The ground-truth table: every arm and architecture on held-out synthetic worlds, and what sharing structures did.
+"""The ground-truth table: arms, architectures and kinds of sharing on held-out synthetic worlds.
 
     python benchmarks/synthetic.py run --out artifacts [--world toy-1] [--part main]     trains and scores, resumable
     python benchmarks/synthetic.py table --out artifacts --write docs/results.md
 
-About 12 s for each of some 420 SAEs on one CPU core; two processes with different --world share the work.
+There are some 420 SAEs. Each takes about 12 s on one CPU core. Two processes with different --world share the work.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from hafs_jax.runs import Run
 HELD_OUT = ("toy-1", "toy-2")
 SEEDS = range(4)
 FOREVER = ("--penalty.alpha-values", "1", "1", "1", "1", "1")
-LEVELS = {"toy-0": (12, 36, 108), "toy-1": (8, 32, 128), "toy-2": (10, 20, 40, 80)}  # features by level
+LEVELS = {"toy-0": (12, 36, 108), "toy-1": (8, 32, 128), "toy-2": (10, 20, 40, 80)}  # features per level
 COMMON = ("--passes", "1.5", "--batch-size", "512")
-RATE = {"relu": "0.004", "gated": "0.004", "matryoshka_relu": "0.004"}  # else 0.006: chosen on toy-0
+RATE = {"relu": "0.004", "gated": "0.004", "matryoshka_relu": "0.004"}  # learning rate, else 0.006; chosen on toy-0
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of a table: a grid but for its seeds, and further flags."""
+    """One line of a table: the grid of a sweep without its seeds, and further flags."""
 
     name: str
     grid: str
@@ -45,8 +45,8 @@ class Arm:
 MAIN = [
     Arm("baseline", "variant=baseline"),
     Arm("ortsae 1", "variant=ortsae lam=1"),
-    Arm("frob .1", "variant=frob lam=0.1"),
-    Arm("strict .3", "variant=strict lam=0.3"),
+    Arm("frob 0.1", "variant=frob lam=0.1"),
+    Arm("strict 0.3", "variant=strict lam=0.3"),
     Arm("strict 3", "variant=strict lam=3"),
     Arm("ramp only 1", "variant=ramp_only lam=1"),
     Arm("gate only 1", "variant=gate_only lam=1"),
@@ -77,7 +77,7 @@ SHARING = {
     ],
     "relu": [Arm("yield", "variant=adaptive", YIELD, "yield")],
 }
-EIGHTHS = ("--penalty.chunk-size", "20")  # of some 160 latents, as 2,048 of 16,384
+EIGHTHS = ("--penalty.chunk-size", "20")  # of some 160 latents; the same fraction as 2,048 of 16,384
 CHEAPER = [
     Arm("every 4th step", "variant=adaptive", ("--penalty.every-steps", "4"), "every4"),
     Arm("every 16th step", "variant=adaptive", ("--penalty.every-steps", "16"), "every16"),
@@ -87,7 +87,7 @@ CHEAPER = [
 PARTS: dict[str, dict[str, list[Arm]]] = {
     "main": {
         "batchtopk": MAIN,
-        "relu": [arm for arm in MAIN if arm.name not in ("frob .1", "random_init", "frozen_decoder")],
+        "relu": [arm for arm in MAIN if arm.name not in ("frob 0.1", "random_init", "frozen_decoder")],
     },
     "sharing": {**SHARING, "matryoshka": [*FEW[:1], FEW[2], *SHARING["matryoshka"]]},
     "architectures": dict.fromkeys(("topk", "jumprelu", "gated", "matryoshka_relu"), FEW[:3]),
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def run(out: Path, world: str, arms: dict[str, list[Arm]]) -> None:
-    """Makes the world, trains the arms with every seed, and scores them; what is there already is kept."""
+    """Samples the world, trains the arms with all seeds, and scores them. What exists already is kept."""
     profile = f"synth-{world}"
     place = ("--out", str(out), "--profile", profile)
     command("synth-world", "--out", str(out), "--world", world, "--samples", "1000000")
@@ -138,7 +138,7 @@ def command(name: str, *arguments: str) -> None:
 
 
 def scores(out: Path, world: str, name: str) -> dict[str, float] | None:
-    """The metrics of one run; None where it has not been scored."""
+    """The metrics of one run; None if it has not been scored."""
     path = out / f"synth-{world}" / "eval" / name / "synthetic.json"
     if not path.exists():
         return None
@@ -183,19 +183,18 @@ def cell(values: list[dict[str, float]]) -> str:
         return ""
     means = [np.mean([value[name] for value in values]) for name in SHOWN]
     spreads = [np.std([value[name] for value in values], ddof=1) if len(values) > 1 else 0 for name in SHOWN]
-    shown = [f"{m:.3f} ±{s:.3f}".replace("0.", ".") for m, s in zip(means, spreads, strict=True)]
-    return " / ".join(shown)
+    return " / ".join(f"{mean:.3f} ±{spread:.3f}" for mean, spread in zip(means, spreads, strict=True))
 
 
 COMPARISONS = [
     ("batchtopk", "adaptive 3", "strict 3"),
-    ("batchtopk", "adaptive 3", "strict .3"),
+    ("batchtopk", "adaptive 3", "strict 0.3"),
     ("batchtopk", "adaptive 3", "ortsae 1"),
     ("batchtopk", "adaptive 3", "baseline"),
     ("batchtopk", "adaptive 1", "ramp only 1"),
     ("batchtopk", "adaptive 1", "gate only 1"),
     ("relu", "adaptive 3", "strict 3"),
-    ("relu", "adaptive 3", "strict .3"),
+    ("relu", "adaptive 3", "strict 0.3"),
     ("relu", "adaptive 3", "ortsae 1"),
     ("relu", "adaptive 3", "baseline"),
     ("relu", "adaptive 1", "ramp only 1"),
@@ -217,7 +216,7 @@ COMPARISONS = [
 
 
 def paired(found: dict, worlds: Any) -> str:
-    """Differences paired by world and seed: mean and t interval over the pairs."""
+    """A table of differences paired by world and seed: mean and 95% t interval over the pairs."""
     from scipy.stats import t
 
     names = (*SHOWN[:5], "coherence")
@@ -240,17 +239,18 @@ def paired(found: dict, worlds: Any) -> str:
             differences = np.array([a[name] - b[name] for a, b in pairs])
             half = t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
             mark = "**" if abs(differences.mean()) > half else ""
-            cells.append(f"{mark}{differences.mean():+.3f}{mark} ±{half:.3f}".replace("0.", "."))
+            cells.append(f"{mark}{differences.mean():+.3f}{mark} ±{half:.3f}")
         lines.append(f"| {architecture} | {first} | {second} | {len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def header(worlds: Any) -> str:
     return (
-        "# Ground truth: every arm and architecture on synthetic worlds\n\n"
-        "Made by `python benchmarks/synthetic.py run` and `table`; seeds "
-        f"{', '.join(map(str, SEEDS))}; worlds {', '.join(worlds)} (held out; settings were chosen on toy-0).\n"
-        "Means over seeds and their standard deviation. Metrics: `hafs_evaluate.truth.scores`.\n"
+        "# Ground truth: arms and architectures on synthetic worlds\n\n"
+        "`python benchmarks/synthetic.py run` and `table` make this page. Each cell is the mean over seeds "
+        f"{', '.join(map(str, SEEDS))}\n"
+        f"± the standard deviation. The worlds {', '.join(worlds)} are held out: settings were chosen on toy-0.\n"
+        "The number in an arm's name is its lam_max. `hafs_evaluate.truth.scores` defines the metrics.\n"
     )
 
 
