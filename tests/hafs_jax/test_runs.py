@@ -84,7 +84,7 @@ def test_a_run_of_the_version_before_is_read_from_its_config(run: Run) -> None:
 
 def test_a_renamed_old_run_keeps_what_its_config_says(run: Run) -> None:
     """Nothing is read from a name."""
-    made_old(run, "name")
+    made_old(run)
     other = Run(run.folder.rename(run.folder.with_name("baseline-gated-s9-k=99")))
     found = other.summary()
     assert (found.variant, found.architecture, found.seed, found.k) == ("strict", "relu", 2, 3)
