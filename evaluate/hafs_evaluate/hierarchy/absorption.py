@@ -21,7 +21,6 @@ the measurement from the other half, and then the other way round.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -45,6 +44,21 @@ SETTINGS = {
     "version": 2,
 }
 """What the figures depend on besides their inputs. Raise `version` when figures of the same inputs change."""
+
+
+@dataclass(frozen=True)
+class Absorption:
+    """Absorption and hole of one label.
+
+    `fraction` and `full` are the means of `absorbed_rows` over the rows counted: those of the label that a probe on the
+    activations finds too, and whose projection (x - b_dec) . direction is above 0. None where there is no such row.
+    """
+
+    fraction: float | None
+    full: float | None
+    mains: float  # size of the grown set, mean of the two halves
+    texts: int  # rows counted
+    hole: float | None  # `worst_child_hole`; None without children
 
 
 @dataclass(frozen=True)
@@ -172,16 +186,11 @@ def measure(
     half_N: Int[np.ndarray, "N"],
     pooled: bool = False,
     grown: bool = False,
-) -> dict[str, Any]:
+) -> Absorption:
     """Absorption and hole of one label, of its main latent or, with `grown`, of the grown set.
 
-    `half_N` is 0 or 1 for each row and the same for all rows of a document. `is_found_N` is what a probe on the
-    activations, fitted on other documents, says of each row. The figures:
-
-    - fraction, full: means of `absorbed_rows` over the `texts` positive rows that the probe finds too and whose
-      projection (x - b_dec) . direction is above 0; None where there is no such row;
-    - mains: size of the grown set, mean of the two halves;
-    - hole: `worst_child_hole` of the parent with the children `is_child_CN`; None without children.
+    `is_found_N` is what the probe on the activations, fitted on other documents, says of each row. `is_child_CN` has the
+    rows of each child. `half_N` is 0 or 1 for each row, and the same for all rows of a document.
     """
     is_hit_N = np.zeros(len(is_positive_N), bool)
     fractions, fulls, mains_found = [], [], []
@@ -199,13 +208,13 @@ def measure(
         mains_found.append(len(all_mains.latents))
     fraction_N, is_full_N = np.concatenate(fractions), np.concatenate(fulls)
     children_CN = np.array(is_child_CN).reshape(len(is_child_CN), len(is_positive_N)).astype(bool)
-    return {
-        "fraction": float(fraction_N.mean()) if len(fraction_N) else None,
-        "full": float(is_full_N.mean()) if len(is_full_N) else None,
-        "mains": float(np.mean(mains_found)),
-        "texts": len(fraction_N),
-        "hole": worst_child_hole(is_hit_N, is_positive_N, children_CN),
-    }
+    return Absorption(
+        fraction=float(fraction_N.mean()) if len(fraction_N) else None,
+        full=float(is_full_N.mean()) if len(is_full_N) else None,
+        mains=float(np.mean(mains_found)),
+        texts=len(fraction_N),
+        hole=worst_child_hole(is_hit_N, is_positive_N, children_CN),
+    )
 
 
 def _best_thresholds(

@@ -39,8 +39,8 @@ from hafs_jax.base.options import did_you_mean
 FOLDER = Path(__file__).parent / "trees"
 MIN_TEXTS = 20  # fewest texts of a leaf: in five folds these are four each, of which one is a quarter of the recall
 
-_KEYS = {
-    "tree": {"about", "cap", "seed", "sources", "leaves"},
+_TREE_KEYS = {"about", "cap", "seed", "sources", "leaves"}
+_SOURCE_KEYS = {
     "packaged": {"kind", "name", "text", "group"},
     "sae_probes": {"kind"},
     "jsonl": {"kind", "path"},
@@ -58,6 +58,29 @@ class LabelledText:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a tree's texts come from."""
+
+    kind: str  # packaged, sae_probes or jsonl
+    name: str = ""  # packaged: of the packaged texts
+    text: str = ""  # packaged: the field that holds the text
+    group: str | None = None  # packaged: the field that names the document
+    path: str = ""  # jsonl: the file
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Which texts of a source have the labels of a path."""
+
+    path: str
+    source: str
+    where: dict[str, str] = field(default_factory=dict)  # packaged: a regular expression for each field
+    task: str = ""  # sae_probes
+    label: int | None = None  # sae_probes: of the task's texts that are taken
+    cap: int | None = None  # most texts; None: the tree's
+
+
+@dataclass(frozen=True)
 class Tree:
     """A tree's file, after its checks."""
 
@@ -66,12 +89,12 @@ class Tree:
     about: str
     cap: int  # most texts of a leaf that has no cap of its own
     seed: int
-    sources: dict[str, dict[str, Any]]
-    leaves: tuple[dict[str, Any], ...]
+    sources: dict[str, Source]
+    leaves: tuple[Leaf, ...]
 
     def cap_of(self, path: str) -> int:
         """The most texts that the leaf `path` keeps."""
-        return next((leaf["cap"] for leaf in self.leaves if leaf["path"] == path and "cap" in leaf), self.cap)
+        return next((leaf.cap for leaf in self.leaves if leaf.path == path and leaf.cap is not None), self.cap)
 
 
 @dataclass(frozen=True)
@@ -110,28 +133,29 @@ def read_tree(path: Path) -> Tree:
     values = read_json(path, "a label tree")
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    _check_keys(values, _KEYS["tree"], str(path))
+    _check_keys(values, _TREE_KEYS, str(path))
     sources, leaves = values.get("sources") or {}, values.get("leaves") or []
     for name, source in sources.items():
-        if source.get("kind") not in _KEYS:
-            raise UserError(
-                f"{path}: source {name!r}: expected kind packaged, sae_probes or jsonl, found {source.get('kind')!r}"
-            )
-        _check_keys(source, _KEYS[source["kind"]], f"{path}: source {name!r}")
-        if source["kind"] == "packaged" and source.get("name") not in packaged.TEXTS:
-            near = did_you_mean(source.get("name"), packaged.TEXTS)
-            raise UserError(f"{path}: source {name!r}: expected a packaged text, found {source.get('name')!r}{near}")
+        _check_source(name, source, path)
     for leaf in leaves:
         _check_leaf(leaf, sources, path)
     cap, seed = values.get("cap", 100), values.get("seed", 0)
     if not isinstance(cap, int) or cap < MIN_TEXTS:
         raise UserError(f"{path}: cap={cap!r}: expected at least {MIN_TEXTS} texts a leaf")
-    return Tree(path.stem, path, values.get("about", ""), cap, seed, sources, tuple(leaves))
+    return Tree(
+        name=path.stem,
+        file=path,
+        about=values.get("about", ""),
+        cap=cap,
+        seed=seed,
+        sources={name: Source(**source) for name, source in sources.items()},
+        leaves=tuple(Leaf(**leaf) for leaf in leaves),
+    )
 
 
 def tree_sha256(tree: Tree) -> list[str]:
     """Hashes of the tree's file and of the jsonl files that it reads. Its texts change only where one of these does."""
-    own = [tree.file.parent / source["path"] for source in tree.sources.values() if source["kind"] == "jsonl"]
+    own = [tree.file.parent / source.path for source in tree.sources.values() if source.kind == "jsonl"]
     return [sha256_of(path) if path.exists() else "none" for path in (tree.file, *own)]
 
 
@@ -150,7 +174,7 @@ def labelled_texts(tree: Tree, training_sha256: Collection[str] = ()) -> Labelle
         if known.path != item.path:
             ambiguous.add(item.text)
     offered = Counter(item.path for text, item in by_text.items() if text not in ambiguous)
-    for path in dict.fromkeys([*(leaf["path"] for leaf in tree.leaves), *offered]):
+    for path in dict.fromkeys([*(leaf.path for leaf in tree.leaves), *offered]):
         if offered[path] < MIN_TEXTS:
             raise UserError(
                 f"{tree.file}: leaf {path!r}: expected at least {MIN_TEXTS} texts, found {offered[path]};"
@@ -179,41 +203,39 @@ def text_sha256(text: str) -> str:
 
 def _items(tree: Tree) -> Iterator[LabelledText]:
     for name, source in tree.sources.items():
-        leaves = [leaf for leaf in tree.leaves if leaf["source"] == name]
-        if source["kind"] == "jsonl":
-            yield from _jsonl_items(tree.file.parent / source["path"])
-        elif source["kind"] == "packaged":
+        leaves = [leaf for leaf in tree.leaves if leaf.source == name]
+        if source.kind == "jsonl":
+            yield from _jsonl_items(tree.file.parent / source.path)
+        elif source.kind == "packaged":
             yield from _packaged_items(tree, source, leaves)
         else:
             for leaf in leaves:
                 yield from _task_items(leaf)
 
 
-def _packaged_items(tree: Tree, source: dict[str, Any], leaves: Sequence[dict[str, Any]]) -> Iterator[LabelledText]:
-    rules = [
-        (leaf["path"], {name: re.compile(found, re.I) for name, found in leaf["where"].items()}) for leaf in leaves
-    ]
-    for record in packaged.read_records(packaged.TEXTS[source["name"]]):
-        for name in (source["text"], source.get("group"), *(name for _, where in rules for name in where)):
+def _packaged_items(tree: Tree, source: Source, leaves: Sequence[Leaf]) -> Iterator[LabelledText]:
+    rules = [(leaf.path, {name: re.compile(found, re.I) for name, found in leaf.where.items()}) for leaf in leaves]
+    for record in packaged.read_records(packaged.TEXTS[source.name]):
+        for name in (source.text, source.group, *(name for _, where in rules for name in where)):
             if name is not None and name not in record:
-                raise UserError(f"{tree.file}: {source['name']} has no field {name!r}; it has {', '.join(record)}")
+                raise UserError(f"{tree.file}: {source.name} has no field {name!r}; it has {', '.join(record)}")
         for path, where in rules:
             if all(rule.search(record[name] or "") for name, rule in where.items()):
-                text = record[source["text"]]
+                text = record[source.text]
                 if text and text.strip():
-                    yield LabelledText(text, path, str(record[source["group"]]) if "group" in source else text)
+                    yield LabelledText(text, path, text if source.group is None else str(record[source.group]))
                 break
 
 
-def _task_items(leaf: dict[str, Any]) -> Iterator[LabelledText]:
+def _task_items(leaf: Leaf) -> Iterator[LabelledText]:
     import pandas
 
     from hafs_evaluate.saebench.task_activations import task_path
 
-    table = pandas.read_csv(task_path(leaf["task"]), compression="zstd")
-    for text in table["prompt"][table["target"] == leaf["label"]]:
+    table = pandas.read_csv(task_path(leaf.task), compression="zstd")
+    for text in table["prompt"][table["target"] == leaf.label]:
         if isinstance(text, str) and text.strip():
-            yield LabelledText(text, leaf["path"], text)
+            yield LabelledText(text, leaf.path, text)
 
 
 def _jsonl_items(path: Path) -> Iterator[LabelledText]:
@@ -224,6 +246,20 @@ def _jsonl_items(path: Path) -> Iterator[LabelledText]:
         if not isinstance(text, str) or not text.strip() or not isinstance(label, str) or not _is_path(label):
             raise UserError(f'{path}, record {number}: expected {{"text": "...", "label": "parent/child"}}')
         yield LabelledText(text, label, str(record.get("group") or text))
+
+
+def _check_source(name: str, source: dict[str, Any], path: Path) -> None:
+    where = f"{path}: source {name!r}"
+    if source.get("kind") not in _SOURCE_KEYS:
+        raise UserError(f"{where}: expected kind packaged, sae_probes or jsonl, found {source.get('kind')!r}")
+    _check_keys(source, _SOURCE_KEYS[source["kind"]], where)
+    if source["kind"] == "packaged" and source.get("name") not in packaged.TEXTS:
+        near = did_you_mean(source.get("name"), packaged.TEXTS)
+        raise UserError(f"{where}: expected a packaged text, found {source.get('name')!r}{near}")
+    if source["kind"] == "packaged" and "text" not in source:
+        raise UserError(f"{where}: expected text, the field that holds the text")
+    if source["kind"] == "jsonl" and "path" not in source:
+        raise UserError(f"{where}: expected path, the file of the labelled texts")
 
 
 def _check_leaf(leaf: dict[str, Any], sources: dict[str, dict[str, Any]], path: Path) -> None:

@@ -10,7 +10,7 @@ A text is represented by the mean over its tokens of its activations, or of an S
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.core.encode import TorchSAE, to_numpy
 from hafs_evaluate.hierarchy import absorption
+from hafs_evaluate.hierarchy.absorption import Absorption
 from hafs_evaluate.hierarchy.label_trees import LabelledTexts, Tree, find_trees, labelled_texts, tree_sha256
 from hafs_evaluate.hierarchy.probes import (
     FULL_GRID,
@@ -231,14 +232,12 @@ def mean_over_trees(macros: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _tree(
-    texts: LabelledTexts, data: TreeData, scores: Scores, absorbed: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+def _tree(texts: LabelledTexts, data: TreeData, scores: Scores, absorbed: Mapping[str, Absorption]) -> dict[str, Any]:
     """A tree's entry in hierarchy.json; `absorbed` has the absorption and hole of the nodes that have children."""
     nodes = {}
     for node, is_positive_N in data.nodes.items():
-        found = dict(absorbed.get(node, {}))
-        hole = found.pop("hole", None)
+        own = asdict(absorbed[node]) if node in absorbed else {}
+        hole = own.pop("hole", None)
         nodes[node] = {
             "level": node.count("/") + 1,
             "parent": parent_of(node),
@@ -248,7 +247,7 @@ def _tree(
                 kind: {name: values.as_json() for name, values in scores.get((node, kind), {}).items()} or None
                 for kind in ("rest", "siblings")
             },
-            "absorption": found or None,
+            "absorption": own or None,
             "hole": hole,
         }
     return {

@@ -29,7 +29,6 @@ class Scan:
     density_F: Float[np.ndarray, "F"]  # float64, share of the rows on which the latent fires
     max_activation_F: Float[np.ndarray, "F"]
     top_rows_FN: Int[np.ndarray, "F N"]  # best first; of equal activations the earlier row
-    top_values_FN: Float[np.ndarray, "F N"]  # the activations there
 
 
 @torch.no_grad()
@@ -52,7 +51,7 @@ def scan(sae: TorchSAE, store: Store, max_rows: int, examples: int) -> Scan:
         value, document = latents_BF.numpy()[row, latent], batch.rows_B["document"][row]
         top.add(latent, value, document, batch.numbers_B[row])
         seen += len(latents_BF)
-    return Scan(seen, count_F.numpy() / max(seen, 1), max_F.numpy(), top.rows_FN, top.values_FN)
+    return Scan(seen, count_F.numpy() / max(seen, 1), max_F.numpy(), top.rows_FN)
 
 
 class TopRows:

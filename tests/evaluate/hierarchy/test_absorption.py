@@ -1,5 +1,7 @@
 """Absorption and holes on planted latents, where both are known."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -40,10 +42,10 @@ def measured(absorbed_share, **options):
 
 def test_without_absorption_there_is_no_hole():
     found = measured(0.0)
-    assert found["hole"] == 0
-    assert found["full"] == 0
-    assert found["fraction"] == 0
-    assert found["texts"] == IS_PARENT.sum()
+    assert found.hole == 0
+    assert found.full == 0
+    assert found.fraction == 0
+    assert found.texts == IS_PARENT.sum()
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
@@ -51,15 +53,15 @@ def test_a_parent_silent_on_one_child_is_found_in_full(share):
     latents, *_ = planted(share)
     silent = IS_CHILD[0] & (latents[:, 0] == 0)
     found = measured(share)
-    assert found["hole"] == pytest.approx(silent.sum() / IS_CHILD[0].sum())
-    assert found["full"] == pytest.approx(silent.sum() / IS_PARENT.sum())
-    assert found["full"] <= found["fraction"] <= IS_CHILD[0].sum() / IS_PARENT.sum()
+    assert found.hole == pytest.approx(silent.sum() / IS_CHILD[0].sum())
+    assert found.full == pytest.approx(silent.sum() / IS_PARENT.sum())
+    assert found.full <= found.fraction <= IS_CHILD[0].sum() / IS_PARENT.sum()
 
 
 def test_the_grown_set_takes_the_childs_latent_and_hides_the_hole():
-    assert measured(1.0)["mains"] == 2
-    assert measured(1.0, grown=True)["hole"] == 0
-    assert measured(0.0)["mains"] == 1
+    assert measured(1.0).mains == 2
+    assert measured(1.0, grown=True).hole == 0
+    assert measured(0.0).mains == 1
 
 
 def test_main_latents_come_from_the_other_half():
@@ -67,7 +69,7 @@ def test_main_latents_come_from_the_other_half():
     swapped = latents.copy()
     swapped[HALF == 1, 0] = 0  # the parent's latent is dead in half 1 alone
     found = measure(swapped, acts, W_dec, np.zeros(D), IS_PARENT, IS_PARENT, IS_CHILD, HALF)
-    assert found["hole"] == pytest.approx(_recall(swapped), abs=1e-9)
+    assert found.hole == pytest.approx(_recall(swapped), abs=1e-9)
 
 
 def _recall(latents):
@@ -107,13 +109,13 @@ def test_the_reference_of_the_hole():
 def test_dead_latents_are_an_empty_set_of_main_latents():
     latents, acts, W_dec = planted(0.0)
     found = measure(latents * 0, acts, W_dec, np.zeros(D), IS_PARENT, IS_PARENT, IS_CHILD, HALF)
-    assert (found["mains"], found["hole"], found["full"]) == (0, 0, 0)
+    assert (found.mains, found.hole, found.full) == (0, 0, 0)
     assert MainLatents(np.zeros(0, int), np.zeros(0)).first.fires(latents).sum() == 0
 
 
 def test_the_hole_ranks_planted_saes_as_the_truth_does():
     shares = [0.0, 0.1, 0.3, 0.5, 0.8]
-    rows = [{**measured(share), "true_absorption": share, "top_1": 1 - share} for share in shares]
+    rows = [{**asdict(measured(share)), "true_absorption": share, "top_1": 1 - share} for share in shares]
     for row in rows:
         row |= {f"{name}_grown": None for name in ("hole", "full", "fraction")}
     found = correlations(rows)

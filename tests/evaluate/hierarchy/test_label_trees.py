@@ -7,6 +7,7 @@ import pytest
 
 from hafs_evaluate.hierarchy import label_trees
 from hafs_evaluate.hierarchy.label_trees import MIN_TEXTS, find_trees, labelled_texts, read_tree
+from hafs_evaluate.saebench.task_activations import task_path
 from hafs_extract import packaged
 from hafs_jax.base.errors import UserError
 from tests.support.torch_saes import write_tree
@@ -55,10 +56,8 @@ def test_the_bundled_trees_are_read_and_name_known_tasks():
     for tree in trees:
         assert tree.about
         for leaf in tree.leaves:
-            if "task" in leaf:
-                from hafs_evaluate.saebench.task_activations import task_path
-
-                assert task_path(leaf["task"]).exists()
+            if leaf.task:
+                assert task_path(leaf.task).exists()
 
 
 def test_the_first_rule_that_matches_takes_a_record_and_the_cap_holds(tmp_path, records):
@@ -129,6 +128,9 @@ def test_a_leaf_with_too_few_texts_is_an_error_that_names_it(tmp_path):
         ({"path": "a", "were": {}}, {}, "unknown key 'were', expected .*; did you mean 'where'"),
         (REST, {"cap": 3}, "cap=3: expected at least 20"),
         (REST, {"sources": {"wiki": {"kind": "csv"}}}, "expected kind packaged, sae_probes or jsonl, found 'csv'"),
+        (REST, {"sources": {"wiki": {**PACKAGED, "name": "wikipedia"}}}, "expected a packaged text, found 'wikipedia'"),
+        (REST, {"sources": {"wiki": {"kind": "packaged", "name": PACKAGED["name"]}}}, "expected text, the field that"),
+        (REST, {"sources": {"wiki": PACKAGED, "own": {"kind": "jsonl"}}}, "'own': expected path, the file of"),
     ],
 )
 def test_a_wrong_tree_is_one_line(tmp_path, leaf, more, message):

@@ -55,7 +55,7 @@ def test_the_file_holds_what_the_parts_say(store, sae, tmp_path):
     assert (values["run"], values["rows_scanned"]) == ("run", len(store))
     assert len(values["density"]) == len(values["max_activation"]) == len(values["nearest_cosine"]) == F
     found = scan(sae, store, 10**9, 3)
-    rows = everything(store, sae)[1]
+    values_NF, rows = everything(store, sae)
     for latent in values["latents"]:
         index = latent["index"]
         assert latent["density"] == pytest.approx(found.density_F[index], rel=1e-4)
@@ -67,8 +67,8 @@ def test_the_file_holds_what_the_parts_say(store, sae, tmp_path):
             assert context["source"] == ["a", "b"][row["source"]]
             assert context["tokens"][context["peak"]] == tokenizer.convert_ids_to_tokens(int(row["token"]))
             assert len(context["tokens"]) == len(context["values"])
-            value = found.top_values_FN[index][found.top_rows_FN[index].tolist().index(number)]
-            assert context["values"][context["peak"]] == pytest.approx(value, rel=5e-3)  # written to three digits
+            written = pytest.approx(values_NF[number, index], rel=5e-3)  # to three digits
+            assert context["values"][context["peak"]] == written
         assert sum(share for _, share in latent["top_tokens"]) <= 1 + 1e-3
     before = path.read_bytes()
     write_latents(path, {"run": "run", **show_latents(sae, store, tokenizer, LatentsConfig(latents=6, examples=3))})
