@@ -189,8 +189,8 @@ def measure(
 ) -> Absorption:
     """Absorption and hole of one label, of its main latent or, with `grown`, of the grown set.
 
-    `is_found_N` is what the probe on the activations, fitted on other documents, says of each row. `is_child_CN` has the
-    rows of each child. `half_N` is 0 or 1 for each row, and the same for all rows of a document.
+    `is_found_N` is what the probe on the activations, fitted on other documents, says of each row. `is_child_CN` has
+    the rows of each child. `half_N` is 0 or 1 for each row, and the same for all rows of a document.
     """
     is_hit_N = np.zeros(len(is_positive_N), bool)
     fractions, fulls, mains_found = [], [], []

@@ -93,9 +93,8 @@ def proxies(sae: TorchSAE, labels: Labels) -> dict[str, float | None]:
             )
             for fires_N, found_N, children_CN in zip(labels.fires_RN, labels.found_RN, labels.children, strict=True)
         ]
-        values |= {
-            f"{name}{suffix}": _mean([getattr(one, name) for one in found]) for name in ("hole", "full", "fraction")
-        }
+        for name in ("hole", "full", "fraction"):
+            values[f"{name}{suffix}"] = _mean([getattr(one, name) for one in found])
     values["mains"] = _mean([one.mains for one in found])
     rows = min(PROBE_ROWS, len(latents_NF))
     data = TreeData("world", ("",) * rows, np.arange(rows) % FOLDS, labels.half_N[:rows])
