@@ -1,4 +1,4 @@
-"""From activations to latents: the one way in which the evaluations run an SAE. Torch; must not import jax.
+"""From activations to latents: the one way in which the evaluations run an SAE. Imports torch, not jax.
 
 `encode` takes a batch, `encode_store` passes over a store, `encode_rows` takes an array that may be too large for one
 batch. All three move the activations to the SAE's device and dtype, and keep no gradients.

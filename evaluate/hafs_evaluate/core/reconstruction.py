@@ -1,4 +1,4 @@
-"""Core metrics of an SAE on stored activations: reconstruction and sparsity. Torch; must not import jax.
+"""Core metrics of an SAE on stored activations: reconstruction and sparsity. Imports torch, not jax.
 
 These are the fields of SAE-Bench 0.6.0's core output that need no language model (`core.splice` has the others;
 tests/evaluate/core/test_reconstruction.py maps each of SAE-Bench's names to ours). Three of SAE-Bench's own figures are

@@ -1,4 +1,4 @@
-"""What the language model loses when an SAE stands in for its activations: cross-entropy and KL. Torch; no jax.
+"""What the language model loses when an SAE stands in for its activations: cross-entropy and KL.
 
 The definitions are those of SAE-Bench 0.6.0's core output. On held-out contexts the language model runs in three ways:
 
@@ -9,6 +9,8 @@ The definitions are those of SAE-Bench 0.6.0's core output. On held-out contexts
 The splice leaves two kinds of positions as they are, since the SAE never saw such rows: BOS, and positions whose
 activation has a norm above the store's `norm_filter.max_norm`. All figures are means over the positions after BOS,
 those of high norm included.
+
+Imports torch, not jax.
 """
 
 import logging

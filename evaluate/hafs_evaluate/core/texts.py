@@ -1,4 +1,4 @@
-"""The language model over texts of different lengths, with little padding. Torch; must not import jax."""
+"""The language model over texts of different lengths, with little padding. Imports torch, not jax."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What an SAE's weights tell without any data: dictionary geometry, norms, alignments. Torch; must not import jax."""
+"""What an SAE's weights tell without any data: dictionary geometry, norms, alignments. Imports torch, not jax."""
 
 from typing import Any
 

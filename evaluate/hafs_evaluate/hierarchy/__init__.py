@@ -1,1 +1,1 @@
-"""Label trees: probes of parents and children, absorption, and the worst-child hole."""
+"""Label trees: probes of parents and children, absorption, and the worst-child hole (`absorption` defines both)."""

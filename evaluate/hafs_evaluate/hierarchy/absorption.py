@@ -1,4 +1,4 @@
-"""Label absorption and the worst-child hole: what a concept's main latent misses, and which latents have it. Numpy.
+"""Label absorption and the worst-child hole: what a concept's main latent misses, and which latents have it.
 
 The rows are tokens, or texts whose latents and activations are averaged over their tokens (`pooled`). Terms:
 
@@ -17,6 +17,8 @@ synthetic worlds its figures do not rank SAEs as the truth does, while those of 
 
 Everything is cross-fitted: the direction, the main latents and their thresholds come from one half of the documents,
 the measurement from the other half, and then the other way round.
+
+Imports no torch.
 """
 
 from collections.abc import Sequence

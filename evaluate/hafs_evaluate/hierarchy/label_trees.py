@@ -1,4 +1,4 @@
-"""Label trees: data files that say which texts carry which label, and the labelled texts that they give. No torch.
+"""Label trees: data files that say which texts carry which label, and the labelled texts that they give.
 
 A tree is a JSON file, one of those in the folder trees/ beside this module or a user's own:
 
@@ -21,6 +21,8 @@ its leaves their texts in its own way:
 
 A group is the document that a text comes from, or the text itself where the source names none. Cross-validation keeps
 all texts of a group on one side.
+
+Imports no torch.
 """
 
 import hashlib

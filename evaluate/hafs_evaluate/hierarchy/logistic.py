@@ -1,4 +1,4 @@
-"""Many small balanced logistic regressions at once, and how well their answers are. Numpy and scipy.
+"""Many small balanced logistic regressions at once, and how well their answers are. Imports no torch.
 
 The regression is scikit-learn's, with an L2 penalty, `class_weight="balanced"` and standardised inputs. One SAE on one
 label tree needs tens of thousands of them on few columns, so `fit_logistic` solves many together by Newton's method. A

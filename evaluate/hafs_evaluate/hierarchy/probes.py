@@ -1,4 +1,4 @@
-"""Sparse probes of the nodes of a label tree, cross-validated by document. Numpy, scikit-learn; no files, no torch.
+"""Sparse probes of the nodes of a label tree, cross-validated by document. Imports no torch.
 
 A probe is a logistic regression on k columns, latents or dimensions, that tells the texts of a node from others. Each
 node has two such contrasts: "rest", against all other texts of the tree, and "siblings", among the texts of its parent

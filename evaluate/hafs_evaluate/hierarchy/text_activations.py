@@ -1,4 +1,4 @@
-"""Activations of labelled texts, computed by one pass of the language model for all trees and all SAEs. Torch; no jax.
+"""Activations of labelled texts, computed by one pass of the language model for all trees and all SAEs.
 
 The cache is a folder of parts, each written atomically and its index last. So an interrupted pass goes on where it
 stopped, and new texts are added to old ones:
@@ -8,6 +8,8 @@ stopped, and new texts are added to old ones:
     <key>/<part>.json   {"texts": [sha256, ...], "rows": [tokens of each]}
 
 `cache_key` says what the key is made of.
+
+Imports torch, not jax.
 """
 
 import logging

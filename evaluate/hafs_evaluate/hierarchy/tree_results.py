@@ -1,4 +1,4 @@
-"""The results of all label trees, of the language model and of an SAE: probes of nodes, absorption, holes. Torch.
+"""The results of all label trees, of the language model and of an SAE: probes of nodes, absorption, holes.
 
 A text is represented by the mean over its tokens of its activations, or of an SAE's latents. `TreeProbing` gives
 
@@ -7,6 +7,8 @@ A text is represented by the mean over its tokens of its activations, or of an S
 - eval/llm/hierarchy_answers.npz: what the full probe says of each text when its document was held out, for the nodes
   that have children;
 - eval/<run>/hierarchy.json: probes on k latents (top_k), absorption and holes.
+
+Imports torch, not jax.
 """
 
 from collections.abc import Callable, Mapping, Sequence

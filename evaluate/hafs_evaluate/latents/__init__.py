@@ -1,1 +1,1 @@
-"""Single latents: where they fire, with what, for what, and how alike they are across runs."""
+"""Single latents: what they fire on, with and for, what they detect, and how alike they are across runs."""

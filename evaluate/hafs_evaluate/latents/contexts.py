@@ -1,6 +1,8 @@
-"""The tokens around rows of a store, with a latent's activation on each: what a reader sees of a latent. Torch; no jax.
+"""The tokens around rows of a store, with a latent's activation on each: what a reader sees of a latent.
 
 A store is shuffled, but keeps every row's context and position, so that the neighbours of a row can be found.
+
+Imports torch, not jax.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The dashboard of single latents, for a person: what each one fires on, with, and for. Torch; must not import jax.
+"""The dashboard of single latents, for a person: what each one fires on, with, and for. Imports torch, not jax.
 
 `show_latents` gathers what latents.json holds. Its parts come from `firing`, `contexts`, `neighbours` and
 `selectivity`. The language model is needed for the promoted tokens alone.

@@ -1,4 +1,4 @@
-"""Latents as detectors of one source of text against the others. Torch; must not import jax.
+"""Latents as detectors of one source of text against the others. Imports torch, not jax.
 
 This asks the question of unlearning (which latents stand for a domain?) without ablating anything, and needs no
 language model. Every text source of the held-out store is measured against all others. With the hub's profile the

@@ -1,4 +1,4 @@
-"""What each latent of an SAE fires on: passes over a store in bounded memory. Torch; must not import jax.
+"""What each latent of an SAE fires on: passes over a store in bounded memory. Imports torch, not jax.
 
 A latent fires on a row where its activation is positive. `scan` sees all latents: how often each fires, and its top
 rows. `observe` sees a few chosen latents more closely: with which other latents they fire, on which documents, and on

@@ -1,4 +1,7 @@
-"""A latent's neighbours within its SAE: those that share its direction, and those that fire with it. Torch; no jax."""
+"""A latent's neighbours within its SAE: those that share its direction, and those that fire with it.
+
+Imports torch, not jax.
+"""
 
 from typing import Any
 

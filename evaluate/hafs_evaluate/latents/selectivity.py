@@ -1,4 +1,4 @@
-"""How well a latent's activation tells one kind of document from the others. NumPy and SciPy; no torch."""
+"""How well a latent's activation tells one kind of document from the others."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

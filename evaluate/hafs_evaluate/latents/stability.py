@@ -1,10 +1,12 @@
-"""Dictionaries of different runs compared: how stable they are over seeds, and each latent's match. Torch; no jax.
+"""Dictionaries of different runs compared: how stable they are over seeds, and each latent's match.
 
 `stability` compares runs that differ in nothing but the seed. `write_matches` finds, for each latent that has a
 dashboard, the nearest dictionary vector of every other run. Both read weights, not activations. Both take all runs that
 have been evaluated, so that a result depends neither on which runs were named nor on the order of their evaluation.
 
 An arm is what is trained several times with other seeds, here told by a hash of all else that decides a run.
+
+Imports torch, not jax.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""SAE-Bench's first-letter absorption, which says whether it is valid. Torch; must not import jax.
+"""SAE-Bench's first-letter absorption, which says whether it is valid. Imports torch, not jax.
 
 A word's first letter is the concept, and a spelling prompt asks the language model for it. Small models do not spell,
 and small dictionaries hold too few latents for each letter: below LEAST_PARAMETERS or LEAST_LATENTS the figure means

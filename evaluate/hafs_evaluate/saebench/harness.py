@@ -1,4 +1,4 @@
-"""SAE-Bench run inside this process: its prints, type checks, file names and output files. Torch; no jax."""
+"""SAE-Bench run inside this process: its prints, type checks, file names and output files. Imports torch, not jax."""
 
 import contextlib
 import json

@@ -1,1 +1,1 @@
-"""Scores against a synthetic world's true features."""
+"""SAEs scored against a synthetic world's true features, and which of the other measures agree with the truth."""

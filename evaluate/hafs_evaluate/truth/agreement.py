@@ -1,4 +1,4 @@
-"""`hafs agreement`: do the measures that need no truth rank SAEs as the truth does? Torch; must not import jax.
+"""`hafs agreement`: do the measures that need no truth rank SAEs as the truth does? Imports torch, not jax.
 
 On a synthetic world, root features with children can serve as labels: a row is positive where the feature fires, and
 the label's children are the features right below it. From these labels the hole, absorption and top-1 probing of

@@ -1,6 +1,8 @@
-"""What is true of a synthetic world: its features, their hierarchy, and which fire on each held-out row. Numpy, scipy.
+"""What is true of a synthetic world: its features, their hierarchy, and which fire on each held-out row.
 
 `hafs_extract.synthetic.samples` writes it; `load_truth` reads it.
+
+Imports no torch.
 """
 
 from dataclasses import dataclass

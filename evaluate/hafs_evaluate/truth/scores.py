@@ -1,4 +1,4 @@
-"""Scores an SAE's latents against a synthetic world's true features, in one pass over the held-out rows. Torch.
+"""Scores an SAE's latents against a synthetic world's true features, in one pass over the held-out rows.
 
 Notation: n features with unit directions d_j, F latents with unit dictionary vectors u_i, and c_ij = |u_i . d_j|.
 
@@ -8,6 +8,8 @@ Notation: n features with unit directions d_j, F latents with unit dictionary ve
 - A latent fires on a row where it is not 0, a feature where its coefficient is above 0.
 - An edge leads from a feature, the parent, to one right below it in the hierarchy, the child.
 - An edge is absorbed on a row where parent and child truly fire, match(child) fires and match(parent) is silent.
+
+Imports torch, not jax.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""`hafs synth-score`: scores every finished run of a synthetic world against its truth. Torch; must not import jax.
+"""`hafs synth-score`: scores every finished run of a synthetic world against its truth. Imports torch, not jax.
 
 OUT/<profile>/eval/<run>/synthetic.json   the run's config, the hashes of what was scored, and `metrics`
 OUT/<profile>/eval/synthetic.csv          a row for each run, with those entries of the config in which the runs differ
