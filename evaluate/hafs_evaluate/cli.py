@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hafs_evaluate.config import EvalConfig
+from hafs_evaluate.saebench.datasets import PROBING_DATASETS
 from hafs_evaluate.saebench.suites import SUITES
 from hafs_evaluate.stage import LANGUAGE_MODEL, Stage
 from hafs_evaluate.stages import STAGES
@@ -311,6 +312,9 @@ def _suite_lines() -> list[str]:
     lines = ["probing suites, and the tasks that they probe unless --tasks names others:"]
     for suite in SUITES.values():
         lines += [f"  {suite.name}: {suite.help}", *(f"    {task}" for task in suite.tasks)]
+    if PROBING_DATASETS:
+        lines.append("  registered datasets, which --tasks may name too:")
+        lines += [f"    {dataset.name}: {dataset.help}" for dataset in PROBING_DATASETS.values()]
     return lines
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.results.measures import CORE, DOMAINS, FIRST_LETTER, HIERARCHY, PROBING, STABILITY, register_measure
+from hafs_evaluate.saebench.datasets import dataset_shas
 from hafs_evaluate.saebench.suites import check_space, find_suite
 from hafs_evaluate.stage import LANGUAGE_MODEL, Evaluation, Job, OfLanguageModel, Stage, Values
 from hafs_evaluate.workspace import FinishedRun, Workspace, read_result
@@ -77,7 +78,7 @@ def _probing_settings(evaluation: Evaluation) -> list[Any]:
     config, manifest = evaluation.config, evaluation.manifest
     settings = [config.suite, list(config.tasks), list(config.ks), config.penalty, config.probe_seed]
     settings += [to_dict(manifest.model), to_dict(manifest.tokenizer), manifest.hook_point]
-    return [*settings, *find_suite(config.suite).inputs]
+    return [*settings, *find_suite(config.suite).inputs, *dataset_shas(config.tasks)]
 
 
 def _probing_suite(evaluation: Evaluation, jobs: list[Job]) -> Any:

@@ -21,7 +21,7 @@ from hafs_evaluate.experiment.config import ExperimentConfig
 from hafs_evaluate.experiment.experiment import summarise
 from hafs_evaluate.report.report import write_report
 from hafs_evaluate.results import measures
-from hafs_evaluate.saebench import suites
+from hafs_evaluate.saebench import datasets, suites
 from hafs_evaluate.stages import STAGES, evaluate
 from hafs_evaluate.workspace import Workspace, finished_runs
 from hafs_jax.base.errors import UserError
@@ -95,10 +95,25 @@ register_suite(
 '''
 
 
+DATASET = '''
+"""Texts labelled by whether they begin with a number."""
+
+from hafs_evaluate.saebench.datasets import ProbingDataset, register_probing_dataset
+
+
+def read():
+    for n in range(260):
+        yield (f"{n} things", "number") if n % 2 else (f"w{n} things", "word")
+
+
+register_probing_dataset(ProbingDataset("numbers", "whether a text begins with a number", read))
+'''
+
+
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """What a test registers is gone after it."""
-    tables: list[dict] = [STAGES, measures.MEASURES, suites.SUITES]
+    tables: list[dict] = [STAGES, measures.MEASURES, suites.SUITES, datasets.PROBING_DATASETS]
     before = [dict(table) for table in tables]
     yield
     for table, known in zip(tables, before, strict=True):
@@ -187,6 +202,31 @@ def test_a_suite_is_one_record(runs: Workspace, tmp_path: Path, monkeypatch: pyt
         assert f"{accuracy:.3f}" in text and "parity" in text and "0.875" in text
     rows = table[table.run == name].set_index(["measure", "dataset"]).value
     assert rows["top_1", "parity"] == accuracy and rows["top_1_auroc", "parity"] == 0.625
+
+
+def test_a_dataset_is_one_record(runs: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported(tmp_path, "numbers_dataset", DATASET, monkeypatch)
+    assert "numbers: whether a text begins with a number" in evaluate_parser().format_help()
+    skip = [name for name in OTHERS if name != "probing"]
+    config = EvalConfig(suite="sae_probes", tasks=("numbers",), ks=(1,), device="cpu")
+    evaluate(runs, config, finished_runs(runs), skip=skip)
+    name = f"strict-s0-k={K}"
+    (detail,) = json.loads(runs.result(name, "probing.json").read_text())["eval_result_details"]
+    assert detail["dataset_name"] == "numbers" and 0.4 < detail["llm_test_accuracy"] <= 1
+    results, texts, table = shown_everywhere(runs)
+    assert results["llm"]["probing"]["numbers"].keys() == {"full", "top_1", "pca_1"}
+    accuracy = detail["sae_metrics_by_k"]["1"]["test_accuracy"]
+    for text in texts.values():
+        assert f"{accuracy:.3f}" in text and "numbers" in text
+    rows = table[table.run == name].set_index(["measure", "dataset"]).value
+    assert rows["top_1", "numbers"] == accuracy
+
+    done = json.loads(runs.result(name, "done.json").read_text())["probing"]
+    other = [("new text", "number"), *datasets.PROBING_DATASETS["numbers"].rows]
+    changed = datasets.ProbingDataset("numbers", "with another text", lambda: other)
+    monkeypatch.setitem(datasets.PROBING_DATASETS, "numbers", changed)
+    evaluate(runs, config, finished_runs(runs, [name]), skip=skip)
+    assert json.loads(runs.result(name, "done.json").read_text())["probing"] != done
 
 
 def test_a_stage_says_how_it_measures(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ the activations. It has three traps, which are avoided here:
 - It aggregates even where tasks are missing, so its result is checked to be complete.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
+from hafs_evaluate.saebench.datasets import PROBING_DATASETS
 from hafs_evaluate.saebench.harness import check_hook_point, logged, read_output
 from hafs_evaluate.saebench.task_activations import ActivationCache
 from hafs_evaluate.workspace import fingerprint
@@ -46,7 +49,7 @@ def probe_sae(
     """
     check_hook_point(hook_point)
     # its logistic regressions are small: on busy cores, BLAS threads that wait for each other made them 20 times slower
-    with logged(root / "saebench.log"), threadpool_limits(1, user_api="blas"):
+    with logged(root / "saebench.log"), threadpool_limits(1, user_api="blas"), _registered_datasets(settings.tasks):
         from sae_bench.evals.sparse_probing_sae_probes import SparseProbingSaeProbesEvalConfig, run_eval
 
         results = root / "results" / _settings_key(cache, settings)
@@ -112,7 +115,7 @@ def pca_probes(
     (`get_xy_traintest`, `find_best_reg`), and so is the standardisation of each dimension before the components are
     taken (`find_best_pcareg`). Where k exceeds the number of components, all of them are taken.
     """
-    with logged(root / "saebench.log"), threadpool_limits(1, user_api="blas"):
+    with logged(root / "saebench.log"), threadpool_limits(1, user_api="blas"), _registered_datasets([task]):
         from sae_probes.run_baselines import DATASET_SIZES
         from sae_probes.utils_data import get_xy_traintest
         from sae_probes.utils_training import find_best_reg
@@ -164,6 +167,31 @@ def _settings_key(cache: ActivationCache, settings: ProbeSettings) -> str:
     versions = [version("sae-bench"), version("sae-probes")]
     tasks = sorted(settings.tasks)
     return fingerprint([cache.key, tasks, list(settings.ks), settings.penalty, settings.seed, versions])
+
+
+@contextlib.contextmanager
+def _registered_datasets(names: Sequence[str]) -> Iterator[None]:
+    """Within it, sae-probes finds those of `names` that are registered datasets among its own tasks."""
+    ours = {name: PROBING_DATASETS[name].balanced() for name in names if name in PROBING_DATASETS}
+    if not ours:
+        yield
+        return
+    import pandas
+    from sae_probes import run_baselines, utils_data
+
+    read, sizes = utils_data.read_numbered_dataset_df, run_baselines.DATASET_SIZES  # its modules share this dict
+
+    def read_ours_too(name: str) -> Any:
+        return pandas.DataFrame(ours[name], columns=["prompt", "target"]) if name in ours else read(name)
+
+    utils_data.read_numbered_dataset_df = read_ours_too
+    sizes.update({name: len(rows) for name, rows in ours.items()})
+    try:
+        yield
+    finally:
+        utils_data.read_numbered_dataset_df = read
+        for name in ours:
+            del sizes[name]
 
 
 def _drop_torn(results: Path) -> None:

@@ -17,6 +17,7 @@ import random
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hafs_evaluate.saebench.datasets import PROBING_DATASETS, dataset_shas, registered_classes
 from hafs_evaluate.saebench.harness import (
     check_hook_point,
     logged,
@@ -66,7 +68,7 @@ class StandardProbing:
             from sae_bench.sae_bench_utils import activation_collection, dataset_info
 
         self.manifest, self.model, self.root, self.ks = manifest, _Adapter(model), root, ks
-        self._classes = dataset_info.chosen_classes_per_dataset
+        self._classes = dataset_info.chosen_classes_per_dataset | registered_classes()
         for name in datasets:
             if name not in self._classes:
                 raise UserError(f"dataset {name!r}: SAE-Bench has none of that name{did_you_mean(name, self._classes)}")
@@ -141,7 +143,8 @@ class StandardProbing:
         values = asdict(self.config) | {"dataset_names": None}  # each dataset is a file of its own
         model, tokenizer = asdict(self.manifest.model), asdict(self.manifest.tokenizer)
         versions = [version("sae-bench"), version("datasets")]
-        return self.root / fingerprint([values, model, tokenizer, self.manifest.hook_point, versions])
+        ours = dataset_shas(self.config.dataset_names)
+        return self.root / fingerprint([values, model, tokenizer, self.manifest.hook_point, versions, *ours])
 
     def _cached(self, dataset: str, folder: Path | None = None) -> Path:
         """Where SAE-Bench keeps the activations of `dataset`, in `folder` [the suite's own]."""
@@ -233,19 +236,29 @@ class _Tokenized:
 
 @contextlib.contextmanager
 def _patched(model: _Adapter) -> Iterator[None]:
-    """Within it, SAE-Bench uses `model`, reads GitHub's code, and runs without jaxtyping's checks."""
+    """Within it, SAE-Bench uses `model`, reads GitHub's code and registered datasets, and checks no array types."""
     with without_type_checks():
         from sae_bench.evals.sparse_probing import main
-        from sae_bench.sae_bench_utils import dataset_utils
+        from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
         loader = SimpleNamespace(from_pretrained_no_processing=lambda *args, **kwargs: model)
         transformer, load_dataset = main.HookedTransformer, dataset_utils.load_dataset
+        classes, texts = dataset_info.chosen_classes_per_dataset, dataset_utils.get_multi_label_train_test_data
+
+        def texts_of(name: str, train_size: int, test_size: int, seed: int) -> Any:
+            ours = PROBING_DATASETS.get(name)
+            return (ours.split if ours else partial(texts, name))(train_size, test_size, seed)
+
         main.HookedTransformer, dataset_utils.load_dataset = loader, _github_code_or(load_dataset)
+        dataset_info.chosen_classes_per_dataset = classes | registered_classes()
+        dataset_utils.get_multi_label_train_test_data = texts_of
         try:
             with torch.enable_grad():  # its probe training leaves gradients on
                 yield
         finally:
             main.HookedTransformer, dataset_utils.load_dataset = transformer, load_dataset
+            dataset_info.chosen_classes_per_dataset = classes
+            dataset_utils.get_multi_label_train_test_data = texts
 
 
 def _github_code_or(load_dataset: Any) -> Any:

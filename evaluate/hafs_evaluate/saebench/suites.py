@@ -31,7 +31,7 @@ OFFLINE_TASKS = (
 )
 """Professions, sentiment, news, headlines, spam and places: 0.75 million tokens."""
 
-DATASETS = (
+STANDARD_DATASETS = (
     "LabHC/bias_in_bios_class_set1",
     "LabHC/bias_in_bios_class_set2",
     "LabHC/bias_in_bios_class_set3",
@@ -151,7 +151,7 @@ register_suite(
     ProbingSuite(
         "standard",
         "SAE-Bench's eight datasets, from the hub",
-        DATASETS,
+        STANDARD_DATASETS,
         prepare=_standard,
         probe=lambda suite, job: suite.score(job.run.unique_name, job.sae()),
         language_model=lambda evaluation, suite, values: suite.language_model(values),

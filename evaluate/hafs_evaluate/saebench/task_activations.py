@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hafs_evaluate.core.texts import text_batches
+from hafs_evaluate.saebench.datasets import PROBING_DATASETS
 from hafs_evaluate.saebench.harness import model_short_name
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
@@ -40,10 +41,9 @@ FORMAT = 1  # raise it when the same key would hold other numbers
 
 @dataclass(frozen=True)
 class Task:
-    """A labelled task of the sae-probes wheel."""
+    """A labelled task: one of the sae-probes wheel, or a registered dataset."""
 
     name: str
-    path: Path
     sha256: str
     texts: tuple[str, ...]
 
@@ -63,15 +63,18 @@ def task_path(name: str) -> Path:
     folder = _data_folder() / "cleaned_data"
     path = folder / f"{name}.csv.zst"
     if not path.exists():
-        known = [other.name.removesuffix(".csv.zst") for other in folder.glob("*.csv.zst")]
+        known = [other.name.removesuffix(".csv.zst") for other in folder.glob("*.csv.zst")] + list(PROBING_DATASETS)
         raise UserError(f"task {name!r}: sae-probes carries no such task{did_you_mean(name, known)}")
     return path
 
 
 def read_task(name: str) -> Task:
-    """The task `name`, its texts in the order of the file; `UserError` where it is no binary task of sae-probes."""
+    """The task `name`, its texts in the order of the file; `UserError` where it is no binary task."""
     import pandas
 
+    if name in PROBING_DATASETS:
+        dataset = PROBING_DATASETS[name]
+        return Task(name, dataset.sha, tuple(text for text, _ in dataset.balanced()))
     path = task_path(name)
     table = pandas.read_csv(path, compression="zstd")
     if "prompt" not in table or table["target"].nunique() != 2:
@@ -80,7 +83,7 @@ def read_task(name: str) -> Task:
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise UserError(f"task {name}: row {row} of {path} has no text, so no activation; leave the task out")
-    return Task(name, path, sha256_of(path), texts)
+    return Task(name, sha256_of(path), texts)
 
 
 def task_key(task: Task, manifest: Manifest, max_tokens: int) -> str:

@@ -9,6 +9,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from hafs_evaluate.saebench import standard as saebench_standard
+from hafs_evaluate.saebench.datasets import PROBING_DATASETS, ProbingDataset
 from hafs_evaluate.saebench.standard import StandardProbing
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.manifest import TokenizerInfo, read_manifest
@@ -191,3 +192,24 @@ def test_errors_name_what_to_do(model, manifest, local_datasets, tmp_path, monke
         UserError, match=r"local/words cannot be had from the hub \(no route to the hub\).*--suite sae_"
     ):
         suite(manifest, model, tmp_path).score("run", sae())
+
+
+def test_a_registered_dataset_is_probed_beside_saebenchs_own(model, manifest, local_datasets, tmp_path, monkeypatch):
+    from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+
+    before = dataset_utils.get_multi_label_train_test_data, dataset_info.chosen_classes_per_dataset
+    rows = [
+        (" ".join(np.random.default_rng(n).choice(WORDS[:9] if n % 2 else WORDS[9:], 20)), "ab"[n % 2])
+        for n in range(120)
+    ]
+    monkeypatch.setitem(PROBING_DATASETS, "mine", ProbingDataset("mine", "made up", lambda: rows))
+    probing = suite(manifest, model, tmp_path / "saebench", datasets=(DATASETS[0], "mine"))
+    values = probing.score("run", sae())
+    names = [detail["dataset_name"] for detail in values["eval_result_details"]]
+    assert names == [NAMES[0], "mine_results"]
+    assert values["eval_result_details"][1]["llm_test_accuracy"] > 0.8
+    folder = probing._folder
+    assert folder != suite(manifest, model, tmp_path / "saebench", datasets=DATASETS[:1])._folder
+    monkeypatch.setitem(PROBING_DATASETS, "mine", ProbingDataset("mine", "other texts", lambda: rows[:100]))
+    assert probing._folder != folder
+    assert (dataset_utils.get_multi_label_train_test_data, dataset_info.chosen_classes_per_dataset) == before

@@ -3,7 +3,7 @@
 import pytest
 
 from hafs_evaluate.config import EvalConfig, resolved
-from hafs_evaluate.saebench.suites import DATASETS, OFFLINE_TASKS, SUITES, ProbingSuite, register_suite
+from hafs_evaluate.saebench.suites import OFFLINE_TASKS, STANDARD_DATASETS, SUITES, ProbingSuite, register_suite
 from hafs_jax.base.errors import UserError
 
 
@@ -20,7 +20,7 @@ from hafs_jax.base.errors import UserError
 )
 def test_the_suite_is_the_one_that_the_profile_names(profile, suite):
     config = resolved(EvalConfig(), profile)
-    assert (config.suite, config.tasks) == (suite, OFFLINE_TASKS if suite == "sae_probes" else DATASETS)
+    assert (config.suite, config.tasks) == (suite, OFFLINE_TASKS if suite == "sae_probes" else STANDARD_DATASETS)
     other = {"sae_probes": "standard", "standard": "sae_probes"}[suite]
     assert resolved(EvalConfig(suite=other, tasks=("a",)), profile) == EvalConfig(suite=other, tasks=("a",))
 
