@@ -1,52 +1,123 @@
 """A trained SAE as a Python object: raw activations in, latents and reconstructions in the model's units out."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
-from hafs_jax.method.architectures import OperatingPoint
+from hafs_jax.method.architectures import ARCHITECTURES, OperatingPoint
 from hafs_jax.method.sae import SAE, InputScale
 from hafs_jax.ops.products import Params
 from hafs_jax.runs import Run
+from hafs_jax.saelens_format import fold
 from hafs_jax.training.checkpoint import load_checkpoint
 
+_NUMBERS = ("float", "bfloat", "int", "uint")  # how the names of the dtypes begin that are taken
 
-@dataclass(frozen=True)
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "scale", "scaled_threshold"),
+    meta_fields=("config",),
+)
+@dataclass(frozen=True, eq=False, repr=False)
 class TrainedSAE:
-    """What training left behind, at inference. `params` and `threshold` are in scaled units (see `method.sae`)."""
+    """What training left behind, at inference. A pytree, so that `jax.jit` takes it as an argument.
+
+    `encode`, `decode` and the call take one row [D], or rows of any leading shape [..., D]: arrays of numpy and JAX,
+    tensors of torch of any dtype and device, with or without gradient, and lists. They compute in float32.
+
+    W_enc, b_enc, W_dec, b_dec and threshold are in the model's units: with pre = (x - b_dec) @ W_enc + b_enc, of a
+    transcoder x @ W_enc + b_enc, the latents of an architecture with a threshold are pre where pre > threshold, and the
+    reconstruction is latents @ W_dec + b_dec. The fields `params` and `scaled_threshold` are in scaled units (see
+    `method.sae`).
+    """
 
     config: TrainConfig
     params: Params
     scale: InputScale
-    threshold: Float[Array, ""]
+    scaled_threshold: Float[Array, ""]
+
+    def __repr__(self) -> str:
+        sae, name = self.config.sae, self.config.run_name
+        width = f"D={self.d_model}" + (f", D_out={self.d_out}" if sae.transcode else "")
+        return f"TrainedSAE({name}: {sae.architecture}, {width}, F={self.n_latents}, k={sae.k})"
 
     @property
     def d_model(self) -> int:
+        """D, the width of the activations that are encoded."""
         return self.params["W_enc"].shape[0]
 
     @property
-    def W_dec(self) -> Float[Array, "F D"]:
-        """The dictionary: unit rows, in the model's directions."""
-        return self.params["W_dec"]
+    def d_out(self) -> int:
+        """The width of the reconstruction: D, or of a transcoder its target's."""
+        return self.params["W_dec"].shape[1]
 
-    def encode(self, acts_BD: Any) -> Float[Array, "B F"]:
-        """The latents of raw activations [B, D], in the model's units: reconstruction = latents @ W_dec + b_dec."""
-        return _encode(self.params, jnp.asarray(acts_BD), self.scale, self.threshold, self.config)
+    @property
+    def n_latents(self) -> int:
+        return self.params["W_dec"].shape[0]
 
-    def decode(self, latents_BF: Any) -> Float[Array, "B D"]:
-        """The raw reconstruction of latents in the model's units; a transcoder's is of its target's activations."""
-        return _decode(self.params, jnp.asarray(latents_BF), self.scale, self.config)
+    @property
+    def W_enc(self) -> Float[Array, "D F"]:
+        return self._folded[0]["W_enc"]
 
-    def __call__(self, acts_BD: Any) -> Float[Array, "B D"]:
-        """The raw reconstruction of raw activations."""
-        return self.decode(self.encode(acts_BD))
+    @property
+    def b_enc(self) -> Float[Array, "F"]:
+        """The encoder's bias; of a gated SAE the gate's."""
+        return self._folded[0]["b_enc"]
+
+    @property
+    def W_dec(self) -> Float[Array, "F D_out"]:
+        """The dictionary: unit rows; of a transcoder rows of one other norm."""
+        return self._folded[0]["W_dec"]
+
+    @property
+    def b_dec(self) -> Float[Array, "D_out"]:
+        return self._folded[0]["b_dec"]
+
+    @property
+    def threshold(self) -> Float[Array, "..."] | None:
+        """One number, or of jumprelu one for each latent; None where the architecture has none."""
+        has_one = ARCHITECTURES[self.config.sae.architecture].learns_threshold or "threshold" in self.params
+        return self._folded[1] if has_one else None
+
+    def encode(self, acts: Any) -> Float[Array, "*B F"]:
+        """The latents of raw activations [..., D], in the model's units: reconstruction = latents @ W_dec + b_dec.
+
+        Raises `UserError` where the last dimension is not D, or the values are no finite numbers.
+        """
+
+        def rows(acts_BD: Array) -> Array:
+            return _encode(self.params, acts_BD, self.scale, self.scaled_threshold, self.config)
+
+        return _by_row(rows, acts, self.d_model, f"activations [..., D] with this SAE's D={self.d_model}")
+
+    def decode(self, latents: Any) -> Float[Array, "*B D"]:
+        """The raw reconstruction of latents [..., F] in the model's units; a transcoder's is of its target.
+
+        Raises `UserError` where the last dimension is not F, or the values are no finite numbers.
+        """
+
+        def rows(latents_BF: Array) -> Array:
+            return _decode(self.params, latents_BF, self.scale, self.config)
+
+        return _by_row(rows, latents, self.n_latents, f"latents [..., F] with this SAE's F={self.n_latents}")
+
+    def __call__(self, acts: Any) -> Float[Array, "*B D"]:
+        """The raw reconstruction of raw activations [..., D]."""
+        return self.decode(self.encode(acts))
+
+    @functools.cached_property
+    def _folded(self) -> tuple[Params, Array]:
+        return fold(self.params, self.scale, self.scaled_threshold)
 
 
 def load(run_folder: Path | str, which: str = "last") -> TrainedSAE:
@@ -60,6 +131,53 @@ def load(run_folder: Path | str, which: str = "last") -> TrainedSAE:
     config, (d_model, d_out) = run.config(), run.widths()
     state, scale = load_checkpoint(run.best if which == "best" else run.checkpoints, config, d_model, d_out)
     return TrainedSAE(config, state.weights(), scale, state.threshold(config.sparsity.threshold_decay))
+
+
+def _by_row(function: Callable[[Array], Array], values: Any, width: int, what: str) -> Array:
+    """`function` of rows [B, width], applied to values of any leading shape; `what` names what they must be."""
+    array = _float_array(values, what)
+    if array.ndim == 0 or array.shape[-1] != width:
+        raise UserError(f"expected {what}, found shape {list(array.shape)}; the last dimension must be {width}")
+    found = function(array.reshape(-1, width))
+    return found.reshape(*array.shape[:-1], found.shape[-1])
+
+
+def _float_array(values: Any, what: str) -> Array:
+    """The values in float32; `UserError` where they are no finite numbers. Those of a traced array are not known."""
+    if isinstance(values, jax.Array):
+        _check_dtype(values.dtype, what)
+        array = values.astype(jnp.float32)
+        is_finite = isinstance(array, jax.core.Tracer) or bool(jnp.isfinite(array).all())
+    else:
+        host = _host_array(values, what)
+        is_finite, array = bool(np.isfinite(host).all()), jnp.asarray(host)
+    if not is_finite:
+        raise UserError(f"expected {what}, found values that are not finite in float32; leave such rows out")
+    return array
+
+
+def _host_array(values: Any, what: str) -> np.ndarray:
+    """Any other array, tensor or list in float32 in main memory. Tensors are known by what they can do: no torch."""
+    if isinstance(values, (list, tuple)):
+        values = [_host_array(part, what) if hasattr(part, "shape") else part for part in values]
+    try:
+        if callable(getattr(values, "detach", None)):
+            _check_dtype(values.dtype, what)
+            dense = values.to_dense() if getattr(values, "is_sparse", False) else values
+            values = dense.detach().float().cpu().numpy()  # numpy has no bfloat16
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # a ragged list, a tensor without values
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"expected {what}, found a {type(values).__name__} that is no array ({reason})") from None
+    _check_dtype(array.dtype, what)
+    with np.errstate(over="ignore"):  # a float64 that is too large becomes infinity, which is refused
+        return array.astype(np.float32)
+
+
+def _check_dtype(dtype: Any, what: str) -> None:
+    name = str(dtype).removeprefix("torch.")
+    if not name.startswith(_NUMBERS):
+        raise UserError(f"expected {what}, found values of dtype {name}; convert them to float32")
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -68,6 +68,6 @@ def export_saelens(run_folder: Path | str) -> Path:
     if ARCHITECTURES[config.sae.architecture].nested:
         ends = [config.sae.F] if config.sae.sampled_prefixes else sorted(set(fixed_ends(config.sae)))
         metadata["prefixes"] = list(ends)
-    tensors = saelens_tensors(sae.params, config.sae, sae.scale, sae.threshold)
+    tensors = saelens_tensors(sae.params, config.sae, sae.scale, sae.scaled_threshold)
     write_saelens(run.sae, tensors, saelens_config(config.sae, kind, manifest, target, metadata))
     return run.sae

@@ -90,11 +90,17 @@ def load_checkpoint(
 
 
 def blank(config: TrainConfig, d_model: int, d_out: int | None = None) -> tuple[TrainState, InputScale]:
-    """A state and scale of the config's shapes. Their values mean nothing."""
-    state = init_state(config, d_model, jax.random.key(0), hyperparameters(config), d_out)
-    zeros = jax.numpy.zeros
-    target = InputScale(zeros(d_out or d_model), zeros(()), zeros(())) if config.sae.transcode else None
-    return state, InputScale(zeros(d_model), zeros(()), zeros(()), target)
+    """The shapes and dtypes of the config's state and scale, for the default device. Computes nothing."""
+
+    def of_config() -> tuple[TrainState, InputScale]:
+        state = init_state(config, d_model, jax.random.key(0), hyperparameters(config), d_out)
+        zeros = jax.numpy.zeros
+        target = InputScale(zeros(d_out or d_model), zeros(()), zeros(())) if config.sae.transcode else None
+        return state, InputScale(zeros(d_model), zeros(()), zeros(()), target)
+
+    here = jax.numpy.zeros(()).sharding
+    shapes = jax.eval_shape(of_config)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
 
 
 def _plain(state: TrainState, scale: InputScale) -> dict[str, Any]:
@@ -102,7 +108,15 @@ def _plain(state: TrainState, scale: InputScale) -> dict[str, Any]:
     fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
     if held := fields.pop("held_penalty"):
         fields["pull"] = held
-    return {"state": fields | {"key": jax.random.key_data(state.key)}, "scale": scale}
+    return {"state": fields | {"key": _key_data(state.key)}, "scale": scale}
+
+
+def _key_data(key: Any) -> Any:
+    """The numbers of a PRNG key; of the shape of one (`blank`), their shape."""
+    if not isinstance(key, jax.ShapeDtypeStruct):
+        return jax.random.key_data(key)
+    data = jax.eval_shape(jax.random.key_data, key)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
 
 
 def _name(path: tuple) -> str:

@@ -47,13 +47,11 @@ class OwnSAE(torch.nn.Module):
     def __init__(self, run_folder: Path, manifest: Manifest) -> None:
         """Raises `UserError` where the run has no checkpoint or it is damaged."""
         from hafs_jax.api import load
-        from hafs_jax.saelens import fold
 
         super().__init__()
         self._sae = load(run_folder)
-        weights, _ = fold(self._sae.params, self._sae.scale, self._sae.threshold)
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            self.register_buffer(name, torch.tensor(np.asarray(weights[name], np.float32)))
+            self.register_buffer(name, torch.tensor(np.asarray(getattr(self._sae, name))))
         config = self._sae.config.sae
         metadata = SimpleNamespace(
             model_name=manifest.model.name,
@@ -75,18 +73,12 @@ class OwnSAE(torch.nn.Module):
 
     def encode(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
         """The latents of raw activations."""
-        return self._through(self._sae.encode, x)
+        return torch.tensor(np.asarray(self._sae.encode(x)))
 
     def decode(self, latents: Float[Tensor, "*B F"]) -> Float[Tensor, "*B D"]:
         """The raw reconstruction of latents."""
-        return self._through(self._sae.decode, latents)
+        return torch.tensor(np.asarray(self._sae.decode(latents)))
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """The raw reconstruction of raw activations."""
         return self.decode(self.encode(x))
-
-    @staticmethod
-    def _through(function: Any, values: Tensor) -> Tensor:
-        rows = values.detach().to("cpu", torch.float32).reshape(-1, values.shape[-1])
-        found = torch.tensor(np.asarray(function(rows.numpy())))
-        return found.reshape(*values.shape[:-1], found.shape[-1])
