@@ -13,6 +13,7 @@ from hafs_jax.api import load
 from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.method.matryoshka import fixed_ends
 from hafs_jax.runs import Run
+from hafs_jax.saelens_files import AT_RUN_TIME, CFG, WEIGHTS, read_cfg, read_safetensors, read_tensors, write_saelens
 from hafs_jax.saelens_format import (
     SAELENS_VERSION,
     NoSAELensForm,
@@ -21,16 +22,21 @@ from hafs_jax.saelens_format import (
     saelens_config,
     saelens_name,
     saelens_tensors,
-    write_saelens,
 )
 from hafs_jax.store.manifest import read_manifest
 
 __all__ = [
+    "AT_RUN_TIME",
+    "CFG",
     "SAELENS_VERSION",
+    "WEIGHTS",
     "NoSAELensForm",
     "export_saelens",
     "fold",
+    "read_cfg",
     "read_saelens",
+    "read_safetensors",
+    "read_tensors",
     "saelens_name",
     "write_saelens",
 ]

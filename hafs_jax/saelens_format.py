@@ -14,24 +14,18 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jaxtyping import Array, Float
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, write_atomic, write_json
 from hafs_jax.base.options import did_you_mean
 from hafs_jax.config import SAEConfig
 from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.method.sae import InputScale
 from hafs_jax.ops.products import Params
-from hafs_jax.store.manifest import Manifest, to_float32
+from hafs_jax.saelens_files import CFG, WEIGHTS, Weights, printable, read_cfg, read_tensors
+from hafs_jax.store.manifest import Manifest
 
 SAELENS_VERSION = "6.54.12"  # the version whose on-disk format this is; SAELens drops metadata of versions below 6
-
-Weights = dict[str, np.ndarray]
-"""float32 arrays under the trainer's names: W_enc [D, F], b_enc [F], W_dec [F, D_out], b_dec [D_out], and of some
-architectures threshold, r_mag, b_mag [F]."""
 
 _PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
 TENSORS: dict[str, tuple[str, ...]] = {
@@ -44,12 +38,6 @@ TENSORS: dict[str, tuple[str, ...]] = {
 }
 """The tensors of each SAELens architecture that can be read."""
 
-_NUMPY_DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
 _EQUAL_NORMS = 1e-3  # relative spread of decoder norms up to which rescaling does not change a top-k in float16
 _IN_UNITS = ("b_enc", "b_mag")  # biases that have the units of the scaled activations
 
@@ -63,30 +51,24 @@ def read_saelens(folder: Path) -> tuple[Weights, dict[str, Any]]:
     Raises `UserError` where a file is missing or damaged, where the tensors do not fit cfg.json, and for an
     architecture or input normalisation that is not linear.
     """
-    cfg = _modern(read_json(folder / "cfg.json", "a SAELens folder's cfg.json"), folder)
-    tensors = _checked(_read_tensors(folder / "sae_weights.safetensors"), cfg, folder)
+    cfg = _linear(read_cfg(folder), folder)
+    tensors = _checked(read_tensors(folder), cfg, folder)
     weights = {name: value.astype(np.float64) for name, value in tensors.items()}
     if "b_gate" in weights:
         weights["b_enc"] = weights.pop("b_gate")
     if "threshold" in weights:
         weights["threshold"] = np.maximum(weights["threshold"], 0.0)
-    if "transcoder" not in cfg["architecture"] and not cfg["apply_b_dec_to_input"]:
-        shift_F = weights["b_dec"] @ weights["W_enc"]
-        weights["b_enc"] = weights["b_enc"] + shift_F
-        if "b_mag" in weights:
-            weights["b_mag"] = weights["b_mag"] + shift_F * np.exp(weights["r_mag"])
-        cfg["apply_b_dec_to_input"] = True
-    if cfg.get("rescale_acts_by_decoder_norm"):
-        weights = _unit_rows(weights)
-        cfg["rescale_acts_by_decoder_norm"] = False
-    return {name: value.astype(np.float32) for name, value in weights.items()}, cfg
-
-
-def write_saelens(folder: Path, tensors: dict[str, np.ndarray], cfg: dict[str, Any]) -> None:
-    """Writes a SAELens folder, cfg.json last; equal tensors give equal bytes."""
-    weights = safetensors.numpy.save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
-    write_atomic(folder / "sae_weights.safetensors", lambda file: file.write(weights) and None)
-    write_json(folder / "cfg.json", cfg)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is too large is refused below
+        if "transcoder" not in cfg["architecture"] and not cfg["apply_b_dec_to_input"]:
+            shift_F = weights["b_dec"] @ weights["W_enc"]
+            weights["b_enc"] = weights["b_enc"] + shift_F
+            if "b_mag" in weights:
+                weights["b_mag"] = weights["b_mag"] + shift_F * np.exp(weights["r_mag"])
+            cfg["apply_b_dec_to_input"] = True
+        if cfg.get("rescale_acts_by_decoder_norm"):
+            weights = _unit_rows(weights)
+            cfg["rescale_acts_by_decoder_norm"] = False
+    return _in_float32(weights, folder / WEIGHTS), cfg
 
 
 class NoSAELensForm(UserError):
@@ -245,7 +227,7 @@ def read_start(
     ):
         if found != expected:
             remedy = f"set --sae.n-latents {found}" if name == "d_sae" else "start from an SAE of this store's model"
-            raise UserError(f"{folder / 'cfg.json'} has {name}={found}, this run needs {expected}; {remedy}")
+            raise UserError(f"{folder / CFG} has {name}={found}, this run needs {expected}; {remedy}")
     kind = cfg["architecture"]
     if ("transcoder" in kind) != (target is not None):
         form = "an autoencoder" if target is None else "a transcoder"
@@ -261,7 +243,9 @@ def read_start(
             )
     if is_gated and kind != "gated":
         weights |= {"r_mag": np.zeros(n_latents, np.float32), "b_mag": weights["b_enc"].copy()}
-    params, threshold = unfold(weights, scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        params, threshold = unfold(weights, scale)
+    params = _in_float32(params, folder / WEIGHTS)
     if "threshold" not in own.params:
         params.pop("threshold", None)
     return params, threshold
@@ -276,19 +260,13 @@ def _unit_rows(weights: Weights) -> Weights:
     return unit | {"W_dec": weights["W_dec"] / norms_F[:, None]}
 
 
-def _modern(cfg: Any, folder: Path) -> dict[str, Any]:
-    """cfg.json with the keys of SAELens 6; `UserError` where it describes what cannot be written linearly."""
-    path = folder / "cfg.json"
-    if not isinstance(cfg, dict) or not {"d_in", "d_sae"} <= set(cfg):
-        raise UserError(f"{path}: expected a SAELens config with d_in and d_sae, found {sorted(cfg)[:8]}")
-    cfg = {"architecture": "standard", "apply_b_dec_to_input": True, **cfg}
-    k_before_6 = (cfg.get("activation_fn_kwargs") or {}).get("k")
-    if "topk" in (cfg.get("activation_fn_str"), cfg.get("activation_fn")) and k_before_6:
-        cfg |= {"architecture": "topk", "k": k_before_6}
+def _linear(cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`cfg`; `UserError` where it describes what cannot be written linearly."""
+    path = folder / CFG
     if cfg["architecture"] not in TENSORS:
         near = did_you_mean(cfg["architecture"], TENSORS)
         raise UserError(f"{path}: architecture {cfg['architecture']!r}, expected one of {', '.join(TENSORS)}{near}")
-    normalisation = cfg.get("normalize_activations") or "none"
+    normalisation = cfg["normalize_activations"]
     if normalisation != "none":
         raise UserError(
             f"{path}: normalize_activations={normalisation!r}, expected 'none'; fold the factor into the weights first "
@@ -297,26 +275,9 @@ def _modern(cfg: Any, folder: Path) -> dict[str, Any]:
     return cfg
 
 
-def _read_tensors(path: Path) -> Weights:
-    try:
-        entries = safetensors.deserialize(path.read_bytes())
-    except OSError:
-        raise UserError(f"expected a SAELens folder's weights at {path}, found none that can be read") from None
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: expected a safetensors file, found one that is damaged ({error})") from None
-    return {name: _array(entry, f"{path}: {name}") for name, entry in entries}
-
-
-def _array(entry: Any, where: str) -> np.ndarray:
-    if entry["dtype"] not in _NUMPY_DTYPES:
-        raise UserError(f"{where} is of dtype {entry['dtype']}, expected one of {', '.join(_NUMPY_DTYPES)}")
-    values = np.frombuffer(entry["data"], _NUMPY_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return to_float32(values, "bfloat16") if entry["dtype"] == "BF16" else values
-
-
 def _checked(tensors: Weights, cfg: dict[str, Any], folder: Path) -> Weights:
-    """The tensors of cfg's architecture, exactly, of cfg's shapes and finite."""
-    path, D, F = folder / "sae_weights.safetensors", cfg["d_in"], cfg["d_sae"]
+    """The tensors of cfg's architecture, exactly, and of cfg's shapes."""
+    path, D, F = folder / WEIGHTS, cfg["d_in"], cfg["d_sae"]
     factor = tensors.pop("scaling_factor", None)
     if factor is not None and not np.all(factor == 1):
         raise UserError(f"{path}: scaling_factor is not 1; fold it into W_dec first")
@@ -324,13 +285,21 @@ def _checked(tensors: Weights, cfg: dict[str, Any], folder: Path) -> Weights:
     if set(tensors) != set(expected):
         raise UserError(
             f"{path}: expected the tensors {', '.join(sorted(expected))} of architecture {cfg['architecture']!r}, "
-            f"found {', '.join(sorted(tensors)) or 'none'}"
+            f"found {', '.join(map(printable, sorted(tensors))) or 'none'}"
         )
     d_out = cfg.get("d_out", D) if "transcoder" in cfg["architecture"] else D
     shapes = {"W_enc": (D, F), "W_dec": (F, d_out), "b_dec": (d_out,)}
     for name, value in tensors.items():
         if value.shape != (shape := shapes.get(name, (F,))):
             raise UserError(f"{path}: {name} has shape {list(value.shape)}, cfg.json says {list(shape)}")
-        if not np.isfinite(value).all():
-            raise UserError(f"{path}: {name} holds values that are not finite; get the file again")
     return tensors
+
+
+def _in_float32(weights: Weights, path: Path) -> Weights:
+    """The weights in float32; `UserError` where one is too large for it, or became so as the folder was converted."""
+    with np.errstate(over="ignore"):
+        found = {name: value.astype(np.float32) for name, value in weights.items()}
+    for name, value in found.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{path}: {name} holds values that are too large for float32; scale the SAE down")
+    return found

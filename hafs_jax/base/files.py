@@ -53,7 +53,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"expected {what} at {path}, found no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # a number of 5,000 digits, brackets without end, a folder
         raise UserError(f"expected {what} at {path}, found a file that is not JSON ({error})") from None
 
 

@@ -28,7 +28,7 @@ INSIDE_FUNCTIONS = {"hafs_jax.saelens", "hafs_jax.api"}
 LAYERS = (
     {"base"},
     {"store"},
-    {"config", "presets", "runs", "health"},
+    {"config", "presets", "runs", "health", "saelens_files"},
     {"ops"},
     {"method"},
     {"fast"},
@@ -38,7 +38,7 @@ LAYERS = (
     {"commands", "cli", "__main__", "__init__"},
 )
 """hafs_jax from the ground up: a module imports its own layer and those below."""
-NO_JAX = {"base", "store", "config", "presets", "runs", "health", "cli", "__main__", "__init__"}
+NO_JAX = {"base", "store", "config", "presets", "runs", "health", "saelens_files", "cli", "__main__", "__init__"}
 WINGS = ("core", "latents", "saebench", "hierarchy", "truth", "exchange", "results", "experiment", "report")
 MOST_MODULES = 11
 

@@ -23,7 +23,8 @@ from hafs_jax.method.sae import init_params
 from hafs_jax.presets import ARCHITECTURES as PRESETS
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.saelens import export_saelens, saelens_name
-from hafs_jax.saelens_format import fold, read_saelens, read_start, unfold, write_saelens
+from hafs_jax.saelens_files import write_saelens
+from hafs_jax.saelens_format import fold, read_saelens, read_start, unfold
 from hafs_jax.training.train import train
 from tests.support.both_saes import (
     D_OUT,
@@ -167,6 +168,22 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         refused(f"normalize_activations='{value}', expected 'none'; fold", cfg | {"normalize_activations": value})
     refused("architecture 'temporal', expected one of standard", cfg | {"architecture": "temporal"})
     refused("expected a SAELens config with d_in and d_sae, found", {"trainer": {}})
+    old = {"d_in": D, "d_sae": F, "dtype": "float32"}
+    plain = {name: value for name, value in tensors.items() if name != "threshold"}
+    for name in ("activation_fn_str", "activation_fn"):
+        for function in ("topk", "batchtopk", "tanh-relu"):
+            refused(f"{name}='{function}' of architecture 'standard' would be read as a ReLU", old | {name: function})
+    refused(
+        "activation_fn_str='tanh-relu' of architecture 'gated'",
+        old | {"architecture": "gated", "activation_fn_str": "tanh-relu"},
+    )
+    refused("k=3, but architecture 'standard' selects no k latents", old | {"k": 3}, plain)
+    refused("'topk' needs k from 1 to d_sae=11, found 12", old | {"architecture": "topk", "k": 12}, plain)
+    refused(
+        "b_enc holds values that are too large for float32",
+        old | {"architecture": "jumprelu"},
+        {**tensors, "b_enc": torch.full((F,), 1e300, dtype=torch.float64)},
+    )
     refused(r"found W_dec, W_enc, b_dec, b_enc$", tensors={k: v for k, v in tensors.items() if k != "threshold"})
     refused(r"threshold has shape \[10\], cfg.json says \[11\]", tensors=tensors | {"threshold": torch.zeros(F - 1)})
     refused("b_enc holds values that are not finite", tensors=tensors | {"b_enc": torch.full((F,), torch.nan)})

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hafs_evaluate.core.encode import TorchSAE
+from hafs_evaluate.core.encode import TorchSAE, to_numpy
 
 CHUNK_FLOATS = 1 << 24  # cosines computed at once: 64 MiB
 
@@ -82,12 +82,10 @@ def weight_metrics(sae: TorchSAE) -> tuple[dict[str, Any], dict[str, np.ndarray]
         },
     }
     arrays = {
-        "encoder_bias": bias_F,
-        "encoder_norm": encoder_norm_F,
-        "encoder_decoder_cosine": aligned_F,
+        "encoder_bias": to_numpy(bias_F),
+        "encoder_norm": encoder_norm_F.cpu().numpy(),
+        "encoder_decoder_cosine": aligned_F.cpu().numpy(),
         "decoder_nearest_cosine": decoder_nearest_F,
         "encoder_nearest_cosine": encoder_nearest_F,
     }
-    return values, {
-        name: np.asarray(array.cpu() if torch.is_tensor(array) else array) for name, array in arrays.items()
-    }
+    return values, arrays

@@ -23,6 +23,7 @@ class LibraryClass:
     write: Callable[[Arrays, Meta], Arrays] | None  # (weights under our names, metadata) -> state_dict; None: never
     trained_as: str = ""  # the one architecture of ours that is written so; none: all others that SAELens calls this
     subtracts_b_dec: bool = True  # whether its encoder subtracts b_dec from the input
+    has_thresholds: bool = False  # whether its threshold is one of each latent
 
 
 def library_class(saelens: str, trained_as: str = "") -> str:
@@ -83,6 +84,13 @@ def _buffers(weights: Arrays, known: Meta) -> Arrays:
     return {"k": np.asarray(known["k"], np.int32), "threshold": np.asarray(threshold, np.float32)}
 
 
+MATRICES = ("encoder.weight", "decoder.weight", "W_enc", "W_dec")
+"""The keys of two dimensions."""
+SCALARS = ("k", "threshold")
+"""The keys that hold one number, but for `has_thresholds`."""
+COUNTS = ("k", "group_sizes")
+"""The keys that hold whole numbers."""
+
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 _TOPK = (*_LINEAR, "b_dec", "k", "threshold")
 _GATED = ("encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias")
@@ -115,6 +123,7 @@ CLASSES: dict[str, LibraryClass] = {
         lambda state: _own(state) | {"threshold": state["threshold"]},
         _state_jumprelu,
         subtracts_b_dec=False,
+        has_thresholds=True,
     ),
 }
 """dictionary_learning's classes by name."""

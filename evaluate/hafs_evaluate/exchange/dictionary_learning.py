@@ -8,20 +8,29 @@ A dictionary_learning SAE is a folder with two files:
 The format is that of version 0.1.0. The library itself is not needed.
 """
 
-import pickle
+import logging
+import math
 import re
-import shutil
-from functools import partial
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hafs_evaluate.exchange.dictionary_classes import CLASSES, Arrays, library_class
+from hafs_evaluate.core.encode import to_numpy
+from hafs_evaluate.core.loading import load_saelens
+from hafs_evaluate.exchange.dictionary_classes import CLASSES, COUNTS, MATRICES, SCALARS, Arrays, library_class
+from hafs_evaluate.exchange.plain_files import copy_file, plain_file
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_json
 from hafs_jax.base.options import did_you_mean
+
+LOG = logging.getLogger(__name__)
+
+FILES = ("sae_weights.safetensors", "sparsity.safetensors", "cfg.json")
+"""The files of a SAELens folder."""
 
 _SITE = re.compile(r"(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
@@ -83,19 +92,29 @@ def import_sae(source: Path, target: Path, form: str = "auto", hook_point: str |
     been read.
     """
     form = detect(source) if form == "auto" else form
+    from hafs_jax.saelens import read_safetensors, write_saelens  # JAX
+
     if form == "saelens":
         if target.resolve() == source.resolve():
             raise UserError(f"expected a target folder other than the source, found {target} for both")
-        check_loads(source)
+        for name in FILES:
+            plain_file(source, name)
+        if (sparsity := plain_file(source, "sparsity.safetensors")).exists():
+            read_safetensors(sparsity, f"SAELens's log densities at {sparsity}")
+        load_saelens(source)
         _clear(target)
         _copy(source, target, hook_point)
-        return target
-    from hafs_jax.saelens import write_saelens  # JAX
-
-    tensors, cfg = from_dictionary_learning(_ae_file(source), hook_point)
-    _clear(target)
-    write_saelens(target, tensors, cfg)
-    check_loads(target)
+    else:
+        tensors, cfg = from_dictionary_learning(_ae_file(source), hook_point)
+        with tempfile.TemporaryDirectory() as trial:
+            write_saelens(Path(trial), tensors, cfg)
+            try:
+                load_saelens(Path(trial))
+            except UserError as error:
+                raise UserError(f"{source}: as a SAELens folder it is refused: {error}") from error
+        _clear(target)
+        write_saelens(target, tensors, cfg)
+    LOG.info(f"{source}: loaded by SAELens; weights and the reconstruction of random rows are finite")
     return target
 
 
@@ -115,13 +134,15 @@ def from_dictionary_learning(ae: Path, hook_point: str | None = None) -> tuple[A
 
     path = ae.with_name("config.json")
     config = read_json(path, "dictionary_learning's config.json") if path.exists() else {}
-    trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
+    trainer, buffer = _object(config, "trainer", path), _object(config, "buffer", path)
     state = _load(ae)
-    name = _class_of(state, trainer.get("dict_class"), ae)
+    name = _class_of(state, _of_type(trainer, "dict_class", str, path), ae)
     found = CLASSES[name]
-    tensors = found.read(state)
+    tensors = _tensors(state, name, ae)
     D, F = tensors["W_enc"].shape
-    _check_shapes(tensors, D, F, ae)
+    for key, kind in (("layer", int), ("submodule_name", str), ("hook_name", str), ("lm_name", str)):
+        _of_type(trainer, key, kind, path)
+    _of_type(buffer, "ctx_len", int, path)
     layer, site = trainer.get("layer"), trainer.get("submodule_name")
     named = _SITE.search(site) if site else None
     derived = f"blocks.{layer}.hook_{named[1] if named else 'resid_post'}" if layer is not None else None
@@ -146,30 +167,12 @@ def from_dictionary_learning(ae: Path, hook_point: str | None = None) -> tuple[A
         },
     }
     if found.trained_as:
-        cfg["metadata"] |= {"training_architecture": found.trained_as, "k": int(state["k"])}
+        cfg["metadata"] |= {"training_architecture": found.trained_as, "k": _k(state, F, ae)}
     if "group_sizes" in state:
-        cfg["metadata"]["prefixes"] = np.cumsum(state["group_sizes"]).tolist()
+        cfg["metadata"]["prefixes"] = _ends(state["group_sizes"], F, ae)
     if found.saelens == "topk":
-        cfg |= {"k": int(state["k"]), "rescale_acts_by_decoder_norm": False}
+        cfg |= {"k": _k(state, F, ae), "rescale_acts_by_decoder_norm": False}
     return {key: np.asarray(value, np.float32) for key, value in tensors.items()}, cfg
-
-
-def check_loads(folder: Path) -> Any:
-    """The SAELens SAE in `folder`; `UserError` in one line where SAELens refuses it or would load another function."""
-    from sae_lens import SAE
-
-    cfg = read_json(folder / "cfg.json", "a SAELens folder's cfg.json")
-    if cfg.get("normalize_activations") == "expected_average_only_in":
-        raise UserError(
-            f"{folder}: normalize_activations='expected_average_only_in', expected 'none': SAELens leaves that factor "
-            "out when it loads a folder; fold it in first (fold_activation_norm_scaling_factor)"
-        )
-    try:
-        return SAE.load_from_disk(folder, device="cpu")
-    except Exception as error:
-        # Whatever the library raises, it is the file that is wrong.
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: SAELens does not load it ({type(error).__name__}: {reason})") from error
 
 
 def _clear(target: Path) -> None:
@@ -178,14 +181,23 @@ def _clear(target: Path) -> None:
 
 
 def _copy(source: Path, target: Path, hook_point: str | None) -> None:
-    for name in ("sae_weights.safetensors", "sparsity.safetensors"):
+    for name in FILES[:2]:
         if (source / name).exists():
-            with open(source / name, "rb") as original:
-                write_atomic(target / name, partial(shutil.copyfileobj, original))
+            copy_file(source, name, target)
     cfg = read_json(source / "cfg.json", "a SAELens folder's cfg.json")
     if hook_point is not None:
-        cfg.get("metadata", cfg)["hook_name"] = hook_point  # before version 6: at the top
-    write_json(target / "cfg.json", cfg)
+        holder = cfg if cfg.get("metadata") is None else cfg["metadata"]  # before version 6: at the top
+        holder["hook_name"] = hook_point
+    write_json(target / "cfg.json", _without_nan(cfg))
+
+
+def _without_nan(value: Any) -> Any:
+    """The JSON value with null in the place of NaN and infinity, which JSON does not have and Python reads."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _ae_file(source: Path) -> Path:
@@ -203,13 +215,76 @@ def _ae_file(source: Path) -> Path:
 
 def _load(path: Path) -> Arrays:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        with warnings.catch_warnings(action="ignore"):  # of the pickle's protocol
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch walks the file's archive and pickle as it reads: damage shows as any kind of error
+        reason = " ".join(str(error).split("\n")[0].split())[:200] or type(error).__name__
         raise UserError(f"{path}: expected a state_dict, found a file that does not load ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a state_dict of tensors, found {type(state).__name__}")
-    return {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in state.items()}
+    return {_text(name, path): _array(value, name, path) for name, value in state.items()}
+
+
+def _text(name: Any, path: Path) -> str:
+    if not isinstance(name, str) or not name.isprintable():
+        raise UserError(f"{path}: expected a state_dict with names for keys, found {str(name)[:80]!r}")
+    return name
+
+
+def _array(value: torch.Tensor, name: str, path: Path) -> np.ndarray:
+    """The tensor in float32, or as the integers that it holds."""
+    if value.layout != torch.strided or value.is_complex() or value.is_quantized or value.device.type != "cpu":
+        raise UserError(f"{path}: {name} is of dtype {value.dtype} and layout {value.layout}, expected dense floats")
+    return to_numpy(value) if value.is_floating_point() else value.detach().numpy()
+
+
+def _tensors(state: Arrays, name: str, path: Path) -> Arrays:
+    """SAELens's tensors from a state_dict of class `name`, in float32; `UserError` where their shapes do not fit."""
+    found = CLASSES[name]
+    for key, value in state.items():
+        rank = 2 if key in MATRICES else 1
+        if key in SCALARS and value.size != 1 and not (key == "threshold" and found.has_thresholds):
+            raise UserError(f"{path}: {key} has shape {list(value.shape)}, expected one number")
+        if key not in SCALARS and value.ndim != rank:
+            raise UserError(f"{path}: {key} has shape {list(value.shape)}, expected {rank} dimensions")
+        if key not in COUNTS and value.dtype.kind != "f":
+            raise UserError(f"{path}: {key} is of dtype {value.dtype}, expected floats")
+    tensors = found.read({key: value.reshape(()) if value.size == 1 and key in SCALARS and not found.has_thresholds
+                          else value for key, value in state.items()})  # fmt: skip
+    D, F = tensors["W_enc"].shape
+    if not D or not F:
+        raise UserError(f"{path}: the encoder has shape {[D, F]}, expected no dimension of 0")
+    _check_shapes(tensors, D, F, path)
+    return tensors
+
+
+def _k(state: Arrays, F: int, path: Path) -> int:
+    k = state["k"]
+    if k.size != 1 or not np.isfinite(k).all() or float(k.reshape(())) != int(k.reshape(())):
+        raise UserError(f"{path}: expected k to be one whole number, found {k.tolist()}")
+    if not 1 <= (found := int(k.reshape(()))) <= F:
+        raise UserError(f"{path}: expected k from 1 to the {F} latents, found {found}")
+    return found
+
+
+def _ends(sizes: np.ndarray, F: int, path: Path) -> list[int]:
+    if sizes.ndim != 1 or sizes.dtype.kind not in "iu" or (sizes < 1).any() or sizes.sum() != F:
+        raise UserError(f"{path}: expected group_sizes to be whole numbers that sum to {F}, found {sizes.tolist()[:8]}")
+    return np.cumsum(sizes).tolist()
+
+
+def _object(config: Any, key: str, path: Path) -> dict[str, Any]:
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return _of_type(config, key, dict, path) or {}
+
+
+def _of_type(holder: dict[str, Any], key: str, kind: type, path: Path) -> Any:
+    value = holder.get(key)
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        raise UserError(f"{path}: expected {key} to be of type {kind.__name__}, found {type(value).__name__}")
+    return value
 
 
 def _class_of(state: Arrays, named: str | None, path: Path) -> str:

@@ -4,20 +4,20 @@ The folder holds the run's SAELens folder, its training config and a model card.
 """
 
 import json
+import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hafs_evaluate.exchange.plain_files import copy_file, plain_file
 from hafs_evaluate.report.markdown import table
 from hafs_evaluate.results.measures import find_measure, sentence_name
 from hafs_evaluate.results.readings import read_results, run_figures, weights_of
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, write_text
+from hafs_jax.base.files import read_json, sha256_of, write_json, write_text
 from hafs_jax.runs import Run, RunSummary
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -91,13 +91,15 @@ def upload(
 
 def write_upload(run_folder: Path, target: Path, repo_id: str, licence: str | None = None) -> Path:
     """Writes what `upload` uploads into `target` and returns it: README.md, and <run>/ with the SAE and its config."""
-    from hafs_jax.saelens import export_saelens
+    from hafs_jax.saelens import export_saelens, read_safetensors
 
     sae, run = export_saelens(run_folder), run_folder.resolve().name
+    if os.path.lexists(sae / "sparsity.safetensors"):
+        sparsity = plain_file(sae, "sparsity.safetensors")
+        read_safetensors(sparsity, f"SAELens's log densities at {sparsity}")
     for name in ("sae_weights.safetensors", "sparsity.safetensors", "cfg.json"):
-        if (sae / name).exists():
-            with open(sae / name, "rb") as original:
-                write_atomic(target / run / name, partial(shutil.copyfileobj, original))
+        if os.path.lexists(sae / name):
+            copy_file(sae, name, target / run)
     write_json(target / run / "training_config.json", Run(run_folder).record()["config"])
     write_text(target / "README.md", model_card(run_folder, sae, repo_id, licence))
     return target

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from hafs_evaluate.core.encode import TorchSAE, batch_rows, encode
+from hafs_evaluate.core.encode import TorchSAE, batch_rows, encode, to_numpy
 from hafs_evaluate.core.texts import text_batches
 from hafs_evaluate.hierarchy.label_trees import text_sha256
 from hafs_evaluate.workspace import fingerprint
@@ -160,7 +160,7 @@ def _kept(
     found: list[np.ndarray] = [np.empty(0)] * len(ids)
     limit = manifest.norm_filter.max_norm
     for batch, acts in text_batches(model, ids, manifest.hook_point, batch_tokens, progress):
-        acts_BLD = acts.float().cpu().numpy()
+        acts_BLD = to_numpy(acts)
         for row, index in enumerate(batch):
             acts_TD = acts_BLD[row, skip : len(ids[index])]
             norm_T = np.linalg.norm(acts_TD.astype(np.float64), axis=1)

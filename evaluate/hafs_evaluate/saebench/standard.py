@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hafs_evaluate.core.encode import to_numpy
 from hafs_evaluate.saebench.datasets import PROBING_DATASETS, dataset_shas, registered_classes
 from hafs_evaluate.saebench.harness import (
     check_hook_point,
@@ -116,11 +117,14 @@ class StandardProbing:
 
             seed, acts = self.config.random_seed, torch.load(self._cached(dataset), map_location="cpu")
             means = [create_meaned_model_activations(acts.pop(split)) for split in ("train", "test")]
-            train_ND = torch.cat(list(means[0].values())).numpy()
+            train_ND = to_numpy(torch.cat(list(means[0].values())))
             scaler = StandardScaler().fit(train_ND)
             pca = PCA(min(*train_ND.shape, max(self.ks)), random_state=seed).fit(scaler.transform(train_ND))
             train, test = (
-                {label: torch.from_numpy(pca.transform(scaler.transform(acts_ND))) for label, acts_ND in split.items()}
+                {
+                    label: torch.from_numpy(pca.transform(scaler.transform(to_numpy(acts_ND))))
+                    for label, acts_ND in split.items()
+                }
                 for split in means
             )
             found = {}

@@ -176,12 +176,14 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_the_target(tmp_path: Pat
     refused(folder, "expected a state_dict, found a file that does not load")
     broken = saelens_folder(tmp_path / "broken", "standard")
     cfg = json.loads((broken / "cfg.json").read_text())
+    (broken / "cfg.json").write_text(json.dumps(cfg | {"architecture": "topk"}))
+    refused(broken, "architecture 'topk' needs k from 1 to d_sae=11, found None")
     (broken / "cfg.json").write_text(json.dumps(cfg | {"architecture": "batchtopk"}))
-    refused(broken, r"SAELens does not load it \(KeyError")
+    refused(broken, "architecture 'batchtopk' needs k from 1 to d_sae=11, found None")
     (broken / "cfg.json").write_text(json.dumps(cfg | {"architecture": "jumprelu"}))
-    refused(broken, r"SAELens does not load it \(RuntimeError: .*threshold")
+    refused(broken, r"SAELens does not load or run it \(RuntimeError: .*threshold")
     (broken / "cfg.json").write_text(json.dumps(cfg | {"normalize_activations": "expected_average_only_in"}))
-    refused(broken, "SAELens leaves that factor out")
+    refused(broken, "SAELens leaves another factor out")
 
 
 def test_a_transcoder_has_no_class_in_dictionary_learning(tmp_path: Path) -> None:
