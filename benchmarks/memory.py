@@ -103,7 +103,7 @@ def _tiny_model(folder: Path) -> Path:
     from hafs_extract.packaged import model_folder
     from hafs_extract.profiles import OFFLINE
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(OFFLINE.model))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(OFFLINE.model), trust_remote_code=False)
     tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": _TINY_D, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)

@@ -82,7 +82,7 @@ def missing_from_cache(config: ExtractConfig) -> list[str]:
 
 def hub_needs(config: ExtractConfig) -> tuple[str | None, list[SourceConfig]]:
     """The model and the sources of `config` that come from the hub; None where the model does not."""
-    model = None if config.model in packaged.MODELS or Path(config.model).is_dir() else config.model
+    model = None if config.model in packaged.MODELS or Path(config.model).exists() else config.model
     return model, [s for s in config.sources if s.path not in packaged.TEXTS and not Path(s.path).exists()]
 
 
@@ -111,7 +111,11 @@ def prepare_hub(config: ExtractConfig) -> None:
 
 
 def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".jsonl", ".parquet", ".txt"))
+    return (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or name.endswith((".jsonl", ".parquet", ".txt", ".gguf"))
+    )
 
 
 def _folders(path: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hafs_extract.config import ExtractConfig, difference
 from hafs_extract.contexts import SPLITS
+from hafs_extract.loading.files import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.options import from_dict, option, to_dict
@@ -37,12 +38,28 @@ def work_root(config: ExtractConfig, out: Path) -> Path:
 
 
 def is_complete(config: ExtractConfig, out: Path) -> bool:
-    """Whether all stores are there, made with this very config; `UserError` where one was made with another."""
+    """Whether all stores are there, made with this very config.
+
+    Raises `UserError` where one was made with another, or with other weights in the same local folder.
+    """
     folders = [folder for splits in store_folders(config, out).values() for folder in splits.values()]
     made = [folder for folder in folders if (folder / MANIFEST).exists()]
+    advice = "pass --force to replace it, or choose another OUT"
+    recorded: dict[Path, str] = {}
     for folder in made:
-        if found := difference(read_manifest(folder).config, to_dict(config)):
-            raise UserError(f"{folder} was extracted with {found}; pass --force to replace it, or choose another OUT")
+        manifest = read_manifest(folder)
+        if found := difference(manifest.config, to_dict(config)):
+            raise UserError(f"{folder} was extracted with {found}; {advice}")
+        if manifest.model.fingerprint:
+            recorded[folder] = manifest.model.fingerprint
+    if recorded and Path(config.model).exists():  # else the model has gone, and the stores are all there is
+        now = fingerprint(Path(config.model))
+        for folder, before in recorded.items():
+            if before != now:
+                raise UserError(
+                    f"{folder} was extracted with another model at {config.model} (fingerprint {before[:12]}, now"
+                    f" {now[:12]}): config, tokenizer or weights have changed; put them back, or {advice}"
+                )
     return len(made) == len(folders)
 
 

@@ -6,6 +6,7 @@ others go through the bridge.
 """
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,18 +17,23 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.fx.experimental import _config as shape_config
 
 from hafs_extract import packaged
 from hafs_extract.hub import go_offline, hub_problem
+from hafs_extract.loading.files import fingerprint, library_errors, some
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import did_you_mean
 from hafs_jax.store.manifest import Manifest, ModelInfo
 
 _RESID = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_CAUSAL_TOKENS = 16
+_ROUNDING = {torch.float32: (1e-4, 1e-3), torch.float16: (0.01, 0.05), torch.bfloat16: (0.05, 0.1)}
+"""The largest change, relative to the norm, that may be rounding: between contexts of one shape, of two shapes."""
 
 Splice = Callable[[Tensor], Tensor]
 
@@ -39,11 +45,15 @@ class _Stop(Exception):
 class LanguageModel:
     """A causal language model and its tokenizer. Places in it are named as TransformerLens names its hook points."""
 
-    def __init__(self, hf: Any, tokenizer: Any, info: ModelInfo, device: torch.device) -> None:
+    def __init__(
+        self, hf: Any, tokenizer: Any, info: ModelInfo, device: torch.device, missing_head: Sequence[str] = ()
+    ) -> None:
+        """`missing_head` names parameters of the output head that the weights lack: then there are no logits."""
         self.hf = hf.eval().requires_grad_(False).to(device)
         self.tokenizer = tokenizer
         self.info = info
         self.device = device
+        self.missing_head = missing_head
         self._compiled = False
 
     @property
@@ -67,9 +77,16 @@ class LanguageModel:
             from transformer_lens.model_bridge import TransformerBridge
         except ImportError as error:
             raise UserError(f"{error.name} is not installed; pip install 'hafs-jax[extract]'") from error
-        bridge = TransformerBridge.boot_transformers(
-            self.info.name, hf_model=self.hf, tokenizer=self.tokenizer, device=self.device, dtype=self.hf.dtype
-        )
+        try:
+            bridge = TransformerBridge.boot_transformers(
+                self.info.name, hf_model=self.hf, tokenizer=self.tokenizer, device=self.device, dtype=self.hf.dtype
+            )
+        except Exception as error:  # of an architecture that the library does not know, it raises whatever comes
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"TransformerLens does not serve {self.info.name} ({type(error).__name__}: {reason});"
+                " choose a hook point on the residual stream, such as blocks.{self.info.n_layers - 1}.hook_resid_post"
+            ) from error
         return bridge.requires_grad_(False)  # the bridge turns gradients on
 
     def tokenize(self, texts: list[str]) -> list[np.ndarray]:
@@ -80,19 +97,65 @@ class LanguageModel:
         return [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
 
     def check_hook_point(self, hook_point: str) -> int:
-        """The width D of the activations at `hook_point`; `UserError` with a suggestion where there is none."""
+        """The width D of the activations at `hook_point`.
+
+        Raises `UserError` where there is no such hook point (with a suggestion), where the model never comes by it, and
+        where it does not hold one vector for each token: attention scores [B, heads, L, L], say.
+        """
         resid = _RESID.fullmatch(hook_point)
-        if resid and int(resid[1]) < self.info.n_layers:
-            return self.info.d_model
-        last = f"blocks.{self.info.n_layers - 1}.hook_resid_post"
-        if resid or hook_point not in self.bridge.hook_dict:
-            near = last if resid else did_you_mean(hook_point, self.bridge.hook_dict).removeprefix("; ")
+        if (resid and int(resid[1]) >= self.info.n_layers) or (not resid and hook_point not in self.bridge.hook_dict):
+            last = f"blocks.{self.info.n_layers - 1}.hook_resid_post"
+            near = "" if resid else did_you_mean(hook_point, self.bridge.hook_dict).removeprefix("; ")
             raise UserError(
                 f"hook point {hook_point!r}: {self.info.name} has {self.info.n_layers} layers and no such hook point;"
-                f" {near if near and not resid else f'the last is {last}'}"
+                f" {near or f'the last is {last}'}"
             )
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        return self.activations(tokens, hook_point).shape[-1]
+        shapes = []
+        for B, L in ((2, 3), (1, 5)):  # a size that equals L by chance differs from it in the second
+            with library_errors(self.info.name, self.info.origin, "run"):
+                acts = self._read(torch.zeros(B, L, dtype=torch.long), (hook_point,))[hook_point]
+            shapes.append(list(acts.shape))
+            if acts.ndim < 3 or shapes[-1][:2] != [B, L] or not acts.is_floating_point():
+                raise UserError(
+                    f"hook point {hook_point!r}: expected one vector for each of {B} x {L} tokens, found {acts.dtype}"
+                    f" {shapes[-1]}; choose another, such as blocks.{self.info.n_layers - 1}.hook_resid_post"
+                )
+        width = math.prod(shapes[0][2:])
+        if shapes[0][2:] != shapes[1][2:] or (resid and width != self.info.d_model):
+            wanted = f"width {self.info.d_model}" if resid else "one width"
+            raise UserError(
+                f"hook point {hook_point!r}: expected vectors of {wanted},"
+                f" found {shapes[0]} and {shapes[1]} for contexts of 3 and 5 tokens"
+            )
+        return width
+
+    def check_causal(self, hook_points: Sequence[str], context_length: int) -> None:
+        """Raises `UserError` where the activations of a context's first tokens depend on what follows them.
+
+        Contexts of different lengths go through the model together, so that they would be those of another text with
+        another batch size: BERT's are. Some tokens are run alone, with other tokens after them up to `context_length`,
+        and padded. The relative differences of a causal model are rounding: none between contexts of one shape, and
+        little between shapes. Each is the median over the tokens, since a mixture of experts may, by rounding alone,
+        send one token elsewhere.
+        """
+        n = min(_CAUSAL_TOKENS, context_length - 1)
+        rows = self.hf.get_input_embeddings().weight.shape[0]
+        tokens_L = 7 * torch.arange(1, context_length + 1) % rows
+        padded_L = torch.where(torch.arange(context_length) < n, tokens_L, 0)
+        acts, padded, alone = (
+            self.activations_at(tokens[None], hook_points) for tokens in (tokens_L, padded_L, tokens_L[:n])
+        )
+        one_shape, two_shapes = _ROUNDING[self.hf.dtype] if self.hf.dtype in _ROUNDING else _ROUNDING[torch.bfloat16]
+        for hook_point in hook_points:
+            acts_nD = acts[hook_point][0, :n].double()
+            for others, most in ((padded, one_shape), (alone, two_shapes)):
+                change_n = (others[hook_point][0, :n].double() - acts_nD).norm(dim=-1) / acts_nD.norm(dim=-1)
+                if (change := change_n.median().item()) > most:
+                    raise UserError(
+                        f"{self.info.name} is not causal at {hook_point}: the activations of {n} tokens change by"
+                        f" {change:.2g} of their norm with what follows them (at most {most:g} is rounding); expected a"
+                        " model whose tokens see only those before them: a decoder, not BERT"
+                    )
 
     def activations(self, tokens_BL: Int[Tensor, "B L"], hook_point: str) -> Float[Tensor, "B L D"]:
         """The activations at `hook_point`, in the model's dtype. Layers after it are not run.
@@ -102,11 +165,15 @@ class LanguageModel:
         """
         return self.activations_at(tokens_BL, (hook_point,))[hook_point]
 
-    @torch.no_grad()
     def activations_at(
         self, tokens_BL: Int[Tensor, "B L"], hook_points: Sequence[str]
     ) -> dict[str, Float[Tensor, "B L D"]]:
         """The `activations` at each of `hook_points`, from one forward pass. Their widths D may differ."""
+        return {hook_point: acts.flatten(2) for hook_point, acts in self._read(tokens_BL, hook_points).items()}
+
+    @torch.no_grad()
+    def _read(self, tokens_BL: Int[Tensor, "B L"], hook_points: Sequence[str]) -> dict[str, Tensor]:
+        """What lies at each of `hook_points`, in the shape that the model gives it."""
         found: dict[str, Tensor] = {}
         tokens_BL = tokens_BL.to(self.device)
         modules = {hook_point: self._resid_module(hook_point) for hook_point in hook_points}
@@ -133,7 +200,12 @@ class LanguageModel:
                 return_type=None,
                 fwd_hooks=[(point, lambda acts, hook, point=point: found.update({point: acts})) for point in modules],
             )
-        return {hook_point: found[hook_point].flatten(2) for hook_point in hook_points}
+        if unseen := [hook_point for hook_point in hook_points if not isinstance(found.get(hook_point), Tensor)]:
+            raise UserError(
+                f"hook point {', '.join(unseen)}: {self.info.name} never comes by it with a tensor in a forward pass;"
+                f" choose another, such as blocks.{self.info.n_layers - 1}.hook_resid_post"
+            )
+        return {hook_point: found[hook_point] for hook_point in hook_points}
 
     def compiles(self, hook_points: Sequence[str]) -> bool:
         """Whether `compile_blocks` helps. It does where all are on the residual stream; the bridge is not compiled."""
@@ -168,6 +240,11 @@ class LanguageModel:
         self, tokens_BL: Int[Tensor, "B L"], splice: Splice | None = None, hook_point: str | None = None
     ) -> Float[Tensor, "B L V"]:
         """The logits of a full forward pass. `splice` maps the activations at `hook_point` to their replacement."""
+        if self.missing_head:
+            raise UserError(
+                f"model {self.info.name!r} has no logits: its weights lack the output head ({some(self.missing_head)});"
+                " its activations can be extracted, but what compares logits needs the whole model"
+            )
         tokens_BL = tokens_BL.to(self.device)
         if splice is None or hook_point is None:
             return self.hf(tokens_BL, use_cache=False).logits
@@ -211,35 +288,47 @@ def _hooked(module: Any, before: bool, change: Splice) -> Iterator[None]:
 
 
 def load_model(name: str, dtype: str, revision: str | None = None, device: str = "auto") -> LanguageModel:
-    """The model `name`: a packaged one, a local folder, or one of the hub (`revision` is for the hub alone).
+    """The model `name`: a packaged one, a local folder or GGUF file, or one of the hub (whose `revision` is meant).
 
-    Raises `UserError` where it cannot be loaded.
+    Raises `UserError` where it cannot be loaded whole.
     """
     try:
-        import transformers
+        from hafs_extract.loading.weights import load
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; pip install 'hafs-jax[extract]'") from error
+    where, gguf, commit, path = name, None, None, Path(name)
     if name in packaged.MODELS:
         wheel = packaged.MODELS[name].wheel
-        where, origin, revision_used = str(packaged.model_folder(name)), f"wheel:{wheel.requirement}", wheel.sha256
-        revision = None
-    elif Path(name).is_dir():
-        where, origin, revision_used = name, f"folder:{Path(name).resolve()}", None
-        revision = None
+        where, origin, commit = str(packaged.model_folder(name)), f"wheel:{wheel.requirement}", wheel.sha256
+    elif path.is_dir():
+        origin = f"folder:{path.resolve()}"
+    elif path.exists():
+        if path.suffix != ".gguf":
+            raise UserError(f"model {name!r} is a file; expected a model's folder, a .gguf file, or a name on the hub")
+        where, gguf, origin = str(path.parent), path.name, f"file:{path.resolve()}"
     else:
-        where, origin, revision_used = name, "hub", revision
-    transformers.utils.logging.disable_progress_bar()  # there is one for each file, and it is over in a moment
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision)
-        hf = transformers.AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model {name!r} does not load from {origin}: {reason}") from error
-    config = hf.config.get_text_config()
-    if origin == "hub":
-        revision_used = getattr(hf.config, "_commit_hash", None) or revision
-    info = ModelInfo(name, revision_used, origin, dtype, config.num_hidden_layers, config.hidden_size)
-    return LanguageModel(hf, tokenizer, info, pick_device(device))
+        origin = "hub"
+        with library_errors(name, origin):
+            commit = hub_commit(name, revision)
+    loaded = load(name, origin, where, getattr(torch, dtype), commit if origin == "hub" else None, gguf)
+    with library_errors(name, origin):
+        text = loaded.hf.config.get_text_config()
+        size = text.num_hidden_layers, text.hidden_size
+    files = fingerprint(path) if origin.startswith(("folder:", "file:")) else None
+    info = ModelInfo(name, commit, origin, dtype, *size, fingerprint=files)
+    with library_errors(name, origin):
+        return LanguageModel(loaded.hf, loaded.tokenizer, info, pick_device(device), loaded.missing_head)
+
+
+def hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit that `revision` of the hub's model `name` is now; without the hub, that of its cache.
+
+    All files are then loaded in that commit. The cache keeps each commit's files in a folder of that name.
+    """
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+    return folder if _COMMIT.fullmatch(folder) else revision
 
 
 def load_for_manifest(manifest: Manifest, dtype: str | None = None, device: str = "auto") -> LanguageModel:
@@ -249,17 +338,34 @@ def load_for_manifest(manifest: Manifest, dtype: str | None = None, device: str 
         raise UserError(
             f"the store of {info.name} ({info.origin}) was imported from an array: it has no language model"
         )
-    name = info.origin.removeprefix("folder:") if info.origin.startswith("folder:") else info.name
-    if name != info.name and not Path(name).is_dir():
-        raise UserError(f"the store's model was read from {name}, where there is no folder now; put it back there")
-    if info.origin.startswith("wheel:") and name not in packaged.MODELS:
+    kind, _, place = info.origin.partition(":")
+    name = place if kind in ("folder", "file") else info.name
+    if name != info.name and not Path(name).exists():
+        raise UserError(f"the store's model was read from {name}, where there is no {kind} now; put it back there")
+    if kind == "wheel" and name not in packaged.MODELS:
         raise UserError(f"the store's model {name!r} ({info.origin}) is not packaged in this version; extract again")
     if info.origin == "hub" and hub_problem():
         go_offline()  # its cache may have the model; without this, it would retry for minutes
     model = load_model(name, dtype or info.dtype, info.revision, device)
-    if (found := (model.info.revision, model.info.d_model)) != (info.revision, info.d_model):
-        raise UserError(f"model {name}: the store was made by {(info.revision, info.d_model)}, found {found}")
+    check_same_model(model.info, info, "the store was made by")
     return model
+
+
+def check_same_model(found: ModelInfo, recorded: ModelInfo, who: str, advice: str = "extract again") -> None:
+    """Raises `UserError` where `found` is not the model in `recorded`. What was not recorded is not compared.
+
+    Versions before this one recorded no fingerprint, and of a hub's model the revision that the user named, or none.
+    """
+    place = found.origin.partition(":")[2] or found.name
+    if recorded.fingerprint is not None and found.fingerprint != recorded.fingerprint:
+        raise UserError(
+            f"{place}: config, tokenizer or weights have changed: {who} {recorded.name} with fingerprint"
+            f" {recorded.fingerprint[:12]}, found {str(found.fingerprint)[:12]}; put the files back, or {advice}"
+        )
+    pinned = found.origin != "hub" or _COMMIT.fullmatch(recorded.revision or "")
+    wanted = recorded.revision if pinned else found.revision, recorded.d_model
+    if (has := (found.revision, found.d_model)) != wanted:
+        raise UserError(f"model {found.name}: {who} (revision, width) {wanted}, found {has}; {advice}")
 
 
 def pick_device(device: str) -> torch.device:

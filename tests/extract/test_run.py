@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertLMHeadModel
 
 from hafs_extract import passes, run
 from hafs_extract.cli import main
 from hafs_extract.config import ExtractConfig, parse_source
 from hafs_extract.contexts import plan_batches
-from hafs_extract.models import load_model
+from hafs_extract.models import load_for_manifest, load_model
 from hafs_extract.profiles import PYTHIA70M, resolve
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of
@@ -450,5 +452,60 @@ def test_another_model_under_the_same_name_is_not_gone_on_with(
     model = load_model(str(inputs.model), "float32", device="cpu")
     model.info = dataclasses.replace(model.info, revision="another")
     monkeypatch.setattr(run, "load_model", lambda *_: model)
-    with pytest.raises(UserError, match=r"used the model .* found .*another.*; delete .* to begin anew"):
+    with pytest.raises(
+        UserError, match=r"the interrupted extraction used .* found .*another.*; delete .* to begin anew"
+    ):
         _extract(inputs.config(), tmp_path)
+
+
+@pytest.fixture
+def own(inputs: Inputs, tmp_path: Path) -> Inputs:
+    """Inputs with a model of their own, to change."""
+    return dataclasses.replace(inputs, model=shutil.copytree(inputs.model, tmp_path / "own"))
+
+
+def _change_a_weight(model: Path) -> None:
+    path = model / "model.safetensors"
+    weights = load_file(path)
+    weights["gpt_neox.layers.1.mlp.dense_h_to_4h.bias"][3] += 0.5
+    save_file(weights, path, {"format": "pt"})
+
+
+def test_weights_that_change_are_noticed_by_a_resumed_extraction(
+    own: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passes.Spill, "sync", stop)
+        with pytest.raises(Killed):
+            _extract(own.config(), tmp_path / "out")
+    _change_a_weight(own.model)
+    with pytest.raises(UserError, match=r"own: config, tokenizer or weights have changed: the interrupted extraction"):
+        _extract(own.config(), tmp_path / "out")
+
+
+def test_weights_that_change_are_noticed_by_the_same_command_and_by_evaluation(own: Inputs, tmp_path: Path) -> None:
+    folder = _extract(own.config(), tmp_path / "out")
+    manifest = read_manifest(folder / "train")
+    assert _extract(own.config(), tmp_path / "out") == folder
+    load_for_manifest(manifest, device="cpu")
+    _change_a_weight(own.model)
+    with pytest.raises(UserError, match=r"train was extracted with another model at .*own .*; put them back, or pass"):
+        _extract(own.config(), tmp_path / "out")
+    with pytest.raises(UserError, match=r"weights have changed: the store was made by .*; put the files back"):
+        load_for_manifest(manifest, device="cpu")
+    _extract(own.config(), tmp_path / "out", force=True)
+    load_for_manifest(read_manifest(folder / "train"), device="cpu")
+    shutil.rmtree(own.model)
+    assert _extract(own.config(), tmp_path / "out") == folder  # the stores are there, and whole
+
+
+def test_a_model_that_sees_what_follows_is_refused(own: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    sizes = {"hidden_size": D, "intermediate_size": 14, "num_hidden_layers": 5, "num_attention_heads": 2}
+    BertLMHeadModel(BertConfig(vocab_size=401, max_position_embeddings=64, **sizes)).save_pretrained(own.model)
+    with pytest.raises(SystemExit) as stopped:
+        main(own.flags(tmp_path / "out"))
+    assert stopped.value.code == 2 and "is not causal at blocks.3.hook_resid_post" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("manifest.json"))
