@@ -94,10 +94,7 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """run.json as it stands there; `UserError` where the run has not finished."""
-        result = read_json(self.result_path, "a finished run's run.json")
-        if not isinstance(result, dict):
-            raise UserError(f"{self.result_path}: expected a JSON object, found {type(result).__name__}")
-        return result
+        return read_json(self.result_path, "a finished run's run.json")
 
     def summary(self) -> RunSummary:
         """run.json, typed; `UserError` where the run has not finished.

@@ -16,6 +16,7 @@ from hafs_evaluate.stage import LANGUAGE_MODEL, Evaluation, Job, OfLanguageModel
 from hafs_evaluate.workspace import FinishedRun, Workspace, read_result
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_atomic
+from hafs_jax.base.foreign import read_npz
 from hafs_jax.base.options import to_dict
 
 LATENTS, LATENT_ARRAYS, ANSWERS = "latents.json", "core_latents.npz", "hierarchy_answers.npz"
@@ -116,8 +117,8 @@ def _trees_of_language_model(evaluation: Evaluation, trees: Any) -> Values:
 
 
 def _hierarchy(job: Job) -> Values:
-    with np.load(job.evaluation.workspace.result(LANGUAGE_MODEL, ANSWERS), allow_pickle=False) as answers:
-        return job.shared.sae(job.sae(), answers)
+    answers = read_npz(job.evaluation.workspace.result(LANGUAGE_MODEL, ANSWERS), "the language model's answers")
+    return job.shared.sae(job.sae(), answers)
 
 
 def _latents_config() -> Any:

@@ -122,7 +122,7 @@ def _records(source: SourceConfig) -> Iterator[Record]:
 def _local_records(source: SourceConfig) -> Iterator[Record]:
     for path in local_files(source):
         if path.suffix == ".jsonl":
-            yield from jsonl_records(path)
+            yield from (record for _, record in jsonl_records(path))
         elif path.suffix == ".parquet":
             yield from _parquet_records(path)
         else:

@@ -3,13 +3,15 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.foreign import parse_json, reading, reason, refuse_pointer
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -47,40 +49,64 @@ def write_npy(path: Path, array: np.ndarray) -> None:
     write_atomic(path, lambda file: np.save(file, array, allow_pickle=False))
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The parsed JSON file at `path`; `what` names it in the error when it is absent or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"expected {what} at {path}, found no such file") from None
-    except (ValueError, RecursionError, OSError) as error:  # a number of 5,000 digits, brackets without end, a folder
-        raise UserError(f"expected {what} at {path}, found a file that is not JSON ({error})") from None
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in the file at `path`; `what` names it in the error where there is none."""
+    with reading(path, what, ValueError, fault="is not JSON"):
+        value = parse_json(path.read_bytes())
+    if not isinstance(value, dict):
+        raise UserError(f"expected {what} at {path}, found JSON that is no object but {json_type(value)}")
+    return value
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The table in the TOML file at `path`; `what` names it in the error where there is none."""
+    with reading(path, what, ValueError, RecursionError, fault="is not TOML"):
+        return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file that this project writes.
+    """The records of a JSON-lines file that this project writes; none where there is no such file.
 
-    A last line without its end is left out: the process was killed while writing it. Any other bad line raises.
+    A last line without its end is left out: the process was killed while writing it. Any other bad line is a
+    `UserError`.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    return [record for _, record in jsonl_records(path, whole_lines=True)]
 
 
-def jsonl_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a user's JSON-lines file, without blank lines; `UserError` names a line that is no JSON object."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}, line {number}: expected one JSON object a line ({error})") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
-            yield record
+def jsonl_records(path: Path, whole_lines: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each with the number of its line. Blank lines are left out.
+
+    Raises `UserError` naming a line that is no JSON object. With `whole_lines`, a last line without its end is left
+    out.
+    """
+    with reading(path, "JSON lines"), open(path, "rb") as file:
+        yield from json_lines(file, path, whole_lines)
+
+
+def json_lines(
+    lines: Iterable[bytes], path: Path, whole_lines: bool = False, expected: str = "one JSON object a line"
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`jsonl_records` of the lines of `path`, which may be those that it holds compressed."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (whole_lines and not line.endswith(b"\n")):
+            continue
+        try:
+            record = parse_json(line)
+        except ValueError as error:
+            if number == 1:
+                refuse_pointer(path, "JSON lines")
+            raise UserError(f"{path}, line {number}: expected {expected} ({reason(error)})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: expected a JSON object, found {json_type(record)}")
+        yield number, record
+
+
+def json_type(value: Any) -> str:
+    """The type of a JSON value in words: "a list", "a number", ..."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def sha256_of(path: Path) -> str:

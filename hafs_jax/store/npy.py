@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.foreign import open_npy, reason
 from hafs_jax.store.shuffle import convert_rows
 
 Arrays = np.ndarray | str | Path | Sequence[np.ndarray | str | Path]
@@ -35,7 +36,9 @@ class ArrayRows:
 
     def __init__(self, arrays: Arrays) -> None:
         """Opens the files. Raises `UserError` naming one that does not open, is no float16/32/64, or differs in D."""
-        several = [arrays] if isinstance(arrays, (np.ndarray, str, Path)) else list(arrays)
+        several: list[Any] = (
+            [arrays] if isinstance(arrays, (str, Path)) or hasattr(arrays, "__array__") else list(arrays)
+        )
         if not several:
             raise UserError("expected at least one array of activations, found none")
         self.parts: list[Part] = []
@@ -47,6 +50,11 @@ class ArrayRows:
 
     def _add(self, values: np.ndarray, name: str, given: np.ndarray | str | Path) -> None:
         found = f"{list(values.shape)} {values.dtype}"
+        if values.dtype.kind == "V" and values.dtype.itemsize == 2 and not values.dtype.names:
+            raise UserError(
+                f"{name}: expected activations in float16, float32 or float64, found {list(values.shape)} bfloat16,"
+                ' which npy does not have (numpy reads it as "|V2"); save them as float32, then say --dtype bfloat16'
+            )
         if values.dtype.kind != "f" or values.dtype.itemsize not in (2, 4, 8):
             raise UserError(f"{name}: expected activations in float16, float32 or float64, found {found}; convert them")
         if values.ndim < 2:
@@ -54,7 +62,7 @@ class ArrayRows:
         width = values.shape[-1]
         if self.parts and width != self.d_model:
             raise UserError(f"{name}: expected D={self.d_model} as in {self.parts[0].name}, found {found}")
-        if isinstance(given, np.ndarray):
+        if not isinstance(given, (str, Path)):
             flat = values.reshape(-1, width)
 
             def read(start: int, stop: int) -> np.ndarray:
@@ -133,17 +141,9 @@ def read_groups(groups: np.ndarray | str | Path, rows: int) -> np.ndarray:
 
 def _opened(array: np.ndarray | str | Path) -> np.ndarray:
     """The array, memory-mapped if it is a file."""
-    if not isinstance(array, (str, Path)):
-        return np.asarray(array)
+    if isinstance(array, (str, Path)):
+        return open_npy(array)
     try:
-        values = np.load(array, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{array}: expected an npy file, found no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{array}: expected an npy file, found none that opens ({error}); save it with numpy.save"
-        ) from None
-    if not isinstance(values, np.ndarray):  # an npz archive
-        values.close()
-        raise UserError(f"{array}: expected an npy file, found an npz archive; save its array with numpy.save")
-    return values
+        return np.asarray(array)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor on a GPU, or of bfloat16; a ragged list
+        raise UserError(f"expected an array that numpy takes, found {type(array).__name__} ({reason(error)})") from None

@@ -1,6 +1,5 @@
 """Opens an activation store and reads it (`manifest` has its format). Standard library and numpy only."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import jsonl_records
+from hafs_jax.base.foreign import open_npy
 from hafs_jax.store.manifest import (
     CONTEXT,
     DISK_DTYPES,
@@ -65,11 +66,11 @@ class Store:
 
     def raw(self, shard: int) -> np.ndarray:
         """Shard `shard` as it lies on disk, memory-mapped, [rows, D] of DISK_DTYPES[dtype]."""
-        return _open(self.folder / shard_name(shard))
+        return open_npy(self.folder / shard_name(shard))
 
     def rows(self, shard: int) -> np.ndarray:
         """The rows file of shard `shard`, memory-mapped, [rows] of ROW."""
-        return _open(self.folder / rows_name(shard))
+        return open_npy(self.folder / rows_name(shard))
 
     def read(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of shard `shard` as float32, [rows, D]."""
@@ -101,12 +102,11 @@ class Store:
 
     def contexts(self) -> Contexts:
         """The tokenised contexts, memory-mapped."""
-        return Contexts(_open(self.folder / "contexts.npy"), _open(self.folder / "tokens.npy"))
+        return Contexts(open_npy(self.folder / "contexts.npy"), open_npy(self.folder / "tokens.npy"))
 
     def documents(self) -> list[dict[str, Any]]:
         """What is known of each document, in document order."""
-        lines = (self.folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return [record for _, record in jsonl_records(self.folder / "documents.jsonl")]
 
     def shape_problems(self) -> list[str]:
         """A line for each file that is missing, does not open, or has another shape or dtype than the manifest says."""
@@ -125,9 +125,9 @@ class Store:
         for name, (shape, dtype) in expected.items():
             path = self.folder / name
             try:
-                array = _open(path)
-            except (OSError, ValueError) as error:
-                problems.append(f"{path}: expected a whole npy file, found none that opens ({error})")
+                array = open_npy(path, "a whole npy file")
+            except UserError as error:
+                problems.append(str(error))
                 continue
             if array.dtype != dtype or (shape is not None and array.shape != shape):
                 wanted = f"{list(shape) if shape else '[n]'} {_dtype_name(dtype)}"
@@ -162,10 +162,6 @@ def check_aligned(store_a: Store, store_b: Store) -> None:
 def _sizes(store: Store) -> str:
     sizes = store.shard_sizes
     return ", ".join(map(str, sizes[:3])) + (f", ... ({len(sizes)} shards)" if len(sizes) > 3 else "")
-
-
-def _open(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _dtype_name(dtype: np.dtype) -> str:

@@ -1,15 +1,14 @@
 """One experiment: arms x architectures x L0 x seeds, from one TOML file. Standard library only."""
 
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hafs_evaluate.experiment.measurements import Cell
 from hafs_jax import config
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import read_toml
 from hafs_jax.base.options import from_dict, option
 
 
@@ -81,11 +80,6 @@ def run_name(arm: str, architecture: str, k: int, seed: int) -> str:
 
 def read_experiment(path: Path) -> ExperimentConfig:
     """The experiment in the TOML file `path`; `UserError` for an unknown key or a value of the wrong type."""
-    try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"expected an experiment's TOML file at {path}, found none") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected TOML, found {error}") from None
+    values = read_toml(path, "an experiment's TOML file")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return from_dict(ExperimentConfig, values, str(path))

@@ -133,8 +133,6 @@ def find_trees(names: Sequence[str] = ()) -> list[Tree]:
 def read_tree(path: Path) -> Tree:
     """The tree in the file `path`; `UserError` naming what is wrong in it."""
     values = read_json(path, "a label tree")
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
     _check_keys(values, _TREE_KEYS, str(path))
     sources, leaves = values.get("sources") or {}, values.get("leaves") or []
     for name, source in sources.items():
@@ -243,10 +241,10 @@ def _task_items(leaf: Leaf) -> Iterator[LabelledText]:
 def _jsonl_items(path: Path) -> Iterator[LabelledText]:
     if not path.exists():
         raise UserError(f"expected labelled texts at {path}, found no such file")
-    for number, record in enumerate(jsonl_records(path), start=1):
+    for number, record in jsonl_records(path):
         text, label = record.get("text"), record.get("label")
         if not isinstance(text, str) or not text.strip() or not isinstance(label, str) or not _is_path(label):
-            raise UserError(f'{path}, record {number}: expected {{"text": "...", "label": "parent/child"}}')
+            raise UserError(f'{path}, line {number}: expected {{"text": "...", "label": "parent/child"}}')
         yield LabelledText(text, label, str(record.get("group") or text))
 
 

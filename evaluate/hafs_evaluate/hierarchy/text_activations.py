@@ -29,6 +29,7 @@ from hafs_evaluate.hierarchy.label_trees import text_sha256
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_json, write_npy
+from hafs_jax.base.foreign import open_npy
 from hafs_jax.base.log import bar_options
 from hafs_jax.store.manifest import Manifest, from_float32, to_float32
 
@@ -66,7 +67,7 @@ class TextActivations:
             by_part.setdefault(span.part, []).append((index, span))
         found: np.ndarray | None = None
         for part, spans in by_part.items():
-            kept = np.load(self.folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
+            kept = open_npy(self.folder / f"{part}.npy", "activations of labelled texts")
             for batch in _batches(spans, batch_rows(kept.shape[1], n_latents)):
                 raw = np.concatenate([kept[span.first : span.first + span.rows] for _, span in batch])
                 acts_BD = torch.from_numpy(to_float32(raw, self.dtype))

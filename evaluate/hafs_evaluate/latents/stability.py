@@ -27,6 +27,7 @@ from hafs_evaluate.latents.dashboards import write_latents
 from hafs_evaluate.latents.neighbours import rounded
 from hafs_evaluate.workspace import Workspace, fingerprint, hashed_export, read_result
 from hafs_jax.base.files import read_json, write_json
+from hafs_jax.base.foreign import read_npz
 from hafs_jax.runs import Run, RunSummary
 
 THRESHOLD = 0.7  # the cosine above which two dictionary vectors of different runs are the same (arXiv 2501.16615)
@@ -53,8 +54,7 @@ class EvaluatedRun:
 
     def fires(self) -> np.ndarray:
         """Which latents fire on the held-out rows, [F]."""
-        with np.load(self.densities, allow_pickle=False) as arrays:
-            return arrays["density"] > 0
+        return read_npz(self.densities, "an SAE's densities", ("density",))["density"] > 0
 
     def live_vectors(self) -> Float[torch.Tensor, "live D"]:
         """The dictionary vectors of the latents that fire, normalised."""

@@ -125,7 +125,7 @@ def test_the_committed_experiments_are_valid_and_so_is_every_training_in_them(na
         ("ks = [4, 4]", "each once"),
         ("seeds = 0", "expected at least 1"),
         ("name = 'a/b'", "expected letters"),
-        ("seeds = ", "expected TOML"),
+        ("seeds = ", "e.toml, found a file that is not TOML (Invalid value"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:

@@ -125,7 +125,7 @@ def test_another_version_and_unknown_keys_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown key 'd_modle'; did you mean 'd_model'\?"):
         Store(tmp_path / "s")
     path.write_text("[]")
-    assert "expected format_version 1, found None" in verify(tmp_path / "s")[0]
+    assert "found JSON that is no object but a list" in verify(tmp_path / "s")[0]
 
 
 FILES = ["shard-00000.npy", "shard-00001.npy", "rows-00001.npy", "contexts.npy", "tokens.npy", "documents.jsonl"]
@@ -149,10 +149,25 @@ def test_a_truncated_or_missing_file_is_named(tmp_path: Path, name: str) -> None
     path.write_bytes(path.read_bytes()[:-3])
     assert all(name in problem for problem in verify(tmp_path / "s"))
     if name.endswith(".npy"):
-        with pytest.raises(UserError, match=rf"{name}: expected a whole npy file"):
+        with pytest.raises(UserError, match=rf"expected a whole npy file at .*{name}, found a file that"):
             Store(tmp_path / "s")
     path.unlink()
-    assert any(name in problem and "missing" in problem for problem in verify(tmp_path / "s"))
+    missing = (f"{path}: missing", f"expected a whole npy file at {path}, found no such file")
+    assert any(problem in missing for problem in verify(tmp_path / "s"))
+    path.touch()
+    assert any(name in problem for problem in verify(tmp_path / "s"))
+
+
+def test_a_stores_documents_may_hold_any_line_end_of_unicode(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    path = tmp_path / "s" / "documents.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[0]["labels"] = {"title": "a\u2028b\x85c"}
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    assert Store(tmp_path / "s").documents() == records
+    path.write_text('{"document": 0}\n{"docu')
+    with pytest.raises(UserError, match=r"documents\.jsonl, line 2: expected one JSON object a line"):
+        Store(tmp_path / "s").documents()
 
 
 def test_shapes_and_dtypes_that_differ_from_the_manifest_are_named(tmp_path: Path) -> None:
