@@ -5,6 +5,7 @@ The config is saved in every store's manifest. A store is resumed or reused only
 
 import dataclasses
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,14 @@ class SourceConfig:
     """One source of text: where it lies, how its records become documents, and its share of the mix."""
 
     name: str = option("", "what the store calls this source")
-    path: str = option("", "a .jsonl, .parquet or .txt file, a folder of them, a dataset of the hub, or packaged data")
+    path: str = option(
+        "", "a .jsonl, .json, .txt or .parquet file, a folder of them, a dataset of the hub, or packaged data"
+    )
     subset: str | None = option(None, "configuration of a hub dataset; the folder inside a local folder")
     split: str = option("train", "split of a hub dataset; in a local folder, how the names of its files begin")
     kind: str = option("rows", "how records become documents", choices=KINDS)
     template: str = option("{text}", "text of a document of kind rows, with columns in braces")
+    chat: str | None = option(None, "column of chat messages, made into text by the tokenizer's chat template")
     keep: str | None = option(None, "which records to read: COLUMN=VALUE, or COLUMN!=VALUE")
     weight: float = option(1.0, "share of the tokens, relative to the other sources", above=0)
 
@@ -37,6 +41,16 @@ class SourceConfig:
         if not self.name or not self.path:
             raise UserError(f"source {self.name or self.path!r}: expected a name and a path; say --text {TEXT_SYNTAX}")
         check(self, f"source {self.name}: ")
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        except ValueError as error:
+            raise UserError(f"source {self.name}: template {self.template!r} cannot be filled in ({error})") from None
+        if not names:
+            raise UserError(
+                f"source {self.name}: template={self.template!r}: expected a column in braces; say template={{COLUMN}}"
+            )
+        if self.chat is not None and (self.kind != "rows" or self.template != "{text}"):
+            raise UserError(f"source {self.name}: chat={self.chat}: expected no template and kind rows beside it")
         if self.keep is not None and not re.fullmatch(r"\w+!?=.*", self.keep):
             raise UserError(f"source {self.name}: keep={self.keep!r}: expected COLUMN=VALUE or COLUMN!=VALUE")
 
@@ -93,10 +107,10 @@ def parse_source(
 ) -> SourceConfig:
     """The source that a `--text` flag describes: `[NAME=]PATH[@WEIGHT][,KEY=VALUE ...]`.
 
-    KEY is subset, split, kind, template or keep. PATH may be the name of one of `known` (the profile's sources) or of
-    `datasets`, which then gives all other fields; a local folder of that name is `./NAME`. With a NAME among `known`,
-    that source keeps its other fields, so that its data can be read from another place. NAME defaults to the dataset's,
-    or else to the last part of the path.
+    KEY is subset, split, kind, template, chat or keep. PATH may be the name of one of `known` (the profile's sources)
+    or of `datasets`, which then gives all other fields; a local folder of that name is `./NAME`. With a NAME among
+    `known`, that source keeps its other fields, so that its data can be read from another place. NAME defaults to the
+    dataset's, or else to the last part of the path.
     """
     head, *pairs = re.split(r",(?=\w+=)", text)
     named = re.fullmatch(r"(?:([\w.-]+)=)?(.+?)(?:@([\d.eE+-]+))?", head)
@@ -117,7 +131,7 @@ def parse_source(
             fields["weight"] = float(weight)
         except ValueError:
             raise UserError(f"--text {text}: weight {weight!r} is not a number") from None
-    allowed = ("subset", "split", "kind", "template", "keep")
+    allowed = ("subset", "split", "kind", "template", "chat", "keep")
     for pair in pairs:
         key, value = pair.split("=", 1)
         if key not in allowed:

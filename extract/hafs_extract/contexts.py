@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hafs_extract.config import ExtractConfig, SourceConfig
-from hafs_extract.text import Document, documents
+from hafs_extract.text.documents import Chat, Document, documents
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_npy
 from hafs_jax.store.manifest import CONTEXT
@@ -38,7 +38,7 @@ def is_heldout(text: str, seed: int, fraction: float) -> bool:
 
 
 def mixed(
-    sources: tuple[SourceConfig, ...], tokenize: Tokenize, notes: list[str]
+    sources: tuple[SourceConfig, ...], tokenize: Tokenize, notes: list[str], chat: Chat | None = None
 ) -> Iterator[tuple[int, Document, np.ndarray]]:
     """Documents of all sources in one stream: the number of the source, the document and its token ids.
 
@@ -46,7 +46,8 @@ def mixed(
     tokens / weight (of equals, the first named). When a source runs out, a line is added to `notes`, and the others go
     on in their own proportions.
     """
-    streams = {number: _tokenised(source, tokenize) for number, source in enumerate(sources)}
+    read = [0] * len(sources)
+    streams = {number: _tokenised(source, tokenize, chat) for number, source in enumerate(sources)}
     tokens = [0] * len(sources)
     while streams:
         number = min(streams, key=lambda n: tokens[n] / sources[n].weight)
@@ -55,23 +56,34 @@ def mixed(
         except StopIteration:
             del streams[number]
             if not tokens[number]:
-                raise UserError(f"source {sources[number].name} ({sources[number].path}) holds no text") from None
+                raise _no_tokens(sources[number], read[number]) from None
             notes.append(f"source {sources[number].name} ran out after {tokens[number]:,} tokens")
             continue
+        read[number] += 1
         tokens[number] += len(ids)
-        yield number, document, ids
+        if len(ids):
+            yield number, document, ids
 
 
-def _tokenised(source: SourceConfig, tokenize: Tokenize) -> Iterator[tuple[Document, np.ndarray]]:
+def _no_tokens(source: SourceConfig, read: int) -> UserError:
+    if read:
+        return UserError(
+            f"the tokenizer makes no token of any of the {read:,} documents of source {source.name};"
+            " check that the model's folder holds its tokenizer's files"
+        )
+    return UserError(f"source {source.name} ({source.path}) holds no text")
+
+
+def _tokenised(source: SourceConfig, tokenize: Tokenize, chat: Chat | None) -> Iterator[tuple[Document, np.ndarray]]:
+    """The documents of a source and their token ids, of which there may be none."""
+    encode = chat.tokenize if source.chat and chat else tokenize
     waiting: list[Document] = []
 
     def flush() -> Iterator[tuple[Document, np.ndarray]]:
-        for document, ids in zip(waiting, tokenize([d.text for d in waiting]), strict=True):
-            if len(ids):
-                yield document, ids
+        yield from zip(waiting, encode([document.text for document in waiting]), strict=True)
         waiting.clear()
 
-    for document in documents(source):
+    for document in documents(source, chat):
         waiting.append(document)
         if len(waiting) == _DOCUMENTS_AT_ONCE:
             yield from flush()
@@ -142,17 +154,20 @@ class SplitText:
         self._bin.unlink()
 
 
-def write_contexts(config: ExtractConfig, tokenize: Tokenize, bos: int | None, folder: Path) -> list[str]:
+def write_contexts(
+    config: ExtractConfig, tokenize: Tokenize, bos: int | None, folder: Path, chat: Chat | None = None
+) -> list[str]:
     """Writes the contexts of both splits into `folder`/train and /heldout. Returns lines for the user about the mix.
 
-    Ends when every source has run out, or when the training split has `max_rows` tokens, BOS not counted.
+    `chat` is for sources of chat messages. Ends when every source has run out, or when the training split has
+    `max_rows` tokens, BOS not counted.
     """
     tokens, notes = [0] * len(config.sources), list[str]()
     with contextlib.ExitStack() as files:
         writers = {}
         for split in SPLITS:
             writers[split] = files.enter_context(contextlib.closing(SplitText(folder / split, config, bos)))
-        _fill(writers, config, tokenize, tokens, notes)
+        _fill(writers, config, mixed(config.sources, tokenize, notes, chat), tokens)
     if len(notes) == len(config.sources):
         notes = ["all the text of every source is used"]
     total, weights = sum(tokens), sum(source.weight for source in config.sources)
@@ -164,11 +179,15 @@ def write_contexts(config: ExtractConfig, tokenize: Tokenize, bos: int | None, f
 
 
 def _fill(
-    writers: dict[str, SplitText], config: ExtractConfig, tokenize: Tokenize, tokens: list[int], notes: list[str]
+    writers: dict[str, SplitText],
+    config: ExtractConfig,
+    stream: Iterator[tuple[int, Document, np.ndarray]],
+    tokens: list[int],
 ) -> None:
     """Deals the documents out to the splits' `writers` and finishes these. Adds up each source's `tokens`."""
-    train = writers["train"]
-    for number, document, ids in mixed(config.sources, tokenize, notes):
+    train, documents_read = writers["train"], 0
+    for number, document, ids in stream:
+        documents_read += 1
         split, kept = "train", ids
         if is_heldout(document.text, config.seed, config.heldout_fraction):
             split = "heldout"
@@ -181,10 +200,22 @@ def _fill(
     for split, writer in writers.items():
         writer.finish()
         if not writer.rows:
-            raise UserError(
-                f"no document fell into the {split} split of {sum(tokens):,} tokens; give more text,"
-                f" or change heldout_fraction={config.heldout_fraction}"
-            )
+            raise _empty_split(split, config, documents_read, sum(tokens), train.rows == config.max_rows)
+
+
+def _empty_split(split: str, config: ExtractConfig, documents_read: int, tokens: int, is_cut: bool) -> UserError:
+    """The error for a split without a document, by its cause. `is_cut`: reading ended at `max_rows`."""
+    said = f"no document fell into the {split} split: "
+    fraction = f"change heldout_fraction={config.heldout_fraction}"
+    count = "1 document" if documents_read == 1 else f"{documents_read:,} documents"
+    if is_cut:
+        return UserError(f"{said}max_rows={config.max_rows:,} was reached after {count}; raise it, or {fraction}")
+    if documents_read == 1:
+        return UserError(
+            f"{said}the text is a single document of {tokens:,} tokens, and a document is never divided between the"
+            " splits; divide it into several (in a .txt file, by blank lines)"
+        )
+    return UserError(f"{said}there are only {count} of {tokens:,} tokens in all; give more documents, or {fraction}")
 
 
 @dataclass(frozen=True)

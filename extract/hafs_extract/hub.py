@@ -110,12 +110,11 @@ def prepare_hub(config: ExtractConfig) -> None:
         )
 
 
+_FILES = (".jsonl", ".json", ".parquet", ".txt", ".gz", ".zst", ".gguf")
+
+
 def _looks_local(name: str) -> bool:
-    return (
-        name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-        or name.endswith((".jsonl", ".parquet", ".txt", ".gguf"))
-    )
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(_FILES)
 
 
 def _folders(path: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
+import jinja2
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,7 @@ from torch.fx.experimental import _config as shape_config
 from hafs_extract import packaged
 from hafs_extract.hub import go_offline, hub_problem
 from hafs_extract.loading.files import fingerprint, library_errors, some
+from hafs_extract.text.documents import Chat
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import did_you_mean
 from hafs_jax.store.manifest import Manifest, ModelInfo
@@ -95,6 +97,24 @@ class LanguageModel:
             texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )
         return [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
+
+    @property
+    def chat(self) -> Chat:
+        """The tokenizer's way with chat messages."""
+        return Chat(self._chat_text, self._tokenize_chats)
+
+    def _chat_text(self, messages: list[dict[str, Any]]) -> str:
+        """The messages as one text, by the tokenizer's chat template; `UserError` where that does not take them."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except (ValueError, TypeError, KeyError, jinja2.TemplateError) as error:
+            raise UserError(f"the chat template of {self.info.name} does not take these messages: {error}") from error
+
+    def _tokenize_chats(self, texts: list[str]) -> list[np.ndarray]:
+        """As `tokenize`, but names of special tokens stand for the tokens. A BOS that the template puts first goes."""
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        found = [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
+        return [ids[1:] if self.prepend_bos and len(ids) and ids[0] == self.bos_token_id else ids for ids in found]
 
     def check_hook_point(self, hook_point: str) -> int:
         """The width D of the activations at `hook_point`.

@@ -108,7 +108,7 @@ class _Extraction:
         if self.journal.notes is None:
             started = time.monotonic()
             bos = model.bos_token_id if model.prepend_bos else None
-            self._note("text", started, notes=tuple(write_contexts(config, model.tokenize, bos, self.work)))
+            self._note("text", started, notes=tuple(write_contexts(config, model.tokenize, bos, self.work, model.chat)))
         for note in self.journal.notes or ():
             LOG.info(note)
         splits = [open_split(name, self.work / name, config, model, widths) for name in SPLITS]

@@ -11,7 +11,8 @@ from hafs_extract import packaged
 from hafs_extract.config import ExtractConfig, SourceConfig, difference, parse_source
 from hafs_extract.contexts import is_heldout, mixed, plan_batches, write_contexts
 from hafs_extract.profiles import OFFLINE, PROFILES, PYTHIA70M
-from hafs_extract.text import documents, local_files
+from hafs_extract.text.documents import documents
+from hafs_extract.text.files import local_files
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import from_dict, to_dict
 from hafs_jax.store.reader import Contexts
@@ -68,7 +69,7 @@ def test_wmdps_questions_become_text_without_their_answers(tmp_path: Path) -> No
 
 
 def test_local_files_of_each_kind(tmp_path: Path) -> None:
-    records = [{"text": "one"}, {"text": "two\n\nlines"}, {"text": "  "}, {"text": None}]
+    records = [{"text": "one"}, {"text": "two\n\nlines"}, {"text": "  "}]
     expected = ["one", "two\n\nlines"]
     assert _texts(_source(save_jsonl(tmp_path / "a.jsonl", records))) == expected
     assert _texts(_source(save_parquet(tmp_path / "a.parquet", records))) == expected
@@ -109,9 +110,9 @@ def test_templates_and_filters(tmp_path: Path) -> None:
         ("a.jsonl", '{"body": 1}\n', {"keep": "topic=x"}, r"expects a column 'topic', found body"),
         ("a.jsonl", '{"text": 1}\n', {"template": "{text"}, r"template '\{text' cannot be filled in"),
         ("a.jsonl", '{"text": "x"}\n{"te', {}, r"a.jsonl, line 2: expected one JSON object a line"),
-        ("a.jsonl", "[1]\n", {}, r"a.jsonl, line 1: expected a JSON object, found list"),
-        ("a.parquet", "no", {}, r"a.parquet: not a parquet file that can be read"),
-        ("a.csv", "no", {}, r"a.csv is no .jsonl, .parquet, .txt file"),
+        ("a.jsonl", "[1]\n", {}, r"a.jsonl, line 1: expected a JSON object, found a list"),
+        ("a.parquet", "no", {}, r"expected a parquet file at .*a.parquet, found a file that cannot be read whole"),
+        ("a.csv", "no", {}, r"a.csv is no .jsonl, .json, .txt \(each also with .gz or .zst\) or .parquet file"),
     ],
 )
 def test_bad_sources_are_named(tmp_path: Path, name: str, content: str, fields: dict, message: str) -> None:
@@ -125,7 +126,7 @@ def test_bad_text_and_empty_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a.txt: expected UTF-8 text"):
         _texts(_source(tmp_path / "a.txt"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no .jsonl, .parquet, .txt file in .*empty"):
+    with pytest.raises(UserError, match=r"no .jsonl, .json, .txt .* file in .*empty"):
         _texts(_source(tmp_path / "empty"))
 
 
@@ -283,10 +284,23 @@ def test_max_rows_is_exact_for_the_training_split(tmp_path: Path) -> None:
 
 
 def test_a_split_without_documents_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no document fell into the heldout split"):
+    single = r"split: the text is a single document of \d+ tokens, .* divide it into several \(in a .txt file, by blank"
+    with pytest.raises(UserError, match=r"no document fell into the heldout " + single):
         _write(tmp_path, count=1, heldout_fraction=1e-9)
-    with pytest.raises(UserError, match=r"no document fell into the train split"):
+    with pytest.raises(UserError, match=r"no document fell into the train " + single):
         _write(tmp_path, count=1, heldout_fraction=1 - 1e-9)
+    with pytest.raises(UserError, match=r"heldout split: max_rows=5 was reached after 1 document; raise it, or change"):
+        _write(tmp_path, max_rows=5, heldout_fraction=1e-9)
+    with pytest.raises(UserError, match=r"split: there are only 9 documents of \d+ tokens in all; give more documents"):
+        _write(tmp_path, count=9, heldout_fraction=1e-9)
+
+
+def test_a_tokenizer_that_makes_no_token_is_named(tmp_path: Path) -> None:
+    path = save_jsonl(tmp_path / "a.jsonl", [{"text": "x"}] * 3)
+    with pytest.raises(
+        UserError, match=r"makes no token of any of the 3 documents of source s; check that the model's"
+    ):
+        list(mixed((_source(path),), lambda texts: [np.zeros(0, np.int32) for _ in texts], []))
 
 
 def test_batches_hold_every_context_once_within_their_size_and_with_little_padding() -> None:
