@@ -44,15 +44,17 @@ datasets (--text NAME):
 --text {syntax}
   A source of text. It may be repeated. The sources named replace all of the
   profile's.
-  PATH     a dataset's name; a .jsonl, .parquet or .txt file; a folder of such
-           files; or a dataset of the model hub. Documents in a .txt file are
-           divided by blank lines.
+  PATH     a dataset's name; a .jsonl, .json, .txt (each also with .gz or .zst)
+           or .parquet file; a folder of such files; or a dataset of the model
+           hub. Documents in a .txt file are divided by blank lines. A .json
+           file is a list of records, or has one a line.
   NAME     what the store calls the source. With the name of one of the
            profile's sources, PATH replaces that source's path and its other
            fields stay, so that it can be read from a local copy.
   WEIGHT   share of the tokens, relative to the other sources [1]
   KEY      subset, split, kind (rows, wikitext or multiple_choice), template
-           (for example {{text}}), keep (COLUMN=VALUE or COLUMN!=VALUE)
+           (for example {{text}}), chat (the column of chat messages, for the
+           tokenizer's chat template), keep (COLUMN=VALUE or COLUMN!=VALUE)
   examples:
     --text books.jsonl --text code=/data/code@0.2,template={{source}}
     --text wikitext@0.9 --text wmdp-bio@0.1
@@ -186,12 +188,7 @@ def _config(resolved: Resolved, options: argparse.Namespace) -> ExtractConfig:
 def _report(folders: dict[str, Path]) -> None:
     for split, folder in folders.items():
         manifest = read_manifest(folder)
-        norms = manifest.norm_filter
-        total = manifest.rows + norms.dropped_rows
-        dropped = "no norm filter"
-        if norms.multiple is not None:
-            dropped = f"{norms.dropped_rows:,} ({norms.dropped_rows / total:.2%}) over {norms.multiple:g} x the median"
-            dropped += f" norm {norms.median_norm:.4g} dropped"
+        dropped = manifest.norm_filter.summary(manifest.rows)
         print(f"{split}: {manifest.rows:,} rows of {manifest.d_model} {manifest.dtype}; {dropped}; {folder}")
 
 

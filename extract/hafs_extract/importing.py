@@ -30,6 +30,9 @@ one after another.
 --groups is for rows that belong together, such as the patches of an image or
 the residues of a protein: a group is either in train or in heldout.
 
+Rows whose norm is far above the median are not stored (--norm-multiple): few of
+them would own the variance. Of targets, too: both lose the row.
+
 --target is for transcoders: OUT/NAME/target/train and OUT/NAME/target/heldout
 get the targets, in the order of the rows of the store.
 """
@@ -74,7 +77,8 @@ def import_arrays(options: argparse.Namespace) -> None:
         manifest = read_manifest(folder)
         documents = sum(source.documents for source in manifest.sources)
         what = f" in {documents:,} groups" if options.groups else ""
-        print(f"{name}: {manifest.rows:,} rows of {manifest.d_model} {manifest.dtype}{what}; {folder}")
+        dropped = manifest.norm_filter.summary(manifest.rows)
+        print(f"{name}: {manifest.rows:,} rows of {manifest.d_model} {manifest.dtype}{what}; {dropped}; {folder}")
 
 
 class _Bars:

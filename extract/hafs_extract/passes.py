@@ -36,7 +36,7 @@ from hafs_jax.store.manifest import (
 )
 from hafs_jax.store.reader import Contexts
 from hafs_jax.store.shards import ShardWriter
-from hafs_jax.store.shuffle import Spill, n_buckets, norms, shuffle_keys, spill_record, take_rows
+from hafs_jax.store.shuffle import Spill, n_buckets, norm_limits, norms, shuffle_keys, spill_record, within_limits
 
 TEXT_FILES = ("contexts.npy", "tokens.npy", "documents.jsonl")
 
@@ -205,7 +205,7 @@ def write_stores(
 
     A row is stored where its norm is at most `norm_multiple` x the median norm, at every hook point.
     """
-    limits = None if config.norm_multiple is None else config.norm_multiple * np.asarray(median_norms)
+    limits = norm_limits(config.norm_multiple, median_norms)
     with contextlib.ExitStack() as threads:
         writers = []
         for kind, folder in enumerate(folders.values()):
@@ -214,9 +214,7 @@ def write_stores(
             writer = ShardWriter(folder, width, config.dtype, config.shard_rows, len(config.sources))
             writers.append(threads.enter_context(contextlib.closing(writer)))
         for records in spill.shuffled():
-            kept = records
-            if limits is not None and not (is_near := (records["norm"].astype(np.float64) <= limits).all(1)).all():
-                kept = take_rows(records, np.flatnonzero(is_near))
+            kept = within_limits(records, limits)
             for kind, writer in enumerate(writers):
                 writer.add(kept[f"acts{kind}"], kept["row"])
             bar.update(len(records))

@@ -44,7 +44,7 @@ from hafs_jax.store.manifest import (
 )
 from hafs_jax.store.npy import ArrayRows, Arrays, read_groups
 from hafs_jax.store.shards import ShardWriter
-from hafs_jax.store.shuffle import Spill, n_buckets, shuffle_keys, spill_record
+from hafs_jax.store.shuffle import Spill, n_buckets, norm_limits, shuffle_keys, spill_record, within_limits
 
 SPLITS = ("train", "heldout")
 HOOK_POINT = "array"
@@ -71,6 +71,9 @@ class ArrayConfig:
         "dtype of the stored activations; keep: float16 where the input is float16, else float32",
         choices=("keep", *DISK_DTYPES),
     )
+    norm_multiple: float | None = option(
+        3.0, "rows whose norm is above this multiple of the median are dropped; none: no row", above=0
+    )
     shard_rows: int = option(65_536, "rows in a shard", least=1, most=2**31 - 1)
 
     def __post_init__(self) -> None:
@@ -89,6 +92,7 @@ def write_array_store(
     seed: int = 0,
     heldout_fraction: float = 0.05,
     dtype: str = "keep",
+    norm_multiple: float | None = 3.0,
     shard_rows: int = 65_536,
     force: bool = False,
     progress: Progress = lambda what, rows, total: None,
@@ -99,13 +103,15 @@ def write_array_store(
     target    as many rows of any width, for transcoders: makes `folder`/target/{train,heldout} too, which are returned
               as "target_train" and "target_heldout"
     groups    an integer for each row; rows of one group fall into one split
+    norm_multiple  rows whose norm is above this multiple of the median norm of the training split are not stored, of
+              activations or targets; None: every row is
     force     replaces stores of other rows, which otherwise are a `UserError`
     progress  is called as the work goes on, see `Progress`
 
     The other arguments are the fields of `ArrayConfig`. Nothing is done where stores of these very rows are there.
     Raises `UserError` for input that cannot be stored.
     """
-    config = ArrayConfig(name, heldout_fraction, seed, dtype, shard_rows)
+    config = ArrayConfig(name, heldout_fraction, seed, dtype, norm_multiple, shard_rows)
     job = ArrayImport(Path(folder), config, acts, target, groups)
     job.make(force, progress)
     return job.folders
@@ -210,6 +216,7 @@ class ArrayImport:
                 descriptions.append(files.enter_context(contextlib.closing(writer)))
             digests = self._spill(spills, descriptions, list(dtypes.values()), progress)
         medians = spills[0].median_norms()
+        limits = norm_limits(self.config.norm_multiple, medians)
         for split, spill, described in zip(SPLITS, spills, descriptions, strict=True):
             folders = {place: work / place / split for place in self.inputs}
             if "target" in folders:
@@ -220,12 +227,17 @@ class ArrayImport:
                     into, dtype, parts = folders[place], dtypes[place], len(self.acts.parts)
                     shards = ShardWriter(into, array.d_model, dtype, self.config.shard_rows, parts)
                     writers.append(threads.enter_context(contextlib.closing(shards)))
+                given_by_source = np.zeros(len(self.acts.parts), np.int64)
                 for records in spill.shuffled():
+                    given_by_source += np.bincount(records["row"]["source"], minlength=len(given_by_source))
+                    kept = within_limits(records, limits)
                     for kind, shards in enumerate(writers):
-                        shards.add(records[f"acts{kind}"], records["row"])
+                        shards.add(kept[f"acts{kind}"], kept["row"])
                     progress("shuffling", len(records), self.rows)
                 for place, shards, median in zip(folders, writers, medians, strict=True):
-                    manifest = self._manifest(split, place, shards, median, digests, described, folders[place])
+                    manifest = self._manifest(
+                        split, place, shards, median, digests, described, folders[place], given_by_source.tolist()
+                    )
                     write_manifest(folders[place], manifest)
             shutil.rmtree(work / f"{split}-rows")
 
@@ -266,9 +278,14 @@ class ArrayImport:
         digests: dict[str, str],
         described: Descriptions,
         folder: Path,
+        given: list[int],
     ) -> Manifest:
+        """The manifest of a store. `given` are the rows of the split by source, before the norm filter."""
         statistics, rows, name = shards.finish(), self.inputs[place], self.config.name
-        assert statistics is not None  # no split is empty
+        multiple = self.config.norm_multiple
+        if statistics is None:
+            raise UserError(f"norm_multiple={multiple} drops every row of the {split} split; raise it")
+        limit = None if multiple is None else multiple * median
         origin = "array:" + ",".join(Path(part.name).name for part in rows.parts)
         documents, counts = described.documents_by_source.tolist(), shards.rows_by_source.tolist()
         return Manifest(
@@ -287,10 +304,10 @@ class ArrayImport:
             context_length=1,
             seed=self.config.seed,
             sources=tuple(
-                SourceInfo(Path(part.name).stem, part.name, 1.0, documents[i], counts[i], counts[i])
+                SourceInfo(Path(part.name).stem, part.name, 1.0, documents[i], given[i], counts[i])
                 for i, part in enumerate(self.acts.parts)
             ),
-            norm_filter=NormFilter(None, median, None, 0),
+            norm_filter=NormFilter(multiple, median, limit, sum(given) - shards.rows),
             rows=shards.rows,
             shards=tuple(shards.shards),
             files_sha256={file: sha256_of(folder / file) for file in FILES},

@@ -88,6 +88,14 @@ class NormFilter:
     max_norm: float | None  # multiple x median_norm; None: no filter
     dropped_rows: int
 
+    def summary(self, rows: int) -> str:
+        """What was dropped beside the `rows` that were stored, in words."""
+        if self.multiple is None:
+            return "no norm filter"
+        share = self.dropped_rows / (rows + self.dropped_rows)
+        limit = f"{self.multiple:g} x the median norm {self.median_norm:.4g}"
+        return f"{self.dropped_rows:,} ({share:.2%}) over {limit} dropped"
+
 
 @dataclass(frozen=True)
 class ShardInfo:
@@ -151,7 +159,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of the store at `folder`; `UserError` where there is none, or one of another format."""
     path = folder / MANIFEST
     values = read_json(path, "an activation store's manifest (no manifest, no store: run `make extract`)")
-    version = values.get("format_version") if isinstance(values, dict) else None
+    version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; extract it again")
     return from_dict(Manifest, values, str(path))

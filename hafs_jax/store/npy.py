@@ -7,7 +7,7 @@ numpy only.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,7 +15,15 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.foreign import open_npy, reason
 from hafs_jax.store.shuffle import convert_rows
 
-Arrays = np.ndarray | str | Path | Sequence[np.ndarray | str | Path]
+
+@runtime_checkable
+class Tensor(Protocol):
+    """What numpy can turn into an array: arrays, and other libraries' tensors."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray: ...
+
+
+Arrays = Tensor | str | Path | Sequence[Tensor | str | Path]
 
 _BLOCK_BYTES = 8 << 20  # of float32
 
@@ -48,7 +56,7 @@ class ArrayRows:
         if not self.rows or not self.d_model:
             raise UserError(f"{self.parts[0].name}: expected rows of activations, found none")
 
-    def _add(self, values: np.ndarray, name: str, given: np.ndarray | str | Path) -> None:
+    def _add(self, values: np.ndarray, name: str, given: Tensor | str | Path) -> None:
         found = f"{list(values.shape)} {values.dtype}"
         if values.dtype.kind == "V" and values.dtype.itemsize == 2 and not values.dtype.names:
             raise UserError(
@@ -139,7 +147,7 @@ def read_groups(groups: np.ndarray | str | Path, rows: int) -> np.ndarray:
     return np.array(values).reshape(-1)
 
 
-def _opened(array: np.ndarray | str | Path) -> np.ndarray:
+def _opened(array: Tensor | str | Path) -> np.ndarray:
     """The array, memory-mapped if it is a file."""
     if isinstance(array, (str, Path)):
         return open_npy(array)

@@ -140,6 +140,25 @@ class Spill:
         return [exact_median(self._norms_path, kind, self.kinds) for kind in range(self.kinds)]
 
 
+def norm_limits(multiple: float | None, median_norms: Sequence[float]) -> np.ndarray | None:
+    """The largest norm of each kind that is stored: `multiple` x its median norm, [kinds] float64. None: no limit."""
+    if multiple is None:
+        return None
+    if not all(median_norms):
+        raise UserError(
+            f"norm_multiple={multiple:g}: the median norm of the training rows is 0, so that every row but those of"
+            " zeros would be dropped; say --norm-multiple none"
+        )
+    return multiple * np.asarray(median_norms, np.float64)
+
+
+def within_limits(records: np.ndarray, limits: np.ndarray | None) -> np.ndarray:
+    """The records none of whose norms is above its limit (see `norm_limits`)."""
+    if limits is None or (is_near := (records["norm"].astype(np.float64) <= limits).all(1)).all():
+        return records
+    return take_rows(records, np.flatnonzero(is_near))
+
+
 def exact_median(path: Path, column: int = 0, columns: int = 1) -> float:
     """The exact median of one column of the non-negative float32 numbers in a raw file, in constant memory.
 

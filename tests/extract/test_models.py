@@ -40,6 +40,25 @@ def tokens_BL() -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(1, 300, (3, 7)))
 
 
+def test_chats_are_tokenised_as_the_chat_template_says(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, messages = model.chat, [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    with pytest.raises(
+        UserError, match=r"the chat template of .* does not take these messages: .*chat_template is not"
+    ):
+        chat.render(messages)
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{{ m.content }}<|endoftext|>{% endfor %}"
+    )
+    monkeypatch.setattr(model.tokenizer, "chat_template", template, raising=False)
+    text = chat.render(messages)
+    assert text == "<|endoftext|>a b<|endoftext|>c<|endoftext|>"
+    (ids,) = chat.tokenize([text])
+    assert ids.tolist() == [*model.tokenize(["a b"])[0], 0, *model.tokenize(["c"])[0], 0]  # contexts begin with BOS
+    with pytest.raises(UserError, match="does not take these messages: no tools"):
+        chat.render([{"role": "tool", "content": ""}])
+
+
 def test_info_says_what_was_loaded(model: LanguageModel, folder: Path) -> None:
     info = (str(folder), None, f"folder:{folder}", "float32", LAYERS, D, fingerprint(folder))
     assert dataclasses.astuple(model.info) == info

@@ -11,6 +11,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -247,7 +248,7 @@ def test_a_row_that_cannot_be_stored_is_named(files: list[Path], tmp_path: Path)
         (np.ones((9, 4)), {"shard_rows": 0}, "shard_rows=0: expected 1 to"),
         (np.ones((9, 4)), {"dtype": "float64"}, "dtype='float64': expected one of keep, float16"),
         (np.ones((9, 4)), {"name": ""}, "expected a name for the activations"),
-        ("nowhere.npy", {}, "nowhere.npy: expected an npy file, found no such file"),
+        ("nowhere.npy", {}, "expected an npy file at nowhere.npy, found no such file"),
     ],
 )
 def test_unusable_input_is_one_line(tmp_path: Path, acts: object, more: dict, message: str) -> None:
@@ -263,11 +264,11 @@ def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
     (tmp_path / "t.npy").write_text("text")
     for name, message in (
         ("a.npz", "found an npz archive"),
-        ("o.npy", "found none that opens"),
-        ("t.npy", "found none that opens"),
+        ("o.npy", "found a file that does not open as one"),
+        ("t.npy", "found a file that does not open as one"),
         ("f.npy", r"expected C order, found \[3, 4, 5\] float64 in Fortran order"),
     ):
-        with pytest.raises(UserError, match=rf"{name}: .*{message}"):
+        with pytest.raises(UserError, match=rf"{name}.*{message}"):
             write_array_store(tmp_path / "p", tmp_path / name)
     acts = np.random.default_rng(0).normal(size=(40, 3))
     np.save(tmp_path / "g.npy", np.asfortranarray(acts))  # of two dimensions either order will do
@@ -276,6 +277,83 @@ def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
         write_array_store(tmp_path / name, tmp_path / f"{name}.npy", heldout_fraction=0.4)
     g, c = (read_manifest(tmp_path / name / "store" / "train") for name in "gc")
     assert g.fingerprint == c.fingerprint and g.config == c.config
+
+
+@pytest.mark.parametrize("of", ["activations", "targets"])
+def test_rows_far_above_the_median_norm_are_dropped_and_counted(tmp_path: Path, of: str) -> None:
+    rng = np.random.default_rng(7)
+    acts, target = rng.normal(size=(400, D)).astype(np.float16), rng.normal(size=(400, 3)).astype(np.float16)
+    far = [3, 77, 78, 200, 311, 399]
+    (acts if of == "activations" else target)[far] = 6e4
+    made = write_array_store(tmp_path / "p", acts, target=target, heldout_fraction=0.3, norm_multiple=4.0)
+    dropped, stored = 0, []
+    for name, folder in made.items():
+        manifest, values = read_manifest(folder), target if name.startswith("target") else acts
+        assert verify(folder) == [] and manifest.norm_filter.multiple == manifest.config["norm_multiple"] == 4.0
+        rows = _all(folder)[1]
+        assert not set(far) & set(rows["token"].tolist()) and len(rows) == manifest.rows == manifest.sources[0].rows
+        assert manifest.norm_filter.dropped_rows == manifest.sources[0].tokens - manifest.rows
+        assert manifest.norm_filter.max_norm == 4 * manifest.norm_filter.median_norm
+        assert manifest.variance < 100
+        assert manifest.norm_filter.median_norm == pytest.approx(
+            np.median(np.linalg.norm(values.astype(np.float64), axis=1)), rel=0.1
+        )
+        if not name.startswith("target"):
+            dropped += manifest.norm_filter.dropped_rows
+            stored += rows["token"].tolist()
+    assert dropped == len(far) and sorted(stored + far) == list(range(400))
+    check_aligned(Store(made["train"]), Store(made["target_train"]))
+
+
+def test_without_far_rows_the_filter_changes_no_byte(files: list[Path], tmp_path: Path) -> None:
+    filtered = write_array_store(tmp_path / "a", files, norm_multiple=1e6, heldout_fraction=0.3)
+    plain = write_array_store(tmp_path / "b", files, norm_multiple=None, heldout_fraction=0.3)
+    for split, folder in filtered.items():
+        here, there = _digests(folder), _digests(plain[split])
+        assert {key: value for key, value in here.items() if here[key] != there[key]}.keys() == {"manifest.json"}
+        assert read_manifest(plain[split]).norm_filter.max_norm is None
+    with pytest.raises(UserError, match=r"was made with norm_multiple=None, not 3.0; pass --force"):
+        write_array_store(tmp_path / "b", files, heldout_fraction=0.3)
+
+
+def test_a_filter_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    acts = np.zeros((60, 4), np.float32)
+    acts[::3] = 1
+    with pytest.raises(
+        UserError, match=r"norm_multiple=3: the median norm of the training rows is 0, .* say --norm-mul"
+    ):
+        write_array_store(tmp_path / "p", acts, heldout_fraction=0.3)
+    assert read_manifest(write_array_store(tmp_path / "p", acts, norm_multiple=None)["train"]).variance > 0
+    with pytest.raises(UserError, match=r"norm_multiple=0.5 drops every row of the train split; raise it"):
+        write_array_store(tmp_path / "q", acts + 1 - acts, heldout_fraction=0.3, norm_multiple=0.5)
+
+
+def test_bfloat16_and_tensors(tmp_path: Path) -> None:
+    acts = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    np.save(tmp_path / "a.npy", acts.astype(ml_dtypes.bfloat16))
+    for given in (tmp_path / "a.npy", acts.astype(ml_dtypes.bfloat16)):
+        with pytest.raises(
+            UserError, match=r"found \[40, 4\] bfloat16, which npy does not have .*save them as float32"
+        ):
+            write_array_store(tmp_path / "p", given)
+
+    class Tensor:
+        """What numpy turns into an array, as tensors are; or refuses to, as those of bfloat16."""
+
+        def __init__(self, values: np.ndarray | None) -> None:
+            self.values = values
+
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            if self.values is None:
+                raise TypeError("Got unsupported ScalarType BFloat16")
+            return self.values
+
+    with pytest.raises(
+        UserError, match=r"expected an array that numpy takes, found Tensor \(Got unsupported ScalarType"
+    ):
+        write_array_store(tmp_path / "p", Tensor(None))  # type: ignore[arg-type]
+    made = [write_array_store(tmp_path / name, each) for name, each in (("t", Tensor(acts)), ("n", acts))]  # type: ignore[arg-type]
+    assert len({read_manifest(each["train"]).fingerprint for each in made}) == 1
 
 
 def test_the_same_command_does_nothing_and_another_is_refused_unless_forced(files: list[Path], tmp_path: Path) -> None:
@@ -394,7 +472,7 @@ def test_the_command_line(files: list[Path], tmp_path: Path, capsys: pytest.Capt
     manifest = read_manifest(out / "vision" / "store" / "train")
     assert manifest.model.name == "vision-embeddings" and manifest.profile["resolved"] == "vision"
     documents = sum(source.documents for source in manifest.sources)
-    assert f"train: {manifest.rows} rows of 5 float16 in {documents} groups; {out}/vision/store/train" in said.out
+    assert f"train: {manifest.rows} rows of 5 float16 in {documents} groups; 0 (0.00%) over 3 x the" in said.out
     assert "reading: 100%" in said.err and "shuffling: 100%" in said.err and "row/s" in said.err
     assert read_json(out / "auto.json", "auto") == {"profile": "vision", "reason": "imported from arrays"}
     (out / "auto.json").unlink()
@@ -416,7 +494,7 @@ def test_the_command_line(files: list[Path], tmp_path: Path, capsys: pytest.Capt
     [
         (["--profile", "auto"], "--profile auto: expected a name of your own"),
         (["--profile", "../p"], "--profile ../p: expected a name of your own"),
-        (["--profile", "p"], "nowhere.npy: expected an npy file, found no such file"),
+        (["--profile", "p"], "expected an npy file at nowhere.npy, found no such file"),
         ([], "the following arguments are required: --profile"),
         (["--profile", "p", "--heldout", "0.5"], "unknown argument '--heldout'"),
     ],
