@@ -14,7 +14,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
-import jinja2
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -105,6 +104,8 @@ class LanguageModel:
 
     def _chat_text(self, messages: list[dict[str, Any]]) -> str:
         """The messages as one text, by the tokenizer's chat template; `UserError` where that does not take them."""
+        import jinja2  # of torch's dependencies
+
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False)
         except (ValueError, TypeError, KeyError, jinja2.TemplateError) as error:

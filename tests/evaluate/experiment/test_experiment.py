@@ -136,7 +136,7 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str, message: s
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing\.toml, found none"):
+    with pytest.raises(UserError, match=r"nothing\.toml, found no such file"):
         read_experiment(tmp_path / "nothing.toml")
 
 
