@@ -129,7 +129,7 @@ def _latents_config() -> Any:
 def _latents(job: Job) -> None:
     from hafs_evaluate.latents.dashboards import show_latents, write_latents
 
-    model = job.evaluation.any_model()
+    model = job.evaluation.model()
     found = show_latents(job.sae(model.device), job.train, model, _latents_config())
     write_latents(job.path, {"run": job.run.name, **found})
 
