@@ -10,6 +10,7 @@ import numpy as np
 
 from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.results.measures import CORE, DOMAINS, FIRST_LETTER, HIERARCHY, PROBING, STABILITY, register_measure
+from hafs_evaluate.results.readings import LATENTS
 from hafs_evaluate.saebench.datasets import dataset_shas
 from hafs_evaluate.saebench.suites import check_space, find_suite
 from hafs_evaluate.stage import LANGUAGE_MODEL, Evaluation, Job, OfLanguageModel, Stage, Values
@@ -18,7 +19,7 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_atomic
 from hafs_jax.base.options import to_dict
 
-LATENTS, LATENT_ARRAYS, ANSWERS = "latents.json", "core_latents.npz", "hierarchy_answers.npz"
+LATENT_ARRAYS, ANSWERS = "core_latents.npz", "hierarchy_answers.npz"
 
 
 def evaluate(
