@@ -51,7 +51,7 @@ def register_evaluation(stage: Stage) -> Stage:
     return stage
 
 
-def shown(score: float | None) -> str:
+def _shown(score: float | None) -> str:
     """A score in a line of the log."""
     return "none" if score is None else f"{score:.4f}"
 
@@ -177,7 +177,7 @@ def _across(evaluation: Evaluation) -> Values | None:
     runs, earlier = evaluated_runs(workspace), read_result(workspace.eval / STABILITY)
     found = stability(runs, earlier)
     for arm in found["arms"]:
-        evaluation.say(f"stability of {', '.join(arm['runs'])}: mean max cosine {shown(arm['mean_max_cosine'])}")
+        evaluation.say(f"stability of {', '.join(arm['runs'])}: mean max cosine {_shown(arm['mean_max_cosine'])}")
     write_matches(workspace, runs)
     return found if found["arms"] or earlier else None
 
@@ -209,7 +209,7 @@ for _stage in (
             evaluation.config.seed,
         ],
         line=lambda found: (
-            f"CE score {shown(found['model']['ce_score'])}, KL score {shown(found['model']['kl_score'])}"
+            f"CE score {_shown(found['model']['ce_score'])}, KL score {_shown(found['model']['kl_score'])}"
         ),
     ),
     Stage(
@@ -240,7 +240,7 @@ for _stage in (
             other_files=(ANSWERS,),
         ),
         line=lambda found: (
-            f"parents top-1 {shown(found['macro']['parents_top_1'])}, hole {shown(found['macro']['hole'])}"
+            f"parents top-1 {_shown(found['macro']['parents_top_1'])}, hole {_shown(found['macro']['hole'])}"
         ),
     ),
     Stage(
