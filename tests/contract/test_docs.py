@@ -26,4 +26,6 @@ def test_all_that_it_adds_is_known_to_the_commands(tmp_path: Path) -> None:
 
     train = help_of("train", "--variant", "centred", "--arch", "swish")
     assert "swish" in train and "[centred]" in train
-    assert "widest" in help_of("evaluate") and "abstracts" in help_of("extract")
+    assert "abstracts" in help_of("extract")
+    evaluate = help_of("evaluate")
+    assert "widest" in evaluate and "reviews: stars of a product review" in evaluate
