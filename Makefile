@@ -60,7 +60,7 @@ demo: setup  ## the whole pipeline, offline: a packaged model and text, four SAE
 	$(HAFS) report $(DEMO)
 
 test: setup  ## all tests, on the CPU and without a model hub
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

@@ -19,11 +19,19 @@ from hafs_jax.presets import ARCHITECTURES, VARIANTS, preset
 _SKIP = ("variant", "seed", "sae.architecture", "sae.transcode")
 
 GRID = """\
-GRID is a list of axes, NAME=VALUE,VALUE or NAME=FIRST..LAST; every combination is one SAE. Names: variant, arch, seed,
-l1 (the sparsity coefficient), lr, lam (lam_max), tau, k, or any flag of `train` (sparsity.aux=0,0.03). Other flags of
-`train` hold for all. What differs in variant, seed, l1, lr, lam and tau alone, and computes the same, trains in one
-program on the same batches. `;` joins grids.
-  --grid "arch=relu seed=0..3 l1=0.5,1,2"     --grid "arch=relu,batchtopk variant=baseline,strict,adaptive seed=0..4"
+GRID is a list of axes, NAME=VALUE,VALUE or NAME=FIRST..LAST, with spaces
+between. Every combination of their values is one SAE. `;` joins several grids.
+
+An axis is one of variant, arch, seed, k, l1 (the sparsity coefficient), lr (the
+learning rate), lam (lam_max) and tau, or any flag of `hafs train` without its
+dashes, such as sparsity.aux=0,0.03. Other flags of `hafs train` may be given
+too, and hold for all SAEs.
+
+SAEs that differ only in seed, l1, lr, lam or tau share one compiled program and
+one pass over the data.
+
+  --grid "arch=relu seed=0..3 l1=0.5,1,2"
+  --grid "arch=relu,batchtopk variant=baseline,strict,adaptive seed=0..4"
   --grid "variant=baseline k=20,40; variant=strict k=20,40 lam=0.3,1,3"
 """
 
@@ -72,9 +80,9 @@ def _parser(arguments: list[str]) -> Parser:
     synth = commands.add_parser(
         "synth",
         help="train and score SAEs on a synthetic world whose true features are known",
-        description="Makes the world's activations, trains the grid on them, and scores every run "
-        "against the true features: OUT/synth-<world>/. F defaults to the number of true features up "
-        "to 4,096, k to their mean number per row.",
+        description="Samples a synthetic world's activations, trains the grid on them, and scores every run "
+        "against the true features. Everything lies in OUT/synth-<world>/. F defaults to the number of "
+        "true features, at most 4,096, and k to their mean number in a row.",
         epilog=GRID,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -165,7 +165,7 @@ class PenaltyConfig:
     )
     noise_floor: float = option(0.25, "expected penalty of random unit rows, from which mu0 is solved", above=0)
     chunk_size: int = option(
-        128, "m, latents per chunk; the penalty compares pairs in a chunk, and chunks are drawn anew each time", least=2
+        128, "m, latents per chunk: each estimate of the penalty has random chunks and compares pairs in them", least=2
     )
     sharing: str = option(
         "global",

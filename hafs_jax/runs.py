@@ -212,9 +212,12 @@ def finished_runs(folder: Path) -> list[Run]:
     return [run for run in all_runs(folder) if run.finished()]
 
 
+_NOT_IDENTITY = ("arm", "tensorboard", "wandb")  # a name, and where metrics are shown
+
+
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain values without `arm`: two trainings with the same identity are one run."""
-    return {name: value for name, value in to_dict(config).items() if name != "arm"}
+    """The config as plain values, without what does not change a training: two with the same identity are one run."""
+    return {name: value for name, value in to_dict(config).items() if name not in _NOT_IDENTITY}
 
 
 def profile_folder(out: Path, profile: str) -> Path:

@@ -28,10 +28,14 @@ import flax.struct
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.support.sources import modules
+
 # JAX rebuilds pytrees with shardings, shapes and placeholders for leaves: their constructors can't be checked.
 flax.struct.PyTreeNode.__no_type_check__ = True
 
-install_import_hook("hafs_jax", "beartype.beartype")
+# Modules without arrays are left out: checked, options and configs are ten times as slow.
+ARRAYS = [name for name, source in modules().items() if name.startswith("hafs_jax.") and "jaxtyping" in source]
+install_import_hook(ARRAYS, "beartype.beartype")
 
 import jax
 

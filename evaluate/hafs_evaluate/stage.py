@@ -181,10 +181,6 @@ class Evaluation:
             self._loaded = dtype, load_for_manifest(self.manifest, dtype, self.config.device)
         return self._loaded[1]
 
-    def any_model(self) -> Any:
-        """The language model in the dtype that is loaded already, for what does not run it."""
-        return self._loaded[1] if self._loaded else self.model()
-
     @cached_property
     def moments(self) -> Any:
         """The moments of the held-out rows, which FVU divides by."""

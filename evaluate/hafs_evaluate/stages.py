@@ -10,6 +10,7 @@ import numpy as np
 
 from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.results.measures import CORE, DOMAINS, FIRST_LETTER, HIERARCHY, PROBING, STABILITY, register_measure
+from hafs_evaluate.results.readings import LATENTS
 from hafs_evaluate.saebench.datasets import dataset_shas
 from hafs_evaluate.saebench.suites import check_space, find_suite
 from hafs_evaluate.stage import LANGUAGE_MODEL, Evaluation, Job, OfLanguageModel, Stage, Values
@@ -19,7 +20,7 @@ from hafs_jax.base.files import write_atomic
 from hafs_jax.base.foreign import read_npz
 from hafs_jax.base.options import to_dict
 
-LATENTS, LATENT_ARRAYS, ANSWERS = "latents.json", "core_latents.npz", "hierarchy_answers.npz"
+LATENT_ARRAYS, ANSWERS = "core_latents.npz", "hierarchy_answers.npz"
 
 
 def evaluate(
@@ -51,7 +52,7 @@ def register_evaluation(stage: Stage) -> Stage:
     return stage
 
 
-def shown(score: float | None) -> str:
+def _shown(score: float | None) -> str:
     """A score in a line of the log."""
     return "none" if score is None else f"{score:.4f}"
 
@@ -130,7 +131,7 @@ def _latents_config() -> Any:
 def _latents(job: Job) -> None:
     from hafs_evaluate.latents.dashboards import show_latents, write_latents
 
-    model = job.evaluation.any_model()
+    model = job.evaluation.model()
     found = show_latents(job.sae(model.device), job.train, model, _latents_config())
     write_latents(job.path, {"run": job.run.name, **found})
 
@@ -177,7 +178,7 @@ def _across(evaluation: Evaluation) -> Values | None:
     runs, earlier = evaluated_runs(workspace), read_result(workspace.eval / STABILITY)
     found = stability(runs, earlier)
     for arm in found["arms"]:
-        evaluation.say(f"stability of {', '.join(arm['runs'])}: mean max cosine {shown(arm['mean_max_cosine'])}")
+        evaluation.say(f"stability of {', '.join(arm['runs'])}: mean max cosine {_shown(arm['mean_max_cosine'])}")
     write_matches(workspace, runs)
     return found if found["arms"] or earlier else None
 
@@ -209,7 +210,7 @@ for _stage in (
             evaluation.config.seed,
         ],
         line=lambda found: (
-            f"CE score {shown(found['model']['ce_score'])}, KL score {shown(found['model']['kl_score'])}"
+            f"CE score {_shown(found['model']['ce_score'])}, KL score {_shown(found['model']['kl_score'])}"
         ),
     ),
     Stage(
@@ -240,7 +241,7 @@ for _stage in (
             other_files=(ANSWERS,),
         ),
         line=lambda found: (
-            f"parents top-1 {shown(found['macro']['parents_top_1'])}, hole {shown(found['macro']['hole'])}"
+            f"parents top-1 {_shown(found['macro']['parents_top_1'])}, hole {_shown(found['macro']['hole'])}"
         ),
     ),
     Stage(

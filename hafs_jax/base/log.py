@@ -19,13 +19,16 @@ PACKAGES = ("hafs_extract", "hafs_jax", "hafs_evaluate")
 def shown(notes: Literal["stdout", "stderr"] = "stderr") -> Iterator[None]:
     """While inside, the notes of all packages are shown as plain lines: those at INFO on `notes`, warnings on stderr.
 
-    A command wraps its work in this. A level that the user has set on a package's logger is kept.
+    A command wraps its work in this. A level that the user has set on a package's logger is kept. The root logger's
+    handlers do not get the notes meanwhile: some libraries add one when they are imported, which would show them twice.
     """
     handler = _Plain(notes)
     loggers = [logging.getLogger(name) for name in PACKAGES]
     unset = [logger for logger in loggers if logger.level == logging.NOTSET]
+    propagating = [logger for logger in loggers if logger.propagate]
     for logger in loggers:
         logger.addHandler(handler)
+        logger.propagate = False
     for logger in unset:
         logger.setLevel(logging.INFO)
     try:
@@ -33,6 +36,8 @@ def shown(notes: Literal["stdout", "stderr"] = "stderr") -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
+        for logger in propagating:
+            logger.propagate = True
         for logger in unset:
             logger.setLevel(logging.NOTSET)
 

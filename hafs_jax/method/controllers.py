@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from hafs_jax.config import PenaltyConfig, SparsityConfig
 
-_WINSOR_AFTER, _WINSOR_AT = 100, 3.0  # after so many updates, FVU is clipped at so many times its average
+_WINSOR_AFTER, _WINSOR_AT = 100, 3.0  # after 100 updates, FVU is clipped at 3 times its moving average
 _RISE, _FALL = 0.02, 0.1  # largest changes of lambda per step, as fractions of lam_max
 
 

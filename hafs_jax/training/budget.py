@@ -111,7 +111,7 @@ def available_bytes() -> int | None:
 
 def _more_of_the_pool() -> str:
     """A further remedy on an accelerator, of whose memory JAX takes three quarters unless told otherwise."""
-    return "" if target() == "cpu" else ", or give JAX more of it with XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+    return "" if target() == "cpu" else ", or give JAX more of it with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
 
 
 def size(count: int) -> str:

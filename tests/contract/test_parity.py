@@ -44,7 +44,9 @@ from sae_lens.saes.sae import TrainStepInput
 
 from benchmarks import peers
 from hafs_jax.config import TrainConfig
-from hafs_jax.method.loss import Forward, Weights, loss_and_gradients
+from hafs_jax.fast.objective import loss_and_gradients
+from hafs_jax.fast.plan import choose
+from hafs_jax.method.loss import Forward, Weights
 from hafs_jax.method.sae import InputScale, init_params
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.store.arrays import write_array_store
@@ -92,7 +94,8 @@ def ours(
     """V x `loss_and_gradients`, V x its gradients, and what the forward pass left."""
     params, acts = {name: jnp.asarray(value) for name, value in weights.items()}, jnp.asarray(ROWS)
     at = Weights(jnp.int32(config.sae.k), jnp.float32(coefficient), jnp.asarray(is_dead))
-    (loss, forward), grads = loss_and_gradients(params, acts, acts, at, jnp.float32(V), jax.random.key(0), config)
+    given = (params, acts, acts, at, jnp.float32(V), jax.random.key(0), config, choose(config))
+    (loss, forward), grads = loss_and_gradients(*given)
     return V * float(loss), {name: V * np.asarray(value) for name, value in grads.items()}, forward
 
 

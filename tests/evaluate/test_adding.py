@@ -6,7 +6,9 @@ other file is touched.
 
 import importlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,6 +184,14 @@ def test_an_evaluation_is_one_module_and_one_record(
     assert sorted(module.CALLS) == [f"baseline-s0-k={K}", name]
     evaluate(runs, CONFIG, finished_runs(runs), skip=OTHERS)
     assert len(module.CALLS) == 2  # what is done is not done again
+
+
+def test_the_command_takes_an_evaluation_that_hafs_plugins_names(tmp_path: Path) -> None:
+    (tmp_path / "norms.py").write_text(EVALUATION)
+    command = [sys.executable, "-m", "hafs_jax", "evaluate", "--help"]
+    environment = {**os.environ, "HAFS_PLUGINS": "norms", "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "how much of each row's norm the SAE keeps" in shown and "eval/<run>/norms.json" in shown
 
 
 def test_a_suite_is_one_record(runs: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ from hafs_evaluate.config import EvalConfig, resolved
 from hafs_evaluate.latents.dashboards import LatentsConfig
 from hafs_evaluate.stage import Evaluation
 from hafs_evaluate.stages import STAGES
-from hafs_evaluate.workspace import fingerprint, finished_runs, hashed_export, open_workspace
+from hafs_evaluate.workspace import Workspace, fingerprint, finished_runs, hashed_export, open_workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import to_dict
+from hafs_jax.store.manifest import write_manifest
 from tests.support.torch_saes import saved_sae
 from tests.support.workspaces import CONFIG, HOOK, TASK, D, F, run
 
@@ -162,6 +163,20 @@ def test_a_stage_that_failed_is_done_the_next_time(workspace, monkeypatch):
     assert core(workspace, "baseline-s0")["model"] == {}
     run(workspace, skip=("probing", "latents"))
     assert core(workspace, "baseline-s0")["model"]["contexts"] == 4
+
+
+def test_latents_do_not_depend_on_what_another_stage_has_loaded(workspace):
+    """Splicing needs the language model in float32; the promoted tokens are those of the model as it was extracted."""
+    for store in (workspace.train, workspace.heldout):
+        model = dataclasses.replace(store.manifest.model, dtype="bfloat16")
+        write_manifest(store.folder, dataclasses.replace(store.manifest, model=model))
+    workspace, skip = Workspace(workspace.folder), ["probing", "hierarchy", "domains", "across"]
+    path = workspace.result("baseline-s0", "latents.json")
+    run(workspace, skip=[*skip, "splice"], names=["baseline-s0"])
+    alone = path.read_bytes()
+    path.unlink()
+    run(workspace, skip=skip, names=["baseline-s0"])
+    assert path.read_bytes() == alone
 
 
 def test_skipped_stages_leave_no_file(workspace):

@@ -1,6 +1,7 @@
 """Every field of the training config changes behaviour; presets; validation at construction."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -114,8 +115,9 @@ def replaced(config: TrainConfig, field: str, value: Any) -> TrainConfig:
     return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{name: value})})
 
 
+@functools.cache
 def outcome(config: TrainConfig) -> list[np.ndarray]:
-    """What training leaves behind: weights, the inference threshold, the controllers."""
+    """What training leaves behind: weights, the inference threshold, the controllers. Fields share the run before."""
     hyper = hyperparameters(config)
     state = init_state(config, D, jax.random.key(config.seed), hyper)
     acts = jnp.stack([batch(seed) for seed in range(STEPS)])

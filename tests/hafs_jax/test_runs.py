@@ -129,8 +129,9 @@ def test_a_key_of_a_later_version_is_passed_over(run: Run) -> None:
     assert run.summary() == summary_of(run)
 
 
-def test_a_run_is_another_where_anything_but_its_arm_differs(run: Run) -> None:
+def test_a_run_is_another_where_anything_but_its_arm_and_sinks_differs(run: Run) -> None:
     run.check_same(config_of(arm="strict lam=0.3"), run.store_record())
+    run.check_same(config_of(tensorboard=True, wandb="project"), run.store_record())  # where metrics are shown
     with pytest.raises(UserError, match=r"holds a run with sae\.k=3, this one has 4; pass --tag NAME"):
         run.check_same(config_of(sae={"k": 4, "n_latents": 24}), run.store_record())
     with pytest.raises(UserError, match=r"was trained on another store \(def, now other\)"):

@@ -11,8 +11,9 @@ from typing import Any
 
 from hafs_evaluate.experiment.config import ExperimentConfig
 from hafs_evaluate.experiment.measurements import Values
+from hafs_evaluate.results.arms import estimate
 from hafs_evaluate.results.measures import find_measure, sentence_name
-from hafs_evaluate.results.paired import Difference, difference, holm, mean_interval
+from hafs_evaluate.results.paired import Difference, difference, holm
 from hafs_jax.base.options import to_dict
 
 METHOD, PLAIN, CONSTANT, RAMP, GATE, FROZEN = (
@@ -39,7 +40,7 @@ class Comparison:
     verdict: str  # better, worse or not resolved
 
     def plain(self) -> dict[str, Any]:
-        """As summary.json holds it."""
+        """The comparison as summary.json holds it."""
         found = self.found
         return {
             "architecture": self.architecture,
@@ -92,7 +93,7 @@ def arms_of(values: Values, config: ExperimentConfig) -> list[dict[str, Any]]:
                 for measure in values.measures:
                     values_S = values.array(measure, architecture, [k], arm, seeds)[0]
                     if values_S.size:
-                        measures[measure] = _spread(values_S.mean(1).tolist())
+                        measures[measure] = vars(estimate(values_S.mean(1).tolist()))
                 found.append(
                     {"architecture": architecture, "variant": arm, "k": k, "seeds": seeds, "measures": measures}
                 )
@@ -100,7 +101,7 @@ def arms_of(values: Values, config: ExperimentConfig) -> list[dict[str, Any]]:
 
 
 def comparisons_of(values: Values, config: ExperimentConfig) -> list[Comparison]:
-    """Every pair of `pairs_of`, in every measure, at every level and over all."""
+    """The comparisons of all pairs in all measures, at each L0 level and over all levels."""
     raw = []
     for architecture in config.architectures:
         for a, b in pairs_of(config.arms):
@@ -118,13 +119,13 @@ def comparisons_of(values: Values, config: ExperimentConfig) -> list[Comparison]
 
 
 def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
-    """The comparisons: adaptive against every other arm; every other method, and each variation, against baseline."""
+    """The pairs (a, b) that are compared: adaptive with every other arm, and every other arm with the baseline."""
     pairs = [(METHOD, other) for other in arms if other != METHOD and METHOD in arms]
     return pairs + [(arm, PLAIN) for arm in arms if arm not in (METHOD, PLAIN) and PLAIN in arms]
 
 
 def falsifiers_of(comparisons: Sequence[Comparison], config: ExperimentConfig) -> list[dict[str, str]]:
-    """Each falsifier's outcome, pass, triggered or not decided, for each architecture."""
+    """The outcome of each falsifier for each architecture: pass, triggered or not decided."""
     found = []
     for architecture in config.architectures:
         own = {(c.measure, c.a, c.b): c for c in comparisons if c.architecture == architecture and c.k is None}
@@ -244,14 +245,6 @@ def _must_beat(name: str, claim: str, architecture: str, rivals: Sequence[Compar
     why = "; ".join(f"{sentence_name(c.measure)} {_shown(c.found)} ({c.verdict})" for c in rivals)
     is_better = any(c.verdict == "better" for c in rivals)
     return _falsifier(name, claim, architecture, "pass" if is_better else "triggered", why)
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    import numpy as np
-
-    low, high = mean_interval(values) or (None, None)
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "sd": deviation, "low": low, "high": high, "values": values}
 
 
 def _shown(found: Difference) -> str:

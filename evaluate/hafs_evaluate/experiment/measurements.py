@@ -26,7 +26,7 @@ class Cell:
 
 
 def rows_of(cell: Cell, evaluated: Path) -> list[dict[str, Any]]:
-    """The rows of one run from its folder OUT/<profile>/eval/<run>; a stage that did not run has none."""
+    """The rows of one run, from its folder OUT/<profile>/eval/<run>. A stage that did not run gives none."""
     return [
         {**vars(cell), "measure": measure, "dataset": dataset, "value": value}
         for measure, dataset, value in dataset_figures(read_results(evaluated))
@@ -34,9 +34,10 @@ def rows_of(cell: Cell, evaluated: Path) -> list[dict[str, Any]]:
 
 
 class Values:
-    """The rows by arm, for quick look-up: {(architecture, variant, k, measure): {dataset: {seed: value}}}."""
+    """The rows sorted by arm, so that the values of one can be looked up."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        # {(architecture, variant, k, measure): {dataset: {seed: value}}}
         self._found: dict[tuple[str, str, int, str], dict[str, dict[int, float]]] = {}
         for row in rows:
             arm = (row["architecture"], row["variant"], row["k"], row["measure"])
@@ -49,7 +50,7 @@ class Values:
     def array(
         self, measure: str, architecture: str, ks: Sequence[int], variant: str, seeds: Sequence[int]
     ) -> tuple[Float[np.ndarray, "S T"], list[str]]:
-        """The measure of one arm, and its columns' names "<k>/<dataset>"; without datasets that some seed lacks."""
+        """(the measure of one arm, its columns' names "<k>/<dataset>"); datasets that a seed lacks are left out."""
         columns: dict[str, list[float]] = {}
         for k in ks:
             for dataset, by_seed in sorted(self._found.get((architecture, variant, k, measure), {}).items()):

@@ -1,9 +1,11 @@
-"""Latents as the page embeds them: one table of strings, and a compact record a run. Pure: no files, no markup.
+"""Latents as the page embeds them: one table of strings, and a compact record for each run. No files, no markup.
 
-A record's contexts are base64 of unsigned LEB128 varints, latent after latent: the number of top contexts, those, the
-number of random ones, those. A context: source, document, title, peak, tokens, the tokens (all texts as numbers of
-the table of strings, titles one higher so that 0 is none), the active tokens, and a (gap, value) each: how many silent
-tokens lie before it, and its activation in thousandths of the latent's `scale`.
+The contexts of a record are unsigned LEB128 varints in base64, latent after latent: the number of top contexts, these,
+the number of random contexts, these. Texts are numbers of the table of strings. A context is the varints
+
+- source, document, title + 1 (0: it has no title), place of the peak token, number of tokens, the tokens;
+- number of active tokens, and for each of them the number of silent tokens before it and its activation, in thousandths
+  of the latent's `scale`.
 """
 
 import base64
@@ -22,9 +24,10 @@ PLAIN = {"index", "density", "max_activation"}  # numbers with columns of their 
 
 
 def chosen_runs(arms: dict[str, dict[str, Any]], have: Iterable[str]) -> dict[str, str]:
-    """{arm: the run shown for it}: its first seed among `have` (variants with latents); the arms compared first.
+    """{arm: the run whose latents are shown}: its first seed among the variants `have`, which have latents.
 
-    Of many arms, those of the verdict's architecture and k come first, references last, and then the others.
+    Many arms are sorted, since not all fit the page: first those of the verdict's architecture and k, and references
+    after the others.
     """
     known = set(have)
     main = compared(arms)
@@ -40,9 +43,10 @@ def chosen_runs(arms: dict[str, dict[str, Any]], have: Iterable[str]) -> dict[st
 
 
 def embed(latents: dict[str, dict[str, Any]], run_names: dict[str, str]) -> tuple[list[str], list[dict[str, Any]]]:
-    """(the table of strings, a record an arm) of {arm: what latents.json holds}; records that don't fit are left out.
+    """(the table of strings, a record for each arm) from {arm: what latents.json holds}.
 
-    `run_names` is {arm: its run}, by which `matches` names the others. The most frequent strings come first.
+    Records that do not fit the page are left out. `run_names` is {arm: its run}: `matches` names other arms by their
+    runs. The most frequent strings come first, so that their numbers are short.
     """
     counts = Counter(text for values in latents.values() for latent in values["latents"] for text in _strings(latent))
     strings = sorted(counts, key=lambda text: (-counts[text], text))
@@ -97,7 +101,7 @@ def _record(name: str, latents: list[dict[str, Any]], number: dict[str, int], ar
 
 
 def _columns(latents: list[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """The numbers that the list is sorted by: the usual ones, and any other that the entries hold."""
+    """The numbers by which the list can be sorted: the usual ones, and any others that the entries hold."""
     columns: dict[str, list[float | None]] = {
         "index": [latent["index"] for latent in latents],
         "density": [latent["density"] for latent in latents],
@@ -116,7 +120,7 @@ def _columns(latents: list[dict[str, Any]]) -> dict[str, list[float | None]]:
 
 
 def _selectivity(latent: dict[str, Any]) -> float | None:
-    """How well the latent tells a label's value from the rest: a number, or the AUROC of what it is selective for."""
+    """How well the latent tells the value of a label from all others: the entry's number, or its AUROC."""
     found = latent.get("selectivity")
     value = found.get("auroc") if isinstance(found, dict) else found
     return value if _is_number(value) else None
@@ -156,7 +160,7 @@ def _strings(latent: dict[str, Any]) -> Iterable[str]:
 
 
 def _scale(latent: dict[str, Any]) -> float:
-    """The largest activation in the latent's contexts, five digits of it."""
+    """The largest activation in the latent's contexts, to five digits."""
     values = [value for contexts in _contexts(latent) for context in contexts for value in context["values"]]
     return float(f"{max([latent['max_activation'], *values]):.5g}")
 

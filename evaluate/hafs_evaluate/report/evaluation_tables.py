@@ -1,4 +1,4 @@
-"""The tables of single evaluations as plain values: probing tasks, sources of text, first letters. Pure: no files."""
+"""The tables of single evaluations as plain values: probing tasks, sources of text, first letters. No files."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ BEST_LATENTS = 3  # of a source, named in its table
 
 
 def task_table(results: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Top-1 test accuracy a task (rows) of the arms `names`, means over seeds, and of the language model."""
+    """Top-1 test accuracy on each task (rows) of the arms `names`, mean over seeds, and of the language model."""
     tasks, _ = mean_probing(results)
     llm = results["llm"]["probing"]
     columns = [(name, [results["variants"][run]["probing"] for run in results["arms"][name]["runs"]]) for name in names]
@@ -29,7 +29,7 @@ def task_table(results: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def by_source(results: dict[str, Any]) -> dict[str, Any] | None:
-    """FVU by source of text, a row an arm, means over seeds; None where no run has it."""
+    """FVU on each source of text, mean over seeds, a row for each arm; None where no run has it."""
     found = {
         name: [results["variants"][run]["core"].get("by_source") or {} for run in arm["runs"]]
         for name, arm in results["arms"].items()
@@ -48,7 +48,7 @@ def by_source(results: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def core_table(results: dict[str, Any], names: list[str]) -> dict[str, Any] | None:
-    """Every number of core.json (rows, by their path in it) for the arms `names`, means over seeds; None without."""
+    """Every number of core.json (rows, named by path) of the arms `names`, mean over seeds; None where none has any."""
     found = {
         name: [_leaves(results["variants"][run]["core"]) for run in results["arms"][name]["runs"]] for name in names
     }
@@ -62,7 +62,7 @@ def core_table(results: dict[str, Any], names: list[str]) -> dict[str, Any] | No
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers in `values` by their dotted path; not those of single sources, which have a table, nor the config."""
+    """{dotted path: number} of all in `values` but the config and the sources of text, which have a table."""
     leaves: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, dict) and key not in ("config", "by_source"):
@@ -75,8 +75,9 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 def domain_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
     """How well latents of the arms `names` detect each source of text: [{source, note, header, rows}].
 
-    A row is an arm: the best latent's AUROC, the F1 of the best latent and of a union of several, the number of
-    detectors (means over seeds, with half of the 95% interval), and the first seed's best latents.
+    A row is an arm. Its cells are means over seeds: the best latent's AUROC, the F1 of the best latent, of the best
+    latent over a threshold and of a union of several latents, and the number of detectors. `latents` are the best
+    latents of the first seed.
     """
     found = {
         name: [sources for run in results["arms"][name]["runs"] if (sources := _sources(results, run))]
@@ -119,7 +120,7 @@ def domain_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, A
 
 
 def first_letter_table(results: dict[str, Any]) -> dict[str, Any] | None:
-    """SAE-Bench's first-letter absorption, a row an arm: means over seeds, and whether they are valid; None without."""
+    """SAE-Bench's first-letter absorption, a row for each arm that has it, with its validity; None without any."""
     rows = []
     for name, arm in results["arms"].items():
         seeds = [found for run in arm["runs"] if (found := results["variants"][run].get("first_letter"))]

@@ -27,7 +27,7 @@ INK, MUTED, GRID = "#1f2430", "#5c6470", "#e2e5ea"
 
 @dataclass(frozen=True)
 class Style:
-    """How one variant is drawn everywhere: colours on light and dark pages, dashes and marker for the colour-blind."""
+    """How a curve is drawn: its colour on light and on dark pages, its dashes, marker and width."""
 
     colour: str
     dark: str
@@ -73,10 +73,10 @@ LLM_LABELS = {
 
 
 def styles_of(arms: dict[str, dict[str, Any]]) -> dict[str, Style]:
-    """The style of each arm and of the language model's probes.
+    """{arm, or one of the language model's probes: its style}.
 
-    Few arms share axes, and each has its own: the variant's, or a spare one where the variant has had its turn. Many
-    are drawn by architecture and k, and then a variant looks the same everywhere.
+    Few arms share axes, so each has a style of its own: its variant's, or a spare one where another arm has that. Many
+    arms are drawn by architecture and k, and a variant looks the same in all of them.
     """
     styles = dict(LLM)
     spare = 0
@@ -118,8 +118,8 @@ WIDTH, HEIGHT = 4.1, 2.75  # inches: 295 x 198 points, so that 9 point text is r
 class Series:
     """One curve. `key` chooses its style: an arm's name, or one of the language model's probes.
 
-    `y_interval` and `x_interval` are the lower and the upper ends of 95% intervals, None where there is none. They are
-    drawn as a band round a curve, and as bars at the points of a scatter panel.
+    `y_interval` and `x_interval` are (lower ends, upper ends) of 95% intervals, with None where a point has none. They
+    are drawn as a band round a curve, or as bars at the points of a scatter panel.
     """
 
     key: str
@@ -135,7 +135,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes. `levels` are horizontal lines: (style key, label, y)."""
+    """One set of axes with its curves. `levels` are horizontal lines: (style key, label, y)."""
 
     key: str
     title: str
@@ -152,7 +152,7 @@ class Panel:
 
 
 def svg(panel: Panel, styles: dict[str, Style]) -> tuple[str, dict[str, Any]]:
-    """The panel as an SVG element, and what a hover needs: the axes' box, limits and scales, and the series."""
+    """(the panel as an SVG element, what the page's hover needs: the axes' box, limits and scales, and the curves)."""
     with matplotlib.rc_context(_rc(panel.key)):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
@@ -177,7 +177,7 @@ def svg(panel: Panel, styles: dict[str, Style]) -> tuple[str, dict[str, Any]]:
 
 
 def write_png(path: Path, panels: list[Panel], styles: dict[str, Style], columns: int) -> None:
-    """The panels as one PNG on white, with one legend, atomically."""
+    """Writes the panels as one PNG on white, with one legend, atomically."""
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(_rc(path.name)):
         spaced = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)  # inches
@@ -283,7 +283,7 @@ def _draw(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None:
 
 
 def _draw_intervals(axes: Axes, series: Series, as_bars: bool, style: Style) -> None:
-    """The series' 95% intervals, under its line."""
+    """Draws the 95% intervals of the series, under its line."""
     if as_bars:
         for axis, interval, place in (("y", series.y_interval, series.y), ("x", series.x_interval, series.x)):
             if interval is None or not any(low is not None for low in interval[0]):
@@ -328,7 +328,7 @@ def _middles(series: Series, x_log: bool) -> list[float]:
 
 
 def _themed(text: str, panel: Panel, styles: dict[str, Style]) -> str:
-    """The SVG element alone, its colours as CSS variables, its font the page's, its ids this panel's own."""
+    """The SVG element of `text`, with CSS variables for its colours, the page's font, and ids of this panel alone."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(

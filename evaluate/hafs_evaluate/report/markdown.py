@@ -1,4 +1,4 @@
-"""The report as Markdown, for a terminal and for pull requests. Pure: it makes text from the report's view."""
+"""The report as Markdown, for a terminal and for pull requests, from the report's view. No files."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$!])")
 
 
 def markdown(view: dict[str, Any], drawn: dict[str, str]) -> str:
-    """report.md: the summary, the tables, the figures of `drawn` ({name: path beside the file}), top contexts."""
+    """report.md: the summary, the tables, the figures and some top contexts. `drawn` is {figure: its relative path}."""
     parts = [f"# {escape(view['title'])}", escape(view["what_ran"])]
     parts += [escape(sentence) for sentence in view["verdict"]]
     if view["unfinished"]:
@@ -22,7 +22,9 @@ def markdown(view: dict[str, Any], drawn: dict[str, str]) -> str:
         parts.append("## Frontiers")
         parts += _figure(drawn, "frontiers", "FVU against absorption and against L0, a point an arm")
     if len(view["groups"]) > 1:
-        parts.append(f"The figures and tables below are of {escape(view['main']['title'])}; index.html has all.")
+        parts.append(
+            f"The figures and tables below are of {escape(view['main']['title'])}. index.html has those of all groups."
+        )
     parts.append("## Training")
     parts += _figure(drawn, "training", "metrics over training tokens") or ["No metrics were logged."]
     parts.append("## Sparse probing")
@@ -40,7 +42,9 @@ def markdown(view: dict[str, Any], drawn: dict[str, str]) -> str:
     ]
     parts.append("## Latents")
     if view["latents"]:
-        parts.append("A few of index.html's; the peak token is bold, and the number is the activation there.")
+        parts.append(
+            "These are a few of those in index.html. The peak token is bold; the number is the activation on it."
+        )
     else:
         parts.append("Single latents were not evaluated.")
     for name, found in view["latents"].items():
@@ -67,14 +71,14 @@ def _arms(view: dict[str, Any]) -> list[str]:
     for row in view["rows"]:
         own = ["" if row["seeds"] is None else str(row["seeds"])] if seeds else []
         rows.append([row["name"], *own] + [_cell(cell) for cell in row["cells"]])
-    note = "the difference from the baseline of the same architecture and k."
+    note = "In brackets is the difference from the baseline of the same architecture and k"
     if view["has_intervals"]:
-        note = f"±: half of the 95% confidence interval of the mean over seeds; without ±: {note}"
-    return ["## Arms", table(header, rows), f"In brackets: {note}"]
+        note += ", or, with ±, half of the 95% confidence interval of the mean over seeds"
+    return ["## Arms", table(header, rows), f"{note}."]
 
 
 def _comparisons(view: dict[str, Any]) -> list[str]:
-    """The falsifiers, and the experiment's differences, a table an architecture and k."""
+    """The falsifiers, and the experiment's differences: a table for each architecture and k."""
     if not view["comparisons"] and not view["falsifiers"]:
         return []
     parts = ["## Comparisons"]
@@ -109,10 +113,13 @@ def _trees(view: dict[str, Any]) -> list[str]:
 
 
 def _domains(view: dict[str, Any]) -> list[str]:
-    """How well latents detect each source of text, of the group that the page opens with."""
+    """How well latents detect each source of text: the arms of the group that the page opens with."""
     if not view["has_domains"]:
         return []
-    parts = ["## Domains", "Latents as detectors of one source of text; in the last column the first seed's, by F1."]
+    parts = [
+        "## Domains",
+        "How well latents tell one source of text from the others. The best latents are the first seed's, by F1.",
+    ]
     for one in view["main"]["domains"] if view["main"] else []:
         rows = [
             [row["name"], *row["cells"], ", ".join(f"#{latent['index']} {latent['f1']}" for latent in row["latents"])]
@@ -132,7 +139,7 @@ def _first_letter(view: dict[str, Any]) -> list[str]:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, the first column left, the others right; every cell escaped."""
+    """A Markdown table with every cell escaped: the first column is aligned left, the others right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     shown = [cells if index == 1 else [escape(cell) for cell in cells] for index, cells in enumerate(lines)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in shown)
@@ -145,7 +152,7 @@ def escape(text: str) -> str:
 
 
 def context_line(context: dict[str, Any]) -> str:
-    """One context with its peak token in bold; the token's own spaces stay outside of the asterisks."""
+    """One context with its peak token in bold. The spaces of that token stay outside of the asterisks."""
     tokens, peak = context["tokens"], context["peak"]
     token = tokens[peak]
     bare = token.strip()

@@ -1,5 +1,6 @@
-"""index.html from the report's view: figures as inline SVG, data as JSON that is parsed when it is needed. No files
-but the template's own.
+"""index.html from the report's view: figures are inline SVG, data is JSON that the page parses when it needs it.
+
+It reads no files but its own templates.
 """
 
 import json
@@ -19,7 +20,7 @@ DRAWN = ("training", "probing_mean", "probing_tasks", "dictionary")
 
 
 def page(view: dict[str, Any]) -> str:
-    """The whole page."""
+    """The whole page, as one text."""
     styles = view["styles"]
     hovers: dict[str, Any] = {}
 

@@ -1,6 +1,6 @@
-"""What each figure shows, seeds taken together: curves of training and of sparse probing, frontiers, histograms.
+"""What each figure shows: curves of training and of sparse probing, frontiers, histograms. No drawing, no files.
 
-Pure: no drawing, no files.
+An arm of several seeds is shown as their mean, with its 95% interval.
 """
 
 import math
@@ -13,7 +13,7 @@ from hafs_evaluate.report.figures import LLM_LABELS, Panel, Series
 from hafs_evaluate.results.arms import GROUP_ARMS, estimate
 from hafs_evaluate.results.probing_means import mean_probing, top_k
 
-POINTS = 240  # a curve's points; more can't be told apart at the page's width
+POINTS = 240  # of a curve; more cannot be told apart at the page's width
 BAND_POINTS = 80  # of a mean over seeds, whose interval is drawn too
 MILLION = 1e6
 
@@ -43,9 +43,9 @@ Arrays = dict[str, list[np.ndarray]]  # {arm: an array over latents for each see
 
 
 def training_panels(lines: Lines, results: dict[str, Any], names: list[str], prefix: str = "") -> list[Panel]:
-    """A panel a metric over training tokens, a curve an arm of `names`; FVU with each gate's tau.
+    """A panel for each metric over training tokens, with a curve for each arm of `names`.
 
-    Metrics that no run logged are left out. An arm of several seeds is their mean, with its 95% interval.
+    FVU also shows each gate's tau. Metrics that no run logged are left out.
     """
     panels = []
     for key, title, unit, wants_log, limits in TRAINING:
@@ -68,9 +68,9 @@ def training_panels(lines: Lines, results: dict[str, Any], names: list[str], pre
 
 
 def probing_panels(results: dict[str, Any], names: list[str], prefix: str = "") -> tuple[list[Panel], list[Panel]]:
-    """([mean over tasks], [a panel a task]): test accuracy over k of the arms `names`.
+    """([the panel of the mean over tasks], [a panel for each task]): test accuracy over k of the arms `names`.
 
-    The language model's own probes are beside them. An arm of several seeds is their mean, with its 95% interval.
+    The language model's own probes are drawn beside them.
     """
     shared, means = mean_probing(results)
     if not any(run in means for name in names for run in results["arms"][name]["runs"]):
@@ -94,13 +94,13 @@ def probing_panels(results: dict[str, Any], names: list[str], prefix: str = "") 
 
 
 def _by_arm(results: dict[str, Any], names: list[str], of_runs: dict[Any, dict[str, float]]) -> dict[str, list[Any]]:
-    """{arm: what `of_runs` has of each of its seeds}, arms with nothing left out."""
+    """{arm: what `of_runs` has of each of its seeds}; arms of which it has nothing are left out."""
     found = {name: [of_runs[run] for run in results["arms"][name]["runs"] if of_runs.get(run)] for name in names}
     return {name: seeds for name, seeds in found.items() if seeds}
 
 
 def _arm_curve(name: str, runs: list[list[dict[str, Any]]], key: str, positive: bool) -> Series:
-    """One run's curve, or the mean of several over the tokens that all of them have seen."""
+    """The curve of one run, or the mean of several over the tokens that all of them have seen."""
     curves = [curve for curve in (_curve(name, lines, key, positive) for lines in runs) if curve.x]
     if len(curves) < 2:
         return curves[0] if curves else Series(name, name, [], [])
@@ -125,7 +125,7 @@ def _curve(name: str, lines: list[dict[str, Any]], key: str, positive: bool) -> 
 
 
 def _taus(results: dict[str, Any], names: list[str]) -> list[tuple[str, str, float]]:
-    """A line for each gate's tau; one for arms that have the same."""
+    """A horizontal line for each tau; arms with the same tau share one."""
     found: dict[float, str] = {}
     for name in names:
         for run in results["arms"][name]["runs"]:
@@ -174,10 +174,10 @@ def _probing_panel(
 
 
 def frontier_panels(results: dict[str, Any]) -> list[Panel]:
-    """A panel a frontier and an architecture: a point an arm with its 95% intervals, lines joining an arm's L0 levels.
+    """A panel for each frontier and architecture, with a point for each arm and a line through an arm's L0 levels.
 
-    Few arms share one panel. A frontier that fewer than two arms have figures for is left out, and so is an
-    architecture that has none of them.
+    Few arms share one panel. A frontier is left out where fewer than two arms have its figures, and an architecture
+    where none has.
     """
     arms = results["arms"]
     few = len(arms) <= GROUP_ARMS
@@ -228,9 +228,10 @@ def _note(arm: dict[str, Any]) -> str:
 
 
 def latent_panels(latents: dict[str, list[dict[str, Any]]], prefix: str = "") -> list[Panel]:
-    """Histograms over all latents: density on a log10 axis (those that never fired apart), and the nearest cosine.
+    """Histograms over all latents: of density on a log10 axis, with a bin for latents that never fired, and of the
+    cosine with the nearest dictionary vector.
 
-    `latents` is {arm: what latents.json holds of each seed}. The share of a bin is the mean over seeds.
+    `latents` is {arm: what latents.json holds of each seed}. The height of a bin is the mean over seeds.
     """
     panels = []
     densities = _arrays(latents, "density")
@@ -252,7 +253,7 @@ def _arrays(latents: dict[str, list[dict[str, Any]]], key: str) -> Arrays:
 
 
 def _outline(name: str, edges: np.ndarray, seeds: list[np.ndarray]) -> Series:
-    """The outline of the mean histogram over seeds, as shares, with each bin's 95% interval where it has one."""
+    """The outline of the mean histogram over seeds: the fraction of latents in each bin, with its 95% interval."""
     bins = [estimate(list(column)) for column in zip(*[_shares(values, edges) for values in seeds], strict=True)]
     interval = ([one.low for one in bins], [one.high for one in bins])
     return Series(name, name, edges.tolist(), [one.mean for one in bins], steps=True, y_interval=interval)

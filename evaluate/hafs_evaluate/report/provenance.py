@@ -1,4 +1,4 @@
-"""Where a report's figures came from: models, texts and licences, versions, configs. No torch, no jax."""
+"""Where a report's figures came from: models, texts and licences, versions, configs. Must not import torch or jax."""
 
 import json
 import platform
@@ -22,7 +22,7 @@ DISTRIBUTIONS = (
 
 
 def sources(manifest: Manifest) -> list[dict[str, str]]:
-    """The language model and each source of text: what, origin, licence, documents, rows."""
+    """The rows of a table of the language model and the sources of text: origin, licence, documents, training rows."""
     model = manifest.model
     revision = f", revision {model.revision[:12]}" if model.revision else ""
     packaged_model = packaged.MODELS.get(model.name)
@@ -44,7 +44,7 @@ def sources(manifest: Manifest) -> list[dict[str, str]]:
 
 
 def store_note(manifest: Manifest) -> str:
-    """How the store's rows were made, and how many were left out."""
+    """Sentences that say how the store's rows were made, and how many were left out."""
     kept = manifest.norm_filter
     note = (
         f"Contexts of {manifest.context_length} tokens{', BOS first' if manifest.tokenizer.prepend_bos else ''}; "
@@ -59,7 +59,7 @@ def store_note(manifest: Manifest) -> str:
 
 
 def versions() -> str:
-    """The installed versions that the figures may depend on."""
+    """The installed versions of what the figures may depend on, in a sentence."""
     found = [f"Python {platform.python_version()}"]
     for name in DISTRIBUTIONS:
         try:

@@ -1,7 +1,7 @@
-"""The report: results.json, report.md with PNG figures, and index.html, one page that loads nothing. No torch, no jax.
+"""The report: results.json, report.md with PNG figures, and index.html, one page that loads nothing.
 
-Everything comes from the files that the stages left in the workspace; what is missing is said to be "not evaluated".
-Equal workspaces give equal bytes, under equal versions of the libraries.
+Everything comes from the files that the other commands left in the workspace. What is missing is said to be "not
+evaluated". Equal workspaces give equal bytes under equal versions of the libraries. Must not import torch or jax.
 """
 
 from pathlib import Path
@@ -15,12 +15,13 @@ from hafs_evaluate.report.provenance import configs, sources, store_note, versio
 from hafs_evaluate.report.tree_view import tree_data, tree_notes, tree_tables
 from hafs_evaluate.report.verdict import verdict, what_ran
 from hafs_evaluate.results.arms import compared, groups
+from hafs_evaluate.results.readings import LATENTS, read_result
 from hafs_evaluate.results.results import build_results, published
-from hafs_jax.base.files import read_json, write_json, write_text
+from hafs_jax.base.files import write_json, write_text
 from hafs_jax.runs import Run
 from hafs_jax.store.manifest import Manifest, read_manifest
 
-FEW_RUNS = 12  # more runs than this have no config of their own on the page: an arm's first seed's stands for all
+FEW_RUNS = 12  # of more runs than this, the page shows the config of each arm's first seed alone
 
 
 def write_report(workspace_folder: Path) -> None:
@@ -42,9 +43,7 @@ def _view(folder: Path, results: dict[str, Any], manifest: Manifest) -> dict[str
     """Everything that the page and the Markdown show, as plain values and panels."""
     arms = results["arms"]
     have = [
-        name
-        for name, values in results["variants"].items()
-        if (folder / "eval" / values["run"] / "latents.json").exists()
+        name for name, values in results["variants"].items() if (folder / "eval" / values["run"] / LATENTS).exists()
     ]
     shown = chosen_runs(arms, have)
     histogrammed, embedded = _latents(folder, results, have, shown)
@@ -96,7 +95,7 @@ def _view(folder: Path, results: dict[str, Any], manifest: Manifest) -> dict[str
 
 
 def _comparisons(results: dict[str, Any], grouped: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The experiment's comparisons, each with the key of the group that it is shown with, None for always."""
+    """The experiment's comparisons, each with the key of the group that it is shown with; None: it is always shown."""
     by_title = {group["title"]: group for group in grouped}
     found = []
     for block in tables.comparison_groups(results):
@@ -117,14 +116,14 @@ def _labels(some: list[figures.Panel]) -> dict[str, str]:
 def _latents(
     folder: Path, results: dict[str, Any], have: list[str], shown: dict[str, str]
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:
-    """({arm: each seed's arrays over latents}, {arm: all of latents.json of its chosen run}), in the page's order."""
+    """({arm: the arrays over all latents of each seed}, {arm: what latents.json holds of the run that is shown})."""
     arrays: dict[str, list[dict[str, Any]]] = {}
     whole: dict[str, dict[str, Any]] = {}
     for name, arm in results["arms"].items():
         for run in arm["runs"]:
             if run not in have:
                 continue
-            values = read_json(folder / "eval" / results["variants"][run]["run"] / "latents.json", "an SAE's latents")
+            values = read_result(folder / "eval" / results["variants"][run]["run"], LATENTS)
             arrays.setdefault(name, []).append({key: value for key, value in values.items() if key != "latents"})
             if shown.get(name) == run:
                 whole[name] = values
@@ -132,7 +131,7 @@ def _latents(
 
 
 def _groups(folder: Path, results: dict[str, Any], latents: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What is drawn of each group of arms that share axes; `is_main` is the one that the page opens with."""
+    """What is drawn of each group of arms that share axes. `is_main` marks the group that the page opens with."""
     arms = results["arms"]
     lines = {name: Run(folder / "runs" / values["run"]).metrics() for name, values in results["variants"].items()}
     found = []
@@ -175,7 +174,7 @@ def _configured(results: dict[str, Any]) -> dict[str, str]:
 
 
 def _seconds(seconds: dict[str, float | None], n_runs: int) -> list[tuple[str, str]]:
-    """Each stage and its time; of many runs, the sum of a stage over them."""
+    """[(stage, seconds)]; with many runs, the sum over them."""
     if n_runs <= FEW_RUNS:
         return [(stage, f"{taken:,.1f}") for stage, taken in seconds.items() if taken is not None]
     sums: dict[str, float] = {}
@@ -188,7 +187,7 @@ def _seconds(seconds: dict[str, float | None], n_runs: int) -> list[tuple[str, s
 
 
 def _pngs(view: dict[str, Any]) -> dict[str, tuple[list[figures.Panel], int]]:
-    """The figures beside report.md: {name: (panels, columns)}; of several groups, the one that the page opens with."""
+    """{name: (panels, columns)} of the figures beside report.md, of the group that the page opens with."""
     main = view["main"]
     shown: dict[str, tuple[list[figures.Panel], int]] = {}
     if main:

@@ -1,4 +1,4 @@
-"""The tables of arms, comparisons and falsifiers as plain values, and the definitions. Pure: no files, no markup."""
+"""The tables of arms, comparisons and falsifiers as plain values, and the definitions. No files, no markup."""
 
 from collections.abc import Collection
 from typing import Any
@@ -36,7 +36,7 @@ TERMS = {
 
 
 def shown_columns(results: dict[str, Any]) -> list[Measure]:
-    """The columns of the arms' table: the optional ones only where an arm has a figure."""
+    """The columns of the table of arms. An optional one is shown only where an arm has a figure."""
     columns = [
         column
         for column in column_measures()
@@ -56,10 +56,10 @@ def definitions(results: dict[str, Any]) -> dict[str, str]:
 
 
 def arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row an arm, its cells in the order of `shown_columns`, then the language model's probes.
+    """The rows of the table of arms, with cells in the order of `shown_columns`; the language model's probes come last.
 
-    A cell's small figure is the half width of the 95% interval where there is one, else the difference from the
-    baseline arm of the same architecture and k. `group` is set on the first row of a group where there are several.
+    The small figure of a cell is half of the 95% interval where there is one, or else the difference from the baseline
+    of the same architecture and k. `group` is the title above the row, where there are several groups.
     """
     arms, columns = results["arms"], shown_columns(results)
     grouped = groups(arms)
@@ -95,7 +95,7 @@ def arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 def comparison_groups(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The experiment's comparisons: [{title, measures: [{name, is_primary, limits, rows}]}], primaries first.
 
-    A row's `low`, `high`, `difference` are numbers; `limits` is the range that a measure's rows are drawn over.
+    `low`, `high` and `difference` of a row are numbers. `limits` is the range over which a measure's rows are drawn.
     """
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     comparisons = results["experiment"].get("comparisons") or []
@@ -122,7 +122,7 @@ def comparison_groups(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def falsifiers(results: dict[str, Any]) -> list[dict[str, str]]:
-    """The experiment's falsifiers, each with a mark beside its outcome."""
+    """The experiment's falsifiers, each with a mark for its outcome."""
     return [
         {
             **{key: str(one.get(key) or "") for key in ("claim", "outcome", "why")},
@@ -134,7 +134,7 @@ def falsifiers(results: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def experiment_notes(results: dict[str, Any]) -> list[str]:
-    """What a reader of the experiment's comparisons must know: SAEs off their L0 level, and SAEs not measured."""
+    """Sentences that name the SAEs that are off their L0 level, and those that were not measured."""
     summary = results["experiment"]
     n_saes = (summary.get("saes") or 0) + len(summary.get("missing") or [])
     notes = []
@@ -155,7 +155,7 @@ def _some(names: Collection[str], n_saes: int) -> str:
 
 
 def _baseline(arms: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """The arm that `name` is compared with: the baseline of its architecture and k, of its tag where that matters."""
+    """The baseline of the same architecture and k, and of the same tag where there are several; None without one."""
     own = arms[name]
     near = [
         arm
@@ -213,7 +213,7 @@ def _comparison(one: dict[str, Any]) -> dict[str, Any]:
 
 
 def _limits(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """A range about 0 that every row's interval lies in."""
+    """A range, symmetric about 0, that holds every row's interval."""
     ends = [abs(row[key]) for row in rows for key in ("low", "high", "difference") if row[key] is not None]
     most = 1.05 * max(ends, default=0.0) or 1.0
     return -most, most
@@ -230,6 +230,6 @@ def _p(value: float) -> str:
 
 
 def signed(change: float, digits: int) -> str:
-    """A difference with its sign; a true minus, and ± where it rounds to nothing."""
+    """A difference with its sign: a true minus, and ± where it rounds to 0."""
     text = f"{change:+.{digits}f}"
     return text.replace("-", "−") if float(text) else f"±{0:.{digits}f}"

@@ -1,4 +1,4 @@
-"""The label trees with each arm's scores, for the page's coloured tree and for Markdown. Pure: no files, no markup."""
+"""The label trees with each arm's scores, for the page's coloured tree and for Markdown. No files, no markup."""
 
 from typing import Any
 
@@ -19,11 +19,12 @@ Score = tuple[float, float | None]  # a value, and its uncertainty: half an inte
 
 
 def tree_data(results: dict[str, Any]) -> dict[str, Any] | None:
-    """Everything that the page's tree needs, or None where no hierarchy was probed.
+    """Everything that the page's tree needs; None where no run has hierarchical probing.
 
-    {"trees": {tree: [node]}, "ks": [...], "columns": [{"name", "key", "arm"}], "values": {tree: {column: {measure:
-    [per node null, thousandths, or [thousandths, uncertainty in thousandths]]}}}}; a measure is
-    "<contrast>/<k>/<metric>" or one of NODE_MEASURES. `over` says what an uncertainty is over: seeds or folds.
+    {"trees": {tree: [node]}, "ks": [...], "columns": [{"name", "key", "arm"}], "values": {tree: {column: {measure: a
+    list with an entry for each node}}}, "over": {arm: "seeds" or "folds"}}. An entry is None, a value in thousandths,
+    or [value, uncertainty] in thousandths; `over` says whether the uncertainty is over seeds or over folds. A measure
+    is "<contrast>/<k>/<metric>" or one of NODE_MEASURES.
     """
     runs = {name: values["hierarchy"] for name, values in results["variants"].items() if values.get("hierarchy")}
     llm = results["llm"].get("hierarchy") or {}
@@ -74,7 +75,8 @@ def tree_notes(results: dict[str, Any]) -> list[str]:
 
 
 def tree_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    """For Markdown: [{tree, header, rows}] of the arms `names` and the full probe, k = 1 against all other texts."""
+    """Tables for Markdown, [{tree, header, rows}]: the probe with the smallest k of each class against all other texts,
+    for the arms `names`, and the language model's full probe."""
     data = tree_data(results)
     if data is None:
         return []
@@ -128,7 +130,7 @@ def _ks(hierarchy: dict[str, Any]) -> set[int]:
 
 
 def _column(seeds: list[dict[str, Any]], tree: str, paths: list[str], ks: list[int], prefix: str) -> dict[str, Any]:
-    """{measure: a value a node} of one arm's seeds; measures with no value are left out."""
+    """{measure: a value for each node} of one arm's seeds; measures without any value are left out."""
     nodes = [one["trees"][tree]["nodes"] for one in seeds if tree in (one.get("trees") or {})]
     measures: dict[str, list[Any]] = {}
     for contrast in CONTRASTS:

@@ -1,4 +1,4 @@
-"""What the results say, in sentences made from the figures alone. Pure: no files, no markup."""
+"""What the results say, in sentences made from the figures alone. No files, no markup."""
 
 import math
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from hafs_evaluate.results.arms import GROUP_ARMS, VARIANT_ORDER, compared
 from hafs_evaluate.results.probing_means import mean_probing
 
 MATCHED_L0 = 0.05  # variants whose L0 differs by more than this share are not compared on FVU without a warning
-MANY_SEEDS = 3  # gates of an arm that each would need a sentence
-INACTIVE_LAMBDA = 0.05  # a gate that ends below this, in FVU per unit of penalty, has done nothing
+MANY_SEEDS = 3  # from so many seeds on, one sentence is about all gates of an arm
+INACTIVE_LAMBDA = 0.05  # a run whose weight of the penalty ends below this is a baseline
 
 
 def what_ran(results: dict[str, Any], sources: list[dict[str, Any]]) -> str:
-    """One paragraph: model, hook point, rows, text, SAEs. `sources` are the manifest's."""
+    """One paragraph that says what was trained on what. `sources` are the manifest's."""
     runs = list(results["variants"].values())
     text = ", ".join(f"{source['name']} {source['rows']:,}" for source in sources)
     heldout = f" and {results['heldout_rows']:,} held-out rows" if results["heldout_rows"] is not None else ""
@@ -34,7 +34,7 @@ def what_ran(results: dict[str, Any], sources: list[dict[str, Any]]) -> str:
 
 
 def _arm_list(arms: dict[str, Any]) -> str:
-    """The arms by name, or, of many, what they combine."""
+    """The arms by name; of many arms, the variants, architectures and k that they combine."""
     if len(arms) <= GROUP_ARMS:
         return ", ".join(arms)
 
@@ -49,8 +49,8 @@ def _arm_list(arms: dict[str, Any]) -> str:
 def verdict(results: dict[str, Any]) -> list[str]:
     """The sentences of the verdict: reconstruction, coherence, probing, and how far to trust them.
 
-    The experiment's own sentences come first where it has decided. Else they compare the arms of one architecture
-    and k (the default ones where they were trained), seeds averaged. A sentence whose figures are missing says so.
+    Where there was an experiment, its own sentences come first. Otherwise the sentences compare the arms of one
+    architecture and k, means over seeds. A sentence whose figures are missing says so.
     """
     arms = _arms(results)
     if not arms:
@@ -63,7 +63,7 @@ def verdict(results: dict[str, Any]) -> list[str]:
 
 
 def _arms(results: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """{variant: its seeds' (name, values)} of the architecture and k to be compared, in the order of variants."""
+    """{variant: [(run, its values) for each seed]} of the architecture and k that are compared."""
     chosen = compared(results["arms"])
     arms: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, arm in results["arms"].items():
@@ -84,7 +84,7 @@ def _means(arms: dict[str, Any], of: Callable[[str, dict[str, Any]], float | Non
 
 
 def _main(values: dict[str, float]) -> dict[str, float]:
-    """The three variants that the method is about, or whatever there is where none of them was trained."""
+    """Those of baseline, strict and adaptive that there are; all of `values` where there is none of them."""
     return {name: values[name] for name in VARIANT_ORDER if name in values} or values
 
 
@@ -159,7 +159,7 @@ def _top_1(task: str) -> Callable[[str, dict[str, Any]], float | None]:
 
 
 def _inactive(arms: dict[str, Any]) -> list[str]:
-    """A sentence a gate that never reached its tau; of many seeds, one an arm."""
+    """A sentence for each gate whose error never reached its tau; one for all seeds of an arm where they are many."""
     sentences = []
     for variant, seeds in arms.items():
         unreached = [(name, values) for name, values in seeds if values["tau_reached"] is False]
@@ -194,7 +194,7 @@ def _cautions(arms: dict[str, Any]) -> list[str]:
 
 
 def _unreached(name: str, values: dict[str, Any]) -> str:
-    """Of a gate whose error stayed above tau: it is soft, so the penalty may have acted all the same."""
+    """What a gate did whose error stayed above tau. A gate is a sigmoid, so its penalty may have acted all the same."""
     lam = values["training"]["final"].get("lambda") or 0.0
     if lam < INACTIVE_LAMBDA:
         consequence = "its penalty stayed off and it is a baseline"

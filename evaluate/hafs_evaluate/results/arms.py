@@ -1,7 +1,7 @@
-"""Arms: what was trained, seeds taken together, with the uncertainty of their means. Pure: no files, no drawing.
+"""Arms: runs that differ only in their seed, with the uncertainty of their means. Must not import torch or jax.
 
 An arm is an architecture, a k (or target L0) and what its runs call their arm, which is a variant and further axes of a
-sweep. Its runs are its seeds. Imports nothing of torch or jax.
+sweep. Its runs are its seeds.
 """
 
 import math
@@ -15,7 +15,7 @@ from hafs_jax.config import SAEConfig
 VARIANT_ORDER = ("baseline", "strict", "adaptive")
 ABLATIONS = ("ramp_only", "gate_only", "ortsae", "frob")
 DEFAULT_ARCHITECTURE, DEFAULT_K = SAEConfig().architecture, SAEConfig().k  # not part of a name
-LEAST_SEEDS = 3  # with fewer, a t interval says nothing that the points do not
+LEAST_SEEDS = 3  # with fewer, a t interval is too wide to say anything
 CONFIDENCE = 0.95
 REFERENCES = ("random_init", "frozen_decoder")  # variants that are only there to be compared with
 GROUP_ARMS = 8  # more arms than this are shown by architecture and k, one group at a time
@@ -23,7 +23,7 @@ GROUP_ARMS = 8  # more arms than this are shown by architecture and k, one group
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds. `low` and `high` bound its 95% confidence interval, None with fewer than three seeds."""
+    """A mean over seeds. `low` and `high` bound its 95% confidence interval, for which it takes three seeds."""
 
     mean: float
     sd: float | None
@@ -33,7 +33,7 @@ class Estimate:
 
 
 def estimate(values: list[float]) -> Estimate:
-    """Mean, sample SD, and mean ± t(0.975, n - 1) SD / sqrt(n): Student's t interval of the mean of `values`."""
+    """The mean of `values`, their sample SD, and Student's t interval: mean ± t(0.975, n - 1) SD / sqrt(n)."""
     n = len(values)
     mean = math.fsum(values) / n
     if n < 2:
@@ -46,7 +46,7 @@ def estimate(values: list[float]) -> Estimate:
 
 
 def build_arms(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{arm: {architecture, variant, k, arm, tag, seeds, runs, measures}} of results' variants, in their order.
+    """{arm: {architecture, variant, k, arm, tag, seeds, runs, measures}} of the variants in `results`.
 
     `runs` are keys of results["variants"]; `measures` is {measure: the fields of an Estimate}.
     """
@@ -75,7 +75,7 @@ def build_arms(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def groups(arms: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """{a group's title: its arms}, which share axes: all arms where they are few, else by architecture and k."""
+    """{title: arms} of the groups that are drawn together: all arms where they are few, else by architecture and k."""
     if len(arms) <= GROUP_ARMS:
         return {"all": list(arms)} if arms else {}
     ks = {arm["k"] for arm in arms.values()}
@@ -87,7 +87,7 @@ def groups(arms: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def compared(arms: dict[str, dict[str, Any]]) -> tuple[str, float | None] | None:
-    """The architecture and k that the verdict is about: the defaults where they were trained, else the commonest k."""
+    """The (architecture, k) that the verdict is about: the defaults where they were trained, else the commonest k."""
     architectures = [arm["architecture"] for arm in arms.values()]
     if not architectures:
         return None
@@ -97,7 +97,7 @@ def compared(arms: dict[str, dict[str, Any]]) -> tuple[str, float | None] | None
 
 
 def is_reference(arm: dict[str, Any]) -> bool:
-    """Whether the arm is there to be compared with, not to be claimed for."""
+    """Whether the arm is only there to be compared with."""
     return arm["variant"] in REFERENCES
 
 
@@ -118,7 +118,7 @@ def _order(identity: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _name(identity: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
-    """`<variant>[-<architecture>][-k<k>][-<tag>]`, each part only where it is needed to tell arms apart."""
+    """`<variant>[-<architecture>][-k<k>][-<tag>]`, each part only where arms could be confused without it."""
     architecture, variant, k, arm = identity
     name = variant if architecture == DEFAULT_ARCHITECTURE else f"{variant}-{architecture}"
     if k != DEFAULT_K and len({other[2] for other in every if other[0] == architecture}) > 1:

@@ -1,7 +1,7 @@
 """Paired comparisons of arms over seeds and datasets: differences, bootstrap intervals, Holm. Numpy and scipy.
 
-Values of an arm are [S, T]: S seeds, the same in every arm, and T datasets (tasks, labels; one where the measure has
-none). The unit of chance is the seed, and the datasets are a sample too, crossed with the seeds.
+The values of an arm are an array [S, T] of S seeds, which are the same in every arm, and T datasets: tasks, classes, or
+one where the measure has no datasets. Both are samples, crossed with each other.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-RESOLVED = 2.0  # a difference under so many reseed SDs is not resolved
+RESOLVED = 2.0  # a difference of fewer reseed SDs than this is not resolved
 
 
 @dataclass(frozen=True)
 class Difference:
-    """b subtracted from a, in the measure's unit."""
+    """How much higher a is than b, in the measure's unit."""
 
     mean: float
     low: float  # of the 95% interval
@@ -35,9 +35,9 @@ def difference(
 ) -> Difference:
     """The paired difference mean(a - b) with a hierarchical bootstrap's percentile interval.
 
-    Each bootstrap sample draws S seeds and T datasets with replacement and averages their crossing. The percentile
-    interval of so few seeds is too narrow by about sqrt((S - 1) / S); deviations are widened by the inverse. p is
-    Student's: a bootstrap of five seeds that agree in sign would give any p one likes.
+    Each bootstrap sample draws S seeds and T datasets with replacement, and averages over their product. The percentile
+    interval of few seeds is too narrow, by a factor of about sqrt((S - 1) / S), so deviations from the mean are divided
+    by it. p is from Student's test, since a bootstrap of five seeds that agree in sign never crosses 0.
     """
     if a_ST.shape != b_ST.shape or a_ST.ndim != 2:
         raise ValueError(f"expected two [seeds, datasets] arrays of one shape, found {a_ST.shape} and {b_ST.shape}")
@@ -67,26 +67,16 @@ def paired_p(delta_S: Float[np.ndarray, "S"]) -> float:
 
 
 def pooled_sd(arms: Sequence[Float[np.ndarray, "S"]]) -> float:
-    """The SD over seeds, its variance averaged over arms; NaN with one seed."""
+    """The SD over seeds, from the mean of the arms' variances; NaN where each has one seed."""
     variances = [np.var(values, ddof=1) for values in arms if len(values) > 1]
     return float(np.sqrt(np.mean(variances))) if variances else float("nan")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values, in the order given: those of one family of tests."""
+    """Holm's step-down adjusted p-values of one family of tests, in the order given."""
     order = np.argsort(p_values, kind="stable")
     adjusted, running = np.zeros(len(order)), 0.0
     for rank, index in enumerate(order):
         running = max(running, min(1.0, (len(order) - rank) * p_values[index]))
         adjusted[index] = running
     return adjusted.tolist()
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's 95% interval of a mean over seeds; none under three values."""
-    from scipy.stats import t
-
-    if len(values) < 3:
-        return None
-    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return float(np.mean(values)) - half, float(np.mean(values)) + half

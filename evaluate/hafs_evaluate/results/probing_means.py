@@ -1,4 +1,4 @@
-"""Sparse-probing results as they were written, and their means over tasks. Pure: no files. Standard library only."""
+"""Sparse-probing results in one form, and means over the datasets that all runs have. Standard library; no files."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ _TOP_K = re.compile(r"(sae|llm)_top_(\d+)_test_(accuracy|auc)")
 
 
 def sae_probing(output: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """{task: {"top_<k>": {"test_accuracy", "test_auc"}}} of either of SAE-Bench's sparse-probing schemas."""
+    """{task: {"top_<k>": {"test_accuracy", "test_auc"}}} from a result in either of SAE-Bench's two schemas."""
     return {
         detail["dataset_name"]: {f"top_{k}": metrics for k, metrics in sorted(_by_k(detail, "sae").items()) if metrics}
         for detail in sorted(output.get("eval_result_details") or [], key=lambda detail: detail["dataset_name"])
@@ -16,7 +16,7 @@ def sae_probing(output: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]
 
 
 def llm_probing(own: dict[str, Any], outputs: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The language model's own probes: those of `own`, its file; else those inside SAE-Bench's `outputs`."""
+    """The language model's own probes, by task: from its own file, or else from SAE-Bench's outputs for SAEs."""
     tasks = own.get("tasks")
     if tasks:
         return {task: tasks[task] for task in sorted(tasks)}
@@ -46,7 +46,7 @@ def _by_k(detail: dict[str, Any], of: str) -> dict[int, dict[str, float]]:
 
 
 def column(probes: dict[str, dict[str, dict[str, float]]], measure: str) -> dict[str, dict[str, float]]:
-    """{task: {"full" | "top_<k>" | "pca_<k>": the measure}}, full first, then by k; tasks without it are left out."""
+    """{task: {"full", "top_<k>" or "pca_<k>": the measure}}, in the order of k; tasks without it are left out."""
     columns = {
         task: {
             name: values[measure]
@@ -59,12 +59,12 @@ def column(probes: dict[str, dict[str, dict[str, float]]], measure: str) -> dict
 
 
 def mean_probing(results: dict[str, Any]) -> tuple[list[str], dict[str | None, dict[str, float]]]:
-    """The tasks that every probed variant has, and {variant, or None for the language model: {"top_<k>": mean}}.
+    """(tasks, {variant: {"top_<k>": mean accuracy}}), over the tasks that every variant with probing results has.
 
-    The language model's means are over the same tasks, and missing where it lacks one of them.
+    The key None is the language model's means over the same tasks. It is missing where the model lacks one of them.
     """
-    probed = {name: values["probing"] for name, values in results["variants"].items() if values["probing"]}
-    return mean_over_shared(probed, results["llm"]["probing"])
+    by_variant = {name: values["probing"] for name, values in results["variants"].items() if values["probing"]}
+    return mean_over_shared(by_variant, results["llm"]["probing"])
 
 
 Scores = dict[str, dict[str, float]]  # {dataset: {measure: value}}
@@ -73,10 +73,10 @@ Scores = dict[str, dict[str, float]]  # {dataset: {measure: value}}
 def mean_over_shared(
     by_run: dict[str, Scores], reference: Scores | None = None
 ) -> tuple[list[str], dict[str | None, dict[str, float]]]:
-    """The datasets that every run has, and {run, or None for the `reference`: {measure: its mean over these datasets}}.
+    """(datasets, {run: {measure: its mean}}), over the datasets that every run has, so that the means compare.
 
-    The means are over these datasets alone, so that they compare; a measure that one of them lacks is left out. Without
-    runs the datasets are the reference's own.
+    A measure that one of these datasets lacks is left out. The key None is the `reference`'s means over them. Without
+    any run, the datasets are the reference's own.
     """
     reference = reference or {}
     shared = sorted(set.intersection(*map(set, by_run.values())) if by_run else reference, key=_by_number)
@@ -90,11 +90,11 @@ def mean_over_shared(
 
 
 def _by_number(task: str) -> tuple[int, str]:
-    """The order of tasks: sae-probes' by the number that begins their names, others after them by name."""
+    """A key that sorts tasks: by the number that their name begins with, as sae-probes' do, then by name."""
     number = re.match(r"\d+", task)
     return (int(number[0]) if number else 1 << 30, task)
 
 
 def top_k(name: str) -> int:
-    """The k of "top_<k>" and of "pca_<k>"; 0 for "full"."""
+    """The k of "top_<k>" or "pca_<k>"; 0 for "full"."""
     return 0 if name == "full" else int(name.partition("_")[2])

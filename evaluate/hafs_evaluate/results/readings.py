@@ -14,6 +14,8 @@ from hafs_evaluate.results.measures import FIRST_LETTER, HIERARCHY, MEASURES, PR
 from hafs_evaluate.results.probing_means import mean_over_shared, sae_probing
 from hafs_jax.base.files import read_json
 
+LATENTS = "latents.json"  # of single latents: no measure reads it, the report and Neuronpedia's export do
+
 
 def read_result(folder: Path, name: str) -> dict[str, Any]:
     """The result file `name` of the run whose folder in eval/ is `folder`; empty where its stage did not run."""

@@ -1,7 +1,7 @@
-"""results.json: every figure of a workspace in one plain, sorted, NaN-free object. No torch, no jax.
+"""results.json: every figure of a workspace in one plain object without NaN. Must not import torch or jax.
 
-Reads what the stages left under O = OUT/<profile>: the stores' manifests, runs/, eval/. What is not there yet is null
-or an empty object, never an error; only a workspace without a training store is one.
+It is made from what the commands left under OUT/<profile>: the manifests of the stores, runs/, eval/ and experiment/.
+What is not there yet is null or an empty object. Only a workspace without a training store is an error.
 """
 
 import math
@@ -61,10 +61,9 @@ def build_results(workspace_folder: Path) -> dict[str, Any]:
 
 
 def published(results: dict[str, Any]) -> dict[str, Any]:
-    """The results as results.json has them: without what is of single classes and latents.
+    """The results as results.json has them: without the figures of single classes and single latents.
 
-    Of the label trees it has the means and not each class, of the sources of text the figures and not each latent. The
-    rest is in the runs' hierarchy.json and domains.json.
+    These lie in the runs' hierarchy.json and domains.json.
     """
 
     def without(values: dict[str, Any], part: str, key: str) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def published(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_order(run: RunSummary) -> tuple[Any, ...]:
-    """The order of variants everywhere: the default architecture first; baseline, strict, adaptive, others by name."""
+    """A key that sorts runs: the default architecture first, and in it baseline, strict, adaptive, others by name."""
     known = run.variant in VARIANT_ORDER
     return (
         run.architecture != DEFAULT_ARCHITECTURE,
@@ -96,7 +95,7 @@ def run_order(run: RunSummary) -> tuple[Any, ...]:
 
 
 def variant_names(runs: list[RunSummary]) -> dict[str, str]:
-    """What each run is called: its name without "-s0", but with its seed where several seeds were trained."""
+    """{run: what it is called}: its name, without "-s0" where only one seed was trained."""
     seeds: dict[tuple[str, str], int] = {}
     for run in runs:
         seeds[run.variant, run.architecture] = seeds.get((run.variant, run.architecture), 0) + 1
@@ -150,7 +149,7 @@ def _optional(path: Path, what: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value with every float that is not finite replaced by null, which is what JSON has for "no figure"."""
+    """`value` with None for every float that is not finite, since JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

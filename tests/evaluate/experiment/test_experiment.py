@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from hafs_evaluate.results.paired import Difference
 from hafs_evaluate.workspace import Workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
+from hafs_jax.cli import main
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 ARMS = ("baseline", "strict", "strict lam=0.3", "adaptive", "ramp_only", "frozen_decoder")
@@ -275,8 +274,7 @@ def test_a_whole_small_experiment_runs_resumes_and_reports(tmp_path: Path) -> No
     acts = np.random.default_rng(0).normal(size=(4_000, 12)).astype(np.float32)
     np.save(tmp_path / "acts.npy", acts)
     out = tmp_path / "out"
-    imported = [sys.executable, "-m", "hafs_jax", "import", str(tmp_path / "acts.npy"), "--out", str(out / "tiny")]
-    subprocess.run([*imported, "--profile", "array"], check=True, capture_output=True)
+    assert main(["import", str(tmp_path / "acts.npy"), "--out", str(out / "tiny"), "--profile", "array"]) == 0
     config = ExperimentConfig(
         name="tiny",
         profile="array",
@@ -287,14 +285,13 @@ def test_a_whole_small_experiment_runs_resumes_and_reports(tmp_path: Path) -> No
         train=("--sae.n-latents", "24", "--tokens", "2048", "--batch-size", "64"),
         bootstrap=100,
     )
-    stages = ("train", "evaluate", "table")
-    workspace = run_experiment(config, out, 2, stages)
+    workspace = run_experiment(config, out, 2, ("train", "evaluate", "table"))
     summary = json.loads((workspace.folder / "experiment" / "summary.json").read_text())
     assert summary["saes"] == 4 and summary["missing"] == []
     fvu = [c for c in summary["comparisons"] if c["measure"] == "fvu" and c["k"] is None]
     assert [(c["a"], c["b"]) for c in fvu] == [("adaptive", "baseline")] and fvu[0]["seeds"] == 2
     before = (workspace.runs / "baseline-s1-k=3" / "run.json").stat().st_mtime_ns
-    run_experiment(config, out, 1, stages)
+    run_experiment(config, out, 1, ("train", "table"))
     assert (workspace.runs / "baseline-s1-k=3" / "run.json").stat().st_mtime_ns == before
 
 

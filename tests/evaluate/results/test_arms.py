@@ -236,7 +236,7 @@ def test_the_experiments_verdict_and_tests_lead_the_page_and_the_markdown(experi
             "○ not decided",
         ):
             assert mark in place.replace("**", ""), mark
-    assert text.index(said[0]) < text.index("Means over seeds; small figures")
+    assert text.index(said[0]) < text.index("Figures are means over seeds.")
     assert written.index(said[0]) < written.index("## Arms")
     assert "± 0.0" in written
     assert "figures/frontiers.png" in written

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hafs_evaluate.results.paired import difference, holm, mean_interval, pooled_sd
+from hafs_evaluate.results.paired import difference, holm, pooled_sd
 
 S, T = 5, 7
 
@@ -70,12 +70,6 @@ def test_holm_steps_down_and_keeps_the_order() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
     assert holm([]) == []
-
-
-def test_the_mean_interval_is_students() -> None:
-    low, high = mean_interval([1.0, 2.0, 3.0]) or (0, 0)
-    assert (low, high) == pytest.approx((2 - 2.4841377, 2 + 2.4841377))  # t(.975, 2) / sqrt(3)
-    assert mean_interval([1.0, 2.0]) is None
 
 
 def test_the_pooled_sd_averages_variances() -> None:

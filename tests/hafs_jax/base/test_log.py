@@ -60,6 +60,18 @@ def test_notes_are_silent_until_a_command_shows_them(capsys: pytest.CaptureFixtu
         assert not logging.getLogger(name).handlers and logging.getLogger(name).level == logging.NOTSET
 
 
+def test_a_handler_that_a_library_gives_the_root_does_not_show_notes_twice(capsys: pytest.CaptureFixture) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(handler)
+    try:
+        with shown():
+            LOG.info("once")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert capsys.readouterr().err == "once\n"
+    assert all(logging.getLogger(name).propagate for name in PACKAGES)
+
+
 def test_a_user_can_silence_the_notes(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("hafs_jax"), "level", logging.ERROR)
     logging.getLogger("hafs_jax").manager._clear_cache()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The optimizer's move: in place as optax makes it, or not at all."""
+"""The optimizer's update equals optax's, is made in place on a CPU, and changes nothing after a bad batch."""
 
 import dataclasses
 from typing import Any
@@ -48,7 +48,7 @@ def assert_same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("frozen", ["nothing", "decoder", "everything"])
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 @pytest.mark.parametrize("name", ["adam", "adamw", "lion"])
-def test_a_move_is_that_of_optax(name: str, clip_norm: float | None, frozen: str) -> None:
+def test_an_update_is_that_of_optax(name: str, clip_norm: float | None, frozen: str) -> None:
     config = config_of(frozen=frozen, name=name, clip_norm=clip_norm, beta1=0.8, epsilon=1e-3)
     params, state, steps = start(config)
     plain, plain_state, rate = params, state, jnp.float32(0.05)
@@ -105,7 +105,7 @@ def test_a_gradient_of_zero_changes_nothing() -> None:
 
 
 def test_on_a_cpu_moments_and_parameters_are_overwritten_in_place() -> None:
-    """Beside what comes in there is room for one matrix, the decoder before its rows get norm 1; no copy."""
+    """Temporary memory is one matrix, the decoder before its rows get norm 1: nothing is copied."""
     config = dataclasses.replace(config_of(), sae=dataclasses.replace(config_of().sae, n_latents=4096))
     params = jax.eval_shape(lambda: init_params(config.sae, 64, jax.random.key(0)))
     state = jax.eval_shape(lambda: optimizer(config, 64).init(params))

@@ -34,9 +34,9 @@ def config_of(architecture: str, **sae: object) -> TrainConfig:
 
 
 def outcome(config: TrainConfig, dead: int, seed: int = 0, k: int = 5, l0: float | None = None):
-    """Loss, gradients and what the forward pass left, of one batch in which `dead` latents count as dead.
+    """The loss, the gradients and what the forward pass returned for one batch in which `dead` latents count as dead.
 
-    With `l0`, biases are such that so many latents of a row have a positive pre-activation.
+    With `l0`, biases give so many latents of each row a positive pre-activation.
     """
     params = init_params(config.sae, D, jax.random.key(seed))
     params = {name: value + 0.05 * jax.random.normal(jax.random.key(3), value.shape) for name, value in params.items()}
@@ -138,7 +138,7 @@ def test_an_input_that_is_no_number_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("l0", "taken"), [(7.0, True), (7.1, False)])
-def test_active_latents_alone_are_multiplied_where_there_is_room_for_each(
+def test_active_latents_alone_are_multiplied_if_all_fit_the_capacity(
     l0: float, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[None] = []
@@ -163,7 +163,7 @@ def test_in_bfloat16_the_two_differ_by_its_rounding() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 1000])
 def test_the_places_of_what_is_true_are_numpys(length: int, share: float) -> None:
-    """With a slot for each, with slots to spare, with too few; where words are empty, full, and cut off."""
+    """With as many outputs as true entries, with more and with fewer; with words that are empty, full and cut off."""
     mask_T = np.random.default_rng(length).random(length) < share
     masks_2T = np.stack([mask_T, ~mask_T])
     for size in (1, length // 3 + 1, length + 7):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +122,12 @@ class TestProductsOfARun:
             train(self.config(), store, tmp_path)
         monkeypatch.setattr(plan, "_cores", lambda: 16)
         fit = training.fit
-        monkeypatch.setattr(training, "fit", lambda m, *rest: seen.append(m[0].config.products) or fit(m, *rest))
+
+        def noted(members: list[Any], *rest: Any, **options: Any) -> Any:
+            seen.append(members[0].config.products)
+            return fit(members, *rest, **options)
+
+        monkeypatch.setattr(training, "fit", noted)
         again = train(self.config(), store, tmp_path)
         assert seen == ["sparse"] and again.config().products == "sparse"
         for name, value in whole.params.items():

@@ -52,8 +52,8 @@ def test_equals_the_plain_statement_on_a_rough_sequence() -> None:
     assert int(gate.bad) == 11 and bool(gate.reached)
 
 
-def test_a_spike_barely_moves_lambda_and_bad_batches_let_it_recover() -> None:
-    """One 250x spike moves lambda .837 -> .823 -> .829; ten NaN take it to .0008, recovered in about 50 steps."""
+def test_a_spike_barely_changes_lambda_and_bad_batches_let_it_recover() -> None:
+    """One 250x spike takes lambda from 0.837 to 0.823 and 0.829; ten NaN take it to 0.0008, and 50 steps back."""
     steady = [0.19] * 600
     before = run(steady)[1][-1]
     spiked = run(steady + [250 * 0.19] + [0.19] * 100)[1]
@@ -68,7 +68,7 @@ def test_a_long_collapse_takes_lambda_to_zero_and_it_comes_back() -> None:
     assert float(lams[460]) < 0.01 and float(lams[-1]) > 0.8 * float(lams[399])
 
 
-def test_lambda_never_moves_faster_than_promised() -> None:
+def test_lambda_never_changes_faster_than_promised() -> None:
     config = PenaltyConfig(kind="hinge", gate=True, lam_max=3.0, lam_min=0.5)
     lams = np.concatenate([[0.5], run([0.05] * 200 + [5.0] * 100, config)[1]])
     assert np.diff(lams).max() <= 0.02 * 3 + 1e-6 and np.diff(lams).min() >= -0.1 * 3 - 1e-6
@@ -86,7 +86,7 @@ def test_error_that_never_reaches_tau_says_so() -> None:
     assert not bool(run([0.9] * 300)[0].reached)
 
 
-def test_sparsity_control_moves_towards_the_target_and_freezes() -> None:
+def test_sparsity_control_approaches_the_target_and_freezes() -> None:
     config = SparsityConfig()
     control = init_sparsity(0.04, 40)
     up = update_sparsity(control, jnp.float32(80), config, 40, jnp.array(True))

@@ -84,7 +84,7 @@ def test_members_without_dead_latents_are_left_alone_by_those_with_some() -> Non
             np.testing.assert_allclose(together.params[name][index], value, atol=1e-5, err_msg=name)
 
 
-def test_the_pre_activation_loss_pulls_dead_latents_towards_their_threshold() -> None:
+def test_the_pre_activation_loss_brings_dead_latents_towards_their_threshold() -> None:
     pre = np.random.default_rng(0).normal(size=(B, F)).astype(np.float32)
     dead, threshold = np.arange(F) % 3 == 0, np.linspace(0, 1, F, dtype=np.float32)
     params = {"b_enc": jnp.zeros(F), "threshold": jnp.asarray(threshold)}
@@ -97,7 +97,7 @@ def test_the_pre_activation_loss_pulls_dead_latents_towards_their_threshold() ->
 
 
 @pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated"])
-def test_dead_latents_are_made_anew_from_what_is_reconstructed_worst(architecture: str) -> None:
+def test_dead_latents_are_reset_to_what_is_reconstructed_worst(architecture: str) -> None:
     """Only the dead change; their vectors are residuals of rows, their moments 0; nothing happens in other steps."""
     settings = {"dead_after_tokens": B, "resample_every_steps": 2, "resample_until": 1.0}
     config = small("baseline", architecture, sparsity=settings)

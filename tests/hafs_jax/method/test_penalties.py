@@ -20,7 +20,7 @@ from tests.support.penalties import D, F, structure_of
 
 
 def naive(W_dec: jax.Array, alpha: float, mu0: float, T: np.ndarray | None = None) -> jax.Array:
-    """METHOD's sum over all pairs, F x F."""
+    """The sum over all pairs, F x F."""
     U = W_dec / jnp.linalg.norm(W_dec, axis=1, keepdims=True)
     cosines = U @ U.T
     T = np.ones((F, F)) if T is None else T
@@ -153,8 +153,8 @@ def test_cofiring_pairs_share_as_far_as_the_rarer_fires_with_the_other(W_dec: ja
     np.testing.assert_allclose(ours, naive(W_dec, 0.7, 0.1, T), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("yielding", "moved", "fixed"), [("later", 1, 0), ("rarer", 0, 1)])
-def test_only_the_latent_that_yields_is_moved(yielding: str, moved: int, fixed: int) -> None:
+@pytest.mark.parametrize(("yielding", "turned", "fixed"), [("later", 1, 0), ("rarer", 0, 1)])
+def test_only_the_latent_that_yields_is_turned(yielding: str, turned: int, fixed: int) -> None:
     """Two latents of cosine 0.6; number 0 fires less (see `structure`) and comes first."""
     W = jnp.array([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0]])
 
@@ -164,11 +164,11 @@ def test_only_the_latent_that_yields_is_moved(yielding: str, moved: int, fixed: 
 
     both, one = (jax.grad(value)(W, who) for who in ("both", yielding))
     np.testing.assert_allclose(value(W, yielding), value(W, "both"), rtol=1e-6)
-    assert float(jnp.abs(one[fixed]).max()) == 0 and float(jnp.abs(one[moved]).max()) > 0.1
-    np.testing.assert_allclose(one[moved], both[moved], rtol=1e-5)
+    assert float(jnp.abs(one[fixed]).max()) == 0 and float(jnp.abs(one[turned]).max()) > 0.1
+    np.testing.assert_allclose(one[turned], both[turned], rtol=1e-5)
 
 
-def test_equal_rates_move_both() -> None:
+def test_equal_rates_turn_both() -> None:
     W = jnp.array([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0]])
     even = structure_of(n_latents=2).replace(rate_F=jnp.array([0.2, 0.2]))
 

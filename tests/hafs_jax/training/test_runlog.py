@@ -4,6 +4,7 @@ import json
 import logging
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,21 @@ def state(run: Run) -> list[bytes]:
 
 
 def wandb_steps(run: Run) -> list[dict[str, Any]]:
-    """The logged steps that Weights & Biases' own files of the run hold, in the order of its attempts."""
-    from wandb.proto import wandb_internal_pb2
+    """The logged steps that Weights & Biases' own files of the run hold, in the order of its attempts.
+
+    Its process goes on writing after a run has been finished: this waits for the last record of each file.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
 
     found = []
     for path in sorted(run.folder.glob("wandb/offline-run-*/*.wandb")):
-        for data in leveldb_records(path.read_bytes()[7:]):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if record.HasField("history"):
-                items = record.history.item
-                found.append({(item.key or item.nested_key[0]): json.loads(item.value_json) for item in items})
+        deadline, records = time.monotonic() + 60, list[Any]()
+        while not (records and records[-1].HasField("exit")):
+            assert time.monotonic() < deadline, f"{path} has no last record"
+            time.sleep(0.05)
+            records = [Record.FromString(data) for data in leveldb_records(path.read_bytes()[7:])]
+        for items in (record.history.item for record in records if record.HasField("history")):
+            found.append({(item.key or item.nested_key[0]): json.loads(item.value_json) for item in items})
     return found
 
 
@@ -76,6 +81,8 @@ def leveldb_records(data: bytes) -> Iterator[bytes]:
             at += left
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + length > len(data):
+            return  # not yet written to its end
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # the whole record, or the last of its pieces

@@ -1,12 +1,15 @@
-"""The suite's own limit: a test that hangs is named, with stacks, and the others run; in Python and outside of it."""
+"""The suite's own set-up: shapes are checked, and a test that hangs is named, with stacks, while the others run."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from jaxtyping import TypeCheckError
 
+from hafs_jax.method.penalties import coherence
 from tests.support.sources import ROOT
 
 HANGS = """
@@ -24,6 +27,11 @@ def test_outside_of_python():
 def test_that_runs_after_them():
     pass
 """
+
+
+def test_the_shapes_of_arrays_are_checked() -> None:
+    with pytest.raises(TypeCheckError, match=r"W_dec"):
+        coherence(jnp.zeros(5))
 
 
 def test_every_test_has_a_limit(pytestconfig: pytest.Config) -> None:
