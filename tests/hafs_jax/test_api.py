@@ -179,7 +179,7 @@ def test_a_run_is_loaded_without_compiling_the_model(variant: str, tmp_path: Pat
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
     sae = load(run.folder)
-    assert sum("backend_compile" in event for event in compiled) < 30
+    assert 0 < sum("backend_compile" in event for event in compiled) < 30
     assert sae(rows()).shape == rows().shape
     expected = init_state(run.config(), D, jax.random.key(0), hyperparameters(run.config()))
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)]

@@ -261,8 +261,9 @@ def _tensors(state: Arrays, name: str, path: Path) -> Arrays:
 
 def _k(state: Arrays, F: int, path: Path) -> int:
     k = state["k"]
-    if k.size != 1 or not np.isfinite(k).all() or float(k.reshape(())) != int(k.reshape(())):
-        raise UserError(f"{path}: expected k to be one whole number, found {k.tolist()}")
+    is_whole = k.size == 1 and k.dtype.kind in "iuf" and bool(np.isfinite(k).all()) and bool((k % 1 == 0).all())
+    if not is_whole:
+        raise UserError(f"{path}: expected k to be one whole number, found {k.tolist()} of dtype {k.dtype}")
     if not 1 <= (found := int(k.reshape(()))) <= F:
         raise UserError(f"{path}: expected k from 1 to the {F} latents, found {found}")
     return found

@@ -87,6 +87,23 @@ def test_one_repository_and_one_commit(run: Path, hub: type[FakeHub], capsys: py
     assert hub.calls[0][1]["private"] is False
 
 
+def test_no_link_leads_out_of_what_is_uploaded(run: Path, tmp_path: Path) -> None:
+    secret, out, sparsity = tmp_path / "secret", tmp_path / "out", run / "sae" / "sparsity.safetensors"
+    secret.write_text("SECRET-KEY")
+    sparsity.symlink_to(secret)
+    with pytest.raises(
+        UserError, match=r"sparsity\.safetensors: expected a file of this folder, found a link out of it"
+    ):
+        upload(run, "me/saes", dry_run=out)
+    sparsity.unlink()
+    sparsity.write_text("SECRET-KEY")
+    with pytest.raises(
+        UserError, match=r"sparsity\.safetensors: expected a safetensors file, found one that is damaged"
+    ):
+        upload(run, "me/saes", dry_run=out)
+    assert not out.exists()
+
+
 def test_a_dry_run_touches_no_hub_and_loads_as_the_card_says(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,6 +226,15 @@ def test_a_public_sae_is_measured_like_a_run(tmp_path: Path, capsys: pytest.Capt
         with pytest.raises(SystemExit, match="2"):
             main([*(command if wrong[0] == "--runs" else command[:-2]), *wrong, *skip])
         assert "expected --name only with --sae" in capsys.readouterr().err
+    topk = saelens_folder(tmp_path / "public" / "topk", "topk")
+    cfg = json.loads((topk / "cfg.json").read_text())
+    del cfg["k"]
+    (topk / "cfg.json").write_text(json.dumps(cfg))
+    for several in (["evaluate", *place, "--sae", str(topk), *skip], ["import-sae", str(topk), str(tmp_path / "to")]):
+        with pytest.raises(SystemExit, match="2"):
+            main(several)
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"{topk / 'cfg.json'}: architecture 'topk' needs k from 1 to d_sae=11, found None" in line
     for name in ("taken", "llm", "a/b", ".."):
         with pytest.raises(SystemExit, match="2"):
             main([*command, "--name", name, *skip])
