@@ -60,7 +60,7 @@ class ExtractConfig:
     """Everything that decides the bytes of a store."""
 
     profile: str = option("", "name of the profile, and of the folder in OUT")
-    model: str = option("", "name on the hub, local folder, or packaged model")
+    model: str = option("", "name on the hub, local folder or .gguf file, or packaged model")
     revision: str | None = option(None, "revision of the model on the hub: branch, tag or commit")
     model_dtype: str = option("float32", "dtype that the model computes in", choices=MODEL_DTYPES)
     device: str = option("auto", "torch device; auto: CUDA where there is one")

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 from hafs_extract import packaged
 from hafs_extract.config import ExtractConfig, SourceConfig
 from hafs_extract.hub import hub_needs
-from hafs_extract.loading.files import fingerprint
+from hafs_extract.loading.files import fingerprint, library_errors
 from hafs_extract.models import LanguageModel, check_same_model, load_model
 from hafs_jax.base.errors import UserError
 from tests.support.tiny_models import D, save_model
@@ -213,6 +213,50 @@ def test_folders_that_are_no_model_say_what_they_are(folder: Path, whole: Path) 
         _load(folder)
     with pytest.raises(UserError, match=r"config.json' is a file; expected a model's folder, a .gguf file"):
         _load(folder / "config.json")
+
+
+@pytest.mark.parametrize(("text", "found"), [("[]", "list"), ("null", "NoneType"), ("5", "int"), ('"x"', "str")])
+def test_a_config_that_is_no_object_is_refused(folder: Path, text: str, found: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=rf"config.json: expected a JSON object, found {found}"):
+        _load(folder)
+
+
+class PanicException(BaseException):
+    """As that of a library in Rust."""
+
+
+@pytest.mark.parametrize(
+    "error", [PanicException("panicked"), MemoryError(), RecursionError("too deep"), KeyError("x")]
+)
+def test_what_a_library_raises_over_a_models_files_is_one_line(error: BaseException) -> None:
+    message = rf"model 'm' does not load from hub: {type(error).__name__}"
+    with pytest.raises(UserError, match=message), library_errors("m", "hub"):
+        raise error
+    with pytest.raises(KeyboardInterrupt), library_errors("m", "hub"):
+        raise KeyboardInterrupt
+
+
+def test_a_model_of_the_hub_is_pinned_to_its_commit(
+    whole: Path, acts: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = "a1" * 20, "b2" * 20
+    cache = tmp_path / "models--org--tiny"
+    for commit in (first, second):
+        shutil.copytree(whole, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(first)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = load_model("org/tiny", "float32", device="cpu")
+    assert (model.info.revision, model.info.origin, model.info.fingerprint) == (first, "hub", None)
+    torch.testing.assert_close(_acts(model), acts, rtol=0, atol=0)
+    (cache / "refs" / "main").write_text(second)
+    assert load_model("org/tiny", "float32", device="cpu").info.revision == second
+    shutil.rmtree(cache / "snapshots" / second)
+    assert load_model("org/tiny", "float32", first, device="cpu").info.revision == first
+    with pytest.raises(UserError, match=r"model 'org/tiny' does not load from hub"):
+        load_model("org/tiny", "float32", device="cpu")
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import sha256_of
+from hafs_jax.base.files import read_json, sha256_of
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _DECIDING = (
@@ -48,7 +48,9 @@ def library_errors(name: str, origin: str, does_not: str = "load") -> Iterator[N
         yield
     except UserError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
         reason = " ".join(str(error).split())[:300]
         kind = "" if isinstance(error, OSError | ValueError) and reason else f"{type(error).__name__}: "
         raise UserError(f"model {name!r} does not {does_not} from {origin}: {kind}{reason}") from error
@@ -95,8 +97,11 @@ def check_files(folder: Path) -> None:
         with open(path, "rb") as file:
             if file.read(len(_POINTER)) == _POINTER:
                 raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` there")
+    config = folder / "config.json"
+    if config.exists() and not isinstance(found := read_json(config, "a model's config"), dict):
+        raise UserError(f"{config}: expected a JSON object, found {type(found).__name__}")
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
-    if ggufs and not (folder / "config.json").exists():
+    if ggufs and not config.exists():
         raise UserError(f"{folder} has no config.json but {', '.join(ggufs[:3])}; give one such file as the model")
 
 
