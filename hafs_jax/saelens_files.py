@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_json
+from hafs_jax.base.foreign import refuse_pointer
 from hafs_jax.store.manifest import to_float32
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -82,6 +83,7 @@ def read_safetensors(path: Path, what: str) -> Weights:
     except OSError:
         raise UserError(f"expected {what}, found none that can be read") from None
     except safetensors.SafetensorError as error:
+        refuse_pointer(path, "a safetensors file")
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: expected a safetensors file, found one that is damaged ({reason})") from None
     arrays = {name: _array(entry, f"{path}: {printable(name)}") for name, entry in entries}

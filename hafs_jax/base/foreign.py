@@ -54,7 +54,10 @@ def reading(
 
 
 def refuse_pointer(path: Path | str, what: str) -> None:
-    """Raises `UserError` where the file is a Git-LFS pointer. For formats that would take its text for content."""
+    """Raises `UserError` where the file is a Git-LFS pointer.
+
+    For formats that would take its text for content, and to name the cause where a library has refused it.
+    """
     if (found := found_instead(Path(path))) and is_pointer(Path(path)):
         raise UserError(f"expected {what} at {path}, found {found}")
 

@@ -205,7 +205,7 @@ def test_folders_that_are_no_model_say_what_they_are(folder: Path, whole: Path) 
     for name in ("model.safetensors", "tokenizer.json"):
         shutil.copytree(whole, folder, dirs_exist_ok=True)
         (folder / name).write_text(pointer)
-        with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer, .* `git lfs pull`"):
+        with pytest.raises(UserError, match=rf"{name}, found a Git-LFS pointer, .* `git lfs pull`"):
             _load(folder)
     shutil.copytree(whole, folder, dirs_exist_ok=True)
     (folder / "adapter_config.json").write_text("{}")
@@ -215,10 +215,12 @@ def test_folders_that_are_no_model_say_what_they_are(folder: Path, whole: Path) 
         _load(folder / "config.json")
 
 
-@pytest.mark.parametrize(("text", "found"), [("[]", "list"), ("null", "NoneType"), ("5", "int"), ('"x"', "str")])
+@pytest.mark.parametrize(
+    ("text", "found"), [("[]", "a list"), ("null", "null"), ("5", "a number"), ('"x"', "a string")]
+)
 def test_a_config_that_is_no_object_is_refused(folder: Path, text: str, found: str) -> None:
     (folder / "config.json").write_text(text)
-    with pytest.raises(UserError, match=rf"config.json: expected a JSON object, found {found}"):
+    with pytest.raises(UserError, match=rf"config.json, found JSON that is no object but {found}"):
         _load(folder)
 
 

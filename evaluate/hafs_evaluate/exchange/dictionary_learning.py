@@ -25,6 +25,7 @@ from hafs_evaluate.exchange.dictionary_classes import CLASSES, COUNTS, MATRICES,
 from hafs_evaluate.exchange.plain_files import copy_file, plain_file
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_json
+from hafs_jax.base.foreign import refuse_pointer
 from hafs_jax.base.options import did_you_mean
 
 LOG = logging.getLogger(__name__)
@@ -219,6 +220,7 @@ def _load(path: Path) -> Arrays:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch walks the file's archive and pickle as it reads: damage shows as any kind of error
+        refuse_pointer(path, "a state_dict")
         reason = " ".join(str(error).split("\n")[0].split())[:200] or type(error).__name__
         raise UserError(f"{path}: expected a state_dict, found a file that does not load ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

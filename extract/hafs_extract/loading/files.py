@@ -15,6 +15,7 @@ from typing import Any
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of
+from hafs_jax.base.foreign import refuse_pointer
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _DECIDING = (
@@ -33,7 +34,6 @@ _DECIDING = (
 )
 """The files of a model's folder that decide its token ids and activations. Others, such as a README, may change."""
 
-_POINTER = b"version https://git-lfs"
 _INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
 
 
@@ -94,12 +94,10 @@ def check_files(folder: Path) -> None:
             " (`merge_and_unload` of peft), then give that folder"
         )
     for path in deciding_files(folder):
-        with open(path, "rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
-                raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` there")
+        refuse_pointer(path, "a model's file")
     config = folder / "config.json"
-    if config.exists() and not isinstance(found := read_json(config, "a model's config"), dict):
-        raise UserError(f"{config}: expected a JSON object, found {type(found).__name__}")
+    if config.exists():
+        read_json(config, "a model's config")
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     if ggufs and not config.exists():
         raise UserError(f"{folder} has no config.json but {', '.join(ggufs[:3])}; give one such file as the model")

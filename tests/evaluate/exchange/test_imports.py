@@ -100,6 +100,12 @@ def test_a_threshold_that_training_never_set_keeps_every_positive_latent(tmp_pat
         assert_same(of_saelens(tmp_path / "sae", rows())[0], theirs.encode(torch.tensor(rows())).numpy())
 
 
+def test_a_pointer_in_place_of_a_dictionary_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ae.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=r"expected a state_dict at .*ae\.pt, found a Git-LFS pointer"):
+        import_sae(tmp_path / "ae.pt", tmp_path / "sae")
+
+
 def test_the_hook_point_of_an_import(tmp_path: Path) -> None:
     def hook(**trainer: Any) -> Any:
         source = library_folder(tmp_path / str(len(list(tmp_path.iterdir()))), "AutoEncoder", **trainer)

@@ -12,6 +12,7 @@ import pytest
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import jsonl_records, read_json, read_jsonl, read_toml
 from hafs_jax.base.foreign import open_npy, read_npz, reading
+from hafs_jax.saelens_files import read_safetensors
 from tests.support.fuzz import cases, damaged
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -102,6 +103,13 @@ def test_a_bug_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
         {}["a"]
     with pytest.raises(UserError, match=r"expected a file at .*, found a folder"), reading(tmp_path, "a file"):
         raise OSError
+
+
+def test_a_pointer_in_place_of_weights_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "sae_weights.safetensors"
+    path.write_text(POINTER)
+    with pytest.raises(UserError, match=r"expected a safetensors file at .*, found a Git-LFS pointer"):
+        read_safetensors(path, "weights")
 
 
 def test_archives_and_arrays_are_told_apart(tmp_path: Path) -> None:
