@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -308,8 +309,14 @@ _coherence = jax.jit(coherence, static_argnames="most")
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """While inside, SIGTERM and SIGINT append their number to the list instead of ending the process."""
+    """While inside, SIGTERM and SIGINT append their number to the list instead of ending the process.
+
+    Python lets only the main thread do so: a training in another thread ends as the process does.
+    """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
     numbers = (signal.SIGTERM, signal.SIGINT)
     previous = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
     try:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,15 @@ def test_logging_does_not_change_training(out: Path, tmp_path: Path) -> None:
     loud = train(small(log_every_steps=1, coherence_every_steps=1), store, tmp_path / "loud")
     assert weights(quiet) == weights(loud)
     assert len(quiet.metrics()) == 1 and len(loud.metrics()) == 200
+
+
+def test_training_in_another_thread_is_the_same(out: Path, tmp_path: Path) -> None:
+    """A server or a notebook trains beside other work: only the main thread may handle signals."""
+    store = out / "tiny" / "store" / "train"
+    runs = [train(dataclasses.replace(small(), tokens=1600), store, tmp_path / "main")]
+    with ThreadPoolExecutor(1) as pool:
+        runs.append(pool.submit(train, dataclasses.replace(small(), tokens=1600), store, tmp_path / "other").result())
+    assert weights(runs[0]) == weights(runs[1])
 
 
 def test_metrics_hold_what_the_report_reads(out: Path, tmp_path: Path) -> None:
