@@ -115,13 +115,14 @@ class ArrayRows:
         Raises `UserError` naming the first row that is not finite or whose values are too large for `dtype`.
         """
         pieces = self.pieces(start, stop, digest)
-        with np.errstate(over="ignore"):  # a float64 that is too large becomes infinity, which is found below
+        with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are found below
             acts_ND = np.concatenate([piece.astype(np.float32) for piece in pieces])
         kept_ND, norm_N, is_finite_N = convert_rows(acts_ND, dtype)
         if is_finite_N.all():
             return kept_ND, norm_N
         bad = int(np.argmin(is_finite_N))
-        values_D = np.concatenate([piece.astype(np.float64) for piece in pieces])[bad]
+        with np.errstate(invalid="ignore"):
+            values_D = np.concatenate([piece.astype(np.float64) for piece in pieces])[bad]
         if np.isfinite(values_D).all():
             column = int(np.argmax(np.abs(values_D)))
             mend = "say --dtype bfloat16" if dtype == "float16" else "scale the activations down"

@@ -58,7 +58,8 @@ def spill_record(kinds: Sequence[tuple[int, str]]) -> np.dtype:
 
 def convert_rows(acts_ND: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """float32 rows in DISK_DTYPES[dtype], [N, D]; the norms [N] of the result; and whether each row is finite, [N]."""
-    kept_ND = from_float32(acts_ND, dtype)
+    with np.errstate(invalid="ignore"):
+        kept_ND = from_float32(acts_ND, dtype)
     norm_N = norms(kept_ND, dtype)
     return kept_ND, norm_N, np.isfinite(norm_N)
 
@@ -66,9 +67,10 @@ def convert_rows(acts_ND: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarra
 def norms(kept_ND: np.ndarray, dtype: str) -> np.ndarray:
     """The norms [N] float64 of rows in DISK_DTYPES[dtype]. A norm is finite exactly where all values of its row are."""
     norm_N = np.empty(len(kept_ND))
-    for start in range(0, len(kept_ND), _ROWS_AT_ONCE):
-        values = to_float32(kept_ND[start : start + _ROWS_AT_ONCE], dtype).astype(np.float64)
-        norm_N[start : start + _ROWS_AT_ONCE] = np.sqrt(np.einsum("nd,nd->n", values, values))
+    with np.errstate(invalid="ignore"):  # a signalling NaN; the row's norm is then not finite
+        for start in range(0, len(kept_ND), _ROWS_AT_ONCE):
+            values = to_float32(kept_ND[start : start + _ROWS_AT_ONCE], dtype).astype(np.float64)
+            norm_N[start : start + _ROWS_AT_ONCE] = np.sqrt(np.einsum("nd,nd->n", values, values))
     return norm_N
 
 

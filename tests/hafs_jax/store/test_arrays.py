@@ -1,9 +1,11 @@
 """Stores made of arrays: every row once, leading back to its file, aligned with its target, whatever befalls."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from hafs_jax.store.manifest import read_manifest
 from hafs_jax.store.reader import Store, check_aligned
 from hafs_jax.store.shuffle import shuffle_keys
 from hafs_jax.store.verify import verify
+from tests.support.fuzz import cases, damaged
 
 D, TARGET_D, SIZES = 5, 3, (23, 42, 31)
 N = sum(SIZES)
@@ -354,6 +357,33 @@ def test_bfloat16_and_tensors(tmp_path: Path) -> None:
         write_array_store(tmp_path / "p", Tensor(None))  # type: ignore[arg-type]
     made = [write_array_store(tmp_path / name, each) for name, each in (("t", Tensor(acts)), ("n", acts))]  # type: ignore[arg-type]
     assert len({read_manifest(each["train"]).fingerprint for each in made}) == 1
+
+
+def test_any_file_of_activations_is_read_or_refused(tmp_path: Path) -> None:
+    rng, path, read = random.Random(0), tmp_path / "a.npy", 0
+    whole = []
+    for values in (
+        np.arange(24, dtype=np.float32).reshape(4, 6),
+        np.ones((2, 3, 5), np.float16),
+        np.asfortranarray(np.ones((4, 3))),
+    ):
+        np.save(path, values)
+        whole.append(path.read_bytes())
+    count = cases(200)
+    for case in range(count):
+        data = damaged(rng.choice(whole), rng)
+        path.write_bytes(data)
+        try:
+            rows = npy.ArrayRows(path)
+            for _, start, stop in rows.blocks():
+                kept, norm = rows.convert(start, stop, rows.dtype, hashlib.sha256())
+                assert kept.shape == (stop - start, rows.d_model) and np.isfinite(norm).all()
+            read += 1
+        except UserError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+        except BaseException as error:
+            raise AssertionError(f"case {case}: {data[:200]!r}") from error
+    assert 0 < read < count
 
 
 def test_the_same_command_does_nothing_and_another_is_refused_unless_forced(files: list[Path], tmp_path: Path) -> None:
