@@ -15,6 +15,7 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.architectures import ARCHITECTURES, OperatingPoint
 from hafs_jax.method.sae import SAE, InputScale
+from hafs_jax.ops.devices import check_devices
 from hafs_jax.ops.products import Params
 from hafs_jax.runs import Run
 from hafs_jax.saelens_format import fold
@@ -123,10 +124,11 @@ class TrainedSAE:
 def load(run_folder: Path | str, which: str = "last") -> TrainedSAE:
     """The SAE of a run: its `last` checkpoint, or the `best` on held-out rows.
 
-    Raises `UserError` where the folder holds no such checkpoint. A run that has not finished needs its store, too.
+    Raises `UserError` where the folder holds no such checkpoint.
     """
     if which not in ("last", "best"):
         raise UserError(f"which={which!r}: expected last or best")
+    check_devices()
     run = Run(Path(run_folder))
     config, (d_model, d_out) = run.config(), run.widths()
     state, scale = load_checkpoint(run.best if which == "best" else run.checkpoints, config, d_model, d_out)

@@ -171,8 +171,9 @@ def _train(parsed: argparse.Namespace) -> None:
         run = train(config, store, runs, parsed.force, parsed.target)
     summary, final = run.summary(), run.summary().final
     print(
-        f"{run.name}: FVU {final['fvu_ema']:.4f}, L0 {final['l0']:.1f}, dead {final['dead_fraction']:.1%}, "
-        f"coherence {final['coherence_mean']:.3f} mean {final['coherence_max']:.3f} max, "
+        f"{run.name}: FVU {_figure(final['fvu_ema'], '.4f')}, L0 {_figure(final['l0'], '.1f')}, "
+        f"dead {_figure(final['dead_fraction'], '.1%')}, coherence {_figure(final['coherence_mean'], '.3f')} mean "
+        f"{_figure(final['coherence_max'], '.3f')} max, "
         f"{summary.seconds:.0f} s -> {run.folder}"
     )
     if summary.stopped_early:
@@ -213,6 +214,11 @@ def _trained(configs: list[TrainConfig], stores: Any, runs: Path, parsed: argpar
         print(f"error: {failure}", file=sys.stderr)
     if failures:
         raise SystemExit(1)
+
+
+def _figure(value: float | None, form: str) -> str:
+    """The figure in words; None stands for one that is not finite, such as the coherence of a single latent."""
+    return "not finite" if value is None else format(value, form)
 
 
 def _cell(value: Any) -> str:
@@ -268,12 +274,14 @@ def _stops() -> Iterator[None]:
 
 
 def _tau(parsed: argparse.Namespace) -> None:
-    from hafs_jax.runs import Run
+    from hafs_jax.runs import Run, final_fvu
 
+    if not 0 < parsed.factor < float("inf"):
+        raise UserError(f"--factor {parsed.factor}: expected a finite number above 0")
     summary = Run(parsed.baseline).summary()
     if summary.variant != "baseline":
         raise UserError(f"{parsed.baseline}: expected a baseline run, found variant {summary.variant!r}")
-    print(parsed.factor * summary.final["fvu_ema"])
+    print(parsed.factor * final_fvu(Run(parsed.baseline)))
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
@@ -294,7 +302,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
     last = metrics[-1]
     print(f"step {last['step']} of {config.steps}, {last['seconds']:.0f} s, {last['tokens_per_second']:,.0f} rows/s")
     for name, value in last.items():
-        print(f"  {name:22s} {value if value is None else format(value, '.6g')}")
+        print(f"  {name:22s} {_figure(value, '.6g')}")
     for verdict, said in health(config, metrics):
         print(f"  {'ok  ' if verdict else 'LOOK'} {said}")
 

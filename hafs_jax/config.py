@@ -232,7 +232,7 @@ class SparsityConfig:
         0.5, "fraction of training after which dead latents are not resampled", least=0, most=1
     )
     dead_after_tokens: int = option(
-        100_000, "a latent is dead once it has not fired for this many activation rows", least=1
+        100_000, "a latent is dead once it has not fired for this many activation rows", least=1, most=2**40
     )
     threshold_decay: float = option(
         0.99,
@@ -290,9 +290,12 @@ class TrainConfig:
 
     variant: str = option("baseline", "the preset that this run's penalty came from")
     seed: int = option(
-        0, "seed of the weights, the penalty's chunks and, unless data_seed is given, the data order", least=0
+        0,
+        "seed of the weights, the penalty's chunks and, unless data_seed is given, the data order",
+        least=0,
+        most=2**63 - 1,
     )
-    data_seed: int | None = option(None, "seed of the data order; none: `seed`", least=0)
+    data_seed: int | None = option(None, "seed of the data order; none: `seed`", least=0, most=2**63 - 1)
     frozen: str = option(
         "nothing",
         "parameters that never train. decoder: W_dec; everything: all of them, though thresholds and the encoder's "
@@ -300,7 +303,10 @@ class TrainConfig:
         ("nothing", "decoder", "everything"),
     )
     tokens: int | None = option(
-        None, "activation rows to train on, repeats included; none: passes x the rows of the store", least=1
+        None,
+        "activation rows to train on, repeats included; none: passes x the rows of the store",
+        least=1,
+        most=2**40,
     )
     passes: float = option(1.4, "passes over the store, if tokens is none", above=0)
     batch_size: int = option(1024, "B, activation rows per step", least=1)

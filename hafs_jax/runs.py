@@ -1,6 +1,6 @@
 """A run's folder: its files, its name, and the only code that reads and writes them. No JAX.
 
-config.json      the resolved config, the store that the run trains on and the store's fingerprint; written first
+config.json      the resolved config, the store that the run trains on and what its manifest says; written first
 metrics.jsonl    one object per logged step
 tensorboard/     TensorBoard events, where they were asked for
 wandb/           Weights & Biases' own files, and in wandb.json its id of the run, where it was asked for
@@ -8,21 +8,28 @@ checkpoints/     Orbax's, the last two
 best/            the checkpoint of the best held-out FVU, where that is measured
 run.json         a `RunSummary`; written last, when training has finished
 sae/             the SAELens folder, once the run has been exported
+
+Beside it lie the file .<name>.lock, while a training is at work, and .<name>.old, while `--force` removes that folder.
 """
 
 import dataclasses
 import itertools
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, read_jsonl, write_json, write_text
+from hafs_jax.base.files import read_json, read_jsonl, write_figures, write_json, write_text
 from hafs_jax.base.options import did_you_mean, from_dict, to_dict
+from hafs_jax.base.places import locked
 from hafs_jax.config import TrainConfig, arm_name
 from hafs_jax.presets import preset
-from hafs_jax.store.manifest import read_manifest
+from hafs_jax.store.manifest import Manifest, read_manifest
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,38 @@ class Run:
     def finished(self) -> bool:
         return self.result_path.exists()
 
+    def begun(self) -> bool:
+        """Whether anything was trained: a step is logged or saved. If not, another config may have the folder."""
+        saved = self.checkpoints.is_dir() and any(path.name.isdigit() for path in self.checkpoints.iterdir())
+        logged = self.metrics_path.exists() and self.metrics_path.stat().st_size > 0
+        return saved or logged or self.finished()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Locks the run for a training in this process; `UserError` where another one is at work on it."""
+        with locked(self.folder.parent, "training", f".{self.folder.name}.lock", self.folder):
+            self._remove_leftovers()
+            yield
+
+    def remove(self) -> None:
+        """Removes the folder. It loses its name first, so that a kill leaves no half of it under that name.
+
+        Only for who has locked the run.
+        """
+        if self.folder.is_symlink():
+            self.folder.unlink()
+        elif self.folder.exists():
+            self.folder.rename(self._being_removed)
+            self._remove_leftovers()
+
+    @property
+    def _being_removed(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.old")
+
+    def _remove_leftovers(self) -> None:
+        if self._being_removed.exists():
+            shutil.rmtree(self._being_removed)
+
     def result(self) -> dict[str, Any]:
         """run.json as it stands there; `UserError` where the run has not finished."""
         return read_json(self.result_path, "a finished run's run.json")
@@ -139,11 +178,28 @@ class Run:
         return record
 
     def store_record(self) -> dict[str, Any]:
-        """{"folder", "fingerprint"} of the store that the run trains on, and of a transcoder's "target" likewise.
+        """{"folder", "fingerprint", "manifest"} of the store that the run trains on, and of a transcoder's "target".
 
-        Folders are relative to the run's.
+        Folders are relative to the run's. The manifest is as `store_record` leaves it; earlier versions have none.
         """
         return self.record()["store"]
+
+    def manifests(self) -> tuple[Manifest, Manifest | None]:
+        """What is known of the run's store, and of a transcoder's target's, without shards, checksums and mean.
+
+        It is recorded in config.json. For a run of an earlier version it is read from the store, and `UserError` says
+        where the store is expected.
+        """
+        record = self.store_record()
+        return self._manifest(record), self._manifest(record["target"]) if "target" in record else None
+
+    def _manifest(self, record: dict[str, Any]) -> Manifest:
+        if "manifest" in record:
+            return from_dict(Manifest, record["manifest"], f"{self.config_path}: store")
+        folder = self.folder / record["folder"]
+        if not folder.exists():  # a folder above the run's is a link
+            folder = Path(os.path.normpath(self.folder.absolute() / record["folder"]))
+        return read_manifest(folder)
 
     @property
     def is_transcoder(self) -> bool:
@@ -151,13 +207,12 @@ class Run:
         return "target" in self.store_record()
 
     def widths(self) -> tuple[int, int]:
-        """D of the rows that are encoded and of those that are reconstructed. Needs the stores before run.json."""
+        """D of the rows that are encoded and of those that are reconstructed."""
         result = self.result() if self.finished() else {}
         if "d_model" in result and "d_out" in result:
             return result["d_model"], result["d_out"]
-        store = self.store_record()
-        source, target = (read_manifest(self.folder / of["folder"]) for of in (store, store.get("target", store)))
-        return source.d_model, target.d_model
+        source, target = self.manifests()
+        return source.d_model, (target or source).d_model
 
     def write_config(self, config: TrainConfig, store: dict[str, Any]) -> None:
         names = {"variant": config.variant, "architecture": config.sae.architecture, "seed": config.seed}
@@ -165,7 +220,7 @@ class Run:
 
     def write_result(self, summary: RunSummary) -> None:
         """Writes run.json: the run has finished."""
-        write_json(self.result_path, dataclasses.asdict(summary))
+        write_figures(self.result_path, dataclasses.asdict(summary))
 
     def check_same(self, config: TrainConfig, store: dict[str, Any]) -> None:
         """Raises `UserError` naming the first difference where the folder's run has another config or store."""
@@ -203,13 +258,23 @@ class Run:
 
 def all_runs(folder: Path) -> list[Run]:
     """The runs in `folder`, by name, finished or not."""
-    found = [Run(path) for path in sorted(folder.glob("*")) if path.is_dir()]
+    found = [Run(path) for path in sorted(folder.glob("[!.]*")) if path.is_dir()]
     return [run for run in found if run.config_path.exists() or run.finished()]
 
 
 def finished_runs(folder: Path) -> list[Run]:
     """The runs in `folder` that have finished, by name."""
     return [run for run in all_runs(folder) if run.finished()]
+
+
+def store_record(folder: Path, manifest: Manifest, run: Run) -> dict[str, Any]:
+    """What the run's config.json says of a store: where it lies, which it is, and its manifest without what is long."""
+    relative = os.path.relpath(folder, run.folder)
+    here = run.folder.parent.resolve() / run.folder.name
+    if not Path(os.path.normpath(here / relative)).exists():  # a folder above the run's is a link
+        relative = os.path.relpath(folder.resolve(), here)
+    described = replace(manifest, shards=(), files_sha256={}, mean=())
+    return {"folder": relative, "fingerprint": manifest.fingerprint, "manifest": to_dict(described)}
 
 
 _NOT_IDENTITY = ("arm", "tensorboard", "wandb")  # a name, and where metrics are shown
@@ -259,7 +324,15 @@ def baseline_tau(runs: Path, config: TrainConfig, fingerprint: str) -> tuple[flo
         raise UserError(f"{remedy}; {run.folder} has {difference[0]}={difference[1]}, this run {difference[2]}")
     if run.store_record()["fingerprint"] != fingerprint:
         raise UserError(f"{remedy}; {run.folder} was trained on another store")
-    return config.penalty.tau_factor * run.summary().final["fvu_ema"], run.folder.name
+    return config.penalty.tau_factor * final_fvu(run), run.folder.name
+
+
+def final_fvu(run: Run) -> float:
+    """The final FVU (moving average) of a finished run; `UserError` where it is not finite."""
+    found = run.summary().final.get("fvu_ema")
+    if found is None:
+        raise UserError(f"{run.result_path}: expected a final fvu_ema, found null (it was not finite); train it again")
+    return float(found)
 
 
 def _first_difference(old: Any, new: Any, prefix: str = "") -> tuple[str, Any, Any] | None:

@@ -23,7 +23,6 @@ from hafs_jax.saelens_format import (
     saelens_name,
     saelens_tensors,
 )
-from hafs_jax.store.manifest import read_manifest
 
 __all__ = [
     "AT_RUN_TIME",
@@ -53,15 +52,13 @@ def export_saelens(run_folder: Path | str) -> Path:
     - of a jumprelu threshold [F]: batchtopk and matryoshka repeat their one threshold;
     - of a gated b_gate, b_mag and r_mag [F], and no b_enc.
 
-    cfg.json is written last. Raises `UserError` where the run has not finished or its store is gone, and its subclass
+    cfg.json is written last. Raises `UserError` where the run has not finished, and its subclass
     `NoSAELensForm` where SAELens has no form for it, as for a topk or gated transcoder.
     """
     run = Run(Path(run_folder))
     summary, config = run.summary(), run.config()
     kind = saelens_name(config.sae.architecture, config.sae.transcode, str(run.folder))
-    stores = run.store_record()
-    manifest = read_manifest(run.folder / stores["folder"])
-    target = read_manifest(run.folder / stores["target"]["folder"]) if config.sae.transcode else None
+    manifest, target = run.manifests()
     sae = load(run.folder)
     metadata = {
         "variant": config.variant,

@@ -71,7 +71,14 @@ def evaluate_parser() -> Parser:
         "--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that have finished]"
     )
     skippable = [stage.name for stage in STAGES.values() if stage.can_be_skipped and not stage.modes]
-    parser.add_argument("--skip", nargs="+", default=[], choices=skippable, help="stages to leave out [none]")
+    parser.add_argument(
+        "--skip",
+        nargs="+",
+        action="extend",
+        default=[],
+        choices=skippable,
+        help="stages to leave out; given twice, those of both [none]",
+    )
     parser.add_argument(
         "--sae", type=Path, metavar="SOURCE", help="measure this SAE of another library instead of runs"
     )

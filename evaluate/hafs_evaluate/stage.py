@@ -26,7 +26,7 @@ from hafs_evaluate.workspace import (
 )
 from hafs_extract.hub import go_offline, hub_problem
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import write_json
+from hafs_jax.base.files import write_figures, write_json
 from hafs_jax.base.options import to_dict
 from hafs_jax.store.manifest import Manifest
 from hafs_jax.store.reader import Store
@@ -219,7 +219,7 @@ class Evaluation:
         with self.timed(stage.name):
             values = compute(self)
         if values is not None and values != read_result(path):
-            write_json(path, values)
+            write_figures(path, values)
         if stage.line and values:
             self.say(f"{stage.name}: {stage.line(values)}")
 
@@ -259,7 +259,7 @@ class Evaluation:
         stage = job.stage
         if values is not None:
             values = _identified(values, job)
-            write_json(job.path, values)
+            write_figures(job.path, values)
         self._done(job.run.name, {stage.name: job.mark, **dict.fromkeys(stage.replaces)})
         said = stage.line(values) if stage.line and values else f"{stage.name} done"
         self.say(f"{job.run.name}: {said}")
@@ -268,7 +268,7 @@ class Evaluation:
         with self.timed(f"{stage.name}/{LANGUAGE_MODEL}"):
             values = llm.compute(self, shared)
             if values is not None:
-                write_json(self.workspace.result(LANGUAGE_MODEL, stage.file), values)
+                write_figures(self.workspace.result(LANGUAGE_MODEL, stage.file), values)
         self._done(LANGUAGE_MODEL, {stage.name: mark})
 
     def _is_done(self, owner: str, stage: Stage, mark: str, other_files: Sequence[str] = ()) -> bool:

@@ -6,8 +6,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
-"""The errors of writing that a user can correct."""
+_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
+}
+"""The errors of reading and writing that a user can correct."""
 
 
 class UserError(Exception):
@@ -16,11 +19,21 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a `UserError` into one line on stderr and exit code 2; any other exception is our bug and passes."""
+    """Turns a `UserError` into one line on stderr and exit code 2; any other exception is our bug and passes.
+
+    So is what the disk refuses of a named file: a file where a folder is expected, a name that is too long, no space.
+    """
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _DISK or error.filename is None:
+            raise
+        path = str(error.filename)
+        shown = path if len(path) <= 300 else f"{path[:140]}...{path[-140:]}"
+        print(f"error: {shown}: {error.strerror}; put that right, or give another path", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,28 @@ def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_figures(path: Path, values: dict[str, Any]) -> None:
+    """`write_json` of measured figures: one that is not finite becomes null, and `not_finite` says what it was.
+
+    That key is added at the top only where there is such a figure: {"final.coherence_max": "-inf"}.
+    """
+    plain, odd = finite(values)
+    write_json(path, plain | {"not_finite": odd} if odd else plain)
+
+
+def finite(value: Any, place: str = "") -> tuple[Any, dict[str, str]]:
+    """The JSON value with None for each number that is not finite, and what these were by their dotted places."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, {place: str(value)}
+    if not isinstance(value, (dict, list, tuple)):
+        return value, {}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found = {key: finite(item, f"{place}.{key}" if place else str(key)) for key, item in items}
+    odd = {where: text for _, inner in found.values() for where, text in inner.items()}
+    plain = {key: item for key, (item, _) in found.items()}
+    return plain if isinstance(value, dict) else list(plain.values()), odd
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from hafs_jax.base.errors import UserError
 
 C = TypeVar("C")
 Number = int | float
+_MOST = 2**31 - 1  # of a whole number whose option has no `most`: arrays count with 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,8 @@ def option(
 def check(config: Any, prefix: str = "") -> None:
     """Raises `UserError` for the first field of `config` whose value its `option` does not allow.
 
-    NaN and infinity are refused everywhere, since JSON has neither. `prefix` stands before the field's name in the
+    NaN and infinity are refused everywhere, since JSON has neither, and whole numbers above 2^31 - 1 where the option
+    has no `most`, since arrays count with 32 bits. `prefix` stands before the field's name in the
     message: `check(self, "sae.")` says "sae.k=0: expected at least 1".
     """
     hints = typing.get_type_hints(type(config))
@@ -97,9 +99,12 @@ def check(config: Any, prefix: str = "") -> None:
                 raise UserError(f"{found}: expected one of {', '.join(choices)}{did_you_mean(value, choices)}")
             wanted = str(bounds)
             if not wanted or (isinstance(value, numbers.Real) and value in bounds):
-                if not isinstance(value, float) or math.isfinite(value):
+                if isinstance(value, int) and bounds.most is None and abs(value) > _MOST:
+                    wanted = f"at most {_number(_MOST)}"
+                elif isinstance(value, float) and not math.isfinite(value):
+                    wanted = "a finite number"
+                else:
                     continue
-                wanted = "a finite number"
             raise UserError(f"{found}: expected {wanted}{', or none' if is_optional else ''}")
 
 
@@ -135,8 +140,12 @@ def from_dict(cls: type[C], values: Any, where: str) -> C:
 
 
 def did_you_mean(word: Any, known: Any) -> str:
-    """The end of an error message that suggests the nearest of `known`; empty where nothing is near."""
-    near = difflib.get_close_matches(str(word), [str(item) for item in known], n=1)
+    """The end of an error message that suggests the nearest of `known`; empty where nothing is near.
+
+    It is empty too where the word itself is known, and something else is wrong with it.
+    """
+    names = [str(item) for item in known]
+    near = [] if str(word) in names else difflib.get_close_matches(str(word), names, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

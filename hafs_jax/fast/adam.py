@@ -19,6 +19,7 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import did_you_mean
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.plan import Plan
+from hafs_jax.method.latent_axes import latent_axis
 from hafs_jax.method.sae import unit_rows
 from hafs_jax.ops.products import Params
 
@@ -45,6 +46,46 @@ def optimizer(config: TrainConfig, d_out: int) -> optax.GradientTransformation:
     if settings.clip_norm is None:
         return update
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm / d_out), update)
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Raises `UserError` where the optimizer cannot do what a step asks of it: an update from gradients alone.
+
+    Some of optax's need more, such as the loss (`lbfgs`, `polyak_sgd`), or keep arrays that are not of the parameters'
+    shapes (`adafactor`). It is tried on a few numbers.
+    """
+    name = config.optimizer.name
+    if name == "adam":  # `update` has a form of its own for it
+        return
+    params = {"W_enc": jnp.ones((3, 5)), "W_dec": jnp.ones((5, 3)), "b_enc": jnp.ones(5)}
+
+    def refuse(reason: str) -> UserError:
+        return UserError(
+            f"optimizer.name={name}: expected an optimizer of optax that updates from gradients and a learning rate "
+            f"alone, found that {reason}; choose another, such as adam, adamw, lion or sgd"
+        )
+
+    try:
+        made = optimizer(config, 3)
+        before = made.init(params)
+        changes, after = made.update(jax.tree.map(lambda value: 0.1 * value, params), before, params)
+        same = jax.tree.map(_kind, (params, before)) == jax.tree.map(_kind, (changes, after))
+    except UserError:
+        raise
+    except Exception as error:  # another package's code, with arguments that it may not take
+        raise refuse(f"it fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from error
+    if not same:
+        raise refuse("its update changes shapes or dtypes")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(before):
+        axis, shape = latent_axis(path), jnp.shape(leaf)
+        if shape not in {(), *map(jnp.shape, params.values())} or (axis is not None and len(shape) <= axis):
+            raise refuse(f"it keeps an array of shape {shape}, which is no parameter's")
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(changes)):
+        raise refuse("its update is not finite")
+
+
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    return jnp.shape(leaf), jnp.result_type(leaf)
 
 
 def update(

@@ -20,6 +20,17 @@ from hafs_jax.training.step import Batch
 _ROWS_AT_ONCE = 2048
 
 
+def heldout_rows(config: TrainConfig, stores: Any, rows: int | None = None) -> tuple[np.ndarray, ...]:
+    """The held-out rows that the config measures on, or the first `rows`; `UserError` where there are none."""
+    found: tuple[np.ndarray, ...] | None = stores.heldout(config.heldout_rows if rows is None else rows)
+    if found is None:
+        raise UserError(
+            f"evaluate_every_steps={config.evaluate_every_steps}: expected a held-out store beside "
+            f"{stores.train.folder}, found none; extract one, or leave --evaluate-every-steps out"
+        )
+    return found
+
+
 class Heldout:
     """One run's held-out measurements. `best` is {"step", "heldout_fvu"} of the best one, None before the first."""
 
@@ -32,12 +43,7 @@ class Heldout:
         self.best: dict[str, Any] | None = None
         if not config.evaluate_every_steps:
             return
-        self._rows = stores.heldout(config.heldout_rows)
-        if self._rows is None:
-            raise UserError(
-                f"evaluate_every_steps={config.evaluate_every_steps}: expected a held-out store beside "
-                f"{stores.train.folder}, found none; extract one, or leave --evaluate-every-steps out"
-            )
+        self._rows = heldout_rows(config, stores)
         for record in run.metrics():
             if record["step"] <= step and "heldout_fvu" in record:
                 self._note(record["step"], record["heldout_fvu"])

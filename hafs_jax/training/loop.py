@@ -33,7 +33,7 @@ from hafs_jax.training.state import (
     TrainState,
     hyperparameters,
     init_state,
-    make_mesh,
+    mesh_for,
     shared_config,
     state_of,
     state_shardings,
@@ -111,10 +111,7 @@ class _Fit:
         self.members, self.stores, self.folder, self.how = members, stores, folder, TOGETHER[together]
         self.on_metrics, self.progress = on_metrics, progress
         self.config = shared_config(members[0].config)
-        self.mesh = make_mesh(self.config.dictionary_shards)
-        data = self.mesh.shape["data"]
-        if self.config.batch_size % data:
-            raise UserError(f"batch_size={self.config.batch_size}: expected a multiple of the {data} data shards")
+        self.mesh = mesh_for(self.config)
         seed = members[0].config.seed if self.config.data_seed is None else self.config.data_seed
         self.batches = Batches(stores.train, self.config.batch_size, seed, stores.target)
         self.failed: dict[int, str] = {}

@@ -9,6 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -34,6 +35,17 @@ OnRunMetrics = Callable[[str, int, Values], object]
 """What `sweep` calls with the run's name, the step and its values, on each logged step of each run."""
 
 
+SINKS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+"""The package that each sink of a config needs. The extra that installs it has the sink's name."""
+
+
+def check_sinks(config: TrainConfig) -> None:
+    """Raises `UserError` where the package of a sink that the config asks for is not installed."""
+    for sink, package in SINKS.items():
+        if getattr(config, sink) not in (False, None) and find_spec(package) is None:
+            raise UserError(f"--{sink} needs the package {package}: pip install 'hafs-jax[{sink}]'")
+
+
 class RunLog:
     """Writes one line per logged step, and gives it to the sinks; on resume it drops the lines past the checkpoint.
 
@@ -42,6 +54,7 @@ class RunLog:
     """
 
     def __init__(self, run: Run, config: TrainConfig, start: int, on_metrics: OnRunMetrics | None = None) -> None:
+        check_sinks(config)
         kept = run.drop_metrics(after=start)
         self._batch_size, self._name = config.batch_size, run.name
         self._seconds = kept[-1]["seconds"] if kept else 0.0
@@ -67,7 +80,8 @@ class RunLog:
         now = self.seconds
         since = now - (self.last.get("seconds", 0.0) if self.last else 0.0)
         rows = (step - int(self.last.get("step", 0))) * self._batch_size
-        record.update(extra, tokens=step * self._batch_size, seconds=now, tokens_per_second=rows / max(since, 1e-9))
+        record |= {name: _number(np.float64(value)) for name, value in extra.items()}
+        record.update(tokens=step * self._batch_size, seconds=now, tokens_per_second=rows / max(since, 1e-9))
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         self.last = record
@@ -94,12 +108,8 @@ class _TensorBoard:
     """Events in the run's folder `tensorboard`."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "--tensorboard needs the package tensorboardX: pip install 'hafs-jax[tensorboard]'"
-            ) from None
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(folder))
 
     def write(self, step: int, values: Values) -> None:
@@ -119,10 +129,8 @@ class _Wandb:
     """
 
     def __init__(self, config: TrainConfig, run: Run) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb needs the package wandb: pip install 'hafs-jax[wandb]'") from None
+        import wandb
+
         noted = run.folder / "wandb.json"
         if not noted.exists():
             write_json(noted, {"id": secrets.token_hex(4)})

@@ -124,6 +124,20 @@ def state_of(config: TrainConfig, params: Params, key: Key[Array, ""], hyper: Hy
     )
 
 
+def mesh_for(config: TrainConfig) -> Mesh:
+    """The mesh of a training; `UserError` where the devices do not divide the batch or the latents."""
+    mesh = make_mesh(config.dictionary_shards)
+    data, shards = mesh.shape["data"], mesh.shape["dictionary"]
+    if config.batch_size % data:
+        raise UserError(f"batch_size={config.batch_size}: expected a multiple of the {data} data shards")
+    if config.sae.F % shards:
+        raise UserError(
+            f"sae.n_latents={config.sae.F}: expected a multiple of the {shards} dictionary shards; set --sae.n-latents "
+            f"{-(-config.sae.F // shards) * shards}, or another --dictionary-shards"
+        )
+    return mesh
+
+
 def make_mesh(dictionary_shards: int) -> Mesh:
     """A mesh of all devices, `dictionary_shards` of them along the latents, the rest along the batch."""
     devices = jax.device_count()

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from hafs_jax.base.options import to_dict
 from hafs_jax.config import PenaltyConfig, TrainConfig, axes_tag
 from hafs_jax.fast.plan import target
 from hafs_jax.method.architectures import ARCHITECTURES
+from hafs_jax.ops.devices import check_devices
 from hafs_jax.runs import Run, identity
 from hafs_jax.training.budget import check_memory
 from hafs_jax.training.loop import Member, Stores, fit
 from hafs_jax.training.runlog import OnRunMetrics
 from hafs_jax.training.state import shared_config
-from hafs_jax.training.train import describe, prepare, resolve
+from hafs_jax.training.train import describe, locked_unless_finished, prepare, resolve
 
 LOG = logging.getLogger(__name__)
 
@@ -136,6 +138,24 @@ def sweep(
                 f"the grid's {other} and {name} train the same SAE{why}; expected axes that change it, each value once "
                 "(`;` joins grids of other axes)"
             )
+    check_devices()
+    with ExitStack() as locks:
+        for config in configs:
+            locks.enter_context(locked_unless_finished(config, runs, force))
+        return _trained(configs, stores, runs, together, force, most, on_metrics, progress)
+
+
+def _trained(
+    configs: list[TrainConfig],
+    stores: Stores,
+    runs: Path,
+    together: str,
+    force: bool,
+    most: int,
+    on_metrics: OnRunMetrics | None,
+    progress: bool | None,
+) -> tuple[list[Run], list[str]]:
+    """The same, of configs that are checked and whose runs are locked."""
     done: list[Run] = []
     failures: list[str] = []
     for gated in (False, True):
@@ -158,7 +178,7 @@ def sweep(
                     failures += fit(part, stores, part[0].run.checkpoints, None, on_metrics, progress)
                 else:
                     failures += fit(part, stores, runs / f".together-{_digest(part)}", together, on_metrics, progress)
-    order = {name: index for index, name in enumerate(names)}
+    order = {config.run_name: index for index, config in enumerate(configs)}
     return sorted(done, key=lambda run: order[run.folder.name]), failures
 
 

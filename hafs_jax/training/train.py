@@ -2,22 +2,31 @@
 
 import dataclasses
 import logging
-import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
+from hafs_jax.fast.adam import check_optimizer
 from hafs_jax.fast.plan import resolve_products, this_machine
 from hafs_jax.method.penalties import PENALTIES
-from hafs_jax.runs import Run, baseline_tau
+from hafs_jax.ops.devices import check_devices
+from hafs_jax.runs import Run, baseline_tau, store_record
 from hafs_jax.store.reader import Store
 from hafs_jax.training.budget import budget, check_memory
-from hafs_jax.training.loop import Member, Stores, Terminated, TrainingStopped, fit
-from hafs_jax.training.runlog import OnMetrics
+from hafs_jax.training.checkpoint import check_path
+from hafs_jax.training.data import Batches, input_scale
+from hafs_jax.training.heldout import heldout_rows
+from hafs_jax.training.loop import Member, Stores, Terminated, TrainingStopped, first_state, fit
+from hafs_jax.training.runlog import OnMetrics, check_sinks
+from hafs_jax.training.state import hyperparameters, mesh_for
 from hafs_jax.training.step import margin
 
 LOG = logging.getLogger(__name__)
+
+_LONGEST_NAME = 240  # bytes; file systems allow 255, and files beside the run's folder have longer names
 
 __all__ = ["Terminated", "TrainingStopped", "open_stores", "prepare", "resolve", "train"]
 
@@ -30,15 +39,18 @@ def resolve(
     That is what the stores say, the baseline's FVU, and the form of the products, which is chosen for this machine. A
     run that is there already, and is not replaced by `force`, keeps the products that it began with.
     """
+    run = run_of(config, runs)
     notes = []
     if config.tokens is None:
-        config = dataclasses.replace(config, tokens=int(config.passes * len(store)))
+        config = _with_tokens(config, store)
         notes.append(f"{config.passes:g} passes over {len(store):,} rows")
+    if config.steps >= 2**31:
+        raise UserError(f"tokens={config.tokens}: expected fewer than 2^31 steps, found {config.steps:,}")
     if config.sae.n_latents is None:
         F = config.sae.expansion * store.manifest.d_model
         config = dataclasses.replace(config, sae=dataclasses.replace(config.sae, n_latents=F))
     config = dataclasses.replace(config, sae=dataclasses.replace(config.sae, transcode=target is not None))
-    config = dataclasses.replace(config, products=_products(config, Run(runs / config.run_name), force))
+    config = dataclasses.replace(config, products=_products(config, run, force))
     penalty = config.penalty
     if penalty.kind != "none" and PENALTIES[penalty.kind].has_margin and penalty.mu0 is None:
         d_out = (target or store).manifest.d_model
@@ -51,8 +63,29 @@ def resolve(
     return dataclasses.replace(config, penalty=penalty), "; ".join(notes)
 
 
+def _with_tokens(config: TrainConfig, store: Store) -> TrainConfig:
+    """The config with the rows that its passes over the store are; `UserError` where they fill no batch."""
+    tokens = int(config.passes * len(store))
+    if tokens < config.batch_size:
+        raise UserError(
+            f"store {store.folder} holds {len(store)} rows, and passes={config.passes:g} over it are fewer than "
+            f"batch_size={config.batch_size}; extract more rows or set a smaller --batch-size"
+        )
+    return dataclasses.replace(config, tokens=tokens)
+
+
+def run_of(config: TrainConfig, runs: Path) -> Run:
+    """The run of a config in the folder `runs`; `UserError` where its name is too long for a file system."""
+    if (length := len(config.run_name.encode())) > _LONGEST_NAME:
+        raise UserError(
+            f"run name {config.run_name[:40]}...: expected at most {_LONGEST_NAME} bytes, found {length}; choose a "
+            "shorter --tag"
+        )
+    return Run(runs / config.run_name)
+
+
 def _products(config: TrainConfig, run: Run, force: bool) -> str:
-    if config.products == "auto" and run.config_path.exists() and not force:
+    if config.products == "auto" and run.begun() and not force:
         begun_with = run.config().products
         if begun_with != "auto":  # what runs of earlier versions say
             return begun_with
@@ -67,23 +100,49 @@ def open_stores(store: Path, target: Path | None = None) -> Stores:
 def prepare(config: TrainConfig, stores: Stores, runs: Path, force: bool = False) -> tuple[Member, bool]:
     """The run of a resolved config, with its folder and config.json written, and whether it has finished already.
 
-    Raises `UserError` where the folder holds another run, which `force` replaces, or memory does not suffice.
+    Raises `UserError` where the folder holds another run, which `force` replaces, or the training cannot start (see
+    `check_start`). The folder is then as it was. Only for who has locked the run, unless it has finished.
     """
-    run = Run(runs / config.run_name)
-    if force or not run.finished():
-        check_memory(config, stores)  # before the folder holds this config
-    if force and run.folder.exists():
-        shutil.rmtree(run.folder)
-    record: dict[str, Any] = _record(stores.train, run)
+    run = run_of(config, runs)
+    record: dict[str, Any] = store_record(stores.train.folder, stores.train.manifest, run)
     if stores.target is not None:
-        record["target"] = _record(stores.target, run)
-    if run.config_path.exists():
+        record["target"] = store_record(stores.target.folder, stores.target.manifest, run)
+    if run.begun() and not force:
         run.check_same(config, record)
         if run.finished():
             LOG.info(f"{run.folder.name}: already trained ({run.folder}); pass --force to train it again")
             return Member(config, run), True
+    check_start(config, stores, run)
+    if force:
+        run.remove()
     run.write_config(config, record)
     return Member(config, run), False
+
+
+def check_start(config: TrainConfig, stores: Stores, run: Run) -> None:
+    """Raises `UserError` where a training of the resolved config could not start; it writes nothing."""
+    check_path(run.checkpoints)
+    check_sinks(config)
+    check_optimizer(config)
+    mesh_for(config)
+    Batches(stores.train, config.batch_size, 0, stores.target)
+    scale = input_scale(stores.train, stores.target)
+    if config.evaluate_every_steps:
+        heldout_rows(config, stores, rows=1)
+    check_memory(config, stores)
+    if config.init_from is not None:
+        first_state(config, stores, scale, hyperparameters(config))
+
+
+@contextmanager
+def locked_unless_finished(config: TrainConfig, runs: Path, force: bool) -> Iterator[None]:
+    """Locks the config's run, unless it has finished and stays as it is."""
+    run = run_of(config, runs)
+    if run.finished() and not force:
+        yield
+        return
+    with run.locked():
+        yield
 
 
 def train(
@@ -105,17 +164,20 @@ def train(
     last checkpoint, from which the next call goes on. `progress` True shows a progress bar and False hides it; by
     default it is shown where the logger "hafs_jax" takes INFO.
 
-    Raises `UserError` for a config that does not fit the store or the memory and for a folder that holds another run,
+    Raises `UserError` for a config that does not fit the store, the devices or the memory, for a folder that holds
+    another run, and where another process trains this run;
     `Terminated` after SIGTERM or SIGINT (checkpointed), `TrainingStopped` when too many batches were not finite.
     """
+    check_devices()
     stores = open_stores(Path(store_folder), None if target_folder is None else Path(target_folder))
     runs = Path(runs)
-    config, notes = resolve(config, stores.train, runs, stores.target, force)
-    member, finished = prepare(config, stores, runs, force)
-    if not finished:
-        LOG.info(f"{member.run.folder.name}: {describe(config, stores)}" + (f"; {notes}" if notes else ""))
-        call = None if on_metrics is None else (lambda _, step, values: on_metrics(step, values))
-        fit([member], stores, member.run.checkpoints, on_metrics=call, progress=progress)
+    with locked_unless_finished(config, runs, force):
+        config, notes = resolve(config, stores.train, runs, stores.target, force)
+        member, finished = prepare(config, stores, runs, force)
+        if not finished:
+            LOG.info(f"{member.run.folder.name}: {describe(config, stores)}" + (f"; {notes}" if notes else ""))
+            call = None if on_metrics is None else (lambda _, step, values: on_metrics(step, values))
+            fit([member], stores, member.run.checkpoints, on_metrics=call, progress=progress)
     return member.run
 
 
@@ -126,7 +188,3 @@ def describe(config: TrainConfig, stores: Stores, members: int = 1, together: st
         f"{config.sae.architecture} D={stores.train.manifest.d_model}{out} F={config.sae.n_latents} k={config.sae.k}, "
         f"{config.steps} steps x {config.batch_size} rows; memory about {budget(config, stores, members, together)}"
     )
-
-
-def _record(store: Store, run: Run) -> dict[str, Any]:
-    return {"folder": os.path.relpath(store.folder, run.folder), "fingerprint": store.manifest.fingerprint}

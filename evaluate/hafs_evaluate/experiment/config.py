@@ -9,7 +9,14 @@ from hafs_evaluate.experiment.measurements import Cell
 from hafs_jax import config
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_toml
-from hafs_jax.base.options import from_dict, option
+from hafs_jax.base.options import check, from_dict, option
+
+_OWN_FLAGS = {
+    "extract": ("--out", "--profile"),
+    "train": ("--out", "--profile", "--grid", "--arch", "--seed"),
+    "evaluate": ("--out", "--profile", "--runs", "--sae", "--name"),
+}
+"""The flags of each command that an experiment sets itself: one of its own would be overridden without a word."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class ExperimentConfig:
     bootstrap: int = option(10_000, "samples of the hierarchical bootstrap")
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.-]+", self.name):
+        check(self)
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name in (".", ".."):
             raise UserError(f"name={self.name!r}: expected letters, digits and any of _ . -")
         for field in ("arms", "architectures", "ks"):
             values = getattr(self, field)
@@ -54,6 +62,12 @@ class ExperimentConfig:
                 or any(not re.fullmatch(r"[\w.]+=[^,.\s]+(\.\d+)?", axis) for axis in axes)
             ):
                 raise UserError(f"arm {arm!r}: expected a variant and axes of one value, like 'strict lam=0.3'")
+        for field, own in _OWN_FLAGS.items():
+            for flag in getattr(self, field):
+                if flag.split("=")[0] in own:
+                    raise UserError(
+                        f"{field}: expected none of {', '.join(own)}, which the experiment sets; found {flag}"
+                    )
         if self.seeds < 1:
             raise UserError(f"seeds={self.seeds}: expected at least 1")
 

@@ -25,8 +25,9 @@ from hafs_evaluate.experiment.config import ExperimentConfig
 from hafs_evaluate.experiment.measurements import Cell, rows_of
 from hafs_evaluate.workspace import Workspace, open_workspace
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import write_atomic, write_json, write_text
+from hafs_jax.base.files import finite, write_atomic, write_json, write_text
 from hafs_jax.base.log import bar_options
+from hafs_jax.base.places import locked
 from hafs_jax.runs import Run
 
 LOG = logging.getLogger(__name__)
@@ -38,16 +39,17 @@ STAGES = ("extract", "train", "evaluate", "table")
 def run_experiment(config: ExperimentConfig, out: Path, workers: int, stages: Sequence[str] = STAGES) -> Workspace:
     """Runs `stages` of the experiment, `workers` commands at a time, and returns the workspace that holds all of it."""
     root = out / config.name
-    if "extract" in stages:
-        command = ["extract", "--out", str(root), "--profile", config.profile, *config.extract]
-        _command(command, root / "extract.log", cores=None)
-    workspace = open_workspace(root, config.profile)
-    if "train" in stages:
-        train(config, workspace, workers)
-    if "evaluate" in stages:
-        evaluate(config, workspace, workers)
-    if "table" in stages:
-        summarise(config, workspace)
+    with locked(root, "experiment"):
+        if "extract" in stages:
+            command = ["extract", "--out", str(root), "--profile", config.profile, *config.extract]
+            _command(command, root / "extract.log", cores=None)
+        workspace = open_workspace(root, config.profile)
+        if "train" in stages:
+            train(config, workspace, workers)
+        if "evaluate" in stages:
+            evaluate(config, workspace, workers)
+        if "table" in stages:
+            summarise(config, workspace)
     return workspace
 
 
@@ -104,7 +106,7 @@ def summarise(config: ExperimentConfig, workspace: Workspace) -> dict[str, Any]:
     write_atomic(folder / f"{TABLE}.parquet", lambda file: table.to_parquet(file, index=False))
     write_text(folder / f"{TABLE}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     summary = summary_of(rows, config)
-    write_json(folder / SUMMARY, _finite(summary))
+    write_json(folder / SUMMARY, finite(summary)[0])  # one seed gives no finite interval
     return summary
 
 
@@ -177,12 +179,3 @@ def _command(command: list[str], log: Path, cores: set[int] | None) -> None:
     if code:
         last = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()[-1:]
         raise UserError(f"`hafs {command[0]}` failed with exit code {code}: {''.join(last)} (see {log})")
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for numbers that are not finite, which JSON lacks: one seed gives no finite interval."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value

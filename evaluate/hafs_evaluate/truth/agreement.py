@@ -28,7 +28,7 @@ from hafs_evaluate.truth.ground_truth import Truth, load_truth
 from hafs_evaluate.truth.synth_score import RESULT as SYNTHETIC
 from hafs_evaluate.workspace import Workspace, finished_runs, hashed_export, read_result
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import write_json
+from hafs_jax.base.files import write_figures
 from hafs_jax.base.log import bar_options
 
 LOG = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def evaluate_agreement(workspace: Workspace, names: Sequence[str] = ()) -> dict[
         "spearman": {"all": correlations(rows), "trained": correlations(trained), **by_architecture},
         "runs": rows,
     }
-    write_json(workspace.eval / RESULT, values)
+    write_figures(workspace.eval / RESULT, values)
     return values
 
 

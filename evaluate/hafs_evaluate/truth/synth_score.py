@@ -17,7 +17,7 @@ from hafs_evaluate.truth.ground_truth import Truth, load_truth
 from hafs_evaluate.truth.scores import SETTINGS, score_sae
 from hafs_evaluate.workspace import Exported, FinishedRun, Workspace, export, finished_runs, hashed_export, read_result
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import sha256_of, write_json, write_text
+from hafs_jax.base.files import sha256_of, write_figures, write_text
 from hafs_jax.base.log import bar_options
 from hafs_jax.runs import Run
 from hafs_jax.store.reader import Store
@@ -96,7 +96,7 @@ def _result(
     same = all(before.get(name) == value for name, value in marks.items() if name != "run_sha256")
     metrics = before["metrics"] if same else score(exported, store, truth, device)
     result = {**_facts(run), **marks, "metrics": metrics}
-    write_json(path, result)
+    write_figures(path, result)
     return result
 
 

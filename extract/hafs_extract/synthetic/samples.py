@@ -79,9 +79,11 @@ class SyntheticConfig:
     world: str = option(
         "toy-0", "one of the worlds below; toy-0 is for tuning, the other toys are held out", tuple(WORLDS)
     )
-    samples: int = option(1_000_000, "rows of the training store", least=1)
-    heldout_samples: int = option(50_000, "rows of the held-out store, whose coefficients are kept", least=1)
-    seed: int = option(0, "seed of the samples; the features come from the world's own seed", least=0)
+    samples: int = option(1_000_000, "rows of the training store", least=1, most=2**40)
+    heldout_samples: int = option(
+        50_000, "rows of the held-out store, whose coefficients are kept", least=1, most=2**40
+    )
+    seed: int = option(0, "seed of the samples; the features come from the world's own seed", least=0, most=2**63 - 1)
     shard_rows: int = option(65_536, "rows in a shard", least=1)
     device: str = option("cpu", "torch device that draws the samples, which are others on each", ("cpu", "cuda"))
 

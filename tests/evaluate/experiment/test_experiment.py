@@ -11,6 +11,8 @@ import numpy as np
 import pandas
 import pytest
 
+from hafs_evaluate.cli import evaluate_parser
+from hafs_evaluate.experiment import experiment as module
 from hafs_evaluate.experiment.comparisons import _verdict, off_level, summary_of
 from hafs_evaluate.experiment.config import ExperimentConfig, read_experiment, run_name
 from hafs_evaluate.experiment.experiment import run_experiment, summarise
@@ -19,6 +21,7 @@ from hafs_evaluate.results.paired import Difference
 from hafs_evaluate.workspace import Workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
+from hafs_jax.base.places import locked
 from hafs_jax.cli import main
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
@@ -297,4 +300,38 @@ def test_a_whole_small_experiment_runs_resumes_and_reports(tmp_path: Path) -> No
 
 def test_a_failing_command_is_one_line_that_names_its_log(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"`hafs extract` failed with exit code 2: error: .*extract\.log"):
+        run_experiment(ExperimentConfig(name="e", profile="nowhere"), tmp_path, 1)
+
+
+def test_an_experiments_own_stages_to_skip_are_skipped_beside_the_runners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command of the evaluation leaves out what the experiment's file says, and what the runner adds."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(module, "_run_all", lambda given, *_: commands.extend(given.values()))
+    config = ExperimentConfig(name="e", ks=(3,), seeds=2, evaluate=("--skip", "probing", "--heldout-rows", "9"))
+    module.evaluate(config, Workspace(tmp_path / "p"), 1)
+    skipped = [evaluate_parser().parse_args(command[1:]).skip for command in commands]
+    assert skipped == [["probing", "latents", "domains", "across"]] * 2 + [["probing"]]
+    assert evaluate_parser().parse_args([]).skip == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": ".."}, r"name='\.\.': expected letters"),
+        ({"train": ("--seed", "3")}, "train: expected none of .*, which the experiment sets; found --seed"),
+        ({"evaluate": ("--runs=a",)}, "evaluate: expected none of .*; found --runs=a"),
+        ({"fvu_margin": float("nan")}, "fvu_margin=nan: expected a finite number"),
+    ],
+)
+def test_what_an_experiment_may_not_say_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ExperimentConfig(**fields)
+
+
+def test_a_folder_for_a_file_and_a_second_experiment_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"expected an experiment's TOML file at {tmp_path}, found a folder"):
+        read_experiment(tmp_path)
+    with locked(tmp_path / "e", "experiment"), pytest.raises(UserError, match="another experiment is at work in"):
         run_experiment(ExperimentConfig(name="e", profile="nowhere"), tmp_path, 1)

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from hafs_jax.base.errors import UserError, one_line_errors
-from hafs_jax.base.files import read_json, read_jsonl, write_atomic, write_json
-from hafs_jax.base.options import Bounds, Parser, add_flags, check, from_dict, option, to_dict, with_flags
+from hafs_jax.base.files import read_json, read_jsonl, write_atomic, write_figures, write_json
+from hafs_jax.base.options import Bounds, Parser, add_flags, check, did_you_mean, from_dict, option, to_dict, with_flags
 
 
 @dataclass(frozen=True)
@@ -190,3 +191,20 @@ def test_jsonl_leaves_out_a_last_line_cut_by_a_kill(tmp_path) -> None:
     (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_jsonl(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
     assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_whole_numbers_that_arrays_cannot_count_to_are_refused() -> None:
+    with pytest.raises(UserError, match=r"rows=2147483648: expected at most 2\^31 - 1"):
+        Bounded(rows=2**31)
+
+
+def test_a_suggestion_is_never_the_word_itself() -> None:
+    assert did_you_mean("topk", ["topk", "topk2"]) == "" and did_you_mean("topkk", ["topk"]) == "; did you mean 'topk'?"
+
+
+def test_figures_that_are_not_finite_become_null_and_are_named(tmp_path: Path) -> None:
+    write_figures(tmp_path / "a", {"a": {"b": [1.0, float("-inf")]}, "c": float("nan"), "d": 2})
+    found = json.loads((tmp_path / "a").read_text())
+    assert found == {"a": {"b": [1.0, None]}, "c": None, "d": 2, "not_finite": {"a.b.1": "-inf", "c": "nan"}}
+    write_figures(tmp_path / "a", {"a": 1.0})
+    assert json.loads((tmp_path / "a").read_text()) == {"a": 1.0}

@@ -1,0 +1,248 @@
+"""What comes before a run's first step: refusals leave its folder free, one training at a time, paths that last."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hafs_jax.api import load
+from hafs_jax.base.errors import UserError
+from hafs_jax.cli import main
+from hafs_jax.config import TrainConfig
+from hafs_jax.presets import preset, with_fields
+from hafs_jax.runs import Run, all_runs
+from hafs_jax.saelens import export_saelens
+from hafs_jax.training import checkpoint
+from hafs_jax.training.sweeps import sweep
+from hafs_jax.training.train import open_stores, train
+from tests.support.stores import planted, write_store
+
+D = 6
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artifacts") / "tiny"
+    return write_store(out / "store" / "train", planted(400, D, 8, 2)[0], shard_rows=200)
+
+
+def small(**fields: Any) -> TrainConfig:
+    """Eight steps, in one dispatch."""
+    config = with_fields(preset(), {"tokens": 320, "batch_size": 40, "sae": {"k": 2, "n_latents": 8}})
+    return with_fields(config, fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 500, "tokens": 500}, "holds 400 rows, fewer than batch_size=500"),
+        ({"evaluate_every_steps": 4}, "expected a held-out store beside"),
+        ({"init_from": "nowhere"}, "expected a SAELens folder's cfg.json at nowhere/cfg.json"),
+        ({"dictionary_shards": 3}, "dictionary_shards=3: expected a divisor of the 1 devices"),
+        ({"optimizer": {"name": "lbfgs"}}, "optimizer.name=lbfgs: expected an optimizer of optax that updates from"),
+        ({"optimizer": {"name": "adafactor"}}, r"keeps an array of shape \(1,\), which is no parameter's"),
+        ({"optimizer": {"name": "adan_"}}, "that takes a learning rate; did you mean 'adan'"),
+        ({"wandb": "p"}, "--wandb needs the package wandb"),
+    ],
+)
+def test_a_refused_start_leaves_the_folder_free(
+    fields: dict[str, Any], message: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hafs_jax.training.runlog.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message):
+        train(small(**fields), store, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert train(small(), store, tmp_path).finished()
+
+
+def test_a_start_that_fails_later_leaves_the_folder_free(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where logging in to Weights & Biases fails: nothing was trained, so the corrected command may have it."""
+
+    def broken(*_: object) -> None:
+        raise UserError("not yet")
+
+    with monkeypatch.context() as context:
+        context.setattr("hafs_jax.training.loop.RunLog", broken)
+        with pytest.raises(UserError, match="not yet"):
+            train(small(), store, tmp_path)
+    assert (tmp_path / "baseline-s0" / "config.json").exists()
+    assert train(small(sae={"k": 3}), store, tmp_path).summary().k == 3
+
+
+def test_the_latents_must_fit_the_devices() -> None:
+    script = (
+        "from hafs_jax.training.state import mesh_for; from hafs_jax.presets import preset, with_fields\n"
+        "config = with_fields(preset(), {'dictionary_shards': 4, 'sae': {'n_latents': 42}, 'batch_size': 40})\n"
+        "try: mesh_for(config)\nexcept Exception as error: print(repr(error))"
+    )
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    run = [sys.executable, "-c", script]
+    done = subprocess.run(run, env=dict(os.environ) | devices, capture_output=True, text=True, check=True, timeout=100)
+    assert "sae.n_latents=42: expected a multiple of the 4 dictionary shards; set --sae.n-latents 44" in done.stdout
+
+
+@pytest.mark.parametrize("sign", ["[x]", "a*", "a?", "\\"])
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(sign: str, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected a path without \* \? \[ \\, found '.{1,2}'; .* another --out"):
+        train(small(), store, tmp_path / sign / "runs")
+    with pytest.raises(UserError, match="expected a path without"):
+        sweep([small(), small(seed=1)], open_stores(store), tmp_path / sign / "runs", "map")
+    assert not list(tmp_path.glob("*/runs/*-s0"))
+
+
+def test_a_checkpoint_that_cannot_be_read_back_is_noticed_when_it_is_saved(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hafs_jax.training.train.check_path", lambda folder: None)
+    with pytest.raises(UserError, match=r"checkpoint 8 in .* was written and cannot be read \(NOT_FOUND"):
+        train(small(), store, tmp_path / "[x]")
+    assert not Run(tmp_path / "[x]" / "baseline-s0").finished()
+
+
+def test_a_full_disk_is_one_line(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
+    with pytest.raises(UserError, match="no space left on the disk for checkpoint 8; free some and repeat"):
+        train(small(), store, tmp_path)
+
+
+def test_two_trainings_of_one_run_are_refused(store: Path, tmp_path: Path) -> None:
+    where = tmp_path / "baseline-s0"
+    with Run(where).locked():
+        with pytest.raises(UserError, match=f"another training is at work in {where}; wait for it"):
+            train(small(), store, tmp_path)
+        with pytest.raises(UserError, match=f"another training is at work in {where}; wait for it"):
+            sweep([small(seed=1), small()], open_stores(store), tmp_path, "map")
+        assert train(small(seed=2), store, tmp_path).finished()
+    run = train(small(), store, tmp_path)
+    with run.locked():  # a finished run is left as it is, and may be so by many
+        assert train(small(), store, tmp_path) == run
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["baseline-s0", "baseline-s2"]
+
+
+def test_a_second_command_is_one_line_and_exit_code_2(store: Path, capsys: pytest.CaptureFixture) -> None:
+    out = store.parents[2]
+    with Run(out / "tiny" / "runs" / "baseline-s0").locked():
+        arguments = ["train", "--out", str(out), "--profile", "tiny", "--tokens", "320", "--batch-size", "40"]
+        with pytest.raises(SystemExit) as exited:
+            main(arguments)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert exited.value.code == 2 and error.startswith("error: another training is at work in ")
+
+
+def test_a_removal_that_was_killed_leaves_no_half_of_a_run(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(small(), store, tmp_path)
+    with monkeypatch.context() as context:
+
+        def killed(path: Path, *_: object) -> None:
+            (Path(path) / "run.json").unlink()
+            raise KeyboardInterrupt
+
+        context.setattr("hafs_jax.runs.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(small(sae={"k": 3}), store, tmp_path, force=True)
+    assert not run.folder.exists() and all_runs(tmp_path) == []
+    assert train(small(sae={"k": 3}), store, tmp_path).summary().k == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["baseline-s0"]
+
+
+def test_force_on_a_link_leaves_what_it_points_to(store: Path, tmp_path: Path) -> None:
+    run = train(small(), store, tmp_path / "real")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "baseline-s0").symlink_to(run.folder)
+    again = train(small(sae={"k": 3}), store, tmp_path / "runs", force=True)
+    assert again.summary().k == 3 and run.summary().k == 2
+
+
+@pytest.mark.parametrize("moved", ["linked", "copied", "without its store"])
+def test_a_finished_run_loads_and_exports_wherever_it_is(moved: str, tmp_path: Path) -> None:
+    acts = planted(400, D, 8, 2)[0]
+    store = write_store(tmp_path / "out" / "store" / "train", acts, shard_rows=200, hook_point="blocks.7.x")
+    runs = tmp_path / "out" / "runs"
+    if moved == "linked":
+        (tmp_path / "disk").mkdir()
+        runs.symlink_to(tmp_path / "disk")
+    run = train(small(), store, runs)
+    assert (run.folder / run.store_record()["folder"]).samefile(store)
+    expected = np.asarray(load(run.folder)(acts))
+    folder = run.folder
+    if moved == "copied":
+        folder = tmp_path / "elsewhere" / "far" / "run"
+        shutil.copytree(run.folder, folder)
+    if moved != "linked":
+        shutil.rmtree(tmp_path / "out" / "store")
+    np.testing.assert_array_equal(np.asarray(load(folder)(acts)), expected)
+    cfg = (export_saelens(folder) / "cfg.json").read_text()
+    assert '"hook_name": "blocks.7.x"' in cfg and '"model_name": "tiny"' in cfg and '"d_in": 6' in cfg
+
+
+def test_a_run_of_an_earlier_version_asks_its_store(store: Path, tmp_path: Path) -> None:
+    """Its config.json has no manifest; where `runs` is a link, the store's place was written from the link's place."""
+    from hafs_jax.base.files import read_json, write_json
+
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "store").symlink_to(store.parent)
+    (tmp_path / "out" / "runs").symlink_to(tmp_path / "disk" / "deep")
+    run = train(small(), store, tmp_path / "out" / "runs")
+    record = read_json(run.config_path, "a config")
+    record["store"] = {"folder": "../../store/train", "fingerprint": record["store"]["fingerprint"]}
+    write_json(run.config_path, record)
+    assert export_saelens(run.folder) == run.sae
+    (tmp_path / "out" / "store").unlink()
+    assert load(run.folder).d_model == D  # run.json has the widths
+    with pytest.raises(UserError, match=r"expected an activation store's manifest .* at .*out/store/train"):
+        export_saelens(run.folder)
+
+
+def test_a_name_that_is_too_long_is_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run name baseline-s0-xxx.*: expected at most 240 bytes, found 3012; choose"):
+        train(small(tag="x" * 3000), store, tmp_path)
+
+
+def test_one_latent_trains_to_the_end_and_says_what_is_not_finite(store: Path, tmp_path: Path) -> None:
+    run = train(small(sae={"k": 1, "n_latents": 1}), store, tmp_path)
+    final = run.summary().final
+    assert final["coherence_mean"] is None and final["fvu"] > 0
+    assert run.metrics()[-1]["coherence_max"] is None
+
+
+def test_a_platform_without_a_device_is_one_line(store: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--store", str(store), "--out", str(tmp_path), "--tokens", "1024"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hafs_jax", *arguments],
+        env=dict(os.environ) | {"JAX_PLATFORMS": "rocm"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: JAX_PLATFORMS=rocm: expected a")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_start_from_a_folder_reads_it_before_the_run_is_claimed(store: Path, tmp_path: Path) -> None:
+    first = train(small(), store, tmp_path / "a")
+    start = small(init_from=str(export_saelens(first.folder)), sae={"n_latents": 9})
+    with pytest.raises(UserError, match="d_sae=8, this run needs 9"):
+        train(start, store, tmp_path / "b")
+    assert train(dataclasses.replace(start, sae=first.config().sae), store, tmp_path / "b").finished()
+
+
+def test_a_store_smaller_than_a_batch_is_named_by_its_own_size(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds 400 rows, and passes=1\.4 over it are fewer than batch_size=1024;"):
+        train(preset(), store, tmp_path)
+    with pytest.raises(UserError, match=r"expected fewer than 2\^31 steps, found 4,294,967,"):
+        train(small(tokens=2**32 * 40), store, tmp_path)
