@@ -268,6 +268,11 @@ def test_a_run_of_the_version_before_goes_on_loads_and_exports_to_the_same_bytes
     moved = store.rename(store.with_name("gone"))
     try:
         assert load(run.folder).d_model == D
+        assert {path.name: path.read_bytes() for path in export_saelens(run.folder).iterdir()} == expected
+        record = run.record()
+        del record["store"]["manifest"]  # of a version before, whose export does need the store
+        write_json(run.config_path, record)
+        assert load(run.folder).d_model == D
         with pytest.raises(UserError, match=r"manifest\.json, found no such file"):
             export_saelens(run.folder)
     finally:
