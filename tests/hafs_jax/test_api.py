@@ -188,4 +188,5 @@ def test_a_run_is_loaded_without_compiling_the_model(variant: str, tmp_path: Pat
 
 def test_the_object_needs_no_torch() -> None:
     script = "import sys, hafs_jax.api\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
