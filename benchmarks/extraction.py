@@ -26,7 +26,7 @@ import torch
 from benchmarks.harness import Row, interleaved
 from hafs_extract.contexts import mixed
 from hafs_extract.hub import prepare_hub
-from hafs_extract.models import LanguageModel, load_model
+from hafs_extract.models import LanguageModel, load_model, pick_dtype
 from hafs_extract.packaged import model_folder
 from hafs_extract.profiles import OFFLINE, Resolved
 from hafs_extract.run import extract
@@ -44,9 +44,9 @@ def measure(quick: bool) -> Iterator[Row]:
     """Rows of the suite."""
     tokens = (15 if quick else 50) * OFFLINE.batch_tokens
     prepare_hub(OFFLINE)  # no file of the hub is needed
-    model = load_model(OFFLINE.model, OFFLINE.model_dtype)
+    model = load_model(OFFLINE.model, pick_dtype("auto"))
     sizes = {"tokens": tokens, "model": OFFLINE.model, "layers": LAYER + 1, "L": LENGTH, "batch": BATCH}
-    sizes["dtype"] = OFFLINE.model_dtype
+    sizes["dtype"] = pick_dtype("auto")
 
     def row(peer: str, ours: float, theirs: float, target: float | None, note: str) -> Row:
         return Row("text to store", peer, ours, theirs, "tokens/s", ours / theirs, target, ">=", sizes, None, note)
@@ -95,7 +95,7 @@ def packed(model: LanguageModel, tokens: int) -> torch.Tensor:
 
 def truncated(compiled: bool) -> Any:
     """A function tokens [B, L] -> activations [B, L, D]: transformers' model, cut off after the hooked layer."""
-    base = load_model(OFFLINE.model, OFFLINE.model_dtype).hf.base_model
+    base = load_model(OFFLINE.model, pick_dtype("auto")).hf.base_model
     base.layers = base.layers[: LAYER + 1]
     base.norm = torch.nn.Identity()
     if compiled:
@@ -164,7 +164,7 @@ def _sae_lens_rate(out: Path, model: LanguageModel, tokens: int) -> float:
             dataset_path="",
             model_name=str(model_folder(OFFLINE.model)),
             model_class_name="AutoModelForCausalLM",
-            model_from_pretrained_kwargs={"dtype": getattr(torch, OFFLINE.model_dtype)},
+            model_from_pretrained_kwargs={"dtype": getattr(torch, pick_dtype("auto"))},
             model_batch_size=BATCH,
             hook_name=f"model.layers.{LAYER}",
             d_in=model.info.d_model,

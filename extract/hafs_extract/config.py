@@ -16,7 +16,7 @@ from hafs_jax.base.options import check, did_you_mean, option
 from hafs_jax.store.manifest import DISK_DTYPES
 
 KINDS = ("rows", "wikitext", "multiple_choice")
-MODEL_DTYPES = ("float32", "bfloat16", "float16")
+MODEL_DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 TEXT_SYNTAX = "[NAME=]PATH[@WEIGHT][,KEY=VALUE ...]"
 
@@ -62,7 +62,11 @@ class ExtractConfig:
     profile: str = option("", "name of the profile, and of the folder in OUT")
     model: str = option("", "name on the hub, local folder or .gguf file, or packaged model")
     revision: str | None = option(None, "revision of the model on the hub: branch, tag or commit")
-    model_dtype: str = option("float32", "dtype that the model computes in", choices=MODEL_DTYPES)
+    model_dtype: str = option(
+        "float32",
+        "dtype that the model computes in; auto: bfloat16 where the device multiplies it natively, else float32",
+        choices=MODEL_DTYPES,
+    )
     device: str = option("auto", "torch device; auto: CUDA where there is one")
     hook_point: str = option(
         "", "where activations are read, by its TransformerLens name; several are divided by commas"

@@ -48,7 +48,10 @@ def is_complete(config: ExtractConfig, out: Path) -> bool:
     recorded: dict[Path, str] = {}
     for folder in made:
         manifest = read_manifest(folder)
-        if found := difference(manifest.config, to_dict(config)):
+        wanted = to_dict(config)
+        if config.model_dtype == "auto":
+            wanted["model_dtype"] = manifest.config.get("model_dtype")
+        if found := difference(manifest.config, wanted):
             raise UserError(f"{folder} was extracted with {found}; {advice}")
         if manifest.model.fingerprint:
             recorded[folder] = manifest.model.fingerprint
@@ -61,6 +64,17 @@ def is_complete(config: ExtractConfig, out: Path) -> bool:
                     f" {now[:12]}): config, tokenizer or weights have changed; put them back, or {advice}"
                 )
     return len(made) == len(folders)
+
+
+def begun_config(config: ExtractConfig, out: Path, work: str) -> dict[str, Any] | None:
+    """The resolved config of the extraction that was begun or finished in the places of `config`; None without one.
+
+    `work` is the name of the folder of unfinished work.
+    """
+    if journal := read_journal(work_root(config, out) / work):
+        return journal.config
+    made = (folder for splits in store_folders(config, out).values() for folder in splits.values())
+    return next((read_manifest(folder).config for folder in made if (folder / MANIFEST).exists()), None)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class LanguageModel:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"TransformerLens does not serve {self.info.name} ({type(error).__name__}: {reason});"
-                " choose a hook point on the residual stream, such as blocks.{self.info.n_layers - 1}.hook_resid_post"
+                f" choose a hook point on the residual stream, such as blocks.{self.info.n_layers - 1}.hook_resid_post"
             ) from error
         return bridge.requires_grad_(False)  # the bridge turns gradients on
 
@@ -398,3 +398,21 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); say --device cpu") from error
     return torch.device(device)
+
+
+def pick_dtype(device: str) -> str:
+    """`bfloat16` where `device` (as of `pick_device`) multiplies it natively, else `float32`.
+
+    A CPU does with AMX or AVX-512 BF16 on x86, or BF16 on ARM, as Linux reports them. On any other, torch emulates
+    bfloat16: one linear layer of SmolLM2-135M was 6.0 times as slow as in float32 on a processor with AVX2 alone.
+    """
+    where = pick_device(device)
+    if where.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(where)[0] >= 8 else "float32"  # from Ampere on
+    if where.type != "cpu":
+        return "float32"
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return "float32"
+    return "bfloat16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "float32"

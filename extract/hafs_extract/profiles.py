@@ -79,7 +79,7 @@ PYTHIA70M = ExtractConfig(
 OFFLINE = ExtractConfig(
     profile="offline",
     model="local/SmolLM2-135M-Instruct",
-    model_dtype="bfloat16",
+    model_dtype="auto",
     hook_point="blocks.8.hook_resid_post",
     sources=(_weighted("wikipedia", 0.86), _weighted("biology", 0.14)),
 )

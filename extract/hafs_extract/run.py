@@ -18,13 +18,14 @@ from hafs_extract.contexts import SPLITS, write_contexts
 from hafs_extract.journal import (
     Journal,
     SplitProgress,
+    begun_config,
     is_complete,
     read_journal,
     store_folders,
     work_root,
     write_journal,
 )
-from hafs_extract.models import LanguageModel, check_same_model, load_model
+from hafs_extract.models import LanguageModel, check_same_model, load_model, pick_dtype
 from hafs_extract.passes import Split, open_split, spill_rows, write_stores
 from hafs_extract.profiles import Resolved
 from hafs_jax.base.errors import UserError
@@ -51,11 +52,25 @@ def extract(config: ExtractConfig, resolved: Resolved, out: Path, force: bool = 
     """
     folders, root = store_folders(config, out), work_root(config, out)
     with locked(root):
+        config = with_dtype(config, out, force)
         if not force and is_complete(config, out):
             shutil.rmtree(root / WORK, ignore_errors=True)
         else:
             _Extraction(config, resolved, root / WORK, force).run(folders)
     return folders
+
+
+def with_dtype(config: ExtractConfig, out: Path, force: bool) -> ExtractConfig:
+    """The config with `model_dtype` resolved, which decides the bytes: stores and journals hold it resolved.
+
+    What was begun goes on with the dtype that it began with, also on another machine, unless `force` replaces it.
+    """
+    if config.model_dtype != "auto":
+        return config
+    begun = None if force else begun_config(config, out, WORK)
+    dtype = begun["model_dtype"] if begun else pick_dtype(config.device)
+    LOG.info(f"the model computes in {dtype}")
+    return dataclasses.replace(config, model_dtype=dtype)
 
 
 class _Extraction:
