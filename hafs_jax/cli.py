@@ -1,6 +1,7 @@
 """The command `hafs`: one entry for all rooms. A room is imported when one of its commands is named."""
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     if name == "--version":
         print(f"hafs-jax {__version__}")
         return 0
+    # On busy cores, OpenMP threads that spin while they wait cost more than they save. torch reads it at its import.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with one_line_errors():
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; `hafs --help` lists them")

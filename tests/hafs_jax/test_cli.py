@@ -1,5 +1,6 @@
 """The command `hafs`: its help without any optional package, mistakes, missing packages; make targets over it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -52,6 +53,18 @@ def test_bare_it_prints_the_commands(arguments: list[str], capsys: pytest.Captur
     for name, command in COMMANDS.items():
         assert any(line.split() == [name, *command.help.split()] for line in lines)
     assert all(len(line) <= 110 for line in lines)
+
+
+@pytest.mark.parametrize(("before", "during"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_do_not_spin_unless_asked_to(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, during: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", before or "")
+    if before is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit):
+        main(["unknown"])
+    assert os.environ["OMP_WAIT_POLICY"] == during
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture) -> None:
