@@ -1,0 +1,1 @@
+"""Properties that a token's id decides, and how well latents that were chosen on some of its tokens find the others."""
