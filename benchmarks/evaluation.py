@@ -20,7 +20,7 @@ from benchmarks.harness import Row
 from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.saebench.sae_probes import ProbeSettings, probe_sae
 from hafs_evaluate.saebench.task_activations import fill_cache
-from hafs_extract.hub import prepare_hub
+from hafs_extract.hub.presence import prepare_hub
 from hafs_extract.models import load_for_manifest
 from hafs_extract.profiles import OFFLINE, Resolved
 from hafs_extract.run import extract

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.harness import Row, interleaved
 from hafs_extract.contexts import mixed
-from hafs_extract.hub import prepare_hub
+from hafs_extract.hub.presence import prepare_hub
 from hafs_extract.models import LanguageModel, load_model, pick_dtype
 from hafs_extract.packaged import model_folder
 from hafs_extract.profiles import OFFLINE, Resolved

@@ -127,7 +127,7 @@ def _words(path: Path, words: int) -> Path:
 
 def _extract(model: str, out: str, rows: str) -> None:
     from hafs_extract.config import SourceConfig
-    from hafs_extract.hub import prepare_hub
+    from hafs_extract.hub.presence import prepare_hub
     from hafs_extract.profiles import OFFLINE, Resolved
     from hafs_extract.run import extract
 

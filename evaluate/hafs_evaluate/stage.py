@@ -24,7 +24,7 @@ from hafs_evaluate.workspace import (
     fingerprint,
     read_result,
 )
-from hafs_extract.hub import go_offline, hub_problem
+from hafs_extract.hub.presence import go_offline, hub_problem, model_file
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_figures, write_json
 from hafs_jax.base.options import to_dict
@@ -201,8 +201,11 @@ class Evaluation:
 
     def _reach_hub(self, stages: Sequence[Stage]) -> None:
         """Turns the hub libraries offline where the hub is not needed or does not answer: retries take minutes."""
-        needed = self.manifest.model.origin == "hub" or any(stage.needs_hub(self.config) for stage in stages)
-        problem = hub_problem() if needed else None
+        model = self.manifest.model
+        needed = model.origin == "hub" or any(stage.needs_hub(self.config) for stage in stages)
+        problem = (
+            hub_problem(model_file(model.name, model.revision) if model.origin == "hub" else "") if needed else None
+        )
         if problem:
             self.say(f"{problem}: only what its cache holds will be used")
         if problem or not needed:

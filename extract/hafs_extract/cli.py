@@ -7,9 +7,9 @@ import textwrap
 from pathlib import Path
 
 from hafs_extract.config import TEXT_SYNTAX, ExtractConfig, parse_source
-from hafs_extract.hub import prepare_hub
+from hafs_extract.hub.presence import prepare_hub
 from hafs_extract.journal import is_complete, profile_names, store_folders
-from hafs_extract.profiles import DATASETS, OFFLINE, PROFILES, Resolved, resolve
+from hafs_extract.profiles import DATASETS, OFFLINE, PROFILES, PYTHIA70M, Resolved, resolve
 from hafs_jax.base.errors import disk_errors, one_line_errors
 from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.log import shown
@@ -52,9 +52,10 @@ datasets (--text NAME):
            profile's sources, PATH replaces that source's path and its other
            fields stay, so that it can be read from a local copy.
   WEIGHT   share of the tokens, relative to the other sources [1]
-  KEY      subset, split, kind (rows, wikitext or multiple_choice), template
-           (for example {{text}}), chat (the column of chat messages, for the
-           tokenizer's chat template), keep (COLUMN=VALUE or COLUMN!=VALUE)
+  KEY      subset, revision (a commit, say), split, kind (rows, wikitext or
+           multiple_choice), template (for example {{text}}), chat (the column of
+           chat messages, for the tokenizer's chat template), keep (COLUMN=VALUE
+           or COLUMN!=VALUE)
   examples:
     --text books.jsonl --text code=/data/code@0.2,template={{source}}
     --text wikitext@0.9 --text wmdp-bio@0.1
@@ -157,8 +158,9 @@ def _note_profile(out: Path, resolved: Resolved) -> None:
 
 def _extract(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    resolved = resolve(options.requested)
-    config = _config(resolved, options)
+    wanted = _config(PYTHIA70M, options) if options.requested == "auto" else PYTHIA70M
+    resolved = resolve(options.requested, wanted)
+    config = _config(PROFILES[resolved.resolved].config, options)
     print(f"profile {resolved.resolved} ({resolved.reason})", file=sys.stderr, flush=True)
     if not options.force and is_complete(config, options.out):
         print("the stores are there already, from this very config", file=sys.stderr)
@@ -176,8 +178,7 @@ def _extract(arguments: list[str]) -> int:
     return 0
 
 
-def _config(resolved: Resolved, options: argparse.Namespace) -> ExtractConfig:
-    preset = PROFILES[resolved.resolved].config
+def _config(preset: ExtractConfig, options: argparse.Namespace) -> ExtractConfig:
     config = with_flags(preset, options)
     if options.text:
         sources = tuple(parse_source(text, preset.sources, DATASETS) for text in options.text)

@@ -30,6 +30,7 @@ class SourceConfig:
         "", "a .jsonl, .json, .txt or .parquet file, a folder of them, a dataset of the hub, or packaged data"
     )
     subset: str | None = option(None, "configuration of a hub dataset; the folder inside a local folder")
+    revision: str | None = option(None, "revision of a hub dataset: branch, tag or commit; none: the newest")
     split: str = option("train", "split of a hub dataset; in a local folder, how the names of its files begin")
     kind: str = option("rows", "how records become documents", choices=KINDS)
     template: str = option("{text}", "text of a document of kind rows, with columns in braces")
@@ -111,10 +112,10 @@ def parse_source(
 ) -> SourceConfig:
     """The source that a `--text` flag describes: `[NAME=]PATH[@WEIGHT][,KEY=VALUE ...]`.
 
-    KEY is subset, split, kind, template, chat or keep. PATH may be the name of one of `known` (the profile's sources)
-    or of `datasets`, which then gives all other fields; a local folder of that name is `./NAME`. With a NAME among
-    `known`, that source keeps its other fields, so that its data can be read from another place. NAME defaults to the
-    dataset's, or else to the last part of the path.
+    KEY is subset, revision, split, kind, template, chat or keep. PATH may be the name of one of `known` (the profile's
+    sources) or of `datasets`, which then gives all other fields; a local folder of that name is `./NAME`. With a NAME
+    among `known`, that source keeps its other fields, so that its data can be read from another place. NAME defaults to
+    the dataset's, or else to the last part of the path.
     """
     head, *pairs = re.split(r",(?=\w+=)", text)
     named = re.fullmatch(r"(?:([\w.-]+)=)?(.+?)(?:@([\d.eE+-]+))?", head)
@@ -135,7 +136,7 @@ def parse_source(
             fields["weight"] = float(weight)
         except ValueError:
             raise UserError(f"--text {text}: weight {weight!r} is not a number") from None
-    allowed = ("subset", "split", "kind", "template", "chat", "keep")
+    allowed = ("subset", "revision", "split", "kind", "template", "chat", "keep")
     for pair in pairs:
         key, value = pair.split("=", 1)
         if key not in allowed:

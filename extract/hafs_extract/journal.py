@@ -93,6 +93,7 @@ class Journal:
     profile: dict[str, Any]
     notes: tuple[str, ...] | None = None  # for the user, about the mix of texts; None until the contexts are on disk
     model: dict[str, Any] | None = None
+    commits: dict[str, Any] = option({}, "commit of each source that is a hub dataset, by its name")
     splits: dict[str, Any] = option({}, "SplitProgress by split")
     seconds: dict[str, Any] = option({}, "seconds by stage, over all attempts")
     attempts: int = 0

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.fx.experimental import _config as shape_config
 
 from hafs_extract import packaged
-from hafs_extract.hub import go_offline, hub_problem
+from hafs_extract.hub.files import plan_model
+from hafs_extract.hub.presence import fetched_record, go_offline, hub_problem, model_file
 from hafs_extract.loading.files import fingerprint, library_errors, some
 from hafs_extract.text.documents import Chat
 from hafs_jax.base.errors import UserError
@@ -328,10 +329,9 @@ def load_model(name: str, dtype: str, revision: str | None = None, device: str =
             raise UserError(f"model {name!r} is a file; expected a model's folder, a .gguf file, or a name on the hub")
         where, gguf, origin = str(path.parent), path.name, f"file:{path.resolve()}"
     else:
-        origin = "hub"
-        with library_errors(name, origin):
-            commit = hub_commit(name, revision)
-    loaded = load(name, origin, where, getattr(torch, dtype), commit if origin == "hub" else None, gguf)
+        fetched = plan_model(name, revision).run()
+        where, origin, commit = str(fetched.folder), "hub", fetched.commit
+    loaded = load(name, origin, where, getattr(torch, dtype), gguf)
     with library_errors(name, origin):
         text = loaded.hf.config.get_text_config()
         size = text.num_hidden_layers, text.hidden_size
@@ -339,17 +339,6 @@ def load_model(name: str, dtype: str, revision: str | None = None, device: str =
     info = ModelInfo(name, commit, origin, dtype, *size, fingerprint=files)
     with library_errors(name, origin):
         return LanguageModel(loaded.hf, loaded.tokenizer, info, pick_device(device), loaded.missing_head)
-
-
-def hub_commit(name: str, revision: str | None) -> str | None:
-    """The commit that `revision` of the hub's model `name` is now; without the hub, that of its cache.
-
-    All files are then loaded in that commit. The cache keeps each commit's files in a folder of that name.
-    """
-    from huggingface_hub import hf_hub_download
-
-    folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
-    return folder if _COMMIT.fullmatch(folder) else revision
 
 
 def load_for_manifest(manifest: Manifest, dtype: str | None = None, device: str = "auto") -> LanguageModel:
@@ -365,8 +354,9 @@ def load_for_manifest(manifest: Manifest, dtype: str | None = None, device: str 
         raise UserError(f"the store's model was read from {name}, where there is no {kind} now; put it back there")
     if kind == "wheel" and name not in packaged.MODELS:
         raise UserError(f"the store's model {name!r} ({info.origin}) is not packaged in this version; extract again")
-    if info.origin == "hub" and hub_problem():
-        go_offline()  # its cache may have the model; without this, it would retry for minutes
+    is_missing = info.origin == "hub" and not fetched_record("model", info.name, info.revision).exists()
+    if is_missing and hub_problem(model_file(info.name, info.revision)):
+        go_offline()  # another program may have put the model into its cache
     model = load_model(name, dtype or info.dtype, info.revision, device)
     check_same_model(model.info, info, "the store was made by")
     return model

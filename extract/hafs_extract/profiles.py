@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass
 
 from hafs_extract.config import ExtractConfig, SourceConfig
-from hafs_extract.hub import go_offline, hub_problem, missing_from_cache
+from hafs_extract.hub.presence import go_offline, hub_needs, hub_problem, missing_from_cache, probed_file
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import did_you_mean
 
@@ -159,21 +159,24 @@ class Resolved:
     suite: str | None = None  # the profile's probing suite
 
 
-def resolve(requested: str) -> Resolved:
+def resolve(requested: str, wanted: ExtractConfig = PYTHIA70M) -> Resolved:
     """The profile to use for `requested`; `auto` is the hub's where the hub or its cache serves, else offline.
 
-    Takes under 5 seconds. Where the hub is not to be asked, the hub libraries are told so.
+    `wanted` is the hub's profile with the user's flags: the hub is asked for what it takes from there. Takes under 5
+    seconds. Where the hub is not to be asked, the hub libraries are told so.
     """
     if requested != "auto":
         if requested not in PROFILES:
             known = ("auto", *PROFILES)
             raise UserError(f"profile {requested!r}: expected {', '.join(known)}{did_you_mean(requested, known)}")
         return _resolved(requested, requested, "named on the command line")
-    problem = hub_problem()
+    if hub_needs(wanted) == (None, []):  # the user's own model and text: the profile still gives the rest
+        wanted = PYTHIA70M
+    problem = hub_problem(probed_file(wanted))
     if problem is None:
         return _resolved(requested, PYTHIA70M.profile, "the hub answers")
     go_offline()
-    if not missing_from_cache(PYTHIA70M):
+    if not missing_from_cache(wanted):
         return _resolved(requested, PYTHIA70M.profile, f"{problem}, but the hub's cache holds its model and text")
     return _resolved(requested, OFFLINE.profile, f"{problem}, and the hub's cache does not serve")
 

@@ -13,8 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hafs_extract.config import ExtractConfig, difference
+from hafs_extract.config import ExtractConfig, SourceConfig, difference
 from hafs_extract.contexts import SPLITS, write_contexts
+from hafs_extract.hub.files import Fetch, plan_dataset, plan_model
+from hafs_extract.hub.presence import hub_needs
 from hafs_extract.journal import (
     Journal,
     SplitProgress,
@@ -110,6 +112,7 @@ class _Extraction:
         config, started = self.config, time.monotonic()
         begun = from_dict(ModelInfo, self.journal.model, "journal") if self.journal.model else None
         revision = begun.revision if begun and begun.origin == "hub" else config.revision  # the same commit as before
+        sources, revision = self._fetch(revision)
         model = load_model(config.model, config.model_dtype, revision, config.device)
         widths = [model.check_hook_point(hook_point) for hook_point in config.hook_points]
         longest = model.max_context_length
@@ -123,13 +126,44 @@ class _Extraction:
         if self.journal.notes is None:
             started = time.monotonic()
             bos = model.bos_token_id if model.prepend_bos else None
-            self._note("text", started, notes=tuple(write_contexts(config, model.tokenize, bos, self.work, model.chat)))
+            reading = dataclasses.replace(config, sources=sources)
+            notes = write_contexts(reading, model.tokenize, bos, self.work, model.chat)
+            self._note("text", started, notes=tuple(notes))
         for note in self.journal.notes or ():
             LOG.info(note)
         splits = [open_split(name, self.work / name, config, model, widths) for name in SPLITS]
         self._check_space(splits)
         self._compile(splits, model)
         self._write(splits, self._run_model(splits, model), model)
+
+    def _fetch(self, revision: str | None) -> tuple[tuple[SourceConfig, ...], str | None]:
+        """Fetches all that comes from the hub. Returns the sources and the model's revision, pinned to commits.
+
+        First the hub is asked about everything, so that a dataset that it has not, or that is gated, is noticed before
+        the model's weights are fetched; these come last. Where the texts have been read already, only the model is.
+        """
+        model, datasets = hub_needs(self.config)
+        begun, sources = self.journal.commits, []
+        texts: list[Fetch] = []
+        weights = [plan_model(model, revision)] if model else []
+        for source in self.config.sources:
+            if self.journal.notes is None and source in datasets:
+                text = plan_dataset(dataclasses.replace(source, revision=begun.get(source.name, source.revision)))
+                if begun.get(source.name, text.commit) != text.commit:
+                    raise UserError(
+                        f"source {source.name}: the interrupted extraction read commit {begun[source.name][:12]} of"
+                        f" {source.path}, found {str(text.commit)[:12]}; delete {self.work} to begin anew"
+                    )
+                texts.append(text)
+                source = dataclasses.replace(source, revision=text.commit)
+            sources.append(source)
+        for fetch in [*weights, *texts]:
+            fetch.check_access()
+        if self.journal.notes is None:
+            self._note(commits={source.name: source.revision for source in sources if source.revision})
+        for fetch in [*texts, *weights]:
+            fetch.run()
+        return tuple(sources), weights[0].commit if weights else revision
 
     def _compile(self, splits: list[Split], model: LanguageModel) -> None:
         """Compiles the model's blocks where the config says so, or has "auto" and at least COMPILED_FROM_TOKENS."""
@@ -206,9 +240,11 @@ class _Extraction:
             "tokens_per_second": tokens / max(seconds["model"], 1e-9),
             "padding_share": 1 - sum(len(split.contexts.tokens) for split in splits) / positions,
         }
+        commits = self.journal.commits
         for folder, manifest in manifests.items():
+            sources = (dataclasses.replace(source, revision=commits.get(source.name)) for source in manifest.sources)
             write_json(folder / TIMING, timing)
-            write_manifest(folder, manifest)
+            write_manifest(folder, dataclasses.replace(manifest, sources=tuple(sources)))
         self._note(made=True)
 
     def _check_space(self, splits: list[Split]) -> None:

@@ -73,6 +73,7 @@ class SourceInfo:
     documents: int
     tokens: int  # tokens run through the model, BOS excluded
     rows: int  # activation rows stored
+    revision: str | None = None  # commit of a hub dataset; None for other text, and where it was not recorded
 
 
 @dataclass(frozen=True)

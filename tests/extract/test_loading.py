@@ -17,7 +17,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 
 from hafs_extract import packaged
 from hafs_extract.config import ExtractConfig, SourceConfig
-from hafs_extract.hub import hub_needs
+from hafs_extract.hub.presence import hub_needs
 from hafs_extract.loading.files import fingerprint, library_errors
 from hafs_extract.models import LanguageModel, check_same_model, load_model
 from hafs_jax.base.errors import UserError
@@ -248,8 +248,8 @@ def test_a_model_of_the_hub_is_pinned_to_its_commit(
         shutil.copytree(whole, cache / "snapshots" / commit)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(first)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = load_model("org/tiny", "float32", device="cpu")
     assert (model.info.revision, model.info.origin, model.info.fingerprint) == (first, "hub", None)
     torch.testing.assert_close(_acts(model), acts, rtol=0, atol=0)

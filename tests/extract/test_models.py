@@ -232,7 +232,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"model '.*empty' does not load from folder:"):
         load_model(str(tmp_path / "empty"), "float32", device="cpu")
-    from hafs_extract.hub import go_offline
+    from hafs_extract.hub.presence import go_offline
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     go_offline()

@@ -135,25 +135,6 @@ def test_half_a_surrogate_pair_does_not_stop_a_run(tmp_path: Path) -> None:
     assert _texts(_source(tmp_path / "a.jsonl")) == ["a ? b"]
 
 
-def test_hub_datasets_are_asked_for_by_name_subset_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    asked = []
-
-    def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
-        if args[0] == "no/such":
-            raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist")
-        return datasets.Dataset.from_list([{"text": "from the hub"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = parse_source("some/data,subset=en,split=test", ())
-    assert _texts(source) == ["from the hub"]
-    assert asked == [(("some/data", "en"), {"split": "test"})]
-    with pytest.raises(UserError, match=r"source such: dataset 'no/such' does not load: .*doesn't exist"):
-        _texts(parse_source("no/such", ()))
-
-
 def test_text_flags() -> None:
     assert parse_source("/a/books.jsonl", ()) == SourceConfig(name="books", path="/a/books.jsonl")
     source = parse_source("code=me/code@0.25,subset=py,split=test,template={a}, {b}\\n{c},keep=a=b", ())

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +73,22 @@ def upload(
 
     from huggingface_hub import HfApi, get_token
 
-    from hafs_extract.hub import hub_problem
+    from hafs_extract.hub.client import LOG_IN, connect, hub_errors
+    from hafs_extract.hub.presence import endpoint, hub_problem, model_file
 
     if get_token() is None:
-        raise UserError("expected a hub token, found none; run `hf auth login` or set HF_TOKEN (or give --dry-run DIR)")
-    if problem := hub_problem():
+        raise UserError(f"expected a hub token, found none; {LOG_IN} (or give --dry-run DIR)")
+    if problem := hub_problem(model_file(repo_id)):
         raise UserError(f"cannot upload: {problem}; try again with the hub in reach, or give --dry-run DIR")
-    with tempfile.TemporaryDirectory() as temporary, _hub_errors(repo_id):
+    connect()
+    with tempfile.TemporaryDirectory() as temporary:
         folder = write_upload(run_folder, Path(temporary), repo_id, licence)
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Add {run_folder.resolve().name}")
-    return f"https://huggingface.co/{repo_id}"
+        with hub_errors("model", repo_id, "is not taken by the hub"):
+            api = HfApi()
+            api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
+            message = f"Add {run_folder.resolve().name}"
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+    return f"{endpoint()}/{repo_id}"
 
 
 def write_upload(run_folder: Path, target: Path, repo_id: str, licence: str | None = None) -> Path:
@@ -150,20 +152,6 @@ def metrics(run_folder: Path, sae: Path, summary: RunSummary) -> list[tuple[str,
         if measure is not None and measure.is_on_card:
             found.append((measure.sentence_name, value, measure.over))
     return found
-
-
-@contextmanager
-def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Turns what the hub's client raises (refusals, validation, lost connections) into a `UserError` of one line."""
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
-
-    try:
-        yield
-    except UserError:
-        raise
-    except (HFValidationError, HTTPError, LocalTokenNotFoundError, ConnectionError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"the hub did not take {repo_id}: {reason}; check the name and the token's rights") from None
 
 
 def _at(values: dict[str, Any], path: str) -> Any:

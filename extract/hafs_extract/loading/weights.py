@@ -30,16 +30,14 @@ class Loaded:
     missing_head: tuple[str, ...]  # parameters of the output head that the weights lack: there are no logits
 
 
-def load(
-    name: str, origin: str, where: str, dtype: torch.dtype, revision: str | None = None, gguf: str | None = None
-) -> Loaded:
-    """The model and tokenizer in `where`: a folder (with `gguf`, that file in it), or a name on the hub.
+def load(name: str, origin: str, where: str, dtype: torch.dtype, gguf: str | None = None) -> Loaded:
+    """The model and tokenizer in the folder `where`; with `gguf`, those in that file in it.
 
     Raises `UserError` where a parameter of the model's body is not in the weights, or has another shape there, or where
     the weights hold more of the body than the model has. `name` and `origin` are for the messages.
     """
-    folder = Path(where) if gguf is None and Path(where).is_dir() else None
-    options: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
+    folder = Path(where) if gguf is None else None
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     if gguf is not None:
         options["gguf_file"] = gguf
     with library_errors(name, origin), _quiet():

@@ -15,9 +15,11 @@ import numpy as np
 
 from hafs_extract import packaged
 from hafs_extract.config import TEXT_SYNTAX, SourceConfig
+from hafs_extract.hub.client import hub_errors
+from hafs_extract.hub.files import plan_dataset
+from hafs_extract.hub.presence import is_offline
 from hafs_extract.text.files import Record, format_of, local_files, read_file
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.options import did_you_mean
 
 LABELS = ("title", "topic", "label", "answer")
 """Columns that are copied to documents.jsonl where a record has them."""
@@ -237,22 +239,28 @@ def _records(source: SourceConfig) -> Iterator[Record]:
         raise UserError(
             f"source {source.name}: expected a file or a folder at {source.path}, found none; see --text {TEXT_SYNTAX}"
         )
-    return _numbered(source, _hub_records(source))
+    return _hub_records(source)
 
 
 def _numbered(source: SourceConfig, records: Iterable[dict[str, Any]]) -> Iterator[Record]:
     return (Record(values, source.path, number) for number, values in enumerate(records, start=1))
 
 
-def _hub_records(source: SourceConfig) -> Iterator[dict[str, Any]]:
+def _hub_records(source: SourceConfig) -> Iterator[Record]:
+    """The records of a hub dataset: from its own files where they are parquet or JSON lines, else by `datasets`."""
+    fetched = plan_dataset(source).run()
+    formats = {format_of(path) for path in fetched.paths}
+    is_whole = re.fullmatch(r"[\w.-]+", source.split) is not None  # "train[:10%]" is part of a split
+    if formats and is_whole and all(found and found[0] in (".parquet", ".jsonl") for found in formats):
+        for file, path in zip(fetched.files, fetched.paths, strict=True):
+            for record in read_file(path):
+                yield record._replace(where=f"{source.path}/{file.path}")
+        return
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; pip install 'hafs-jax[extract]'") from error
-    try:
-        loaded = datasets.load_dataset(source.path, source.subset, split=source.split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
-        near = did_you_mean(source.path, packaged.TEXTS)
-        raise UserError(f"source {source.name}: dataset {source.path!r} does not load: {reason}{near}") from error
-    return iter(loaded)
+    with hub_errors("dataset", source.path):
+        revision = None if is_offline() else fetched.commit
+        loaded = datasets.load_dataset(source.path, source.subset, split=source.split, revision=revision)
+    yield from _numbered(source, loaded)

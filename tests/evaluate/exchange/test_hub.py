@@ -67,7 +67,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
     monkeypatch.setattr(FakeHub, "calls", [], raising=False)
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
-    monkeypatch.setattr("hafs_extract.hub.hub_problem", lambda: None)
+    monkeypatch.setattr("hafs_extract.hub.presence.hub_problem", lambda path: None)
     return FakeHub
 
 
@@ -168,14 +168,14 @@ def test_every_error_is_one_line(run: Path, hub: type[FakeHub], monkeypatch: pyt
         refused("expected USER/NAME of letters", repo_id)
     assert not hub.calls
     for error, match in (
-        (HTTPError("403\nForbidden"), "403 Forbidden; check the name"),
-        (OfflineModeIsEnabled("offline"), "the hub did not take me/saes: offline"),
-        (HFValidationError("too long"), "the hub did not take me/saes: too long"),
-        (LocalTokenNotFoundError("Token is required"), "the hub did not take me/saes: Token is required"),
+        (HTTPError("403\nForbidden"), "me/saes is not taken by the hub: .*403 Forbidden"),
+        (OfflineModeIsEnabled("offline"), "me/saes is not taken by the hub: .*offline"),
+        (HFValidationError("too long"), "me/saes is not taken by the hub: .*too long"),
+        (LocalTokenNotFoundError("Token is required"), "me/saes is not taken by the hub: .*Token is required"),
     ):
         monkeypatch.setattr(hub, "error", error)
         refused(match)
-    monkeypatch.setattr("hafs_extract.hub.hub_problem", lambda: "the hub cannot be reached")
+    monkeypatch.setattr("hafs_extract.hub.presence.hub_problem", lambda path: "the hub cannot be reached")
     refused("cannot upload: the hub cannot be reached; try again .* or give --dry-run DIR")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     refused("expected a hub token, found none; run `hf auth login` or set HF_TOKEN")
