@@ -1,7 +1,7 @@
 # Each target is one line over the command `hafs`; ARGS is passed to it. `make help` explains the variables.
 PYTHON  ?= python3
 VENV    ?= .venv
-ACCEL   ?= cpu
+ACCEL   ?= auto
 PROFILE ?= auto
 VARIANT ?= baseline
 ARCH    ?= batchtopk
@@ -16,14 +16,29 @@ PY     := $(VENV)/bin/python
 HAFS   := $(VENV)/bin/hafs
 PLACE   = --out $(OUT) --profile $(PROFILE)
 DEMO    = --out $(OUT) --profile offline
-STAMP  := $(VENV)/.set-up-$(ACCEL)
-EXTRAS  = extract,evaluate,dev$(if $(filter-out cpu,$(ACCEL)),$(comma)$(ACCEL))
 comma  := ,
+
+# ACCEL=auto keeps what $(VENV) was set up for, and asks the driver where it was not. Each choice has one CUDA stack: two
+# would install to the same paths. So an environment that was set up for another is made anew, and so is one with CUDA
+# whose constraints have changed.
+STAMPS := $(wildcard $(VENV)/.set-up-*)
+ifeq ($(ACCEL),auto)
+CHOICE := $(if $(filter 1,$(words $(STAMPS))),$(STAMPS:$(VENV)/.set-up-%=%),$(shell $(PYTHON) constraints/accelerator.py 2>/dev/null))
+else
+CHOICE := $(ACCEL)
+endif
+ifeq ($(filter cpu cuda12 cuda13,$(CHOICE)),)
+$(error ACCEL=$(ACCEL) is unknown: take auto, cpu, cuda12 or cuda13)
+endif
+STAMP  := $(VENV)/.set-up-$(CHOICE)
+CLEAR  := $(if $(filter-out $(VENV)/.set-up-cpu,$(STAMPS) $(and $(STAMPS),$(STAMP))),--clear)
+EXTRAS := extract,evaluate,dev$(if $(filter-out cpu,$(CHOICE)),$(comma)$(CHOICE))
+PIP     = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints/$(CHOICE).txt
 
 # On busy cores OpenMP threads that spin while they wait cost more than they save.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test lint extract train sweep synth eval experiment report bench bench-quick clean
+.PHONY: help setup constraints demo test lint extract train sweep synth eval experiment report bench bench-quick clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
@@ -38,17 +53,25 @@ help:  ## show this list
 	@echo "  GRID        The SAEs of a sweep, such as GRID='variant=baseline,adaptive k=20,40'. [seed=0..3]"
 	@echo "  WORLD       The synthetic world of make synth. [toy-0]"
 	@echo "  EXPERIMENT  The file of make experiment. [experiments/reduced.toml]"
-	@echo "  ACCEL       What make setup installs JAX for: cpu, cuda12 or cuda13. [cpu]"
+	@echo "  ACCEL       What make setup installs JAX and torch for: cpu, cuda12, cuda13, or auto, which asks the NVIDIA driver. [auto]"
 	@echo "  ARGS        Flags for the command behind a target; make train ARGS=--help lists them. [none]"
 
-setup: $(STAMP)  ## create the environment in .venv (ACCEL=cuda12 or cuda13 for a GPU); does nothing when up to date
+setup: $(STAMP)  ## create the environment in .venv; does nothing when up to date
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps sae-bench sae-probes dictionary-learning eai-sparsify
+$(STAMP): pyproject.toml constraints/$(CHOICE).txt constraints/without-dependencies.txt
+ifeq ($(ACCEL)$(STAMPS),auto)
+	@$(PYTHON) constraints/accelerator.py >/dev/null
+endif
+	$(PYTHON) -m venv $(CLEAR) $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[$(EXTRAS)]'
+	$(PIP) --no-deps -r constraints/without-dependencies.txt
 	@touch $@
+
+constraints:  ## write constraints/*.txt for all accelerators and Pythons (ARGS=--upgrade: the newest versions)
+	for accel in cpu cuda12 cuda13; do $(PY) -m uv pip compile pyproject.toml --extra extract --extra evaluate --extra dev \
+	  $$(test $$accel = cpu || echo --extra $$accel) --universal --no-annotate --quiet -o constraints/$$accel.txt $(ARGS) \
+	  --custom-compile-command "make constraints" || exit; done
 
 demo: setup  ## the whole pipeline, offline: a packaged model and text, four SAEs, evaluation, report
 	$(HAFS) extract $(DEMO)
@@ -60,7 +83,7 @@ demo: setup  ## the whole pipeline, offline: a packaged model and text, four SAE
 	$(HAFS) report $(DEMO)
 
 test: setup  ## all tests, on the CPU and without a model hub
-	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+	JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
