@@ -19,6 +19,7 @@ import pytest
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import parse_wheel_filename
 
+from hafs_jax.cli import WITHOUT_DEPENDENCIES
 from tests.support.sources import ROOT
 
 FOLDER = ROOT / "constraints"
@@ -116,6 +117,12 @@ def test_two_stacks_at_once_are_seen() -> None:
     both = resolved("cuda12", "3.12") | resolved("cuda13", "3.12")
     assert majors(both) == {"12", "13"}
     assert "nvidia/nccl/lib/libnccl.so.2" in shared(both, "3.12")
+
+
+def test_what_has_no_dependencies_is_pinned_once() -> None:
+    """The command line names the same versions as the set-up installs."""
+    pins = (FOLDER / "without-dependencies.txt").read_text().splitlines()
+    assert set(WITHOUT_DEPENDENCIES.values()) <= set(pins)
 
 
 MAKE = shutil.which("make")
