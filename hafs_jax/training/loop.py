@@ -34,6 +34,7 @@ from hafs_jax.training.state import (
     hyperparameters,
     init_state,
     mesh_for,
+    seed_key,
     shared_config,
     state_of,
     state_shardings,
@@ -273,7 +274,7 @@ class _Fit:
 
 def first_state(config: TrainConfig, stores: Stores, scale: InputScale, hyper: Any) -> TrainState:
     """The state at the start of training: fresh, or from the SAELens folder that `config.init_from` names."""
-    d_model, key = stores.train.manifest.d_model, jax.random.key(config.seed)
+    d_model, key = stores.train.manifest.d_model, seed_key(config.seed)
     state = init_state(config, d_model, key, hyper, stores.d_out)
     if config.init_from is not None:
         source, architecture = Path(config.init_from), config.sae.architecture

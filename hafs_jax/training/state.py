@@ -93,6 +93,15 @@ def hyperparameters(config: TrainConfig) -> Hyperparameters:
     return Hyperparameters(*map(jnp.float32, numbers))
 
 
+def seed_key(seed: int) -> Key[Array, ""]:
+    """The key of a seed of up to 63 bits. That of a smaller one than 2^32 is `jax.random.key(seed)`.
+
+    JAX itself reads the lowest 32 bits of a seed where it computes in 32 bits.
+    """
+    key, rest = jax.random.key(seed % 2**32), seed >> 32
+    return jax.random.fold_in(key, rest) if rest else key
+
+
 def init_state(
     config: TrainConfig, d_model: int, key: Key[Array, ""], hyper: Hyperparameters, d_out: int | None = None
 ) -> TrainState:

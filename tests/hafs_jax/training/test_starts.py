@@ -8,17 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from hafs_jax.api import load
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import sha256_of
 from hafs_jax.cli import main
 from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.runs import Run, all_runs
 from hafs_jax.saelens import export_saelens
 from hafs_jax.training import checkpoint
+from hafs_jax.training.state import seed_key
 from hafs_jax.training.sweeps import sweep
 from hafs_jax.training.train import open_stores, train
 from tests.support.stores import planted, write_store
@@ -36,6 +39,13 @@ def small(**fields: Any) -> TrainConfig:
     """Eight steps, in one dispatch."""
     config = with_fields(preset(), {"tokens": 320, "batch_size": 40, "sae": {"k": 2, "n_latents": 8}})
     return with_fields(config, fields)
+
+
+def test_every_bit_of_a_seed_is_used(store: Path, tmp_path: Path) -> None:
+    seeds = (0, 1, 2**31, 2**32, 2**32 + 1, 2**62, 2**63 - 1)
+    runs = [train(small(seed=seed, data_seed=0, tokens=40), store, tmp_path) for seed in seeds]
+    assert len({sha256_of(next(export_saelens(run.folder).glob("*.safetensors"))) for run in runs}) == len(seeds)
+    assert jax.random.key_data(seed_key(2**32 - 1)).tolist() == jax.random.key_data(jax.random.key(2**32 - 1)).tolist()
 
 
 @pytest.mark.parametrize(
