@@ -22,6 +22,7 @@ from hafs_extract.models import LanguageModel
 from hafs_extract.saving import Saver
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_atomic
+from hafs_jax.base.foreign import open_npy
 from hafs_jax.base.options import to_dict
 from hafs_jax.store.manifest import (
     FORMAT_VERSION,
@@ -68,8 +69,7 @@ class Split:
 
 def open_split(name: str, folder: Path, config: ExtractConfig, model: LanguageModel, widths: Sequence[int]) -> Split:
     """The split whose contexts lie in `folder`. `widths` are those of the hook points' activations."""
-    arrays = [np.load(folder / file, mmap_mode="r", allow_pickle=False) for file in ("contexts.npy", "tokens.npy")]
-    contexts = Contexts(*arrays)
+    contexts = Contexts(open_npy(folder / "contexts.npy"), open_npy(folder / "tokens.npy"))
     batches = plan_batches(contexts.table["length"], config.batch_tokens)
     record = spill_record([(width, config.dtype) for width in widths])
     return Split(name, folder, contexts, batches, int(model.prepend_bos), record)

@@ -15,6 +15,7 @@ from scipy.sparse import csr_array
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of
+from hafs_jax.base.foreign import read_npz
 
 TRUTH, TRUTH_ARRAYS, TRUTH_VERSION = "truth.json", "truth.npz", 1
 
@@ -62,13 +63,15 @@ def load_truth(folder: Path) -> Truth:
     if record.get("format_version") != TRUTH_VERSION:
         found = record.get("format_version")
         raise UserError(f"{path}: expected format_version {TRUTH_VERSION}, found {found!r}; sample the world again")
+    wanted, stores = record.get("arrays_sha256"), record.get("stores")
+    if not isinstance(wanted, str) or not isinstance(stores, dict):
+        raise UserError(f"{path}: expected arrays_sha256 and stores in a world's truth; sample the world again")
     digest = sha256_of(arrays_path) if arrays_path.exists() else "no file"
-    if digest != record["arrays_sha256"]:
-        wanted = record["arrays_sha256"][:12]
-        raise UserError(f"{arrays_path}: expected sha256 {wanted}..., found {digest[:12]}; sample the world again")
-    with np.load(arrays_path, allow_pickle=False) as arrays:
-        shape = (len(arrays["indptr"]) - 1, len(arrays["parents_N"]))
-        coefficients = csr_array((arrays["values"], arrays["indices"], arrays["indptr"]), shape=shape)
-        names = ("directions_ND", "bias_D", "parents_N", "levels_N")
-        known = {name: arrays[name] for name in names}
-    return Truth(**known, coefficients=coefficients, heldout_fingerprint=record["stores"]["heldout"], sha256=digest)
+    if digest != wanted:
+        raise UserError(f"{arrays_path}: expected sha256 {wanted[:12]}..., found {digest[:12]}; sample the world again")
+    names = ("directions_ND", "bias_D", "parents_N", "levels_N")
+    arrays = read_npz(arrays_path, "a synthetic world's truth", (*names, "values", "indices", "indptr"))
+    shape = (len(arrays["indptr"]) - 1, len(arrays["parents_N"]))
+    coefficients = csr_array((arrays["values"], arrays["indices"], arrays["indptr"]), shape=shape)
+    known = {name: arrays[name] for name in names}
+    return Truth(**known, coefficients=coefficients, heldout_fingerprint=stores.get("heldout"), sha256=digest)
