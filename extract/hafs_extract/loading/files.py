@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -33,6 +33,9 @@ _DECIDING = (
     "*.tiktoken",
 )
 """The files of a model's folder that decide its token ids and activations. Others, such as a README, may change."""
+
+_FLOATING = ("fp8", "fbgemm_fp8", "mxfp4")
+"""Methods of `quantization_config` whose weights are floating-point numbers."""
 
 _INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
 
@@ -88,19 +91,39 @@ def check_files(folder: Path) -> None:
 
     A library would load some of these without a word, and the activations would be those of another model.
     """
-    if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{folder} holds an adapter (adapter_config.json); merge it into its model and save that whole"
-            " (`merge_and_unload` of peft), then give that folder"
-        )
+    refuse_adapter(folder, (path.name for path in folder.iterdir()))
     for path in deciding_files(folder):
         refuse_pointer(path, "a model's file")
     config = folder / "config.json"
     if config.exists():
-        read_json(config, "a model's config")
+        refuse_quantised(folder, read_json(config, "a model's config"))
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     if ggufs and not config.exists():
         raise UserError(f"{folder} has no config.json but {', '.join(ggufs[:3])}; give one such file as the model")
+
+
+def refuse_adapter(where: object, names: Iterable[str]) -> None:
+    """Raises `UserError` where `names` are the files of an adapter: `where` says whose."""
+    if "adapter_config.json" in names:
+        raise UserError(
+            f"{where} holds an adapter (adapter_config.json); merge it into its model and save that whole"
+            " (`merge_and_unload` of peft), then give that folder"
+        )
+
+
+def refuse_quantised(where: object, config: Mapping[str, Any]) -> None:
+    """Raises `UserError` where a model's config.json says that its weights are integers, before they are read.
+
+    Of the methods that keep floating-point numbers, the loaded weights tell.
+    """
+    method = config.get("quantization_config")
+    if isinstance(method, Mapping):
+        method = method.get("quant_method") or "bitsandbytes"  # which once left its name out
+    if method is not None and method not in _FLOATING:
+        raise UserError(
+            f"{where} is quantised (quantization_config of config.json: {str(method)[:100]!r});"
+            " give the model before it was quantised"
+        )
 
 
 def integer_weights(folder: Path) -> list[str]:
