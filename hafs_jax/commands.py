@@ -21,6 +21,7 @@ _SKIP = ("variant", "seed", "sae.architecture", "sae.transcode")
 GRID = """\
 GRID is a list of axes, NAME=VALUE,VALUE or NAME=FIRST..LAST, with spaces
 between. Every combination of their values is one SAE. `;` joins several grids.
+A sweep has at most 10,000 SAEs.
 
 An axis is one of variant, arch, seed, k, l1 (the sparsity coefficient), lr (the
 learning rate), lam (lam_max) and tau, or any flag of `hafs train` without its

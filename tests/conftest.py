@@ -1,7 +1,8 @@
 """Shared set-up of the tests: array shapes are checked at run time, rank promotion raises, JAX stays on the CPU."""
 
 import os
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -28,6 +29,7 @@ import flax.struct
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.support import fuzz as fuzzing
 from tests.support.sources import modules
 
 # JAX rebuilds pytrees with shardings, shapes and placeholders for leaves: their constructors can't be checked.
@@ -60,3 +62,35 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.worlds import TINY
 
     return generate(TINY, tmp_path_factory.mktemp("out"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-cases", type=int, default=fuzzing.TOTAL, help=f"random and damaged inputs to try [{fuzzing.TOTAL}]"
+    )
+
+
+@pytest.fixture
+def fuzz(pytestconfig: pytest.Config, record_property: Callable[[str, object], None]) -> fuzzing.Fuzz:
+    """Yields the random numbers of each case of a kind (of part `part` of `parts`), and notes how many were tried."""
+
+    def cases(kind: str, part: int = 0, parts: int = 1) -> Iterator[random.Random]:
+        numbered = range(part, fuzzing.count(kind, pytestconfig.getoption("fuzz_cases")), parts)
+        for case in numbered:
+            print(f"fuzz: case {case} of the {kind}")  # shown where it fails
+            yield fuzzing.numbers(kind, case)
+        record_property("fuzz", [kind, len(numbered)])
+
+    return cases
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line with the cases that were tried, by kind."""
+    tried: dict[str, int] = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in getattr(report, "user_properties", ()) if report.when == "call" else ():
+            if name == "fuzz":
+                tried[value[0]] = tried.get(value[0], 0) + value[1]
+    if tried:
+        listed = ", ".join(f"{count:,} {kind}" for kind, count in sorted(tried.items()))
+        terminalreporter.write_line(f"fuzz: {sum(tried.values()):,} cases ({listed})")

@@ -10,6 +10,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from hafs_jax.method.penalties import coherence
+from tests.support import fuzz
 from tests.support.sources import ROOT
 
 HANGS = """
@@ -38,6 +39,15 @@ def test_every_test_has_a_limit(pytestconfig: pytest.Config) -> None:
     seconds, dump = float(pytestconfig.getini("timeout")), float(pytestconfig.getini("faulthandler_timeout"))
     assert 60 <= seconds < dump <= 300 and pytestconfig.getini("faulthandler_exit_on_timeout")
     assert pytestconfig.pluginmanager.hasplugin("timeout")
+
+
+def test_random_and_damaged_inputs_are_tried_by_the_thousand(pytestconfig: pytest.Config) -> None:
+    assert fuzz.TOTAL >= 2_000 and pytestconfig.getoption("fuzz_cases") > 0
+    others = (path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__))
+    tests = "".join(path.read_text() for path in others)
+    assert [kind for kind in fuzz.CASES if tests.count(f'"{kind}"') != 1] == []
+    assert {kind: fuzz.count(kind) for kind in fuzz.CASES} == fuzz.CASES
+    assert fuzz.count("npy files", 10 * fuzz.TOTAL) == 2_000 and fuzz.count("npy files", 1) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the lock that hangs outside of Python is glibc's")

@@ -17,6 +17,11 @@ class UserError(Exception):
     """Bad input. The message says what was expected, what was found, where, and what to do, on one line."""
 
 
+def in_one_line(text: str) -> str:
+    """The text with what is no printable character as its escape: a name that a user gave may hold a line end."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns a `UserError` into one line on stderr and exit code 2; any other exception is our bug and passes.
@@ -26,14 +31,14 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
         if error.errno not in _DISK or error.filename is None:
             raise
         path = str(error.filename)
         shown = path if len(path) <= 300 else f"{path[:140]}...{path[-140:]}"
-        print(f"error: {shown}: {error.strerror}; put that right, or give another path", file=sys.stderr)
+        print(f"error: {in_one_line(shown)}: {error.strerror}; put that right, or give another path", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, in_one_line
 
 C = TypeVar("C")
 Number = int | float
@@ -156,7 +156,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see `{self.prog} --help`", file=sys.stderr)
+        print(f"error: {in_one_line(message)}; see `{self.prog} --help`", file=sys.stderr)
         raise SystemExit(2)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,6 +44,10 @@ ALIASES = {
 COLUMNS = ("fvu_ema", "heldout_fvu", "l0", "dead_fraction", "coherence_mean", "coherence_max", "lambda", "tau_reached")
 
 
+MOST = 10_000
+"""How many SAEs a sweep may have: a slip such as seed=0..1000000000 would fill the memory before anything trains."""
+
+
 def automatic() -> str:
     """How SAEs share a program by default: in turn on a CPU, where batched products gain nothing; else by vmap."""
     return "map" if target() == "cpu" else "vmap"
@@ -52,26 +57,38 @@ def parse_grid(text: str) -> list[dict[str, str]]:
     """The points of a grid such as "seed=0..3 l1=0.5,1,2": {axis: value as text}, the last axis fastest.
 
     `a..b` are whole numbers from a to b, both included; `;` joins several grids, one after the other.
-    Raises `UserError` where an axis is malformed or given twice.
+    Raises `UserError` where an axis is malformed or given twice, and for more than `MOST` points.
     """
-    return [point for part in text.split(";") for point in _product(part)]
+    products = [_axes(part) for part in text.split(";")]
+    points = sum(math.prod(map(len, axes.values())) for axes in products)
+    if points > MOST:
+        raise UserError(
+            f"the grid has {points:,} SAEs: expected at most {MOST:,}; give fewer values, or several sweeps"
+        )
+    return [dict(zip(axes, point, strict=True)) for axes in products for point in itertools.product(*axes.values())]
 
 
-def _product(text: str) -> list[dict[str, str]]:
+def _axes(text: str) -> dict[str, list[str]]:
+    """The values of each axis of a grid without `;`."""
     axes: dict[str, list[str]] = {}
     for word in text.split():
         name, equals, values = word.partition("=")
         if not (name and equals and values) or name in axes:
-            raise UserError(f"grid {word!r}: expected NAME=VALUE,VALUE or NAME=FIRST..LAST, each name once")
+            raise UserError(f"grid {_shortened(word)!r}: expected NAME=VALUE,VALUE or NAME=FIRST..LAST, each name once")
         whole = re.fullmatch(r"(\d+)\.\.(\d+)", values)
         if whole:
-            first, last = int(whole[1]), int(whole[2])
-            axes[name] = [str(number) for number in range(first, last + 1)]
+            if max(map(len, whole.groups())) > 19 or int(whole[2]) - int(whole[1]) >= MOST:
+                raise UserError(f"grid {_shortened(word)!r}: expected at most {MOST:,} values below 10^19")
+            axes[name] = [str(number) for number in range(int(whole[1]), int(whole[2]) + 1)]
         else:
             axes[name] = [value for value in values.split(",") if value]
         if not axes[name]:
-            raise UserError(f"grid {word!r}: expected at least one value")
-    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+            raise UserError(f"grid {_shortened(word)!r}: expected at least one value")
+    return axes
+
+
+def _shortened(word: str) -> str:
+    return word if len(word) <= 100 else f"{word[:97]}..."
 
 
 def arguments_of(point: dict[str, str], tag_of_all: str = "", variant: str = "baseline") -> list[str]:

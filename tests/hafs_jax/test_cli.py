@@ -90,6 +90,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert (stop.value.code, said.out, said.err) == (2, "", f"error: {message}\n")
 
 
+def test_a_line_end_in_what_the_user_gave_leaves_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for arguments in (["train", "--out", str(tmp_path), "--profile", "a\nb\udcff"], ["train", "--a\rb"], ["a\nb"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and line.isprintable()
+
+
 def test_every_commands_help_needs_no_optional_package_and_no_jax(tmp_path: Path) -> None:
     shown, said = run_without(
         [*OPTIONAL, "jax", "flax", "optax", "orbax"], [f"{name} --help" for name in COMMANDS], tmp_path

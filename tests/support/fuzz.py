@@ -1,14 +1,41 @@
-"""Damaged inputs for the fuzz tests. HAFS_FUZZ=20 makes each try twenty times as many cases."""
+"""Random and damaged inputs: how many of each kind the tests try, and what damage is.
 
-import os
+`pytest --fuzz-cases 50000` tries about twenty times as many as the default. A case's random numbers depend on its kind
+and number alone, which the output of a failed test ends with.
+"""
+
 import random
+from collections.abc import Callable, Iterator
+
+CASES = {
+    "damaged files": 300,
+    "text records": 300,
+    "npy files": 200,
+    "model folders": 160,
+    "SAE files": 600,
+    "flags of extract": 100,
+    "flags of import": 120,
+    "flags of train": 80,
+    "flags of sweep": 80,
+    "flags of evaluate": 200,
+}
+"""How many cases of each kind are tried by default."""
+
+TOTAL = sum(CASES.values())
+Fuzz = Callable[..., Iterator[random.Random]]
+"""What the fixture `fuzz` is: `fuzz(kind)` yields the random numbers of one case after another."""
 
 INSERTED = (b"9" * 5000, b"[" * 20_000, b"\0", b"\xff", b"-", b"NaN", b"{", b'"', b"\n", b"null")
 
 
-def cases(count: int) -> int:
-    """How many cases a test that tries `count` by default shall try."""
-    return round(count * float(os.environ.get("HAFS_FUZZ", "1")))
+def count(kind: str, total: int = TOTAL) -> int:
+    """How many cases of a kind are tried where `total` of all kinds are: at least one."""
+    return max(1, round(CASES[kind] * total / TOTAL))
+
+
+def numbers(kind: str, case: int) -> random.Random:
+    """The random numbers of one case."""
+    return random.Random(f"{kind} {case}")
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:

@@ -29,12 +29,14 @@ class ExperimentConfig:
         ("baseline", "strict", "adaptive"), "variants, each with further axes of a sweep's grid: 'strict lam=0.3'"
     )
     architectures: tuple[str, ...] = option(("batchtopk",), "architectures that every arm is trained on")
-    ks: tuple[int, ...] = option((32,), "L0 levels, the same for all arms")
-    seeds: int = option(5, "seeds 0 up to it, shared by all arms; each has its own weights and data order")
+    ks: tuple[int, ...] = option((32,), "L0 levels, the same for all arms", least=1)
+    seeds: int = option(
+        5, "seeds 0 up to it, shared by all arms; each has its own weights and data order", least=1, most=10_000
+    )
     extract: tuple[str, ...] = option((), "further flags of `hafs extract`")
     train: tuple[str, ...] = option((), "further flags of `hafs sweep`")
     evaluate: tuple[str, ...] = option((), "further flags of `hafs evaluate`")
-    latents_seeds: int = option(1, "seeds whose latents are shown in the report, from 0 on")
+    latents_seeds: int = option(1, "seeds whose latents are shown in the report, from 0 on", least=0)
     latents_ks: tuple[int, ...] = option((), "L0 levels whose latents are shown; none: all")
     primaries: tuple[str, ...] = option(("hierarchy_parent_top_1", "hole"), "the measures that the verdict is about")
     secondaries: tuple[str, ...] = option(
@@ -42,9 +44,11 @@ class ExperimentConfig:
         "further measures compared, without a claim",
     )
     references: tuple[str, ...] = option(("random_init", "frozen_decoder"), "arms that are references, not methods")
-    fvu_margin: float = option(0.02, "a method is non-inferior where the interval of its FVU's rise ends below it")
-    l0_margin: float = option(0.02, "largest share by which a run's held-out L0 may be off its level")
-    bootstrap: int = option(10_000, "samples of the hierarchical bootstrap")
+    fvu_margin: float = option(
+        0.02, "a method is non-inferior where the interval of its FVU's rise ends below it", least=0
+    )
+    l0_margin: float = option(0.02, "largest share by which a run's held-out L0 may be off its level", least=0)
+    bootstrap: int = option(10_000, "samples of the hierarchical bootstrap", least=1, most=1_000_000)
 
     def __post_init__(self) -> None:
         check(self)
@@ -68,8 +72,6 @@ class ExperimentConfig:
                     raise UserError(
                         f"{field}: expected none of {', '.join(own)}, which the experiment sets; found {flag}"
                     )
-        if self.seeds < 1:
-            raise UserError(f"seeds={self.seeds}: expected at least 1")
 
     def cells(self) -> Iterator[Cell]:
         """Every SAE of the experiment, architecture by architecture, seed by seed."""

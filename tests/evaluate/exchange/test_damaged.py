@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.saelens_format import read_saelens
 from hafs_jax.store.reader import Store
 from tests.support.both_saes import D, F, K, assert_same, of_saelens, rows, saelens_folder
+from tests.support.fuzz import Fuzz
 from tests.support.stores import write_store
 
-CASES = int(os.environ.get("HAFS_FUZZ_CASES", "600"))
 HUGE = "1" * 5000
 VALUES = [None, [], {}, [3], "x", "3", -1, 0, 1.5, float("nan"), float("inf"), {"k": []}, HUGE]
 ACTS = rows(2)
@@ -221,7 +219,7 @@ def library_folder(folder: Path, name: str) -> Path:
     return folder
 
 
-def test_damaged_files_are_refused_or_mean_the_same(tmp_path: Path) -> None:
+def test_damaged_files_are_refused_or_mean_the_same(tmp_path: Path, fuzz: Fuzz) -> None:
     saelens = (cfg_value, cfg_value, cfg_whole, weights, weights_bytes)
     library = (config_json, state_dict, state_dict, state_bytes)
     sources: list[tuple[Path, tuple[Callable[[Path, random.Random], None], ...]]] = [
@@ -234,9 +232,9 @@ def test_damaged_files_are_refused_or_mean_the_same(tmp_path: Path) -> None:
         expected.append(of_saelens(import_sae(source, tmp_path / f"whole-{place}"), ACTS)[1])
     target, folder = tmp_path / "target", tmp_path / "case"
     folder.mkdir()
-    refused, started = 0, time.monotonic()
-    for seed in range(CASES):
-        chance = random.Random(seed)
+    count, refused = 0, 0
+    for chance in fuzz("SAE files"):
+        count += 1
         place = chance.randrange(len(sources))
         source, changes = sources[place]
         for old in folder.iterdir():
@@ -245,7 +243,7 @@ def test_damaged_files_are_refused_or_mean_the_same(tmp_path: Path) -> None:
             (folder / path.name).write_bytes(path.read_bytes())
         change = chance.choice(changes)
         change(folder, chance)
-        what = f"case {seed}: {change.__name__} of {source.name}"
+        what = f"{change.__name__} of {source.name}"
         ways: list[Callable[[], np.ndarray]] = [lambda: of_saelens(import_sae(folder, target), ACTS)[1]]
         if changes is saelens:
             ways.append(lambda: of_weights(folder))
@@ -259,8 +257,7 @@ def test_damaged_files_are_refused_or_mean_the_same(tmp_path: Path) -> None:
                 raise AssertionError(what) from error
             else:
                 np.testing.assert_allclose(found, expected[place], rtol=1e-4, atol=1e-4, err_msg=what)
-    assert CASES / 3 < refused < 2 * CASES
-    print(f"{CASES} cases in {time.monotonic() - started:.1f} s, {refused} refusals")
+    assert count < 50 or count / 3 < refused < 2 * count
 
 
 def of_weights(folder: Path) -> np.ndarray:

@@ -125,7 +125,7 @@ def test_the_committed_experiments_are_valid_and_so_is_every_training_in_them(na
         ("seeds = 'five'", "seeds: expected int, found 'five'"),
         ("arms = ['strict lam=1,2']", "expected a variant and axes of one value"),
         ("ks = [4, 4]", "each once"),
-        ("seeds = 0", "expected at least 1"),
+        ("seeds = 0", "expected 1 to 10,000"),
         ("name = 'a/b'", "expected letters"),
         ("seeds = ", "e.toml, found a file that is not TOML (Invalid value"),
     ],
@@ -322,7 +322,10 @@ def test_an_experiments_own_stages_to_skip_are_skipped_beside_the_runners(
         ({"name": ".."}, r"name='\.\.': expected letters"),
         ({"train": ("--seed", "3")}, "train: expected none of .*, which the experiment sets; found --seed"),
         ({"evaluate": ("--runs=a",)}, "evaluate: expected none of .*; found --runs=a"),
-        ({"fvu_margin": float("nan")}, "fvu_margin=nan: expected a finite number"),
+        ({"fvu_margin": float("nan")}, "fvu_margin=nan: expected at least 0"),
+        ({"seeds": 10**9}, "seeds=1000000000: expected 1 to 10,000"),
+        ({"bootstrap": 10**9}, "bootstrap=1000000000: expected 1 to 1,000,000"),
+        ({"ks": (0,)}, r"ks\[0\]=0: expected at least 1"),
     ],
 )
 def test_what_an_experiment_may_not_say_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -1,7 +1,6 @@
 """Files that another program wrote, or that are damaged: what is expected becomes one line, a bug of ours does not."""
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import jsonl_records, read_json, read_jsonl, read_toml
 from hafs_jax.base.foreign import open_npy, read_npz, reading
 from hafs_jax.saelens_files import read_safetensors
-from tests.support.fuzz import cases, damaged
+from tests.support.fuzz import Fuzz, damaged
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
@@ -125,9 +124,9 @@ def test_archives_and_arrays_are_told_apart(tmp_path: Path) -> None:
         open_npy(tmp_path / "a.npz")
 
 
-def test_a_damaged_file_is_read_or_refused(tmp_path: Path) -> None:
+def test_a_damaged_file_is_read_or_refused(tmp_path: Path, fuzz: Fuzz) -> None:
     """Whatever is done to it: the reader returns a value of its type, or raises `UserError`, on one line."""
-    rng, path = random.Random(0), tmp_path / "a.file"
+    path = tmp_path / "a.file"
     record = {"text": "a \u00e9 \ud83d\ude00", "n": [1, 2.5e3, None, True, {"deep": [[]]}]}
     np.save(tmp_path / "a.npy", np.arange(24, dtype=np.float32).reshape(4, 6))
     np.savez_compressed(tmp_path / "a.npz", a=np.arange(24.0), b=np.ones((2, 3), np.float16))
@@ -140,8 +139,9 @@ def test_a_damaged_file_is_read_or_refused(tmp_path: Path) -> None:
     }
     whole["own jsonl"] = whole["jsonl"]
     types = {"json": dict, "toml": dict, "jsonl": list, "own jsonl": list, "npy": np.ndarray, "npz": dict}
-    count, refused = cases(300), 0
-    for case in range(count):
+    count, refused = 0, 0
+    for rng in fuzz("damaged files"):
+        count += 1
         kind = rng.choice(list(READERS))
         data = damaged(whole[kind], rng)
         path.write_bytes(data)
@@ -151,5 +151,5 @@ def test_a_damaged_file_is_read_or_refused(tmp_path: Path) -> None:
             refused += 1
             assert "\n" not in str(error) and str(path) in str(error)
         except BaseException as error:
-            raise AssertionError(f"case {case}: {kind} {data[:300]!r}") from error
-    assert 0.3 * count < refused < count
+            raise AssertionError(f"{kind} {data[:300]!r}") from error
+    assert count < 50 or 0.3 * count < refused < count

@@ -48,6 +48,14 @@ def test_a_grid_is_every_combination_the_last_axis_fastest() -> None:
     for text in ("seed", "seed=", "=3", "seed=1 seed=2"):
         with pytest.raises(UserError, match=r"expected NAME=VALUE,VALUE or NAME=FIRST\.\.LAST"):
             parse_grid(text)
+    for text in (
+        *("seed=0..1000000000000", "seed=" + "9" * 5000 + ".." + "9" * 5000, "seed=0..99 k=1..99 lam=1,2; tau=1"),
+        "; ".join(["seed=0..5999"] * 2),
+    ):
+        with pytest.raises(UserError, match=r"expected at most 10,000") as raised:
+            parse_grid(text)
+        assert len(str(raised.value)) < 300
+    assert len(parse_grid("seed=1000000..1009999")) == 10_000
     assert arguments_of({"arch": "relu", "l1": "0.5", "sae.k": "4", "penalty.ramp": "true"}) == [
         "--arch", "relu", "--sparsity.coefficient", "0.5", "--sae.k", "4", "--penalty.ramp",
         "--arm", "baseline l1=0.5 penalty.ramp=true", "--tag", "l1=0.5,k=4,ramp=true",
