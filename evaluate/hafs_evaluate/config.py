@@ -21,6 +21,13 @@ class EvalConfig:
     # SAE-Bench's own default is l1: four times the seconds (saga), accuracies 0.005 apart on average
     penalty: str = option("l2", "regularisation of sae_probes' sparse probes", choices=("l1", "l2"))
     probe_seed: int = option(42, "seed of the probes' train and test splits", least=0, most=2**32 - 1)
+    # 4,000 and 1,000 are SAE-Bench's own; its tasks balance four groups
+    probe_train_texts: int = option(
+        4_000, "training texts of each of standard's probes, half of each class; a multiple of 4", least=20, most=4_000
+    )
+    probe_test_texts: int = option(
+        1_000, "test texts of each of standard's probes, half of each class; a multiple of 4", least=20, most=1_000
+    )
     trees: tuple[str, ...] = option((), "label trees, by name or path of a .json file; none named: all bundled ones")
     hierarchy_ks: tuple[int, ...] = option((1, 2, 5, 10, 20, 50), "latents a probe of a tree's node may use", least=1)
     hierarchy_folds: int = option(
@@ -34,6 +41,9 @@ class EvalConfig:
         check(self)
         if self.suite != "auto":
             find_suite(self.suite)
+        for name in ("probe_train_texts", "probe_test_texts"):
+            if getattr(self, name) % 4:
+                raise UserError(f"{name}={getattr(self, name)}: expected a multiple of 4")
         for name in ("ks", "hierarchy_ks"):
             ks = getattr(self, name)
             if not ks or len(set(ks)) < len(ks):

@@ -79,6 +79,9 @@ def _splice(evaluation: Evaluation, jobs: list[Job]) -> dict[str, Values]:
 def _probing_settings(evaluation: Evaluation) -> list[Any]:
     config, manifest = evaluation.config, evaluation.manifest
     settings = [config.suite, list(config.tasks), list(config.ks), config.penalty, config.probe_seed]
+    sizes = [config.probe_train_texts, config.probe_test_texts]
+    if sizes != [EvalConfig.probe_train_texts, EvalConfig.probe_test_texts]:
+        settings += sizes
     settings += [to_dict(manifest.model), to_dict(manifest.tokenizer), manifest.hook_point]
     return [*settings, *find_suite(config.suite).inputs, *dataset_shas(config.tasks)]
 

@@ -225,9 +225,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._json([self._entry(path, files[path]) for path in paths if path in files])
         elif what == "preupload":
             asked = json.loads(self.body)["files"]
+            kept = {path: self._entry(path, content) for path, content in files.items()}
             modes = [
                 {
                     "path": each["path"],
+                    "oid": kept[each["path"]].get("lfs", kept[each["path"]])["oid"] if each["path"] in kept else None,
                     "uploadMode": "lfs" if each["path"].endswith(LFS) else "regular",
                     "shouldIgnore": False,
                 }

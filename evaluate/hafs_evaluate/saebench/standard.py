@@ -1,10 +1,12 @@
 """The suite standard: SAE-Bench's sparse probing on its eight datasets from the hub, with its own config. Torch.
 
 The code that scores is SAE-Bench 0.6.0's `sparse_probing.run_eval`: 4,000 training and 1,000 test texts for each pair
-of classes, 128 tokens, seed 42, mean over tokens. Three things are replaced while it runs, in this process alone:
+of classes, or fewer, 128 tokens, seed 42, mean over tokens. Three things are replaced while it runs, in this process
+alone:
 
 - its model, by the one that made the store, with that one's tokenizer, rather than a second download;
-- its reader of `codeparrot/github-code`, a dataset with a script, which `datasets` refuses from version 4 on;
+- its reader of datasets (see `hub_texts`): each is read in one commit, and `codeparrot/github-code`, a dataset with a
+  script, which `datasets` refuses from version 4 on, from its parquet files;
 - jaxtyping's checks, which one of its own functions fails.
 
 Its cache of activations has two traps. Its key names dataset, model and hook point alone, so here a hash of everything
@@ -15,7 +17,7 @@ dataset's cache is filled first, with a run whose scores are thrown away, and ev
 import contextlib
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -36,35 +38,35 @@ from hafs_evaluate.saebench.harness import (
     read_output,
     without_type_checks,
 )
+from hafs_evaluate.saebench.hub_texts import STREAMED, HubTexts
 from hafs_evaluate.workspace import fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import did_you_mean
 from hafs_jax.store.manifest import Manifest
-
-GITHUB_CODE = "codeparrot/github-code"
-GITHUB_CODE_FILES = "hf://datasets/codeparrot/github-code/data/train-*.parquet"
-LANGUAGES = {
-    "C": (".c", ".h"),
-    "HTML": (".html",),
-    "Java": (".java",),
-    "PHP": (".php", ".php3", ".php4", ".php5", ".phps", ".phpt"),
-    "Python": (".py",),
-}
-"""The endings of file names that tell a file's language, for the five languages that SAE-Bench asks for."""
 
 
 class StandardProbing:
     """The suite for one model, hook point and set of datasets."""
 
     def __init__(
-        self, manifest: Manifest, model: Any, datasets: tuple[str, ...], ks: tuple[int, ...], seed: int, root: Path
+        self,
+        manifest: Manifest,
+        model: Any,
+        datasets: tuple[str, ...],
+        ks: tuple[int, ...],
+        seed: int,
+        root: Path,
+        train_texts: int = 4_000,
+        test_texts: int = 1_000,
     ) -> None:
         """`model` is a `LanguageModel`; SAE-Bench's folders lie under `root`. `UserError` for an unknown dataset.
+
+        A probe of one class against another sees `train_texts`, and is tested on `test_texts`, half of each class.
 
         The SAE and the cached activations are float32, whatever dtype the model computes in.
         """
         check_hook_point(manifest.hook_point)
-        with logged(root / "saebench.log"), _patched(_Adapter(model)):
+        with logged(root / "saebench.log"), without_type_checks():
             from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
             from sae_bench.sae_bench_utils import activation_collection, dataset_info
 
@@ -81,16 +83,21 @@ class StandardProbing:
             k_values=list(ks),
             llm_batch_size=activation_collection.LLM_NAME_TO_BATCH_SIZE.get(name, 64),
             llm_dtype="float32",
+            probe_train_set_size=train_texts,
+            probe_test_set_size=test_texts,
         )
+        self._texts = HubTexts(self._folder / "commits.json")
 
     def score(self, unique_name: str, sae: Any) -> dict[str, Any]:
         """SAE-Bench's own result for one SAE, as the JSON of its output file. `sae` is moved to float32."""
         for dataset in self.config.dataset_names:
             self._fill(dataset)
         output = self._folder / "output"
-        with logged(self.root / "saebench.log"), _patched(self.model):
+        with logged(self.root / "saebench.log"), _patched(self.model, self._texts):
             self._run(self.config.dataset_names, unique_name, sae, output, self._folder)
-            return read_output(output, unique_name)
+            values = read_output(output, unique_name)
+        values["eval_config"]["dataset_commits"] = self._texts.commits(self.config.dataset_names)
+        return values
 
     def language_model(self, values: dict[str, Any]) -> dict[str, Any]:
         """The language model's own probes: those in every SAE's result (`values`), and those of `_components`."""
@@ -111,7 +118,7 @@ class StandardProbing:
         from sklearn.preprocessing import StandardScaler
 
         self._fill(dataset)
-        with logged(self.root / "saebench.log"), _patched(self.model):
+        with logged(self.root / "saebench.log"), _patched(self.model, self._texts):
             from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
             from sae_bench.sae_bench_utils.activation_collection import create_meaned_model_activations
 
@@ -142,6 +149,21 @@ class StandardProbing:
         missing = [name for name in self.config.dataset_names if not self._cached(name).exists()]
         return sum(len(self._classes[name]) * rows * self.manifest.d_model * 4 for name in missing)
 
+    def downloads(self) -> str | None:
+        """What will be fetched from the hub, in words; None where nothing is. `UserError` where the hub refuses it."""
+        missing = [
+            name
+            for name in self.config.dataset_names
+            if name not in PROBING_DATASETS and not self._cached(name).exists()
+        ]
+        fetched: dict[str, int] = {}
+        for plan in self._texts.plans(missing):
+            fetched[plan.name] = fetched.get(plan.name, 0) + plan.missing_bytes
+        parts = [f"{name} {size / 1e6:,.1f} MB" for name, size in fetched.items() if size]
+        parts += [f"{name} streamed until it has enough texts" for name in STREAMED if name in missing]
+        whole = sum(fetched.values()) / 1e6
+        return f"the probing suite standard will fetch {whole:,.1f} MB whole: {', '.join(parts)}" if parts else None
+
     @property
     def _folder(self) -> Path:
         values = asdict(self.config) | {"dataset_names": None}  # each dataset is a file of its own
@@ -161,14 +183,8 @@ class StandardProbing:
         if path.exists():
             return
         shutil.rmtree(filling := self._folder / "filling", ignore_errors=True)
-        try:
-            with logged(self.root / "saebench.log"), _patched(self.model):
-                self._run([dataset], "identity", self._identity(), filling / "output", filling)
-        except OSError as error:
-            raise UserError(
-                f"dataset {dataset} cannot be had from the hub ({' '.join(str(error).split())[:200]});"
-                " take --suite sae_probes, whose tasks need no hub"
-            ) from error
+        with logged(self.root / "saebench.log"), _patched(self.model, self._texts):
+            self._run([dataset], "identity", self._identity(), filling / "output", filling)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._cached(dataset, filling).rename(path)
         shutil.rmtree(filling)
@@ -239,8 +255,8 @@ class _Tokenized:
 
 
 @contextlib.contextmanager
-def _patched(model: _Adapter) -> Iterator[None]:
-    """Within it, SAE-Bench uses `model`, reads GitHub's code and registered datasets, and checks no array types."""
+def _patched(model: _Adapter, hub: HubTexts) -> Iterator[None]:
+    """Within it, SAE-Bench uses `model`, reads datasets by `hub` and registered ones, and checks no array types."""
     with without_type_checks():
         from sae_bench.evals.sparse_probing import main
         from sae_bench.sae_bench_utils import dataset_info, dataset_utils
@@ -253,7 +269,7 @@ def _patched(model: _Adapter) -> Iterator[None]:
             ours = PROBING_DATASETS.get(name)
             return (ours.split if ours else partial(texts, name))(train_size, test_size, seed)
 
-        main.HookedTransformer, dataset_utils.load_dataset = loader, _github_code_or(load_dataset)
+        main.HookedTransformer, dataset_utils.load_dataset = loader, hub.load
         dataset_info.chosen_classes_per_dataset = classes | registered_classes()
         dataset_utils.get_multi_label_train_test_data = texts_of
         try:
@@ -263,23 +279,3 @@ def _patched(model: _Adapter) -> Iterator[None]:
             main.HookedTransformer, dataset_utils.load_dataset = transformer, load_dataset
             dataset_info.chosen_classes_per_dataset = classes
             dataset_utils.get_multi_label_train_test_data = texts
-
-
-def _github_code_or(load_dataset: Any) -> Any:
-    """`load_dataset`, but GitHub's code from its parquet files, with the language that its script would have added."""
-
-    def load(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name != GITHUB_CODE:
-            return load_dataset(name, *args, **kwargs)
-        rows = load_dataset("parquet", data_files=GITHUB_CODE_FILES, split="train", streaming=True)
-        return _with_language(rows)
-
-    return load
-
-
-def _with_language(rows: Any) -> Iterator[Mapping[str, str]]:
-    of_ending = {ending: language for language, endings in LANGUAGES.items() for ending in endings}
-    for row in rows:
-        language = of_ending.get("." + row["path"].rsplit(".", 1)[-1])
-        if language:
-            yield {"language": language, "code": row["content"]}

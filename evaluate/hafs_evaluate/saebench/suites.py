@@ -104,7 +104,8 @@ def check_space(folder: Path, suite: ProbingSuite, needed: int, say: Callable[[s
     if free < needed:
         raise UserError(
             f"{folder}: the probing suite {suite.name} needs {needed / 1e9:.1f} GB, found {free / 1e9:.1f} GB free;"
-            " free some, choose another OUT, name fewer --tasks, or take another --suite"
+            " free some, choose another OUT, name fewer --tasks, lower standard's --probe-train-texts, or take another"
+            " --suite"
         )
 
 
@@ -134,7 +135,19 @@ def _standard(evaluation: "Evaluation") -> Any:
     from hafs_evaluate.saebench.standard import StandardProbing
 
     config, root = evaluation.config, evaluation.workspace.cache / "saebench"
-    return StandardProbing(evaluation.manifest, evaluation.model(), config.tasks, config.ks, config.probe_seed, root)
+    probing = StandardProbing(
+        evaluation.manifest,
+        evaluation.model(),
+        config.tasks,
+        config.ks,
+        config.probe_seed,
+        root,
+        config.probe_train_texts,
+        config.probe_test_texts,
+    )
+    if downloads := probing.downloads():
+        evaluation.say(downloads)
+    return probing
 
 
 register_suite(

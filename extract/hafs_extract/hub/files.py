@@ -100,22 +100,26 @@ def plan_model(name: str, revision: str | None) -> Fetch:
 
 
 def plan_dataset(source: SourceConfig) -> Fetch:
-    """The files of the split of the hub dataset that `source` reads; as `plan_model`.
+    """The files of the split of the hub dataset that `source` reads; as `plan_split`."""
+    try:
+        return plan_split(source.path, source.subset, source.split, source.revision)
+    except UserError as error:
+        raise UserError(f"source {source.name}: {error}{did_you_mean(source.path, packaged.TEXTS)}") from error
+
+
+def plan_split(name: str, subset: str | None, split: str, revision: str | None) -> Fetch:
+    """The files of a split of a dataset of the hub; as `plan_model`.
 
     Offline, they may be known only to the `datasets` library: then there are none here.
     """
 
     def choose(files: dict[str, HubFile], commit: str) -> list[HubFile]:
         data = [file for path, file in files.items() if Path(path).suffix not in ("", ".md", ".py")]
-        Fetch("dataset", source.path, commit, (), tuple(data[:1])).check_access()  # a gate is named by `datasets` badly
-        return [files.get(path, HubFile(path)) for path in _split_files(source, commit)]
+        Fetch("dataset", name, commit, (), tuple(data[:1])).check_access()  # `datasets` would not name a gate
+        return [files.get(path, HubFile(path)) for path in _split_files(name, subset, split, commit)]
 
-    selection = source.subset, source.split
-    try:
-        found = _plan("dataset", source.path, source.revision, selection, choose)
-    except UserError as error:
-        raise UserError(f"source {source.name}: {error}{did_you_mean(source.path, packaged.TEXTS)}") from error
-    return found or Fetch("dataset", source.path, _prepared_commit(source), ())
+    found = _plan("dataset", name, revision, (subset, split), choose)
+    return found or Fetch("dataset", name, _prepared_commit(name, subset, revision), ())
 
 
 def repository(kind: str, name: str, revision: str | None = None) -> tuple[str, dict[str, HubFile]]:
@@ -189,12 +193,12 @@ def _cached_model(name: str, revision: str | None) -> Fetch:
     return found
 
 
-def _prepared_commit(source: SourceConfig) -> str | None:
-    """The commit of what the `datasets` library has prepared of a source: it names folders so."""
-    names = [folder.name for folder in prepared_folders(source.path, source.subset)]
+def _prepared_commit(name: str, subset: str | None, revision: str | None) -> str | None:
+    """The commit of what the `datasets` library has prepared of a dataset: it names folders so."""
+    names = [folder.name for folder in prepared_folders(name, subset)]
     commits = [name for name in names if COMMIT.fullmatch(name)]
-    if source.revision in commits:
-        return source.revision
+    if revision in commits:
+        return revision
     return commits[0] if len(names) == 1 and commits else None
 
 
@@ -227,22 +231,22 @@ def _weights(files: dict[str, HubFile], whole: str, parts: str) -> list[str]:
     return []
 
 
-def _split_files(source: SourceConfig, commit: str) -> list[str]:
+def _split_files(name: str, subset: str | None, split: str, commit: str) -> list[str]:
     """The paths of the files of a dataset's split, as the `datasets` library finds them."""
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; pip install 'hafs-jax[extract]'") from error
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would ask another host, which need not be in reach
-    with hub_errors("dataset", source.path):
-        builder = datasets.load_dataset_builder(source.path, source.subset, revision=commit)
+    with hub_errors("dataset", name):
+        builder = datasets.load_dataset_builder(name, subset, revision=commit)
         by_split = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
-    name = re.split(r"[\[+]", source.split, maxsplit=1)[0]
-    if name not in by_split:
+    whole = re.split(r"[\[+]", split, maxsplit=1)[0]
+    if whole not in by_split:
         found = ", ".join(by_split) or "none"
-        raise UserError(f"dataset {source.path} has no split {name!r}; found {found}; say split=NAME in --text")
-    start = f"hf://datasets/{source.path}@{commit}/"
-    return [path.removeprefix(start) for path in by_split[name] if path.startswith(start)]
+        raise UserError(f"dataset {name} has no split {whole!r}; found {found}; say split=NAME in --text")
+    start = f"hf://datasets/{name}@{commit}/"
+    return [path.removeprefix(start) for path in by_split[whole] if path.startswith(start)]
 
 
 def _download(kind: str, name: str, commit: str | None, file: HubFile) -> None:

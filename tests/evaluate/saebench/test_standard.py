@@ -8,9 +8,12 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
+from hafs_evaluate.config import EvalConfig
+from hafs_evaluate.saebench import hub_texts
 from hafs_evaluate.saebench import standard as saebench_standard
 from hafs_evaluate.saebench.datasets import PROBING_DATASETS, ProbingDataset
 from hafs_evaluate.saebench.standard import StandardProbing
+from hafs_extract.hub.files import Fetch, HubFile
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.manifest import TokenizerInfo, read_manifest
 from tests.support.stores import write_store
@@ -167,31 +170,67 @@ def test_what_was_replaced_in_saebench_is_put_back(model, manifest, local_datase
 
 
 def test_github_code_is_read_from_parquet_with_its_language(tmp_path, monkeypatch):
-    from datasets import load_dataset
-
     files = ["a/b.py", "c.h", "d.PY", "Makefile", "x.php5", "y.html", "z.cpp", "Main.java"]
     save_parquet(tmp_path / "train-0.parquet", [{"path": name, "content": f"code of {name}"} for name in files])
-    monkeypatch.setattr(saebench_standard, "GITHUB_CODE_FILES", str(tmp_path / "train-*.parquet"))
-    load = saebench_standard._github_code_or(load_dataset)
-    rows = list(load("codeparrot/github-code", streaming=True, split="train", trust_remote_code=True, languages=["C"]))
+    monkeypatch.setattr(hub_texts, "GITHUB_CODE_FILES", str(tmp_path / "train-*.parquet"))
+    monkeypatch.setattr(hub_texts, "repository", lambda kind, name: ("ab" * 20, {}))
+    texts = hub_texts.HubTexts(tmp_path / "commits.json")
+    flags = {"streaming": True, "split": "train", "trust_remote_code": True, "languages": ["C"]}
+    rows = list(texts.load("codeparrot/github-code", **flags))
     assert [row["language"] for row in rows] == ["Python", "C", "PHP", "HTML", "Java"]
     assert rows[0]["code"] == "code of a/b.py"
-    assert saebench_standard._github_code_or(lambda name, split: (name, split))("other", split="x") == ("other", "x")
+    assert texts.commits(["codeparrot/github-code", "fancyzhx/ag_news"]) == {"codeparrot/github-code": "ab" * 20}
+
+
+def test_a_dataset_is_read_in_the_commit_that_was_noted(tmp_path, monkeypatch):
+    asked = []
+
+    def plan_split(name, subset, split, revision):
+        asked.append((name, split, revision))
+        save_parquet(tmp_path / "snapshots" / "c1" / f"{split}.parquet", [{"text": split}])
+        return Here("dataset", name, "c1", (HubFile(f"{split}.parquet"),))
+
+    class Here(Fetch):
+        @property
+        def folder(self):
+            return tmp_path / "snapshots" / self.commit
+
+    monkeypatch.setattr(hub_texts, "plan_split", plan_split)
+    texts = hub_texts.HubTexts(tmp_path / "commits.json")
+    found = texts.load("LabHC/bias_in_bios")
+    assert {split: table["text"].tolist() for split, table in found.items()} == {"train": ["train"], "test": ["test"]}
+    assert asked == [("LabHC/bias_in_bios", "train", None), ("LabHC/bias_in_bios", "test", "c1")]
+    hub_texts.HubTexts(tmp_path / "commits.json").load("LabHC/bias_in_bios")
+    assert {revision for _, _, revision in asked[2:]} == {"c1"}
+    assert texts.commits(["LabHC/bias_in_bios_class_set1", "LabHC/bias_in_bios_class_set2"]) == {
+        "LabHC/bias_in_bios": "c1"
+    }
 
 
 def test_errors_name_what_to_do(model, manifest, local_datasets, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"SAE-Bench has none of that name; did you mean 'local/words'\?"):
         suite(manifest, model, tmp_path, datasets=("local/word",))
-    from sae_bench.sae_bench_utils import dataset_utils
 
     def refused(*args):
-        raise ConnectionError("no route\nto the hub")
+        raise UserError("dataset x cannot be had: no route to the hub")
 
-    monkeypatch.setattr(dataset_utils, "get_multi_label_train_test_data", refused)
-    with pytest.raises(
-        UserError, match=r"local/words cannot be had from the hub \(no route to the hub\).*--suite sae_"
-    ):
-        suite(manifest, model, tmp_path).score("run", sae())
+    monkeypatch.setattr(hub_texts, "plan_split", refused)
+    with pytest.raises(UserError, match=r"no route to the hub; or take --suite sae_probes, whose tasks need no hub"):
+        hub_texts.HubTexts(tmp_path / "none").load("fancyzhx/ag_news")
+
+
+def test_the_sizes_are_saebenchs_or_smaller(model, manifest, local_datasets, tmp_path):
+    small = suite(manifest, model, tmp_path / "saebench", datasets=DATASETS[:1], train_texts=40, test_texts=20)
+    whole = suite(manifest, model, tmp_path / "saebench", datasets=DATASETS[:1])
+    assert (small.bytes_needed(), whole.bytes_needed()) == (2 * 30 * 128 * D * 4, 2 * 2500 * 128 * D * 4)
+    assert small._folder != whole._folder
+    values = small.score("run", sae())
+    assert local_datasets == [(DATASETS[0], 40, 20, 42)]
+    assert values["eval_config"]["probe_train_set_size"] == 40
+    with pytest.raises(UserError, match=r"probe_train_texts=42: expected a multiple of 4"):
+        EvalConfig(probe_train_texts=42)
+    with pytest.raises(UserError, match=r"probe_test_texts=1004: expected 20 to 1,?000"):
+        EvalConfig(probe_test_texts=1004)
 
 
 def test_a_registered_dataset_is_probed_beside_saebenchs_own(model, manifest, local_datasets, tmp_path, monkeypatch):
