@@ -26,6 +26,9 @@ VALUES = (
 GRIDS = (
     "arch=relu l1=inf",
     "seed=0..3",
+    "seed=7 k=2,3",
+    "variant=baseline,strict",
+    "arch=relu l1=0.1,1",
     "seed=3..0",
     "seed=0..1000000000000",
     "seed=0..99 k=1..99 lr=1,2,3,4,5,6,7,8,9",
@@ -83,14 +86,13 @@ def test_any_flags_of_training_start_or_are_one_line(
     monkeypatch.setattr("hafs_jax.training.train.fit", start)
     monkeypatch.setattr("hafs_jax.training.sweeps.fit", start)
     monkeypatch.setattr("hafs_jax.commands._use_compilation_cache", lambda: None)
-    train_flags = flags_of("train")
-    flags = {"train": train_flags, "sweep": [*flags_of("sweep"), *train_flags]}[command]
-    flags = [flag for flag in flags if flag not in ("--help", "--wandb", "--out")]
+    train_flags, own = flags_of("train"), flags_of(command)
+    flags = [[flag for flag in group if flag not in ("--help", "--wandb", "--out")] for group in (own, train_flags)]
     codes = []
     for draw in fuzz(kind):
         given = ["--out", str(out), "--profile", "tiny", "--batch-size", "40", "--sae.n-latents", "8", "--sae.k", "2"]
         given += ["--grid", draw.choice(GRIDS)] if command == "sweep" else []
-        given += with_values(flags, draw)
+        given += with_values(draw.choice([flags[0], *2 * [flags[1]]]), draw)
         code, lines = outcome(main, [command, *given], capsys)
         assert code in (0, 2), given
         errors = [line for line in lines if line.startswith("error: ")]

@@ -163,6 +163,8 @@ def experiment(arguments: list[str]) -> int:
     from hafs_evaluate.experiment.config import read_experiment
     from hafs_evaluate.experiment.experiment import SUMMARY, run_experiment
 
+    if options.workers < 0:
+        raise UserError(f"--workers {options.workers}: expected at least 1, or 0 for one a core and at most 2")
     config = read_experiment(options.config)
     workers = options.workers or min(2, os.cpu_count() or 1)
     workspace = run_experiment(config, options.out, workers, options.stages)

@@ -134,6 +134,8 @@ def sweep(
     `on_metrics(name, step, values)` is called on every logged step of each run, with the run's name; see `train`.
     Raises `UserError`, `Terminated` (the sweep goes on when called again) and `TrainingStopped` (all members failed).
     """
+    if most < 1:
+        raise UserError(f"most_together={most}: expected at least 1")
     seed = configs[0].seed if configs[0].data_seed is None else configs[0].data_seed
     configs = [dataclasses.replace(config, data_seed=seed) for config in configs]
     if any(config.patience is not None for config in configs):

@@ -1,7 +1,8 @@
 """Random and damaged inputs: how many of each kind the tests try, and what damage is.
 
-`pytest --fuzz-cases 50000` tries about twenty times as many as the default. A case's random numbers depend on its kind
-and number alone, which the output of a failed test ends with.
+`pytest --fuzz-cases 50000 -o timeout=0 -o faulthandler_timeout=0` tries about twenty times as many as the default, and
+lets each test take as long. A case's random numbers depend on its kind and number alone, which the output of a failed
+test ends with.
 """
 
 import random

@@ -97,5 +97,9 @@ def run_name(arm: str, architecture: str, k: int, seed: int) -> str:
 def read_experiment(path: Path) -> ExperimentConfig:
     """The experiment in the TOML file `path`; `UserError` for an unknown key or a value of the wrong type."""
     values = read_toml(path, "an experiment's TOML file")
+    if not values:
+        raise UserError(
+            f"expected an experiment's TOML file at {path}, found one that says nothing; name its arms, say"
+        )
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return from_dict(ExperimentConfig, values, str(path))

@@ -126,6 +126,7 @@ def test_the_committed_experiments_are_valid_and_so_is_every_training_in_them(na
         ("arms = ['strict lam=1,2']", "expected a variant and axes of one value"),
         ("ks = [4, 4]", "each once"),
         ("seeds = 0", "expected 1 to 10,000"),
+        ("# nothing", "found one that says nothing"),
         ("name = 'a/b'", "expected letters"),
         ("seeds = ", "e.toml, found a file that is not TOML (Invalid value"),
     ],

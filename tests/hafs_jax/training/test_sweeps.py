@@ -160,6 +160,9 @@ def test_what_a_sweep_refuses(folder: Path, tmp_path: Path) -> None:
         sweep(twins, open_stores(folder), tmp_path, "map")
     with pytest.raises(UserError, match="gives baseline-s0 twice"):
         sweep([small(), small()], open_stores(folder), tmp_path, "map")
+    for most in (0, -1):
+        with pytest.raises(UserError, match=f"most_together={most}: expected at least 1"):
+            sweep([small()], open_stores(folder), tmp_path, "map", most=most)
     patient = dataclasses.replace(small(), evaluate_every_steps=8, patience=1)
     with pytest.raises(UserError, match="patience: expected none in a sweep"):
         sweep([patient], open_stores(folder), tmp_path, "map")
