@@ -35,6 +35,15 @@ class EvalConfig:
     )
     hierarchy_tokens: int = option(64, "tokens of a labelled text that are read, BOS included", least=2)
     hierarchy_seed: int = option(0, "seed of the trees' folds", least=0, most=2**32 - 1)
+    lexicons: tuple[str, ...] = option((), "folders of lexicons (*.txt, one word a line) beside the bundled ones")
+    token_rows: int | None = option(
+        40_000, "held-out rows on which properties of tokens are measured; none takes all", least=2
+    )
+    token_f1: float = option(
+        0.8, "a property of tokens counts where the model's own probe has this F1 on other documents", least=0, most=1
+    )
+    token_splits: int = option(5, "times that a property's tokens are split into two halves", least=1)
+    token_seed: int = option(0, "seed of those splits", least=0, most=2**32 - 1)
     device: str = option("auto", "torch device; auto takes CUDA where there is one")
 
     def __post_init__(self) -> None:

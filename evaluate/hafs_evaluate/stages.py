@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from hafs_evaluate.config import EvalConfig
-from hafs_evaluate.results.measures import CORE, DOMAINS, FIRST_LETTER, HIERARCHY, PROBING, STABILITY, register_measure
+from hafs_evaluate.results.measures import (
+    CORE,
+    DOMAINS,
+    FIRST_LETTER,
+    HIERARCHY,
+    PROBING,
+    STABILITY,
+    TOKENS,
+    register_measure,
+)
 from hafs_evaluate.results.readings import LATENTS
 from hafs_evaluate.saebench.datasets import dataset_shas
 from hafs_evaluate.saebench.suites import check_space, find_suite
@@ -123,6 +132,27 @@ def _trees_of_language_model(evaluation: Evaluation, trees: Any) -> Values:
 def _hierarchy(job: Job) -> Values:
     answers = read_npz(job.evaluation.workspace.result(LANGUAGE_MODEL, ANSWERS), "the language model's answers")
     return job.shared.sae(job.sae(), answers)
+
+
+def _tokens(evaluation: Evaluation) -> Any:
+    from hafs_evaluate.tokens.token_results import TokenMeasures
+
+    workspace = evaluation.workspace
+
+    def tokenizer() -> Any:
+        return evaluation.model().tokenizer
+
+    return TokenMeasures(evaluation.config, workspace.train, workspace.heldout, tokenizer, evaluation.say)
+
+
+def _token_inputs(evaluation: Evaluation) -> list[Any] | None:
+    documents = sum(source.documents for source in evaluation.manifest.sources)
+    return [_tokens(evaluation).settings] if documents > 1 else None
+
+
+def _token_transfer(job: Job) -> Values:
+    of_model = read_result(job.evaluation.workspace.result(LANGUAGE_MODEL, TOKENS))
+    return job.shared.sae(job.sae(), of_model)
 
 
 def _latents_config() -> Any:
@@ -245,6 +275,22 @@ for _stage in (
         ),
         line=lambda found: (
             f"parents top-1 {_shown(found['macro']['parents_top_1'])}, hole {_shown(found['macro']['hole'])}"
+        ),
+    ),
+    Stage(
+        "tokens",
+        "properties that a token's id decides: do latents chosen on some tokens find the others",
+        TOKENS,
+        compute=_token_transfer,
+        inputs=_token_inputs,
+        prepare=lambda evaluation, jobs: _tokens(evaluation),
+        language_model=OfLanguageModel(
+            lambda evaluation, tokens: tokens.language_model(),
+            lambda evaluation: _tokens(evaluation).settings,
+            comes_first=True,  # an SAE is compared with the model's own probes
+        ),
+        line=lambda found: (
+            f"unseen tokens top-1 {_shown(found['mean']['transfer_top_1'])} of {len(found['properties'])} properties"
         ),
     ),
     Stage(

@@ -56,6 +56,7 @@ WORK = (
     "hafs_evaluate.saebench.sae_probes.probe_sae",
     "hafs_evaluate.latents.dashboards.show_latents",
     "hafs_evaluate.latents.domains.detections",
+    "hafs_evaluate.tokens.token_results.token_latents",
     "hafs_extract.models.load_for_manifest",
 )
 
@@ -72,6 +73,9 @@ def test_all_stages_write_what_the_report_reads_and_are_not_done_twice(workspace
         probing = json.loads(workspace.result(name, "probing.json").read_text())
         assert [detail["dataset_name"] for detail in probing["eval_result_details"]] == [TASK]
         assert probing["eval_result_unstructured"]["sae_sha256"] == values["sae_sha256"]
+        tokens = json.loads(workspace.result(name, "tokens.json").read_text())
+        assert tokens["run"] == name and tokens["sae_sha256"] == values["sae_sha256"]
+        assert tokens["properties"].keys() | tokens["left_out"].keys() > {"leading_space", "first_letter_t", "months"}
         latents = json.loads(workspace.result(name, "latents.json").read_text())
         assert latents["run"] == name
         others = {"baseline-s0", "strict-s0"} - {name}
@@ -180,7 +184,7 @@ def test_latents_do_not_depend_on_what_another_stage_has_loaded(workspace):
 
 
 def test_skipped_stages_leave_no_file(workspace):
-    run(workspace, skip=("splice", "probing", "hierarchy", "latents"), names=["strict-s0"])
+    run(workspace, skip=("splice", "probing", "hierarchy", "tokens", "latents"), names=["strict-s0"])
     assert {path.name for path in workspace.eval.rglob("*.*")} == {
         "core.json",
         "core_latents.npz",

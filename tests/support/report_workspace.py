@@ -223,6 +223,22 @@ def write_domains(folder: Path, run: str, f1: float, sources: tuple[str, ...] = 
     write_json(folder / "eval" / run / "domains.json", {"run": run, "config": {}, "sources": values})
 
 
+def write_tokens(folder: Path, run: str, accuracy: float) -> None:
+    """eval/<run>/tokens.json and eval/llm/tokens.json: transfer to unseen tokens of two properties."""
+    mean = {"transfer_top_1": accuracy, "transfer_top_2": accuracy + 0.01, "transfer_top_5": accuracy + 0.02}
+    mean |= {"recall": 0.6, "child_recall": 0.5, "child_spread": 0.25, "seen_top_1": 0.91, "enough_share": 0.4}
+    tops = {f"top_{k}": {"balanced_accuracy": accuracy, "f1": 0.5, "recall": 0.6} for k in (1, 2, 5)}
+    properties = {name: {**tops, "child_recall": 0.5, "absorbed": 0.3} for name in ("months", "digits")}
+    write_json(
+        folder / "eval" / run / "tokens.json",
+        {"run": run, "mean": {**mean, "absorbed": 0.333}, "properties": properties, "left_out": {}},
+    )
+    ceiling = {"mean": {"transfer_top_1": 0.987, "recall": 0.98}, "properties": {"months": {}, "digits": {}}}
+    floors = {name: {"mean": {**mean, "transfer_top_1": 0.654}, "properties": {}} for name in ("neurons", "pca")}
+    facts = {"rows": 12345, "probe_f1": {"months": 0.9, "digits": 1.0, "war": 0.4}, "left_out": {"war": "0.40"}}
+    write_json(folder / "eval" / "llm" / "tokens.json", {**facts, "ceiling": ceiling, **floors})
+
+
 def write_first_letter(folder: Path, run: str, absorption: float | None, reason: str = "") -> None:
     """eval/<run>/first_letter.json, valid unless there is a `reason`; without a figure where `absorption` is None."""
     means = {"mean_absorption_fraction_score": absorption, "mean_full_absorption_score": 0.2}

@@ -1,4 +1,4 @@
-"""The tables of single evaluations as plain values: probing tasks, sources of text, first letters. No files."""
+"""The tables of single evaluations as plain values: probing tasks, sources, tokens, first letters. No files."""
 
 import re
 from typing import Any
@@ -8,6 +8,18 @@ from hafs_evaluate.results.arms import estimate
 from hafs_evaluate.results.probing_means import mean_probing
 
 BEST_LATENTS = 3  # of a source, named in its table
+TOKEN_FIGURES = {
+    "transfer_top_1": "top-1",
+    "transfer_top_2": "top-2",
+    "transfer_top_5": "top-5",
+    "recall": "recall",
+    "child_recall": "recall by word",
+    "child_spread": "spread over words",
+    "seen_top_1": "top-1, seen words",
+    "enough_share": "10 latents are enough",
+    "absorbed": "absorbed",
+}
+"""The figures of tokens.json that the table of token properties shows, and the heads of their columns."""
 
 
 def task_table(results: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -117,6 +129,29 @@ def domain_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, A
             }
         )
     return tables
+
+
+def token_table(results: dict[str, Any]) -> dict[str, Any] | None:
+    """Transfer to unseen tokens, a row for each arm that has it, then the language model's; None without any."""
+    rows = []
+    for name, arm in results["arms"].items():
+        seeds = [found for run in arm["runs"] if (found := results["variants"][run].get("tokens"))]
+        if seeds:
+            rows.append({"name": name, "is_arm": True, "cells": _token_cells(seeds)})
+    if not rows:
+        return None
+    llm = results["llm"].get("tokens") or {}
+    for key, label in (("ceiling", "LM, own probes"), ("neurons", "LM, neurons"), ("pca", "LM, PCA")):
+        if mean := (llm.get(key) or {}).get("mean"):
+            rows.append({"name": label, "is_arm": False, "cells": _token_cells([mean], "")})
+    counted = [name for name in llm.get("probe_f1") or {} if name not in (llm.get("left_out") or {})]
+    note = f"{len(counted)} properties count on {llm.get('rows', 0):,} held-out rows: {', '.join(counted)}."
+    return {"header": list(TOKEN_FIGURES.values()), "rows": rows, "note": note if counted else ""}
+
+
+def _token_cells(seeds: list[dict[str, Any]], missing: str = NOT_EVALUATED) -> list[str]:
+    known = [[one[key] for one in seeds if one.get(key) is not None] for key in TOKEN_FIGURES]
+    return [_mean(values) if values else missing for values in known]
 
 
 def first_letter_table(results: dict[str, Any]) -> dict[str, Any] | None:

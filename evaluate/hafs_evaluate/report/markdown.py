@@ -34,6 +34,7 @@ def markdown(view: dict[str, Any], drawn: dict[str, str]) -> str:
         parts.append("Top-1 test accuracy:")
         parts.append(table(["task", *tasks["names"]], [[row["task"], *row["cells"]] for row in tasks["rows"]]))
     parts += _trees(view)
+    parts += _tokens(view)
     parts += _domains(view)
     parts += _first_letter(view)
     parts.append("## Dictionary")
@@ -110,6 +111,19 @@ def _trees(view: dict[str, Any]) -> list[str]:
         parts.append(f"{escape(one['tree'])}: balanced accuracy of {latents}, each class against all other texts.")
         parts.append(table(one["header"], one["rows"]))
     return parts + [escape(sentence) for sentence in view["tree_notes"]]
+
+
+def _tokens(view: dict[str, Any]) -> list[str]:
+    """Transfer to unseen tokens, of all arms."""
+    found = view["tokens"]
+    if not found:
+        return []
+    parts = [
+        "## Tokens",
+        "Properties that a token's id decides: balanced accuracy of latents on words that they were not chosen on.",
+        table(["arm", *found["header"]], [[row["name"], *row["cells"]] for row in found["rows"]]),
+    ]
+    return [*parts, escape(found["note"])] if found["note"] else parts
 
 
 def _domains(view: dict[str, Any]) -> list[str]:

@@ -75,6 +75,7 @@ def _view(folder: Path, results: dict[str, Any], manifest: Manifest) -> dict[str
         "groups": grouped,
         "main": main,
         "has_domains": any(group["domains"] for group in grouped),
+        "tokens": evaluation_tables.token_table(results),
         "first_letter": evaluation_tables.first_letter_table(results),
         "tree": tree_data(results),
         "tree_tables": tree_tables(results, main["names"] if main else []),

@@ -101,8 +101,10 @@ def column_measures() -> list[Measure]:
 
 
 HELDOUT, CONTEXTS, TASKS, PARENTS = "held-out rows", "held-out contexts", "mean over tasks", "mean over parents"
+PROPERTIES = "mean over properties"
 CORE, PROBING, HIERARCHY = "core.json", "probing.json", "hierarchy.json"
 DOMAINS, FIRST_LETTER, STABILITY = "domains.json", "first_letter.json", "stability.json"
+TOKENS = "tokens.json"
 _NODES, _CHILDREN, _PARENTS = "nodes.*.*", "children.*.*", "parents.*.*"  # `readings` sorts a tree's nodes so
 
 for _measure in (
@@ -201,6 +203,46 @@ for _measure in (
         "absorption_full", HIERARCHY, "absorption, full",
         "Share of a concept's texts on which it is absorbed in this way while all of its main latents are silent.",
         path="macro.absorption_full", per_dataset=f"{_PARENTS}.absorption.full", better="lower", over=PARENTS,
+    ),
+    Measure(
+        f"transfer_top_{K}", TOKENS, f"unseen tokens, top-{K}",
+        "Transfer to unseen tokens: balanced accuracy of k latents as detectors of a property that a token's id decides"
+        " (a case, a suffix, a list of words). The latents, and the probe of several, are chosen on half of the"
+        " property's words in half of the documents and measured on the other words in the other documents; mean over"
+        " splits and over the properties that the model's own probe finds. 0.5 is chance. No direction enters.",
+        path=f"mean.transfer_top_{K}", per_dataset=f"properties.*.top_{K}.balanced_accuracy", better="higher",
+        title=f"transfer to unseen tokens, top-{K} (balanced accuracy)", over=PROPERTIES,
+    ),
+    Measure(
+        "transfer_recall", TOKENS, "unseen tokens, recall",
+        "Recall of the one latent on the rows of the words that it was not chosen on.",
+        path="mean.recall", per_dataset="properties.*.top_1.recall", better="higher",
+        title="recall of unseen tokens, top-1", over=PROPERTIES,
+    ),
+    Measure(
+        "transfer_child_recall", TOKENS, "unseen tokens, recall by word",
+        "Mean over a property's words of the same latent's recall on each, each word with the same weight.",
+        path="mean.child_recall", per_dataset="properties.*.child_recall", better="higher", over=PROPERTIES,
+        is_column=False,
+    ),
+    Measure(
+        "transfer_child_spread", TOKENS, "unseen tokens, spread over words",
+        "Standard deviation of that recall over a property's words.",
+        path="mean.child_spread", per_dataset="properties.*.child_spread", better="lower", over=PROPERTIES,
+        is_column=False,
+    ),
+    Measure(
+        "transfer_enough", TOKENS, "10 latents are enough",
+        "Share of the properties of which at most 10 latents have, on unseen words, 0.9 of the F1 of the model's own"
+        " probe.",
+        path="mean.enough_share", better="higher", over="properties", is_column=False,
+    ),
+    Measure(
+        "token_absorbed", TOKENS, "token absorption",
+        "Share of a property's rows, as the model's own probe finds them, on which its best latent is silent while up"
+        " to three others, of a cosine of at least 0.1 with the class direction, carry at least 0.4 of the projection"
+        " on it. It depends on directions.",
+        path="mean.absorbed", per_dataset="properties.*.absorbed", better="lower", over=PROPERTIES, is_column=False,
     ),
     Measure(
         f"domain_f1_{K}", DOMAINS, f"top-{K} domain F1",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hafs_evaluate.results.arms import DEFAULT_ARCHITECTURE, VARIANT_ORDER, build_arms
-from hafs_evaluate.results.measures import CORE, DOMAINS, FIRST_LETTER, HIERARCHY, PROBING
+from hafs_evaluate.results.measures import CORE, DOMAINS, FIRST_LETTER, HIERARCHY, PROBING, TOKENS
 from hafs_evaluate.results.probing_means import column, llm_probing, sae_probing
 from hafs_evaluate.results.readings import read_result, read_results, run_figures
 from hafs_jax.base.files import read_json
@@ -25,8 +25,9 @@ def build_results(workspace_folder: Path) -> dict[str, Any]:
 
     `variants` has a run each: `measures` ({name: its figure}, see results.measures), `probing` (test accuracy) and
     `probing_auc` (AUROC), both {task: {"top_1": ..., ...}}, and what its stages wrote: `core`, `hierarchy`, `domains`,
-    `first_letter`. `arms` takes the seeds together (results.arms), `seconds` has the time of each stage, and
-    `experiment` is the experiment's summary. Equal folders give equal results.
+    `first_letter`, and of `tokens` the means over the properties. `arms` takes the seeds together (results.arms),
+    `seconds` has the time of each stage, and `experiment` is the experiment's summary. Equal folders give equal
+    results.
     """
     folder = Path(workspace_folder)
     manifest = read_manifest(folder / "store" / "train")
@@ -52,6 +53,7 @@ def build_results(workspace_folder: Path) -> dict[str, Any]:
                 "probing": column(llm, "test_accuracy"),
                 "probing_auc": column(llm, "test_auc"),
                 "hierarchy": read_result(llm_folder, HIERARCHY),
+                "tokens": read_result(llm_folder, TOKENS),
             },
             "unfinished_runs": [run.name for run in all_runs(folder / "runs") if not run.finished()],
             "experiment": _optional(folder / "experiment" / "summary.json", "the experiment's summary"),
@@ -63,7 +65,7 @@ def build_results(workspace_folder: Path) -> dict[str, Any]:
 def published(results: dict[str, Any]) -> dict[str, Any]:
     """The results as results.json has them: without the figures of single classes and single latents.
 
-    These lie in the runs' hierarchy.json and domains.json.
+    These lie in the runs' hierarchy.json and domains.json. Of the language model's tokens the means are kept.
     """
 
     def without(values: dict[str, Any], part: str, key: str) -> dict[str, Any]:
@@ -78,7 +80,14 @@ def published(results: dict[str, Any]) -> dict[str, Any]:
         }
         for name, values in results["variants"].items()
     }
-    llm = {**results["llm"], "hierarchy": without(results["llm"]["hierarchy"], "trees", "nodes")}
+    llm = {
+        **results["llm"],
+        "hierarchy": without(results["llm"]["hierarchy"], "trees", "nodes"),
+        "tokens": {
+            name: {"mean": values["mean"]} if isinstance(values, dict) and "mean" in values else values
+            for name, values in results["llm"]["tokens"].items()
+        },
+    }
     return {**results, "variants": variants, "llm": llm}
 
 
@@ -129,6 +138,7 @@ def _variant(run: RunSummary, found: dict[str, dict[str, Any]], figures: dict[st
         "hierarchy": found[HIERARCHY],
         "domains": found[DOMAINS],
         "first_letter": found[FIRST_LETTER],
+        "tokens": found[TOKENS].get("mean") or {},
     }
 
 

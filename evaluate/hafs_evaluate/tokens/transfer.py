@@ -6,7 +6,7 @@ decoder can't win by construction. `token_transfer` is the whole measure in one 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -16,7 +16,8 @@ from hafs_evaluate.tokens.trials import LEAST_CHILDREN, LEAST_ROWS, SPLITS, Plan
 
 KS = (1, 2, 5)
 RIDGE = 1e-3  # of a probe on k latents, relative to their variances
-THRESHOLDS = 15  # quantiles at which a coordinate without a natural threshold may be cut
+CUTS = (0.005, 0.02, 0.06, 0.2, 0.5, 0.8, 0.94, 0.98, 0.995)
+"""Quantiles at which a coordinate without a natural threshold is cut, to rank it."""
 CHILD_ROWS = 5  # a child's recall is of at least so many rows
 
 _DENSE = 0.05  # share of entries from which a dense product is faster
@@ -54,14 +55,14 @@ def transfer(latents: Any, trials: Plan, ks: Sequence[int] = KS, signed: bool = 
 
     - top_1: the first of them, as it stands: it says yes where it fires (is above 0);
     - top_k: a probe on the first k: ridge regression on their activations, both classes with the same weight. It says
-      yes above the threshold of the best balanced accuracy on the same rows.
+      yes above the threshold of the best balanced accuracy on the same rows; for f1, of the best F1 there.
 
     Each is measured on the unseen children in the other documents: `balanced_accuracy`, `f1`, `recall`. `seen` is the
     balanced accuracy on the children that it was chosen on, in those other documents: what lies between the two is
     knowledge of tokens. All are means over the trials.
 
-    With `signed`, for coordinates without a natural threshold (activations, principal components): top_1 says yes on
-    the better side of the best of 15 quantiles of the coordinate, and that ranks the coordinates.
+    With `signed`, for coordinates without a natural threshold (activations, principal components): they are ranked by
+    the better side of the best of the quantiles CUTS, and top_1 says yes on that side of the best of all thresholds.
 
     Returns {"properties": {name: figures}, "mean": their means over the properties, "left_out": {name: why}}. A
     property's figures are its `children` and `rows`, {"top_<k>": {...}} and
@@ -80,6 +81,15 @@ def transfer(latents: Any, trials: Plan, ks: Sequence[int] = KS, signed: bool = 
         for each, ranked in zip(block, detectors.ranked(block, max(ks)), strict=True):
             found[each.name] = _of_property(each, ranked, detectors, trials, ks)
     return {"mean": means(found, ks), "properties": found, "left_out": dict(trials.left_out)}
+
+
+def best_latents(latents: Any, trials: Plan) -> list[list[int]]:
+    """For each property the latent of the best balanced accuracy in each half of the documents, on all children."""
+    detectors, n_cells = _Latents(latents, trials), len(trials.rows_U)
+    half_U = np.arange(n_cells) >= n_cells // 2
+    halves = tuple(Trial(at_U, ~at_U, ~at_U) for at_U in (~half_U, half_U))
+    every = [replace(each, trials=halves) for each in trials.properties]
+    return [[int(order[0]) for order in ranked] for ranked in detectors.ranked(every, 1)] if every else []
 
 
 def means(found: Mapping[str, dict[str, Any]], ks: Sequence[int]) -> dict[str, float | None]:
@@ -117,35 +127,49 @@ class Counted:
         return cls(float(said[0]), float(said[1]), int(rows_U[positive_U].sum()), int(rows_U[negative_U].sum()))
 
 
+class Thresholds(NamedTuple):
+    """Where "score > threshold" does best, half-way between two scores that occur."""
+
+    balanced_accuracy: float
+    f1: float
+
+
 def fit_probe(
-    inputs_nk: Float[np.ndarray, "n k"], is_positive_n: Bool[np.ndarray, "n"], ridge: float = RIDGE
-) -> tuple[Float[np.ndarray, "k"], float]:
-    """(w, threshold): says yes where w . x > threshold.
+    inputs_nk: Float[np.ndarray, "n k"],
+    is_positive_n: Bool[np.ndarray, "n"],
+    counts_n: Int[np.ndarray, "n"] | None = None,
+    ridge: float = RIDGE,
+) -> tuple[Float[np.ndarray, "k"], Thresholds]:
+    """(w, thresholds): the score of a row is w . x. A row may stand for `counts_n` equal ones.
 
     w minimises the mean of (w . x + b - y)^2 over the rows, y = 1 or -1 and both classes of the same weight, plus
-    ridge times the sum of w_j^2 var(x_j). The threshold has the best balanced accuracy on the same rows.
+    ridge times the sum of w_j^2 var(x_j). The thresholds do best on the same rows.
     """
-    x = inputs_nk.astype(np.float64)
-    sums = x[is_positive_n].mean(0), x[~is_positive_n].mean(0)
-    weight_n = np.where(is_positive_n, 0.5 / is_positive_n.sum(), 0.5 / (~is_positive_n).sum())
-    mean_k = (sums[0] + sums[1]) / 2
-    covariance_kk = (x * weight_n[:, None]).T @ x - np.outer(mean_k, mean_k)
+    x, counts = inputs_nk.astype(np.float64), np.ones(len(inputs_nk)) if counts_n is None else counts_n
+    share_n = np.where(is_positive_n, counts / counts[is_positive_n].sum(), counts / counts[~is_positive_n].sum())
+    means = [share_n[of_class] @ x[of_class] for of_class in (is_positive_n, ~is_positive_n)]
+    mean_k = (means[0] + means[1]) / 2
+    covariance_kk = (x * share_n[:, None]).T @ x / 2 - np.outer(mean_k, mean_k)
     variance_k = np.maximum(np.diag(covariance_kk), 0)
     scale = max(float(variance_k.max(initial=0)), 1e-30)
     covariance_kk[np.diag_indices(len(mean_k))] += ridge * variance_k + 1e-9 * scale
-    w_k = np.linalg.solve(covariance_kk, (sums[0] - sums[1]) / 2)
-    return w_k, best_threshold(x @ w_k, is_positive_n)
+    w_k = np.linalg.solve(covariance_kk, (means[0] - means[1]) / 2)
+    return w_k, best_thresholds(x @ w_k, is_positive_n, counts)
 
 
-def best_threshold(scores_n: Float[np.ndarray, "n"], is_positive_n: Bool[np.ndarray, "n"]) -> float:
-    """The threshold of the best balanced accuracy of "score > threshold", half-way between two scores that occur."""
+def best_thresholds(
+    scores_n: Float[np.ndarray, "n"], is_positive_n: Bool[np.ndarray, "n"], counts_n: np.ndarray | None = None
+) -> Thresholds:
+    """The best of all thresholds on these rows, each of which stands for `counts_n` rows [1]."""
     order = np.argsort(-scores_n, kind="stable")
-    score_n, true_n = scores_n[order], is_positive_n[order]
-    gain_n = np.cumsum(np.where(true_n, 1.0 / max(true_n.sum(), 1), -1.0 / max((~true_n).sum(), 1)))
-    gain_n[:-1][score_n[:-1] == score_n[1:]] = -np.inf  # a threshold can't part equal scores
-    at = int(gain_n.argmax())
-    below = score_n[at + 1] if at + 1 < len(score_n) else score_n[at] - 1.0
-    return float((score_n[at] + below) / 2)
+    score_n, counts = scores_n[order], np.ones(len(order)) if counts_n is None else counts_n[order]
+    true_n, false_n = np.cumsum(counts * is_positive_n[order]), np.cumsum(counts * ~is_positive_n[order])
+    may_cut_n = np.append(score_n[:-1] > score_n[1:], True)  # a threshold can't part equal scores
+    gain_n = true_n / max(true_n[-1], 1) - false_n / max(false_n[-1], 1)
+    f1_n = 2 * true_n / (true_n + false_n + true_n[-1])
+    below_n = np.append(score_n[1:], score_n[-1] - 1.0)
+    best = [int(np.where(may_cut_n, quality_n, -np.inf).argmax()) for quality_n in (gain_n, f1_n)]
+    return Thresholds(*(float((score_n[at] + below_n[at]) / 2) for at in best))
 
 
 class _Latents:
@@ -188,7 +212,7 @@ class _Latents:
 
 
 class _Coordinates:
-    """Coordinates of either sign, cut at one of THRESHOLDS quantiles."""
+    """Coordinates of either sign, cut where they tell most."""
 
     block = 200  # as many as there are, since most of the time is spent on where each coordinate is above its cuts
 
@@ -196,8 +220,8 @@ class _Coordinates:
         self.values_ND = np.asarray(values, np.float32)
         if len(self.values_ND) != len(trials.cell_N):
             raise ValueError(f"expected the values of {len(trials.cell_N)} rows, found {len(self.values_ND)}")
-        self.rows_U = trials.rows_U
-        self.cuts_TD = np.quantile(self.values_ND, (1 + np.arange(THRESHOLDS)) / (THRESHOLDS + 1), axis=0)
+        self.rows_U, self.cell_N = trials.rows_U, trials.cell_N
+        self.cuts_TD = np.quantile(self.values_ND, CUTS, axis=0)
         order_N = np.argsort(trials.cell_N, kind="stable")
         self.sorted_ND = self.values_ND[order_N]
         self.cells, self.starts = np.unique(trials.cell_N[order_N], return_index=True)
@@ -212,7 +236,7 @@ class _Coordinates:
     def ranked(self, block: Sequence[Property], k: int) -> list[list[np.ndarray]]:
         chosen, width = _Chosen(block, self.rows_U), self.values_ND.shape[1]
         gain_DQ = np.empty((width, len(chosen.positives_Q)))
-        step = max(1, (1 << 25) // (THRESHOLDS * max(len(self.rows_U), len(self.values_ND))))
+        step = max(1, (1 << 25) // (len(CUTS) * max(len(self.rows_U), len(self.values_ND))))
         for start in range(0, width, step):
             fired_UTd = self._fired(slice(start, start + step))
             gain_CQ = np.abs(chosen.gains(fired_UTd.reshape(len(fired_UTd), -1).T))
@@ -220,11 +244,16 @@ class _Coordinates:
         return chosen.by_property([_first(gain_DQ[:, q], k) for q in range(gain_DQ.shape[1])])
 
     def said(self, coordinate: int, trial: Trial, each: Property) -> np.ndarray:
-        fired_UT = self._fired([coordinate])[:, :, 0]
-        chosen = _Chosen([replace(each, trials=(trial,))], self.rows_U)
-        gain_T = chosen.gains(fired_UT.T)[:, 0]
-        best = int(np.abs(gain_T).argmax())
-        return fired_UT[:, best] if gain_T[best] > 0 else self.rows_U - fired_UT[:, best]
+        chosen = np.flatnonzero(trial.chosen_U[self.cell_N])
+        is_positive_n = each.is_positive_U[self.cell_N[chosen]]
+        best = (-np.inf, self.values_ND[:, 0] > np.inf)
+        for sign in (1, -1):
+            score_N = sign * self.values_ND[:, coordinate]
+            said_N = score_N > best_thresholds(score_N[chosen], is_positive_n).balanced_accuracy
+            quality = Counted.of_rows(said_N[chosen], is_positive_n).balanced_accuracy
+            if quality > best[0]:
+                best = quality, said_N
+        return np.bincount(self.cell_N, weights=best[1], minlength=len(self.rows_U))
 
     def columns(self, coordinates: np.ndarray) -> np.ndarray:
         return self.values_ND[:, coordinates]
@@ -285,13 +314,16 @@ def _of_property(
         tried_U[new_U] += trials.rows_U[new_U]
         if columns is not None:
             chosen, unseen, known = (np.flatnonzero(at_U[trials.cell_N]) for at_U in trial)
-            for k in ks:
-                if k > 1:
-                    inputs = columns[:, place[number, :k]]
-                    w_k, threshold = fit_probe(inputs[chosen], positive_N[chosen])
-                    said = [inputs[rows] @ w_k > threshold for rows in (unseen, known)]
-                    scores[f"top_{k}"].append(Counted.of_rows(said[0], positive_N[unseen]))
-                    seen[f"top_{k}"].append(Counted.of_rows(said[1], positive_N[known]).balanced_accuracy)
+            inputs = columns[:, place[number]]
+            fitted = _with_silent_rows(inputs[chosen], positive_N[chosen])
+            for k in (k for k in ks if k > 1):
+                w_k, cuts = fit_probe(fitted[0][:, :k], *fitted[1:])
+                score_n, known_n = inputs[unseen, :k] @ w_k, inputs[known, :k] @ w_k
+                found = Counted.of_rows(score_n > cuts.balanced_accuracy, positive_N[unseen])
+                found.f1 = Counted.of_rows(score_n > cuts.f1, positive_N[unseen]).f1
+                scores[f"top_{k}"].append(found)
+                counted = Counted.of_rows(known_n > cuts.balanced_accuracy, positive_N[known])
+                seen[f"top_{k}"].append(counted.balanced_accuracy)
     recalls = _child_recalls(hits_U, tried_U, trials)
     values: dict[str, Any] = {"children": each.children, "rows": each.rows}
     for k in ks:
@@ -305,6 +337,15 @@ def _of_property(
     if "top_1" in scores:
         values["splits"] = [round(one.balanced_accuracy, 4) for one in scores["top_1"]]
     return values
+
+
+def _with_silent_rows(inputs_nk: np.ndarray, is_positive_n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(inputs, is positive, counts): all rows without any activation are two rows, one of each class."""
+    active_n = inputs_nk.any(1)
+    silent = [int((~active_n & of_class).sum()) for of_class in (is_positive_n, ~is_positive_n)]
+    inputs = np.concatenate([inputs_nk[active_n], np.zeros((2, inputs_nk.shape[1]), inputs_nk.dtype)])
+    counts = np.concatenate([np.ones(int(active_n.sum())), silent])
+    return inputs, np.append(is_positive_n[active_n], [True, False]), counts
 
 
 def _child_recalls(hits_U: np.ndarray, tried_U: np.ndarray, trials: Plan) -> np.ndarray:

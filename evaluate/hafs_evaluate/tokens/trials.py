@@ -94,11 +94,10 @@ def plan(
     seen: dict[bytes, str] = {}
     for name, mask_V in properties.items():
         is_positive_U = np.asarray(mask_V, bool)[token_U]
-        if (same := seen.setdefault(is_positive_U.tobytes(), name)) != name:
-            left_out[name] = f"the same rows as {same}"
-            continue
         trials = tuple(_trials(is_positive_U, child_U, rows_U, half_U, n_splits, seed))
         reason = _problem(trials, is_positive_U, child_U, rows_U, least_children, least_rows)
+        if not reason and (same := seen.setdefault(is_positive_U.tobytes(), name)) != name:
+            reason = f"the same rows as {same}"
         if reason:
             left_out[name] = reason
             continue

@@ -35,6 +35,7 @@ from tests.support.report_workspace import (
     write_llm_probing,
     write_probing,
     write_run,
+    write_tokens,
 )
 from tests.support.runs import STORE, config_of
 
@@ -358,6 +359,41 @@ def test_domains_and_first_letters_are_shown_wherever_results_are(tmp_path):
     assert "first-letter" in {value for _, name, value in page.attributes if name == "id"}
 
 
+def test_transfer_to_unseen_tokens_is_shown_with_its_ceiling_and_its_floors(tmp_path):
+    folder = make_workspace(tmp_path, ("baseline-s0", "adaptive-s0"))
+    write_tokens(folder, "baseline-s0", 0.781)
+    write_tokens(folder, "adaptive-s0", 0.823)
+    page, written = page_of_written(folder), (folder / "report" / "report.md").read_text().replace("\\", "")
+    text = "".join(page.texts)
+    for shown in (text, written):
+        for figure in (
+            "0.781",
+            "0.823",
+            "0.843",
+            "0.333",
+            "0.987",
+            "0.654",
+            "LM, own probes",
+            "LM, neurons",
+            "LM, PCA",
+        ):
+            assert figure in shown, figure
+        assert "2 properties count on 12,345 held-out rows: months, digits." in shown
+        assert "unseen tokens, top-1" in shown  # the column of the table of arms
+    assert "| LM, own probes | 0.987 |  |  | 0.980 |" in written
+    assert "- unseen tokens, top-k: Transfer to unseen tokens" in written
+    assert "tokens" in {value for _, name, value in page.attributes if name == "id"}
+    kept = json.loads((folder / "report" / "results.json").read_text())
+    tokens = kept["variants"]["adaptive"]["tokens"]
+    assert {name: tokens[name] for name in ("transfer_top_1", "transfer_top_2", "transfer_top_5")} == {
+        "transfer_top_1": 0.823, "transfer_top_2": pytest.approx(0.833), "transfer_top_5": pytest.approx(0.843),
+    }  # fmt: skip
+    assert (tokens["recall"], tokens["absorbed"]) == (0.6, 0.333)
+    assert kept["variants"]["adaptive"]["measures"]["transfer_top_5"] == pytest.approx(0.843)
+    assert kept["arms"]["adaptive"]["measures"]["token_absorbed"]["mean"] == 0.333
+    assert kept["llm"]["tokens"]["ceiling"] == {"mean": {"transfer_top_1": 0.987, "recall": 0.98}}
+
+
 def test_every_number_of_the_core_metrics_is_on_the_page(made):
     text = "".join(page_of(made).texts)
     for path, value in (("geometry.frobenius_excess", "0.1"), ("sparsity.n_latents", "13"), ("model.kl_score", "0.95")):
@@ -367,7 +403,7 @@ def test_every_number_of_the_core_metrics_is_on_the_page(made):
 
 def test_what_was_not_looked_at_has_no_section(made):
     text = (made / "report" / "index.html").read_text() + (made / "report" / "report.md").read_text()
-    for part in ('id="domains"', 'id="first-letter"', "## Domains", "First-letter"):
+    for part in ('id="domains"', 'id="first-letter"', 'id="tokens"', "## Domains", "## Tokens", "First-letter"):
         assert part not in text
 
 

@@ -5,7 +5,7 @@ import pytest
 from scipy.sparse import csr_array
 
 from hafs_evaluate.tokens import transfer as module
-from hafs_evaluate.tokens.transfer import best_threshold, fit_probe, token_transfer, transfer
+from hafs_evaluate.tokens.transfer import Counted, best_thresholds, fit_probe, token_transfer, transfer
 from hafs_evaluate.tokens.trials import halves, plan
 from hafs_jax.base.errors import UserError
 
@@ -153,24 +153,31 @@ def test_the_probe_is_ridge_regression_with_balanced_classes() -> None:
     generator = np.random.default_rng(3)
     is_positive = generator.random(300) < 0.2
     inputs = generator.normal(size=(300, 3)) * [1.0, 5.0, 0.1] + is_positive[:, None]
-    w, threshold = fit_probe(inputs, is_positive, ridge=0.1)
+    w, thresholds = fit_probe(inputs, is_positive, ridge=0.1)
     weight = np.where(is_positive, 0.5 / is_positive.sum(), 0.5 / (~is_positive).sum())
     scale = np.sqrt(np.cov(inputs.T, aweights=weight, bias=True).diagonal())
     reference = Ridge(alpha=0.1).fit(inputs / scale, np.where(is_positive, 1, -1), sample_weight=weight)
     assert np.allclose(w, reference.coef_ / scale, rtol=1e-5)
-    assert threshold == best_threshold(inputs @ w, is_positive)
+    assert thresholds == best_thresholds(inputs @ w, is_positive)
+    counts = generator.integers(1, 4, 300)
+    counted = fit_probe(inputs, is_positive, counts)
+    repeated = fit_probe(np.repeat(inputs, counts, axis=0), np.repeat(is_positive, counts))
+    assert np.allclose(counted[0], repeated[0]) and np.allclose(counted[1], repeated[1])
 
 
-def test_the_threshold_is_the_best_of_all() -> None:
+def test_the_thresholds_are_the_best_of_all() -> None:
     generator = np.random.default_rng(4)
     for _ in range(20):
         scores = generator.integers(0, 6, 30).astype(float)
         is_positive = generator.random(30) < 0.4
 
-        def gain(threshold: float, scores=scores, is_positive=is_positive) -> float:
-            return (scores > threshold)[is_positive].mean() - (scores > threshold)[~is_positive].mean()
+        def counted(threshold: float, scores=scores, is_positive=is_positive) -> Counted:
+            return Counted.of_rows(scores > threshold, is_positive)
 
-        assert gain(best_threshold(scores, is_positive)) == pytest.approx(max(gain(cut) for cut in np.arange(-0.5, 6)))
+        best, cuts = best_thresholds(scores, is_positive), np.arange(-0.5, 6)
+        for name in ("balanced_accuracy", "f1"):
+            every = [getattr(counted(cut), name) for cut in cuts]
+            assert getattr(counted(getattr(best, name)), name) == pytest.approx(max(every))
 
 
 def test_what_does_not_fit_is_refused() -> None:
