@@ -1,5 +1,6 @@
 """A trained SAE as a Python object: raw activations in, latents and reconstructions in the model's units out."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,10 +122,12 @@ class TrainedSAE:
         return fold(self.params, self.scale, self.scaled_threshold)
 
 
-def load(run_folder: Path | str, which: str = "last") -> TrainedSAE:
+def load(run_folder: Path | str, which: str = "last", k: int | None = None) -> TrainedSAE:
     """The SAE of a run: its `last` checkpoint, or the `best` on held-out rows.
 
-    Raises `UserError` where the folder holds no such checkpoint.
+    `k` is the number of active latents per row, from 1 to the config's (None: the config's). hierarchical_topk is
+    trained for several; topk takes a smaller one too. Raises `UserError` where the folder holds no such checkpoint, and
+    for a k that the architecture cannot have.
     """
     if which not in ("last", "best"):
         raise UserError(f"which={which!r}: expected last or best")
@@ -132,7 +135,24 @@ def load(run_folder: Path | str, which: str = "last") -> TrainedSAE:
     run = Run(Path(run_folder))
     config, (d_model, d_out) = run.config(), run.widths()
     state, scale = load_checkpoint(run.best if which == "best" else run.checkpoints, config, d_model, d_out)
-    return TrainedSAE(config, state.weights(), scale, state.threshold(config.sparsity.threshold_decay))
+    threshold = state.threshold(config.sparsity.threshold_decay)
+    if k is not None:
+        config = _with_k(config, k, run.folder)
+    return TrainedSAE(config, state.weights(), scale, threshold)
+
+
+def _with_k(config: TrainConfig, k: int, where: Path) -> TrainConfig:
+    """The config at inference with another k; `UserError`, naming the run, where there is no such k."""
+    architecture = ARCHITECTURES[config.sae.architecture]
+    if architecture.learns_threshold or architecture.cost is not None:
+        having = [name for name, of in ARCHITECTURES.items() if not of.learns_threshold and of.cost is None]
+        raise UserError(
+            f"{where}: k={k}: the active latents of {config.sae.architecture} are not chosen by k at inference; leave "
+            f"k out, or train one of {', '.join(having)}"
+        )
+    if not 1 <= k <= config.sae.k:
+        raise UserError(f"{where}: k={k}: expected 1 to {config.sae.k}, the k of training")
+    return dataclasses.replace(config, sae=dataclasses.replace(config.sae, k=k))
 
 
 def _by_row(function: Callable[[Array], Array], values: Any, width: int, what: str) -> Array:

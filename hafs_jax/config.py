@@ -36,12 +36,15 @@ class SAEConfig:
     expansion: int = option(4, "F as a multiple of the activation width D, if n_latents is none", least=1)
     k: int = option(
         40,
-        "active latents per row: exactly k for topk, k on average over a batch for batchtopk and matryoshka, "
-        "the target of L0 for the others",
+        "active latents per row: exactly k for topk and hierarchical_topk, k on average over a batch for batchtopk "
+        "and matryoshka, the target of L0 for the others",
         least=1,
     )
     k_fractions: tuple[float, ...] = option(
-        (0.0, 1.0), "times of k's schedule (topk, batchtopk, matryoshka), as fractions of training", least=0, most=1
+        (0.0, 1.0),
+        "times of k's schedule (topk, batchtopk, matryoshka, hierarchical_topk), as fractions of training",
+        least=0,
+        most=1,
     )
     k_values: tuple[float, ...] = option(
         (1.0, 1.0), "k at these times, as multiples of k: `4 1` lowers it from 4 k to k", least=0
@@ -71,6 +74,12 @@ class SAEConfig:
     )
     sampled_prefixes: int = option(
         0, "matryoshka: number of prefixes whose lengths are drawn anew at every step; 0: use `prefixes`", least=0
+    )
+    budgets: tuple[float, ...] = option(
+        (1 / 8, 1 / 4, 1 / 2, 1.0),
+        "hierarchical_topk: numbers of a row's largest latents that reconstruct on their own, as fractions of k",
+        above=0,
+        most=1,
     )
     first_threshold: float | None = option(
         None,
@@ -112,6 +121,10 @@ class SAEConfig:
         _require(
             self.prefixes[-1:] == (1.0,) and list(self.prefixes) == sorted(set(self.prefixes)),
             f"sae.prefixes={self.prefixes}: expected rising fractions of F, the last of them 1",
+        )
+        _require(
+            self.budgets[-1:] == (1.0,) and list(self.budgets) == sorted(set(self.budgets)),
+            f"sae.budgets={self.budgets}: expected rising fractions of k, the last of them 1",
         )
 
 

@@ -39,6 +39,7 @@ VARIANTS: dict[str, Fields] = {
 ARCHITECTURES: dict[str, Fields] = {
     "batchtopk": {},
     "topk": {},
+    "hierarchical_topk": {},
     "relu": {"optimizer": {"learning_rate": 2e-3}},
     "jumprelu": {"sparsity": {"coefficient": 1000.0, "match_l0": False}},
     "gated": {},

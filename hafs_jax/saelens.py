@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hafs_jax.api import load
 from hafs_jax.method.architectures import ARCHITECTURES
+from hafs_jax.method.budgets import budget_counts
 from hafs_jax.method.matryoshka import fixed_ends
 from hafs_jax.runs import Run
 from hafs_jax.saelens_files import AT_RUN_TIME, CFG, WEIGHTS, read_cfg, read_safetensors, read_tensors, write_saelens
@@ -41,8 +42,10 @@ __all__ = [
 ]
 
 
-def export_saelens(run_folder: Path | str) -> Path:
+def export_saelens(run_folder: Path | str, k: int | None = None) -> Path:
     """Writes `<run>/sae/` from the run's last checkpoint and returns that folder; a second call writes the same bytes.
+
+    With `k`, as `hafs_jax.load` takes it, the folder is `<run>/sae-k<k>/`, and its metadata have no measured L0.
 
     The folder holds `cfg.json` and `sae_weights.safetensors` as `sae_lens.SAE.load_from_disk` reads them. The input's
     centring and scale are folded in, so that the SAE takes raw activations. The tensors are float32:
@@ -59,18 +62,21 @@ def export_saelens(run_folder: Path | str) -> Path:
     summary, config = run.summary(), run.config()
     kind = saelens_name(config.sae.architecture, config.sae.transcode, str(run.folder))
     manifest, target = run.manifests()
-    sae = load(run.folder)
+    sae = load(run.folder, k=k)
     metadata = {
         "variant": config.variant,
         "seed": config.seed,
         "training_tokens": summary.tokens,
-        "k": config.sae.k,
-        "l0": summary.final["l0"],
+        "k": sae.config.sae.k,
+        "l0": summary.final["l0"] if k is None else None,
         "num_dead_features": round(summary.final["dead_fraction"] * config.sae.F),
     }
     if ARCHITECTURES[config.sae.architecture].nested:
         ends = [config.sae.F] if config.sae.sampled_prefixes else sorted(set(fixed_ends(config.sae)))
         metadata["prefixes"] = list(ends)
+    if ARCHITECTURES[config.sae.architecture].budgets:
+        metadata["budgets"] = sorted({int(count) for count in budget_counts(config.sae, config.sae.k)})
     tensors = saelens_tensors(sae.params, config.sae, sae.scale, sae.scaled_threshold)
-    write_saelens(run.sae, tensors, saelens_config(config.sae, kind, manifest, target, metadata))
-    return run.sae
+    folder = run.sae if k is None else run.folder / f"{run.sae.name}-k{k}"
+    write_saelens(folder, tensors, saelens_config(sae.config.sae, kind, manifest, target, metadata))
+    return folder

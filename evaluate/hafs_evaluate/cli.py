@@ -180,20 +180,23 @@ def export(arguments: list[str]) -> int:
         "export",
         "Write RUN_DIR/sae, which sae_lens.SAE.load_from_disk loads, and print its path. With --format"
         " dictionary_learning also write RUN_DIR/dictionary_learning/trainer_0, which that library's load_dictionary"
-        " loads.",
+        " loads. With --k the folders are RUN_DIR/sae-k<K> and RUN_DIR/dictionary_learning-k<K>.",
     )
     _add_run_folder(parser)
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="whose format to write [saelens]")
+    parser.add_argument(
+        "--k", type=int, help="active latents per row of a hierarchical_topk or topk, at most those of training [those]"
+    )
     options = parser.parse_args(arguments)
     _check_folder(options.run_folder)
 
     from hafs_jax.saelens import export_saelens
 
-    folder = export_saelens(options.run_folder)
+    folder = export_saelens(options.run_folder, options.k)
     if options.format == "dictionary_learning":
         from hafs_evaluate.exchange.dictionary_learning import to_dictionary_learning
 
-        folder = to_dictionary_learning(folder, options.run_folder / "dictionary_learning")
+        folder = to_dictionary_learning(folder, options.run_folder / folder.name.replace("sae", "dictionary_learning"))
     print(folder)
     return 0
 

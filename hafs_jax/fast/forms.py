@@ -41,6 +41,7 @@ def _positive(product_BF: Array, bias_F: Array, config: SAEConfig, k: Array | in
 FORMS: dict[str, Form] = {
     "batchtopk": Form(_top_of_batch),
     "topk": Form(_top_of_rows, by_row=True),
+    "hierarchical_topk": Form(_top_of_rows, by_row=True),
     "relu": Form(_positive, any_number=True, by_row=True),
     "gated": Form(by_row=True),
     "matryoshka": Form(_top_of_batch),

@@ -21,6 +21,7 @@ from hafs_jax.fast.entries import SparseLatents
 from hafs_jax.fast.forms import form_of
 from hafs_jax.fast.plan import Plan
 from hafs_jax.method.architectures import ARCHITECTURES, l1
+from hafs_jax.method.budgets import budget_bands
 from hafs_jax.method.loss import Forward, Weights, forward, total
 from hafs_jax.method.matryoshka import prefix_ends, prefix_errors, prefix_shares
 from hafs_jax.method.revival import auxiliary_error, auxiliary_weight
@@ -127,7 +128,12 @@ def _forward_sparse(
     architecture, W_dec, dtype = ARCHITECTURES[config.sae.architecture], params["W_dec"], config.sae.compute_dtype
     latents = entries.encode(latents, acts_BD, params, config.sae, plan)
     if architecture.nested:
-        changes = _changes_by_band(latents, W_dec, prefix_ends(config.sae, key), len(acts_BD), dtype, plan)
+        ends_G = prefix_ends(config.sae, key)
+        band_N = jnp.searchsorted(ends_G, latents.latents_N, side="right")
+        changes = _changes_by_band(latents, W_dec, band_N, len(ends_G), len(acts_BD), dtype, plan)
+    elif architecture.budgets:
+        band_N = budget_bands(len(latents.values_N), config.sae, weights.k)
+        changes = _changes_by_band(latents, W_dec, band_N, len(config.sae.budgets), len(acts_BD), dtype, plan)
     else:
         changes = [entries.decode(latents, W_dec, len(acts_BD), dtype, plan)]
     errors_G, residual_BD = prefix_errors(changes, target_BD, params["b_dec"])
@@ -146,16 +152,21 @@ def _forward_sparse(
 
 
 def _changes_by_band(
-    latents: SparseLatents, W_dec: Float[Array, "F D"], ends_G: Int[Array, " G"], rows: int, dtype: str, plan: Plan
+    latents: SparseLatents,
+    W_dec: Float[Array, "F D"],
+    band_N: Int[Array, " N"],
+    bands: int,
+    rows: int,
+    dtype: str,
+    plan: Plan,
 ) -> list[Float[Array, "B D"]]:
-    """The same as `prefix_changes` for the active latents of B = `rows` rows.
+    """What the active latents of each of `bands` bands add to the reconstruction of B = `rows` rows.
 
     One sum over the entries serves all bands: there is a copy of the B rows for each band, and each entry is added to
     its row in the copy of its band.
     """
-    band_N = jnp.searchsorted(ends_G, latents.latents_N, side="right")
     banded = latents.replace(rows_N=(band_N * rows + latents.rows_N).astype(jnp.int32))
-    return list(entries.decode(banded, W_dec, len(ends_G) * rows, dtype, plan).reshape(len(ends_G), rows, -1))
+    return list(entries.decode(banded, W_dec, bands * rows, dtype, plan).reshape(bands, rows, -1))
 
 
 def add_auxiliary(

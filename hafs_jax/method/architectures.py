@@ -70,6 +70,7 @@ class Architecture:
     learns_threshold: bool = False  # inference uses a moving average of the smallest active latent of training batches
     starts_dense: bool = False  # with zero biases about half of the latents are active
     nested: bool = False  # the loss is the mean over nested prefixes of the dictionary
+    budgets: bool = False  # the loss is the mean over several numbers of a row's largest latents
     saelens: SAELensForm | None = None  # None: the SAE trains and loads here, but cannot be exported
 
 
@@ -208,12 +209,14 @@ def _first_threshold(config: SAEConfig) -> float:
     return max(NormalDist().inv_cdf(1 - min(2 * config.k / config.F, 0.5)), 0.0) * (config.encoder_scale or 1.0)
 
 
+_TOPK = SAELensForm("topk")
 _STANDARD = SAELensForm("standard", "transcoder")
 _ONE_THRESHOLD = SAELensForm("jumprelu", "jumprelu_transcoder", repeats_threshold=True)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "batchtopk": Architecture(batchtopk, learns_threshold=True, saelens=_ONE_THRESHOLD),
-    "topk": Architecture(topk, saelens=SAELensForm("topk")),
+    "topk": Architecture(topk, saelens=_TOPK),
+    "hierarchical_topk": Architecture(topk, budgets=True, saelens=_TOPK),
     "relu": Architecture(relu, cost=l1, starts_dense=True, saelens=_STANDARD),
     "jumprelu": Architecture(
         jumprelu,

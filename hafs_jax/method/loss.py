@@ -4,7 +4,8 @@
 
 L is in units of FVU: the residual of the batch over the variance of the store. For relu this is the usual
 |x - x_hat|^2 + l1 |f|_1 divided by that constant. The reconstruction term of a Matryoshka SAE is the mean over its
-prefixes. `hafs_jax.fast.objective` computes the same value and its gradient faster.
+prefixes, that of HierarchicalTopK the mean over its budgets. `hafs_jax.fast.objective` computes the same value and its
+gradient faster.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.architectures import ARCHITECTURES, Encoding, OperatingPoint
+from hafs_jax.method.budgets import budget_changes
 from hafs_jax.method.matryoshka import prefix_changes, prefix_errors, prefix_shares
 from hafs_jax.method.revival import auxiliary_error, auxiliary_weight, pre_activation_loss
 from hafs_jax.method.sae import SAE
@@ -65,6 +67,8 @@ def forward(
     latents_BF, parts = encoding.latents_BF, cast(Metrics, {})
     if architecture.nested:
         changes = prefix_changes(latents_BF, params, config.sae, key)
+    elif architecture.budgets:
+        changes = budget_changes(latents_BF, params, config.sae, weights.k)
     else:
         changes = [matmul(latents_BF, params["W_dec"], config.sae.compute_dtype)]
     errors_G, residual_BD = prefix_errors(changes, target_BD, params["b_dec"])

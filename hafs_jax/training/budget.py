@@ -23,7 +23,7 @@ from hafs_jax.training.state import hyperparameters, init_state
 # - these many float32 arrays [B, F] (of a block of rows, where the architecture can be taken so), or those of the dead
 #   latents' auxiliary loss for a block.
 _GRADIENTS, _PENALTY, _COPIES = 1.5, 0.5, 1.5  # times the parameters
-_DENSE_ARRAYS, _SPARSE_ARRAYS = {"gated": 5, "jumprelu": 5, "matryoshka_relu": 5}, 1
+_DENSE_ARRAYS, _SPARSE_ARRAYS = {"gated": 5, "jumprelu": 5, "matryoshka_relu": 5, "hierarchical_topk": 6}, 1
 _OTHERS = 3  # of _DENSE_ARRAYS
 _AUX_ARRAYS = 3
 _DISPATCHES = 4  # being filled, two waiting, in use

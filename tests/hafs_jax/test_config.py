@@ -51,6 +51,7 @@ CHANGES: dict[str, tuple[str, str, Any]] = {
     "sae.encoder": ("baseline", "batchtopk", "random"),
     "sae.prefixes": ("baseline", "matryoshka", (0.5, 1.0)),
     "sae.sampled_prefixes": ("baseline", "matryoshka", 3),
+    "sae.budgets": ("baseline", "hierarchical_topk", (0.5, 1.0)),
     "sae.first_threshold": ("baseline", "jumprelu", 0.9),
     "sae.bandwidth": ("baseline", "jumprelu", 1.1),
     "sae.threshold_gradient_to_input": ("baseline", "jumprelu", True),

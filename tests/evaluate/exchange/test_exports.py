@@ -13,6 +13,7 @@ import torch
 
 from hafs_evaluate.cli import main
 from hafs_evaluate.exchange.dictionary_learning import to_dictionary_learning
+from hafs_jax.api import load
 from hafs_jax.base.errors import UserError
 from hafs_jax.config import SAEConfig, TrainConfig
 from hafs_jax.method.architectures import ARCHITECTURES
@@ -74,7 +75,7 @@ def test_every_architecture_is_exported_to_saelens(
 
 
 def test_what_saelens_has_no_form_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(FORMS) - set(TRANSCODED) == {"topk", "gated"}
+    assert set(FORMS) - set(TRANSCODED) == {"topk", "hierarchical_topk", "gated"}
     for architecture in ("topk", "gated"):
         run = hand_made_run(tmp_path / architecture, monkeypatch, architecture, transcode=True)[0]
         with pytest.raises(
@@ -84,6 +85,43 @@ def test_what_saelens_has_no_form_for_is_refused(tmp_path: Path, monkeypatch: py
         assert not (run / "sae").exists()
     with pytest.raises(UserError, match=r"run: no SAELens form for architecture 'other': .* train one of batchtopk,"):
         saelens_name("other", False, "run")
+
+
+def test_one_hierarchical_topk_is_exported_at_several_k(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = hand_made_run(tmp_path, monkeypatch, "hierarchical_topk")[0]
+    trained, _ = of_saelens(export_saelens(run), rows(5))
+    files = {path.name: path.read_bytes() for path in (run / "sae").iterdir()}
+    for k in (1, 2):
+        assert main(["export", str(run), "--k", str(k)]) == 0
+        folder = Path(capsys.readouterr().out.strip())
+        assert folder == run / f"sae-k{k}"
+        latents, recon = of_saelens(folder, rows(5))
+        assert ((latents > 0).sum(1) <= k).all() and ((latents > 0).sum(1) == k).any()
+        np.testing.assert_array_equal(latents[latents > 0], trained[latents > 0])
+        sae = load(run, k=k)
+        assert_same(np.asarray(sae(rows(5))), recon)
+        assert f"k={k})" in repr(sae)
+        metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+        assert (metadata["k"], metadata["budgets"], metadata["l0"]) == (k, [1, 2, 3], None)
+    assert {path.name: path.read_bytes() for path in (run / "sae").iterdir()} == files
+    assert main(["export", str(run), "--k", "2", "--format", "dictionary_learning"]) == 0
+    theirs, _ = dictionary_learning().utils.load_dictionary(capsys.readouterr().out.strip(), "cpu")
+    assert int(theirs.k) == 2 and (run / "dictionary_learning-k2" / "trainer_0").is_dir()
+
+
+def test_a_k_that_an_sae_cannot_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = hand_made_run(tmp_path / "a", monkeypatch, "topk")[0]
+    for k in (0, K + 1):
+        with pytest.raises(UserError, match=rf"baseline-topk: k={k}: expected 1 to {K}, the k of training"):
+            export_saelens(run, k)
+    for architecture in ("batchtopk", "relu"):
+        run = hand_made_run(tmp_path / architecture, monkeypatch, architecture)[0]
+        with pytest.raises(
+            UserError, match=f"active latents of {architecture} are not chosen by k .* train one of topk,"
+        ):
+            load(run, k=2)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

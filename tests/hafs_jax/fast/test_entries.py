@@ -80,6 +80,8 @@ def test_a_batch_in_blocks_of_rows_is_the_whole_one(
         ("batchtopk", {}),
         ("matryoshka", {}),
         ("matryoshka", {"sampled_prefixes": 3}),
+        ("hierarchical_topk", {}),
+        ("hierarchical_topk", {"k_values": (2.0, 1.0), "budgets": (0.4, 0.7, 1.0)}),
         ("topk", {"k_values": (2.0, 1.0)}),
         ("batchtopk", {"k_values": (2.0, 1.0)}),
         ("batchtopk", {"transcode": True}),
@@ -96,7 +98,7 @@ def test_the_sparse_step_is_the_dense_one(architecture: str, sae: dict, dead: in
     for name, value in plain.parts.items():
         np.testing.assert_allclose(forward.parts[name], value, rtol=1e-5, err_msg=name)
     np.testing.assert_array_equal(forward.firing_F, plain.firing_F)
-    if architecture != "topk":
+    if architecture not in ("topk", "hierarchical_topk"):
         assert float(forward.smallest) == pytest.approx(float(plain.smallest))
     for name, grad in plain_grads.items():
         assert float(jnp.max(jnp.abs(grad))) > 0, name

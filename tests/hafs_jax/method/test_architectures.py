@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from hafs_jax.base.errors import UserError
 from hafs_jax.config import SAEConfig
 from hafs_jax.method.architectures import ARCHITECTURES, Encoding, OperatingPoint, gate_reconstruction
+from hafs_jax.method.budgets import budget_bands, budget_changes, budget_counts
 from hafs_jax.method.matryoshka import bands, fixed_ends, prefix_changes, prefix_ends, prefix_errors
 from hafs_jax.method.sae import SAE, init_params
 
@@ -136,6 +138,32 @@ def test_sampled_prefixes_differ_by_key_and_equal_their_definition() -> None:
         prefix_ends(dataclasses.replace(config, n_latents=4096, sampled_prefixes=4000), jax.random.key(0))
     )
     assert np.median(many) < 64  # short prefixes are the more frequent: the median of the truncated Pareto is 4
+
+
+@pytest.mark.parametrize("k", [7, 3])
+def test_budgets_each_reconstruct_with_their_largest_latents(k: int) -> None:
+    config, params, _ = arrays("hierarchical_topk", k_values=(3.0, 1.0), budgets=(0.2, 0.3, 0.5, 1.0))
+    latents = ARCHITECTURES["hierarchical_topk"].activate(
+        jax.random.normal(jax.random.key(5), (B, F)) + 0.7, params, config, OperatingPoint(k)
+    )
+    target = jax.random.normal(jax.random.key(6), (B, D))
+    counts = {7: [1, 2, 4, 7], 3: [1, 1, 2, 3]}[k]  # 3.5 and 1.5 are rounded to even
+    np.testing.assert_array_equal(budget_counts(config, k), counts)
+    errors, _ = jax.jit(lambda k: prefix_errors(budget_changes(latents, params, config, k), target, params["b_dec"]))(k)
+    order = np.argsort(-np.asarray(latents), axis=1)
+    for count, error in zip(counts, errors, strict=True):
+        largest = np.zeros((B, F), np.float32)
+        np.put_along_axis(largest, order[:, :count], np.take_along_axis(np.asarray(latents), order[:, :count], 1), 1)
+        expected = np.asarray(target) - largest @ np.asarray(params["W_dec"]) - np.asarray(params["b_dec"])
+        np.testing.assert_allclose(error, (expected**2).sum(1).mean(), rtol=1e-5)
+    bands = np.searchsorted(counts, np.arange(config.largest_k), side="right").clip(max=3)
+    np.testing.assert_array_equal(budget_bands(2 * config.largest_k, config, k), [*bands, *bands])
+
+
+@pytest.mark.parametrize("budgets", [(0.5,), (0.5, 0.25, 1.0), ()])
+def test_budgets_rise_to_k(budgets: tuple[float, ...]) -> None:
+    with pytest.raises(UserError, match=r"sae\.budgets=.*: expected rising fractions of k, the last of them 1"):
+        config_of("hierarchical_topk", budgets=budgets)
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))

@@ -69,7 +69,10 @@ def test_blocks_are_counted_only_where_the_batch_divides(stores: Stores, monkeyp
     assert budget(config_of("jumprelu"), stores).step > 5 * whole
 
 
-@pytest.mark.parametrize(("architecture", "products"), [("relu", "dense"), ("topk", "sparse"), ("gated", "dense")])
+@pytest.mark.parametrize(
+    ("architecture", "products"),
+    [("relu", "dense"), ("topk", "sparse"), ("gated", "dense"), ("hierarchical_topk", "dense")],
+)
 def test_the_estimate_is_near_what_the_compiler_plans(stores: Stores, architecture: str, products: str) -> None:
     config = config_of(architecture, products)
     config = dataclasses.replace(config, batch_size=256, sae=dataclasses.replace(config.sae, n_latents=2048))

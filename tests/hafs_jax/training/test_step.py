@@ -29,7 +29,7 @@ def torch_step(config: TrainConfig, state: TrainState, scale: InputScale, acts: 
         kept = torch.zeros_like(latents).reshape(-1)
         kept[latents.reshape(-1).topk(B * K).indices] = 1
         latents = latents * kept.reshape(B, F)
-    if config.sae.architecture == "topk":
+    if config.sae.architecture.endswith("topk") and config.sae.architecture != "batchtopk":
         latents = latents * torch.zeros_like(latents).scatter(1, latents.topk(K, dim=1).indices, 1.0)
     if config.sae.architecture == "gated":
         centred = x - params["b_dec"]
@@ -48,6 +48,9 @@ def torch_step(config: TrainConfig, state: TrainState, scale: InputScale, acts: 
         prefixes = [max(1, round(fraction * F)) for fraction in config.sae.prefixes]
         masks = [(torch.arange(F) < end).float() for end in prefixes]
         loss = torch.stack([error(latents * mask) for mask in masks]).mean()
+    if config.sae.architecture == "hierarchical_topk":
+        largest = [latents.topk(max(1, round(fraction * K)), dim=1) for fraction in config.sae.budgets]
+        loss = torch.stack([error(torch.zeros_like(latents).scatter(1, *top[::-1])) for top in largest]).mean()
     if config.sae.architecture == "matryoshka_relu":  # the mean of nested SAEs, each with its own L1
         loss = loss + torch.stack([l1(latents * mask) for mask in masks]).mean()
     if config.sae.architecture == "relu":
