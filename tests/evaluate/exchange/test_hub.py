@@ -1,6 +1,8 @@
 """Uploading a run: the folder, the model card, what is asked of the hub, and its errors in one line."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hafs_evaluate.cli import main
 from hafs_evaluate.exchange.hub import model_card, upload
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of
+from tests.support.hub import Hub, serving
 from tests.support.runs import config_of, finished_run
 from tests.support.torch_saes import saved_sae
 
@@ -188,3 +191,30 @@ def test_an_unfinished_run_and_no_folder_are_refused(run: Path, tmp_path: Path, 
     with pytest.raises(SystemExit, match="2"):
         main(["upload", str(tmp_path / "none"), "--repo-id", "me/saes"])
     assert "expected a run's folder" in capsys.readouterr().err
+
+
+def test_the_same_upload_again_is_no_commit_and_a_refusal_is_one_line(run: Path, tmp_path: Path) -> None:
+    """Against a hub on loopback, in processes of their own."""
+    hub = Hub()
+    script = "import sys, hafs_jax.saelens as s; s.export_saelens = lambda folder: folder / 'sae'\n"  # as `run` does
+    script += "from hafs_evaluate.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "upload", str(run), "--repo-id", "me/saes"]
+    environment = {"HF_TOKEN": "hf_mine", "HAFS_HUB_WAIT": "3"}
+
+    def start() -> subprocess.CompletedProcess[str]:
+        hub.forget()
+        env = hub.env(tmp_path, **environment)
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+
+    with serving(hub):
+        hub.fail("POST .*/preupload/", 500, times=1)
+        first = start()
+        assert first.returncode == 0, first.stderr
+        assert first.stdout.strip() == f"{hub.url}/me/saes" and len(hub.asked("POST .*/commit/")) == 1
+        assert set(hub.repositories["models", "me/saes"]) == FILES
+        assert start().returncode == 0
+        assert not hub.asked("POST .*/commit/")
+        hub.fail("POST .*/preupload/", 403)
+        refused = start()
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "error: model me/saes is not taken by the hub: the hub answers 403" in refused.stderr.splitlines()[-1]
