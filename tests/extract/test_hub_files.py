@@ -40,6 +40,8 @@ for kind, name in json.loads(sys.stdin.read()):
 """
 WAIT = 3.0  # HAFS_HUB_WAIT: half a second of silence ends an attempt
 
+QUANTISED = b'{"model_type": "gpt_neox", "quantization_config": {"quant_method": "gptq"}}'
+
 WEIGHTS = "GET .*{}/resolve/.*model.safetensors"
 MODELS: dict[str, tuple[Fault | None, str | None]] = {
     "org/whole": (None, None),
@@ -69,6 +71,11 @@ MODELS: dict[str, tuple[Fault | None, str | None]] = {
         r"it is gated; accept its terms at http://.*/org/gated, then run `hf auth login` or set HF_TOKEN",
     ),
     "org/empty": (None, r"the hub has no weights there"),
+    "org/adapter": (None, r"model org/adapter holds an adapter \(adapter_config.json\); merge it into its model"),
+    "org/quantised": (
+        Fault(WEIGHTS, "status", 418),
+        r"model org/quantised is quantised \(quantization_config of config.json: 'gptq'\)",
+    ),
 }  # fmt: skip
 DATASETS: dict[str, tuple[Fault | None, str | None]] = {
     "data/whole": (None, None),
@@ -101,6 +108,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         hub.repositories["models", name] = _model_files()
     for file in ("model.safetensors", "pytorch_model.bin"):
         del hub.repositories["models", "org/empty"][file]
+    of = hub.repositories["models", "org/adapter"]
+    of["adapter_config.json"], of["adapter_model.safetensors"] = b"{}", of.pop("model.safetensors")
+    del of["config.json"], of["pytorch_model.bin"]
+    hub.repositories["models", "org/quantised"]["config.json"] = QUANTISED
     for name in DATASETS:
         hub.add_dataset(name, folder, {"wikitext-103-raw-v1": ["train", "test"]})
     del hub.repositories["datasets", "data/gone"]
@@ -165,7 +176,7 @@ def test_only_what_is_read_is_fetched(fetched: dict, hub: Hub) -> None:
 
 def test_nothing_false_stays_in_the_cache(fetched: dict, home: Path) -> None:
     cache = home / "hf" / "hub"
-    right = set(_model_files().values())
+    right = {*_model_files().values(), QUANTISED}
     kept = [path for path in cache.glob("models--org--*/blobs/*") if path.is_file()]
     assert len(kept) > 20
     assert all(path.read_bytes() in right for path in kept)

@@ -20,6 +20,7 @@ from hafs_extract import packaged
 from hafs_extract.config import SourceConfig
 from hafs_extract.hub.client import connect, hub_errors
 from hafs_extract.hub.presence import cached_repository, endpoint, fetched_record, is_offline, prepared_folders
+from hafs_extract.loading.files import refuse_adapter, refuse_quantised
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of, write_json
 from hafs_jax.base.options import did_you_mean
@@ -82,6 +83,9 @@ class Fetch:
             LOG.info(f"fetching {self.kind} {self.name} from {endpoint()}: {self.missing_bytes / 1e6:,.0f} MB")
         for file in self.missing:
             _download(self.kind, self.name, self.commit, file)
+            if (self.kind, file.path) == ("model", "config.json"):  # comes before the weights
+                config = read_json(self.folder / file.path, "a model's config")
+                refuse_quantised(f"model {self.name}", config)
         values = {"commit": self.commit, "files": [dataclasses.asdict(file) for file in self.files]}
         for record in self.records:
             write_json(record, values)
@@ -204,6 +208,7 @@ def _prepared_commit(name: str, subset: str | None, revision: str | None) -> str
 
 def _model_files(name: str, files: dict[str, HubFile]) -> list[HubFile]:
     """Those of a model's files that transformers reads: one form of the weights, and what lies beside them."""
+    refuse_adapter(f"model {name}", files)
     if "config.json" not in files:
         raise UserError(f"model {name}: the hub has no config.json there; is it a model of transformers?")
     found = (
