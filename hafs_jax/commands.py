@@ -286,7 +286,7 @@ def _tau(parsed: argparse.Namespace) -> None:
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
-    from hafs_jax.health import health
+    from hafs_jax.health import death, health
     from hafs_jax.runs import Run
 
     run = Run(parsed.run)
@@ -304,6 +304,8 @@ def _inspect(parsed: argparse.Namespace) -> None:
     print(f"step {last['step']} of {config.steps}, {last['seconds']:.0f} s, {last['tokens_per_second']:,.0f} rows/s")
     for name, value in last.items():
         print(f"  {name:22s} {_figure(value, '.6g')}")
+    if dead := death(run):
+        print(f"  LOOK {dead}")
     for verdict, said in health(config, metrics):
         print(f"  {'ok  ' if verdict else 'LOOK'} {said}")
 

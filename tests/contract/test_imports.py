@@ -18,8 +18,8 @@ ACROSS = {
     "hafs_extract": {"hafs_jax.base", "hafs_jax.store"},
     "hafs_jax": set[str](),
     "hafs_evaluate": {
-        "hafs_jax.base", "hafs_jax.store", "hafs_jax.config", "hafs_jax.presets", "hafs_jax.runs", "hafs_jax.saelens",
-        "hafs_jax.api", "hafs_extract.models", "hafs_extract.hub", "hafs_extract.packaged",
+        "hafs_jax.base", "hafs_jax.store", "hafs_jax.config", "hafs_jax.presets", "hafs_jax.runs", "hafs_jax.health",
+        "hafs_jax.saelens", "hafs_jax.api", "hafs_extract.models", "hafs_extract.hub", "hafs_extract.packaged",
     },
 }  # fmt: skip
 """What of the other rooms a room may import."""

@@ -1,11 +1,22 @@
 """What `inspect` says of healthy and ill runs."""
 
 import dataclasses
+import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hafs_jax.health import health
+from hafs_evaluate.report.verdict import verdict
+from hafs_evaluate.results.results import build_results
+from hafs_jax.api import load
+from hafs_jax.commands import main
+from hafs_jax.health import death, health
 from hafs_jax.presets import preset, with_fields
+from hafs_jax.runs import Run
+from hafs_jax.training.train import train
+from tests.support.runs import config_of, finished_run
+from tests.support.stores import planted, write_store
 
 GOOD = {
     "l0": 40.1, "dead_fraction": 0.01, "bad_batches": 0, "loss_reconstruction": 0.2, "penalty_gradient_share": 0.3,
@@ -37,3 +48,60 @@ def test_each_illness_is_named_and_nothing_else(changes: dict, said: str) -> Non
 def test_a_baseline_without_heldout_rows_has_fewer_checks() -> None:
     record = {name: value for name, value in GOOD.items() if name != "heldout_fvu"}
     assert len(health(dataclasses.replace(preset()), [record])) == 4
+
+
+def test_an_l1_of_the_unscaled_activations_kills_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pattern of an L1 weight of 0.04 beside the mean error of unscaled rows: L0 0, no latent, l2_ratio 0."""
+    D, B, norm = 13, 50, 0.1
+    acts = planted(4000, D, 24, 4, seed=2)[0]
+    acts -= acts.mean(0)
+    acts *= norm / np.sqrt((acts**2).sum(1).mean())
+    store = write_store(tmp_path / "store" / "train", acts)
+
+    def run(coefficient: float, tag: str) -> Run:
+        fields = {"coefficient": coefficient, "match_l0": False, "aux": 0.0}
+        changes = {
+            "sae": {"n_latents": 29, "k": 4},
+            "sparsity": fields,
+            "tokens": 1500 * B,
+            "batch_size": B,
+            "tag": tag,
+        }
+        return train(with_fields(preset("baseline", "relu"), changes), store, tmp_path / "runs", progress=False)
+
+    dead = run(0.04 * D * np.sqrt(D) / norm, "unscaled")  # the same L1 in units in which rows have mean square D
+    alive = run(0.04, "scaled")
+    final = dead.result()["final"]
+    assert final["l0"] == 0 and final["fvu_ema"] == pytest.approx(1.0, abs=0.05)
+    sae = load(dead.folder)
+    assert not np.asarray(sae.encode(acts)).any()  # a probe of any k latents then has accuracy 0.5
+    assert np.linalg.norm(sae(acts)) / np.linalg.norm(acts) < 0.05  # l2_ratio
+    said = (
+        "dead: L0 0, rows are reconstructed as b_dec, and probes of its latents are at chance; the L1 coefficient "
+        "kills it: it pulls latents to 0 with 18.7, while the error pushes with 2 along a random vector and at most "
+        "7.21 on an average row (on unscaled activations it is an L1 of 0.52 beside a squared error, 0.04 beside its "
+        "mean over D); lower it, or leave --sparsity.match-l0 on"
+    )
+    assert death(dead) == said and death(alive) is None
+    main(["inspect", str(dead.folder)])
+    assert f"  LOOK {said}\n" in capsys.readouterr().out
+    main(["inspect", str(alive.folder)])
+    assert "dead:" not in capsys.readouterr().out
+    results = build_results(tmp_path)
+    assert {values["run"]: values["dead"] for values in results["variants"].values()} == {
+        "baseline-relu-s0-unscaled": said,
+        "baseline-relu-s0-scaled": None,
+    }
+    told = [sentence for sentence in verdict(results) if "dead" in sentence]
+    assert told == [f"baseline-relu-s0-unscaled is {said}."]
+
+
+def test_a_death_without_l1_is_not_blamed_on_it(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "runs" / "baseline-s0", config_of("baseline", "batchtopk"))
+    run.metrics_path.write_text(json.dumps({"step": 0, "l0": 0.0, "sparsity_coefficient": 0.0}) + "\n")
+    said = death(run)
+    assert said is not None and "no L1 coefficient explains it" in said
+    run.metrics_path.write_text(json.dumps({"step": 0, "l0": None}) + "\n")
+    assert death(run) is None

@@ -49,17 +49,22 @@ def _arm_list(arms: dict[str, Any]) -> str:
 def verdict(results: dict[str, Any]) -> list[str]:
     """The sentences of the verdict: reconstruction, coherence, probing, and how far to trust them.
 
-    Where there was an experiment, its own sentences come first. Otherwise the sentences compare the arms of one
-    architecture and k, means over seeds. A sentence whose figures are missing says so.
+    Dead SAEs come first. Where there was an experiment, its own sentences follow. Otherwise the sentences compare the
+    arms of one architecture and k, means over seeds. A sentence whose figures are missing says so.
     """
     arms = _arms(results)
     if not arms:
         return ["No run has finished training, so there is nothing to compare."]
     decided = (results.get("experiment") or {}).get("verdict")
     if decided:
-        return [str(sentence) for sentence in decided] + _inactive(arms)
-    sentences = [_reconstruction(arms), _coherence(arms), _probing(arms, results)]
+        return _dead(results) + [str(sentence) for sentence in decided] + _inactive(arms)
+    sentences = [*_dead(results), _reconstruction(arms), _coherence(arms), _probing(arms, results)]
     return sentences + _cautions(arms)
+
+
+def _dead(results: dict[str, Any]) -> list[str]:
+    """A sentence for each dead SAE, of whatever arm: how it shows, and the setting that killed it."""
+    return [f"{name} is {values['dead']}." for name, values in results["variants"].items() if values.get("dead")]
 
 
 def _arms(results: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:

@@ -13,7 +13,8 @@ from hafs_evaluate.results.measures import CORE, DOMAINS, FIRST_LETTER, HIERARCH
 from hafs_evaluate.results.probing_means import column, llm_probing, sae_probing
 from hafs_evaluate.results.readings import read_result, read_results, run_figures
 from hafs_jax.base.files import read_json
-from hafs_jax.runs import RunSummary, all_runs, finished_runs
+from hafs_jax.health import DEAD_L0, death
+from hafs_jax.runs import Run, RunSummary, all_runs, finished_runs
 from hafs_jax.store.manifest import TIMING, read_manifest
 
 RESULTS_VERSION = 1
@@ -48,7 +49,13 @@ def build_results(workspace_folder: Path) -> dict[str, Any]:
             "heldout_rows": read_manifest(heldout).rows if heldout.exists() else None,
             "d_model": manifest.d_model,
             "seconds": _seconds(folder, runs),
-            "variants": {names[run.name]: _variant(run, found[run.name], figures[run.name]) for run in runs},
+            "variants": {
+                names[run.name]: {
+                    **_variant(run, found[run.name], figures[run.name]),
+                    "dead": _dead(Run(folder / "runs" / run.name)),
+                }
+                for run in runs
+            },
             "llm": {
                 "probing": column(llm, "test_accuracy"),
                 "probing_auc": column(llm, "test_auc"),
@@ -140,6 +147,12 @@ def _variant(run: RunSummary, found: dict[str, dict[str, Any]], figures: dict[st
         "first_letter": found[FIRST_LETTER],
         "tokens": found[TOKENS].get("mean") or {},
     }
+
+
+def _dead(run: Run) -> str | None:
+    """What killed a dead SAE."""
+    l0 = run.summary().final.get("l0")
+    return death(run) if l0 is not None and l0 < DEAD_L0 else None
 
 
 def _seconds(folder: Path, runs: list[RunSummary]) -> dict[str, float | None]:
