@@ -84,6 +84,7 @@ def _run(hub: Hub, home: Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.timeout(280)  # 14 processes: 87 s of one core
 def test_from_a_compiled_extraction_to_the_upload_and_again_without_a_request(hub: Hub, home: Path) -> None:
     """One test, since its 60 s of one core would be taken by each worker that has a part of it."""
     out = home / "artifacts/pythia70m"
