@@ -12,6 +12,7 @@ TOKEN_FIGURES = {
     "transfer_top_1": "top-1",
     "transfer_top_2": "top-2",
     "transfer_top_5": "top-5",
+    "f1_top_1": "F1, top-1",
     "recall": "recall",
     "child_recall": "recall by word",
     "child_spread": "spread over words",

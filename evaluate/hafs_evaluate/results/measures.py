@@ -214,6 +214,13 @@ for _measure in (
         title=f"transfer to unseen tokens, top-{K} (balanced accuracy)", over=PROPERTIES,
     ),
     Measure(
+        f"transfer_f1_{K}", TOKENS, f"unseen tokens, F1 of top-{K}",
+        "F1 of the same detectors on the same rows. Balanced accuracy hardly charges a detector of a rare property for"
+        " what it fires on besides; F1 does.",
+        path=f"mean.f1_top_{K}", per_dataset=f"properties.*.top_{K}.f1", better="higher", over=PROPERTIES,
+        is_column=False,
+    ),
+    Measure(
         "transfer_recall", TOKENS, "unseen tokens, recall",
         "Recall of the one latent on the rows of the words that it was not chosen on.",
         path="mean.recall", per_dataset="properties.*.top_1.recall", better="higher",

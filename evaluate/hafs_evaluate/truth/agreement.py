@@ -2,8 +2,10 @@
 
 On a synthetic world, root features with children can serve as labels: a row is positive where the feature fires, and
 the label's children are the features right below it. From these labels the hole, absorption and top-1 probing of
-parents are computed as on real text (`hafs_evaluate.hierarchy`). Their ranks over the world's SAEs are compared with
-the ranks of the true absorption of the edges whose parent is a root (`truth.scores`, in eval/<run>/synthetic.json).
+parents are computed as on real text (`hafs_evaluate.hierarchy`), and transfer to unseen children as on tokens
+(`hafs_evaluate.tokens`): the roots are the properties, and the children take the place of token ids. Their ranks over
+the world's SAEs are compared with the ranks of the true absorption of the edges whose parent is a root (`truth.scores`,
+in eval/<run>/synthetic.json).
 
 OUT/<profile>/eval/agreement.json   each SAE's figures and the rank correlations
 """
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array
 from scipy.stats import spearmanr
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -24,6 +27,8 @@ from hafs_evaluate.core.encode import TorchSAE, encode_rows, to_numpy
 from hafs_evaluate.core.loading import load_sae
 from hafs_evaluate.hierarchy import absorption
 from hafs_evaluate.hierarchy.probes import Contrast, TreeData, sparse_scores
+from hafs_evaluate.tokens.transfer import transfer
+from hafs_evaluate.tokens.trials import Plan, plan
 from hafs_evaluate.truth.ground_truth import Truth, load_truth
 from hafs_evaluate.truth.synth_score import RESULT as SYNTHETIC
 from hafs_evaluate.workspace import Workspace, finished_runs, hashed_export, read_result
@@ -36,8 +41,10 @@ LOG = logging.getLogger(__name__)
 RESULT = "agreement.json"
 ROWS, PROBE_ROWS = 6_000, 2_000  # held-out rows on which absorption is measured, and those that are probed
 FOLDS = 5
-MEASURES = ("hole", "full", "fraction", "hole_grown", "full_grown", "fraction_grown", "top_1")
-"""See `absorption.measure`; those with `_grown` are of the grown set of main latents, the others of the main latent."""
+TRANSFER = ("transfer_top_1", "transfer_top_2", "transfer_top_5", "recall_top_1", "child_recall")
+MEASURES = ("hole", "full", "fraction", "hole_grown", "full_grown", "fraction_grown", "top_1", *TRANSFER)
+"""See `absorption.measure`; those with `_grown` are of the grown set of main latents, the others of the main latent.
+TRANSFER: see `tokens.transfer.transfer`."""
 
 REFERENCES = ("random_init", "frozen_decoder")
 """Variants that never learnt a parent that could be absorbed. Correlations are given with and without them."""
@@ -52,6 +59,7 @@ class Labels:
     children: tuple[Bool[np.ndarray, "_ N"], ...]  # of each root, on which rows each of its children fires
     found_RN: Bool[np.ndarray, "R N"]  # what a probe on the activations says, fitted on the other half of the rows
     half_N: Int[np.ndarray, "N"]  # 0 or 1
+    trials: tuple[Plan, ...] = ()  # of transfer to unseen children, of each root that has rows enough
 
 
 def root_labels(truth: Truth, rows: int = ROWS) -> Labels:
@@ -71,7 +79,27 @@ def root_labels(truth: Truth, rows: int = ROWS) -> Labels:
             probe.fit(acts_ND[half_N == half], fires_NF[half_N == half, root])
             found_RN[index, half_N != half] = probe.predict(acts_ND[half_N != half])
     children = tuple(fires_NF[:, truth.parents_N == root].T for root in roots)
-    return Labels(acts_ND, fires_NF[:, roots].T, children, found_RN, half_N)
+    trials = tuple(root_trials(truth, int(root), fires_NF) for root in roots)
+    known = tuple(each for each in trials if each.properties)
+    return Labels(acts_ND, fires_NF[:, roots].T, children, found_RN, half_N, known)
+
+
+def root_trials(truth: Truth, root: int, fires_NF: Bool[np.ndarray, "N n"]) -> Plan:
+    """The trials of one root as a property, with rows for documents.
+
+    A row on which the root fires has as its token id the first of the root's children that fires there, or the root
+    itself where none does. Any other row has the feature that fires with the largest coefficient, or none (id n). Of a
+    root with three children, say, each half has two of four ids; one is the least that a half must have.
+    """
+    largest_N = truth.coefficients[: len(fires_NF)].toarray().argmax(1)
+    id_N = np.where(fires_NF.any(1), largest_N, truth.n)
+    children = np.flatnonzero(truth.parents_N == root)
+    first_N = children[fires_NF[:, children].argmax(1)]
+    of_child_N = np.where(fires_NF[:, children].any(1), first_N, root)
+    # ids of rows with and without the root differ, so that the id decides: those with it lie above n
+    token_N = np.where(fires_NF[:, root], truth.n + 1 + of_child_N, id_N)
+    is_root_V = np.arange(2 * truth.n + 1) > truth.n
+    return plan(token_N, np.arange(len(token_N)), {str(root): is_root_V}, least_children=1)
 
 
 def proxies(sae: TorchSAE, labels: Labels) -> dict[str, float | None]:
@@ -101,8 +129,10 @@ def proxies(sae: TorchSAE, labels: Labels) -> dict[str, float | None]:
     every_N = np.ones(rows, bool)
     contrasts = [Contrast(str(root), "rest", every_N, fires_N[:rows]) for root, fires_N in enumerate(labels.fires_RN)]
     scores = sparse_scores(latents_NF[:rows], data, (1,), contrasts=contrasts)
-    top_1 = _mean([by_name["top_1"].as_json()["balanced_accuracy"] for by_name in scores.values()])
-    return {**values, "top_1": top_1}
+    values["top_1"] = _mean([by_name["top_1"].as_json()["balanced_accuracy"] for by_name in scores.values()])
+    latents = csr_array(np.where(latents_NF > 0, latents_NF, 0))
+    means = [transfer(latents, trials)["mean"] for trials in labels.trials]
+    return values | {name: _mean([mean[name] for mean in means]) for name in TRANSFER}
 
 
 def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -112,7 +142,8 @@ def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for name in MEASURES:
-        pairs = [(row[name], row["true_absorption"]) for row in rows if None not in (row[name], row["true_absorption"])]
+        pairs = [(row.get(name), row["true_absorption"]) for row in rows]
+        pairs = [pair for pair in pairs if None not in pair]
         left, right = (set(values) for values in zip(*pairs, strict=True)) if pairs else (set(), set())
         rho = float(spearmanr(*zip(*pairs, strict=True)).statistic) if min(len(left), len(right)) > 1 else None
         found[name] = {"rho": rho, "saes": len(pairs)}

@@ -380,7 +380,7 @@ def test_transfer_to_unseen_tokens_is_shown_with_its_ceiling_and_its_floors(tmp_
             assert figure in shown, figure
         assert "2 properties count on 12,345 held-out rows: months, digits." in shown
         assert "unseen tokens, top-1" in shown  # the column of the table of arms
-    assert "| LM, own probes | 0.987 |  |  | 0.980 |" in written
+    assert "| LM, own probes | 0.987 |  |  |  | 0.980 |" in written
     assert "- unseen tokens, top-k: Transfer to unseen tokens" in written
     assert "tokens" in {value for _, name, value in page.attributes if name == "id"}
     kept = json.loads((folder / "report" / "results.json").read_text())
@@ -390,6 +390,7 @@ def test_transfer_to_unseen_tokens_is_shown_with_its_ceiling_and_its_floors(tmp_
     }  # fmt: skip
     assert (tokens["recall"], tokens["absorbed"]) == (0.6, 0.333)
     assert kept["variants"]["adaptive"]["measures"]["transfer_top_5"] == pytest.approx(0.843)
+    assert kept["variants"]["adaptive"]["measures"]["transfer_f1_1"] == 0.432
     assert kept["arms"]["adaptive"]["measures"]["token_absorbed"]["mean"] == 0.333
     assert kept["llm"]["tokens"]["ceiling"] == {"mean": {"transfer_top_1": 0.987, "recall": 0.98}}
 

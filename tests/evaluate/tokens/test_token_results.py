@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 
 from hafs_evaluate.config import EvalConfig
 from hafs_evaluate.tokens.model_probe import ModelProbes
@@ -123,6 +124,15 @@ def test_a_latent_for_the_property_and_latents_for_its_words_are_told_apart(meas
     assert own["absorbed"] == pytest.approx(1 - 1 / len(WITH))  # on all words but the best latent's
     assert found["mean"]["recall"] == found["mean"]["recall_top_1"]
     assert 0 <= found["mean"]["enough_share"] < 1
+
+
+def test_absorption_is_measured_in_other_documents_than_the_latent_was_chosen_in(measures: TokenMeasures) -> None:
+    """A latent for each half of the documents: the one of the half that it was chosen in is silent in the other."""
+    trials = measures.trials
+    (each,) = (one for one in trials.properties if one.name == "suffix_ing")
+    is_positive, half = each.is_positive_U[trials.cell_N], trials.cell_N >= len(trials.rows_U) // 2
+    latents = csr_array(np.stack([is_positive & ~half, is_positive & half], 1).astype(np.float32))
+    assert measures._absorbed(latents, np.eye(D)[[0, 0]], np.zeros(D))["suffix_ing"] == 1.0
 
 
 def test_latents_of_a_store_are_what_the_sae_encodes(stores: Store) -> None:
