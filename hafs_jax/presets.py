@@ -18,6 +18,9 @@ VARIANTS: dict[str, Fields] = {
     "baseline": {},
     "strict": {"penalty": {"kind": "hinge"}},
     "adaptive": {"penalty": {"kind": "hinge", "ramp": True, "gate": True}},
+    "yielding": {
+        "penalty": {"kind": "hinge", "ramp": True, "gate": True, "yielding": "rarer", "lam_max": 0.3},
+    },
     "ramp_only": {"penalty": {"kind": "hinge", "ramp": True}},
     "gate_only": {"penalty": {"kind": "hinge", "gate": True}},
     "ortsae": {"penalty": {"kind": "ortsae", "lam_max": 0.25, "chunk_size": 8192}},
@@ -30,6 +33,7 @@ VARIANTS: dict[str, Fields] = {
 - baseline: no penalty.
 - strict: the hinge at constant strength.
 - adaptive: the hinge with the schedule alpha(t) and the error gate.
+- yielding: adaptive at a tenth of its strength, and of a pair only the latent that fires less is turned.
 - ramp_only, gate_only: the hinge with only one of the two.
 - ortsae: OrtSAE's penalty at its published weight.
 - frob: the squared cosines of all pairs.

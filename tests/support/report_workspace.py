@@ -290,6 +290,7 @@ ARM_VARIANTS = (
     "baseline",
     "strict",
     "adaptive",
+    "yielding",
     "ramp_only",
     "gate_only",
     "ortsae",

@@ -16,14 +16,8 @@ from hafs_evaluate.results.measures import find_measure, sentence_name
 from hafs_evaluate.results.paired import Difference, difference, holm
 from hafs_jax.base.options import to_dict
 
-METHOD, PLAIN, CONSTANT, RAMP, GATE, FROZEN = (
-    "adaptive",
-    "baseline",
-    "strict",
-    "ramp_only",
-    "gate_only",
-    "frozen_decoder",
-)
+PLAIN, CONSTANT, RAMP, FROZEN = "baseline", "strict", "ramp_only", "frozen_decoder"
+RIVALS = (PLAIN, CONSTANT, "ortsae")  # whom the verdict's sentences name
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,7 @@ def comparisons_of(values: Values, config: ExperimentConfig) -> list[Comparison]
     """The comparisons of all pairs in all measures, at each L0 level and over all levels."""
     raw = []
     for architecture in config.architectures:
-        for a, b in pairs_of(config.arms):
+        for a, b in pairs_of(config.arms, config.method):
             for measure in (*config.primaries, *config.secondaries):
                 for k in (None, *config.ks):
                     found = _compared(values, config, architecture, k, measure, a, b)
@@ -118,10 +112,10 @@ def comparisons_of(values: Values, config: ExperimentConfig) -> list[Comparison]
     ]
 
 
-def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs (a, b) that are compared: adaptive with every other arm, and every other arm with the baseline."""
-    pairs = [(METHOD, other) for other in arms if other != METHOD and METHOD in arms]
-    return pairs + [(arm, PLAIN) for arm in arms if arm not in (METHOD, PLAIN) and PLAIN in arms]
+def pairs_of(arms: Sequence[str], method: str) -> list[tuple[str, str]]:
+    """The pairs (a, b) that are compared: the method with every other arm, and every other arm with the baseline."""
+    pairs = [(method, other) for other in arms if other != method and method in arms]
+    return pairs + [(arm, PLAIN) for arm in arms if arm not in (method, PLAIN) and PLAIN in arms]
 
 
 def falsifiers_of(comparisons: Sequence[Comparison], config: ExperimentConfig) -> list[dict[str, str]]:
@@ -142,23 +136,24 @@ def falsifiers_of(comparisons: Sequence[Comparison], config: ExperimentConfig) -
 def verdict_of(
     comparisons: Sequence[Comparison], falsifiers: Sequence[dict[str, str]], config: ExperimentConfig, n_saes: int
 ) -> list[str]:
-    """Three sentences: what adaptive does to the primary measures, what it costs in FVU, which falsifiers it meets."""
+    """Three sentences: what the method does to the primary measures, its cost in FVU, which falsifiers it meets."""
     first, second = [], []
     for architecture in config.architectures:
-        own = [c for c in comparisons if c.architecture == architecture and c.k is None and c.a == METHOD]
+        own = [c for c in comparisons if c.architecture == architecture and c.k is None and c.a == config.method]
         for c in own:
-            if c.b in (PLAIN, CONSTANT) and c.measure in config.primaries:
+            if c.b in RIVALS and c.measure in config.primaries:
                 first.append(
                     f"{architecture}: {sentence_name(c.measure)} {_shown(c.found)} against {c.b} ({c.verdict})"
                 )
-            if c.b in (PLAIN, CONSTANT) and c.measure == "fvu":
+            if c.b in RIVALS and c.measure == "fvu":
                 second.append(f"{architecture}: {_shown(c.found)} against {c.b} ({c.verdict})")
     triggered = [f"{f['name']} ({f['architecture']})" for f in falsifiers if f["outcome"] == "triggered"]
     undecided = [f"{f['name']} ({f['architecture']})" for f in falsifiers if f["outcome"] == "not decided"]
     third = f"Falsifiers triggered: {', '.join(triggered) or 'none'}"
     third += f"; not decided: {', '.join(undecided)}." if undecided else "."
+    who = f"{config.method.capitalize()} over {n_saes} SAEs and {config.seeds} seeds"
     return [
-        f"Adaptive over {n_saes} SAEs and {config.seeds} seeds: {'; '.join(first) or 'no primary was measured'}.",
+        f"{who}: {'; '.join(first) or 'no primary was measured'}.",
         f"Held-out FVU: {'; '.join(second) or 'not measured'}.",
         third,
     ]
@@ -190,15 +185,15 @@ def _falsifier(name: str, claim: str, architecture: str, outcome: str, why: str)
 
 
 def _gate_adds(own: dict[Any, Comparison], config: ExperimentConfig, architecture: str) -> dict[str, str]:
-    name, claim = "adaptive = ramp_only", "the error-adaptive weight adds to the ramp alone"
-    rivals = [own.get((measure, METHOD, RAMP)) for measure in (*config.primaries, "fvu")]
+    name, claim = f"{config.method} = ramp_only", "the error-adaptive weight adds to the ramp alone"
+    rivals = [own.get((measure, config.method, RAMP)) for measure in (*config.primaries, "fvu")]
     return _must_beat(name, claim, architecture, [c for c in rivals if c is not None], "the ramp alone")
 
 
 def _hierarchy_adds(own: dict[Any, Comparison], config: ExperimentConfig, architecture: str) -> dict[str, str]:
     name, claim = "parent = global", "sharing by parents adds to sharing by all"
     arm = next((arm for arm in config.arms if "sharing=parent" in arm), "")
-    rivals = [own.get((measure, METHOD, arm)) for measure in config.primaries]
+    rivals = [own.get((measure, config.method, arm)) for measure in config.primaries]
     known = [c for c in rivals if c is not None]
     if not known:
         return _falsifier(name, claim, architecture, "not decided", "no arm shares by parents here")
@@ -208,14 +203,16 @@ def _hierarchy_adds(own: dict[Any, Comparison], config: ExperimentConfig, archit
 
 
 def _beats_tuned_strict(own: dict[Any, Comparison], config: ExperimentConfig, architecture: str) -> dict[str, str]:
-    name, claim = "best strict ties", "adaptive beats a constant penalty of the best strength"
+    name, claim = "best strict ties", f"{config.method} beats a constant penalty of the best strength"
     strengths = [arm for arm in config.arms if arm.split()[0] == CONSTANT]
-    costs = {arm: own[("fvu", METHOD, arm)].found for arm in strengths if ("fvu", METHOD, arm) in own}
+    costs = {arm: own[("fvu", config.method, arm)].found for arm in strengths if ("fvu", config.method, arm) in own}
     # matched: a strength whose FVU is not resolvably above adaptive's
     matched = [arm for arm, cost in costs.items() if cost.high >= 0]
     if len(strengths) < 2 or not matched:
         return _falsifier(name, claim, architecture, "not decided", "no second strength at adaptive's FVU or below")
-    rivals = [own[key] for arm in matched for measure in config.primaries if (key := (measure, METHOD, arm)) in own]
+    rivals = [
+        own[key] for arm in matched for measure in config.primaries if (key := (measure, config.method, arm)) in own
+    ]
     if not rivals:
         return _falsifier(name, claim, architecture, "not decided", "no primary was measured")
     ties = sorted({c.b for c in rivals} - {c.b for c in rivals if c.verdict == "better"})
@@ -224,15 +221,18 @@ def _beats_tuned_strict(own: dict[Any, Comparison], config: ExperimentConfig, ar
 
 
 def _beats_frozen(own: dict[Any, Comparison], config: ExperimentConfig, architecture: str) -> dict[str, str]:
-    name, claim = "gains vanish against frozen_decoder", "what adaptive finds is more than a random dictionary's"
-    rivals = [own.get((measure, METHOD, FROZEN)) for measure in config.primaries]
+    name, claim = (
+        "gains vanish against frozen_decoder",
+        f"what {config.method} finds is more than a random dictionary's",
+    )
+    rivals = [own.get((measure, config.method, FROZEN)) for measure in config.primaries]
     return _must_beat(name, claim, architecture, [c for c in rivals if c is not None], "a decoder that never trained")
 
 
 def _keeps_reconstruction(own: dict[Any, Comparison], config: ExperimentConfig, architecture: str) -> dict[str, str]:
     margin = config.fvu_margin
-    name, claim = "FVU inferior", f"adaptive's FVU is at most {margin:g} above the baseline's"
-    cost = own.get(("fvu", METHOD, PLAIN))
+    name, claim = "FVU inferior", f"{config.method}'s FVU is at most {margin:g} above the baseline's"
+    cost = own.get(("fvu", config.method, PLAIN))
     if cost is None:
         return _falsifier(name, claim, architecture, "not decided", "FVU was not measured")
     outcome = "pass" if cost.found.high <= margin else "triggered" if cost.found.low > margin else "not decided"

@@ -43,6 +43,7 @@ class ExperimentConfig:
         ("fvu", "top_1", "top_5", "absorption_fraction", "absorption_full", "mean_coherence", "ce_score"),
         "further measures compared, without a claim",
     )
+    method: str = option("adaptive", "the arm that the verdict is about: it is compared with every other")
     references: tuple[str, ...] = option(("random_init", "frozen_decoder"), "arms that are references, not methods")
     fvu_margin: float = option(
         0.02, "a method is non-inferior where the interval of its FVU's rise ends below it", least=0
@@ -58,6 +59,8 @@ class ExperimentConfig:
             values = getattr(self, field)
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{field}={values}: expected at least one, each once")
+        if self.method != "adaptive" and self.method not in self.arms:
+            raise UserError(f"method={self.method!r}: expected one of the arms {', '.join(self.arms)}")
         for arm in self.arms:
             variant, *axes = arm.split() or [""]
             if (

@@ -41,6 +41,7 @@ STYLES = {
     "baseline": Style("#0072b2", "#5ab0ea", (), "o"),
     "strict": Style("#c85400", "#ff9350", (4, 1.6), "s"),
     "adaptive": Style("#008a64", "#33cfa0", (), "D", 2.3),
+    "yielding": Style("#a8488a", "#e595c8", (1.2, 1.2), "h", 2.0),
     "ramp_only": Style("#8f6a00", "#e3bd3f", (5, 1.5, 1.2, 1.5), "^"),
     "gate_only": Style("#5a55b0", "#a9a4f5", (2.5, 1.2), "P"),
     "ortsae": Style("#7a3b2e", "#d99a8b", (6, 2), "X"),
@@ -50,7 +51,7 @@ STYLES = {
 }
 # For a variant's second arm on the same axes, and for variants not named above.
 SPARE_STYLES = (
-    Style("#a8488a", "#e595c8", (1.2, 1.2), "v"),
+    Style("#6b7a1f", "#c3d26a", (1.2, 1.2), "v"),
     Style("#5c7f00", "#a9cc4c", (7, 1.5, 1.5, 1.5), "h"),
     Style("#b03060", "#f08aa8", (2, 1), "p"),
     Style("#2f4f9e", "#8ea8f0", (8, 2), "d"),

@@ -13,7 +13,7 @@ from scipy import stats
 from hafs_jax.config import SAEConfig
 
 VARIANT_ORDER = ("baseline", "strict", "adaptive")
-ABLATIONS = ("ramp_only", "gate_only", "ortsae", "frob")
+ABLATIONS = ("yielding", "ramp_only", "gate_only", "ortsae", "frob")
 DEFAULT_ARCHITECTURE, DEFAULT_K = SAEConfig().architecture, SAEConfig().k  # not part of a name
 LEAST_SEEDS = 3  # with fewer, a t interval is too wide to say anything
 CONFIDENCE = 0.95

@@ -61,8 +61,8 @@ def test_an_estimate_is_students_t_interval():
 
 def test_seeds_are_taken_together_by_architecture_variant_and_k(results):
     arms = results["arms"]
-    assert len(arms) == 36
-    assert list(arms)[:4] == ["baseline-k16", "strict-k16", "adaptive-k16", "ramp_only-k16"]
+    assert len(arms) == 40
+    assert list(arms)[:4] == ["baseline-k16", "strict-k16", "adaptive-k16", "yielding-k16"]
     arm = arms["adaptive-relu-k64"]
     assert (arm["architecture"], arm["variant"], arm["k"], arm["tag"], arm["seeds"]) == (
         "relu",
@@ -118,7 +118,7 @@ def test_seeds_that_say_the_same_arm_are_one_whatever_their_names(tmp_path):
 def test_many_arms_are_drawn_by_architecture_and_k_and_few_together(results, tmp_path):
     grouped = groups(results["arms"])
     assert list(grouped) == ["batchtopk, k = 16", "batchtopk, k = 64", "relu, k = 16", "relu, k = 64"]
-    assert {len(names) for names in grouped.values()} == {9}
+    assert {len(names) for names in grouped.values()} == {10}
     assert compared(results["arms"]) == ("batchtopk", 16)
     few = build_results(make_workspace(tmp_path))["arms"]
     assert groups(few) == {"all": list(few)}
@@ -300,7 +300,7 @@ def test_one_seed_an_arm_is_embedded_those_compared_first(results, experiment):
     chosen = chosen_runs(results["arms"], results["variants"])
     assert list(chosen)[:3] == ["baseline-k16", "strict-k16", "adaptive-k16"]
     assert chosen["strict-k16"] == "strict-s0-k=16"
-    assert list(chosen)[7:9] == ["frozen_decoder-k16", "random_init-k16"]
+    assert list(chosen)[8:10] == ["frozen_decoder-k16", "random_init-k16"]
     page = page_of(experiment)
     names = [page.json(name)["name"] for name in page.scripts if name.startswith("data-latents")]
     assert names == list(chosen)[:8]
