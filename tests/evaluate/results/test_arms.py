@@ -305,7 +305,7 @@ def test_one_seed_an_arm_is_embedded_those_compared_first(results, experiment):
     names = [page.json(name)["name"] for name in page.scripts if name.startswith("data-latents")]
     assert names == list(chosen)[:8]
     text = "".join(page.texts)
-    assert "Left out, to keep the page small: random_init-k16" in text
+    assert "Left out, to keep the page small: frozen_decoder-k16" in text
     without = chosen_runs(results["arms"], [name for name in results["variants"] if "s0" not in name])
     assert without["strict-k16"] == "strict-s1-k=16"
 
