@@ -47,10 +47,11 @@ def _arm_list(arms: dict[str, Any]) -> str:
 
 
 def verdict(results: dict[str, Any]) -> list[str]:
-    """The sentences of the verdict: reconstruction, coherence, probing, and how far to trust them.
+    """The sentences of the verdict: unseen tokens, reconstruction, coherence, probing, and how far to trust them.
 
-    Dead SAEs come first. Where there was an experiment, its own sentences follow. Otherwise the sentences compare the
-    arms of one architecture and k, means over seeds. A sentence whose figures are missing says so.
+    Dead SAEs come first. Unseen tokens are left out where they were not measured. Where there was an experiment, its
+    own sentences follow. Otherwise the sentences compare the arms of one architecture and k, means over seeds. Another
+    sentence whose figures are missing says so.
     """
     arms = _arms(results)
     if not arms:
@@ -58,13 +59,36 @@ def verdict(results: dict[str, Any]) -> list[str]:
     decided = (results.get("experiment") or {}).get("verdict")
     if decided:
         return _dead(results) + [str(sentence) for sentence in decided] + _inactive(arms)
-    sentences = [*_dead(results), _reconstruction(arms), _coherence(arms), _probing(arms, results)]
+    sentences = [
+        *_dead(results),
+        *_transfer(arms, results),
+        _reconstruction(arms),
+        _coherence(arms),
+        _probing(arms, results),
+    ]
     return sentences + _cautions(arms)
 
 
 def _dead(results: dict[str, Any]) -> list[str]:
     """A sentence for each dead SAE, of whatever arm: how it shows, and the setting that killed it."""
     return [f"{name} is {values['dead']}." for name, values in results["variants"].items() if values.get("dead")]
+
+
+def _transfer(arms: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """A sentence on transfer to unseen tokens, with the F1 that balanced accuracy does not show."""
+
+    def means(measure: str) -> dict[str, float]:
+        return _main(_means(arms, lambda _, values: (values.get("tokens") or {}).get(measure)))
+
+    accuracy, f1 = means("transfer_top_1"), means("f1_top_1")
+    if not accuracy:
+        return []
+    ceiling = ((results["llm"].get("tokens") or {}).get("ceiling") or {}).get("mean") or {}
+    beside = (
+        f" (the language model's own probe: {ceiling['transfer_top_1']:.3f})" if "transfer_top_1" in ceiling else ""
+    )
+    sentence = f"Transfer of the best latent to unseen tokens, balanced accuracy: {_list(accuracy)}{beside}"
+    return [sentence + (f"; F1: {_list(f1)}." if f1 else ".")]
 
 
 def _arms(results: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:

@@ -160,6 +160,18 @@ def test_the_verdict_states_the_figures(made):
     assert sentences[3] == "One seed: a difference under the noise between reseeded runs is not resolved here."
 
 
+def test_the_verdict_begins_with_unseen_tokens_where_they_were_measured(tmp_path):
+    folder = make_workspace(tmp_path, ("baseline-s0", "adaptive-s0"))
+    write_tokens(folder, "baseline-s0", 0.781)
+    write_tokens(folder, "adaptive-s0", 0.823)
+    sentences = verdict(build_results(folder))
+    assert sentences[0] == (
+        "Transfer of the best latent to unseen tokens, balanced accuracy: baseline 0.781, adaptive 0.823 "
+        "(the language model's own probe: 0.987); F1: baseline 0.432, adaptive 0.432."
+    )
+    assert sentences[1].startswith("Held-out FVU")
+
+
 @pytest.mark.parametrize(
     ("strict", "adaptive", "said"),
     [
