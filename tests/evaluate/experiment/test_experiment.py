@@ -13,7 +13,7 @@ import pytest
 
 from hafs_evaluate.cli import evaluate_parser
 from hafs_evaluate.experiment import experiment as module
-from hafs_evaluate.experiment.comparisons import _verdict, off_level, summary_of
+from hafs_evaluate.experiment.comparisons import _verdict, off_level, pairs_of, summary_of
 from hafs_evaluate.experiment.config import ExperimentConfig, read_experiment, run_name
 from hafs_evaluate.experiment.experiment import run_experiment, summarise
 from hafs_evaluate.experiment.measurements import Cell, Values, rows_of
@@ -103,7 +103,16 @@ def test_run_names_are_those_that_a_sweep_gives() -> None:
     assert run_name("baseline", "batchtopk", 8, 0) == "baseline-s0-k=8"
 
 
-@pytest.mark.parametrize("name", ["reduced.toml", "pythia70m.toml"])
+def test_the_method_that_the_file_names_is_compared_with_every_other_arm() -> None:
+    arms = ("baseline", "strict", "yielding")
+    found = pairs_of(arms, "yielding")
+    assert found == [("yielding", "baseline"), ("yielding", "strict"), ("strict", "baseline")]
+    assert pairs_of(arms, "adaptive") == [("strict", "baseline"), ("yielding", "baseline")]
+    with pytest.raises(UserError, match=r"method='yeilding': expected one of the arms baseline, strict, yielding"):
+        ExperimentConfig(arms=arms, method="yeilding")
+
+
+@pytest.mark.parametrize("name", ["reduced.toml", "pythia70m.toml", "transfer.toml", "wide.toml"])
 def test_the_committed_experiments_are_valid_and_so_is_every_training_in_them(name: str) -> None:
     from hafs_jax.commands import _run_config
     from hafs_jax.training.sweeps import arguments_of, parse_grid
