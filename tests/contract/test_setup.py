@@ -126,6 +126,7 @@ def test_what_has_no_dependencies_is_pinned_once() -> None:
 
 
 MAKE = shutil.which("make")
+RECURSIVE = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")  # what a make above this one hands down
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ def make(tmp_path: Path):
             program.write_text(f"#!/bin/sh\necho '{smi}'\n")
             program.chmod(0o755)
         given = [f"VENV={tmp_path / 'venv'}", f"PYTHON={sys.executable}", *arguments]
-        environment = {name: value for name, value in os.environ.items() if name not in ("ACCEL", "MAKEFLAGS")}
+        environment = {name: value for name, value in os.environ.items() if name not in ("ACCEL", *RECURSIVE)}
         return subprocess.run(
             [MAKE, "-n", *given], cwd=ROOT, env=environment | {"PATH": str(folder)}, capture_output=True, text=True
         )

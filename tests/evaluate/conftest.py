@@ -22,5 +22,5 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workspace(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """`make_workspace` with label trees of its own, whose runs are exported already."""
     monkeypatch.setattr("hafs_evaluate.hierarchy.label_trees.FOLDER", write_tree(tmp_path / "trees"))
-    monkeypatch.setattr("hafs_jax.saelens.export_saelens", lambda folder: folder / "sae")
+    monkeypatch.setattr("hafs_jax.saelens.export_saelens", lambda folder, k=None: folder / "sae")
     return make_workspace(tmp_path, load_model(str(model_folder), "float32", device="cpu"))

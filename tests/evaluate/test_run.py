@@ -209,18 +209,19 @@ def test_the_hub_is_left_alone_where_nothing_needs_it(workspace, monkeypatch):
     monkeypatch.setattr(hafs_evaluate.stage, "go_offline", lambda: offline.append(True))
     run(workspace, skip=("splice", "probing", "hierarchy", "latents"))
     assert offline
-    monkeypatch.setattr(hafs_evaluate.stage, "hub_problem", lambda: None)
+    monkeypatch.setattr(hafs_evaluate.stage, "hub_problem", lambda _: None)
     offline.clear()
     run(workspace, dataclasses.replace(CONFIG, suite="standard"), skip=("splice", "probing", "hierarchy", "latents"))
     assert offline  # standard needs it, but probing is skipped
-    monkeypatch.setattr(hafs_evaluate.stage, "hub_problem", lambda: "no route")
+    monkeypatch.setattr(hafs_evaluate.stage, "hub_problem", lambda _: "no route")
     with pytest.raises(UserError, match="SAE-Bench has none of that name"):
         run(workspace, dataclasses.replace(CONFIG, suite="standard", tasks=("local/x",)), skip=("splice", "latents"))
 
 
 def test_the_standard_suite_says_what_space_it_needs(workspace, monkeypatch):
-    monkeypatch.setattr(hafs_evaluate.stage, "hub_problem", lambda: None)
+    monkeypatch.setattr(hafs_evaluate.stage, "hub_problem", lambda _: None)
     monkeypatch.setattr(hafs_evaluate.stage, "go_offline", lambda: None)
+    monkeypatch.setattr("hafs_evaluate.saebench.standard.StandardProbing.downloads", lambda self: None)
     monkeypatch.setattr("hafs_evaluate.saebench.standard.StandardProbing.bytes_needed", lambda self: 10**18)
     with pytest.raises(UserError, match=r"needs 1000000000\.0 GB, found .* GB free; .* or take another --suite"):
         run(workspace, dataclasses.replace(CONFIG, suite="standard", tasks=()), skip=("splice", "latents"))

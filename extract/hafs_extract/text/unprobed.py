@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, count
 
 import numpy as np
-from jaxtyping import Int64, UInt64
 
 LOG = logging.getLogger(__name__)
 
@@ -92,8 +91,8 @@ def without_overlap(texts: Sequence[str], probed: Sequence[str]) -> list[str]:
     return [text for text, kept in zip(texts, is_kept_T[len(probed) :], strict=True) if kept]
 
 
-def _runs(texts: Iterable[str]) -> tuple[UInt64[np.ndarray, "N"], Int64[np.ndarray, "N"]]:
-    """A 64-bit hash of every run of RUN_WORDS words within one text, and the number of its text."""
+def _runs(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """([N] uint64, [N] int64): a hash of every run of RUN_WORDS words within one text, and the number of its text."""
     number = defaultdict[str, int](count(1).__next__)
     found = [np.fromiter(map(number.__getitem__, _WORD.findall(text.lower())), np.uint64) for text in texts]
     owner_W = np.repeat(np.arange(len(found)), [len(words) for words in found])

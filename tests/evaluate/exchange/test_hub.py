@@ -44,7 +44,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     details = [{"dataset_name": task, "sae_metrics_by_k": {"1": of}} for task, of in zip("ab", scores, strict=True)]
     probing = {"eval_result_details": details, "eval_result_unstructured": {"sae_sha256": sha256}}
     (evaluated / "probing.json").write_text(json.dumps(probing))
-    monkeypatch.setattr("hafs_jax.saelens.export_saelens", lambda folder: folder / "sae")
+    monkeypatch.setattr("hafs_jax.saelens.export_saelens", lambda folder, k=None: folder / "sae")
     return folder
 
 

@@ -215,7 +215,7 @@ def test_a_public_sae_is_measured_like_a_run(tmp_path: Path, capsys: pytest.Capt
     source = library_folder(tmp_path / "public" / "their-sae", "GatedAutoEncoder", layer=0)
     place = ["--out", str(tmp_path / "out"), "--profile", "p", "--device", "cpu"]
     command = ["evaluate", *place, "--sae", str(source / "ae.pt")]
-    skip = ["--skip", "splice", "probing", "hierarchy", "latents"]
+    skip = ["--skip", "splice", "probing", "hierarchy", "tokens", "latents"]
     assert main([*command, *skip]) == 0
     result = tmp_path / "out" / "p" / "eval" / "their-sae" / "core.json"
     values = json.loads(result.read_text())

@@ -107,7 +107,7 @@ def test_another_sae_truth_or_setting_is_scored_anew(workspace, change, monkeypa
 
 
 def test_the_command_line_scores_the_named_runs_and_keeps_the_others_rows(workspace, capsys, monkeypatch):
-    monkeypatch.setattr("hafs_jax.saelens.export_saelens", lambda folder: folder / "sae")
+    monkeypatch.setattr("hafs_jax.saelens.export_saelens", lambda folder, k=None: folder / "sae")
     place = ["synth-score", "--out", str(workspace.folder.parent), "--profile", "synth-tiny", "--device", "cpu"]
     assert evaluate_main([*place, "--runs", "strict-s1"]) == 0
     lines = capsys.readouterr().out.splitlines()
