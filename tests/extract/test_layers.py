@@ -84,7 +84,7 @@ def test_one_pass_gives_what_a_pass_for_each_gives_and_runs_no_further(model: La
     tokens_BL = torch.from_numpy(np.random.default_rng(0).integers(1, 300, (3, 7)))
     ran: list[int] = []
     layers = model.hf.base_model.layers
-    hooks = [(len(layer._forward_hooks), len(layer._forward_pre_hooks)) for layer in layers]  # a bridge's, made by others
+    hooks = [(len(layer._forward_hooks), len(layer._forward_pre_hooks)) for layer in layers]  # of a bridge
     handles = [
         layer.register_forward_hook(lambda *_, n=number: ran.append(n), always_call=True)
         for number, layer in enumerate(layers)
