@@ -209,7 +209,9 @@ def _beats_tuned_strict(own: dict[Any, Comparison], config: ExperimentConfig, ar
     # matched: a strength whose FVU is not resolvably above adaptive's
     matched = [arm for arm, cost in costs.items() if cost.high >= 0]
     if len(strengths) < 2 or not matched:
-        return _falsifier(name, claim, architecture, "not decided", "no second strength at adaptive's FVU or below")
+        return _falsifier(
+            name, claim, architecture, "not decided", f"no second strength at {config.method}'s FVU or below"
+        )
     rivals = [
         own[key] for arm in matched for measure in config.primaries if (key := (measure, config.method, arm)) in own
     ]
