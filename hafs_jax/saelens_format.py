@@ -8,7 +8,6 @@ This module is below the training, which may start from a SAELens folder. `hafs_
 runs. Neither imports torch.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +107,8 @@ def saelens_config(
 
     `manifest` is that of the rows which are encoded, `target` that of the rows which a transcoder reconstructs.
     """
+    sources = manifest.sources
+    most = max(sources, key=lambda source: source.rows, default=None)
     cfg: dict[str, Any] = {
         "architecture": kind,
         "d_in": manifest.d_model,
@@ -122,13 +123,15 @@ def saelens_config(
             "sae_lens_training_version": None,
             "trained_with": "hafs-jax",
             "training_architecture": config.architecture,
-            "model_name": manifest.model.name,
-            "model_revision": manifest.model.revision,
+            "model_name": manifest.model.hub_name or manifest.model.name,
+            "model_revision": manifest.model.hub_revision,
+            "model_source": manifest.model.public_origin,
             "hook_name": manifest.hook_point,
             "hook_head_index": None,
             "context_size": manifest.context_length,
             "prepend_bos": manifest.tokenizer.prepend_bos,
-            "dataset_path": json.dumps([source.path for source in manifest.sources]),
+            "dataset_path": most.path if most else None,
+            "dataset_paths": sorted({source.path for source in sources}),
             **metadata,
         },
     }

