@@ -161,11 +161,19 @@ def _latents_config() -> Any:
     return LatentsConfig()
 
 
+def _latent_samples(evaluation: Evaluation, jobs: list[Job]) -> Any:
+    from hafs_evaluate.latents.sample import shared_samples
+
+    return shared_samples(evaluation.workspace, [job.run.name for job in jobs], _latents_config().latents)
+
+
 def _latents(job: Job) -> None:
-    from hafs_evaluate.latents.dashboards import show_latents, write_latents
+    from hafs_evaluate.latents.dashboards import OTHERS, show_latents, write_latents
 
     model = job.evaluation.model()
-    found = show_latents(job.sae(model.device), job.train, model, _latents_config())
+    sample = job.shared.get(job.run.name)
+    found = show_latents(job.sae(model.device), job.train, model, _latents_config(), sample)
+    write_latents(job.path.with_name(OTHERS), {"run": job.run.name, "latents": found.pop("others")})
     write_latents(job.path, {"run": job.run.name, **found})
 
 
@@ -298,8 +306,10 @@ for _stage in (
         "single latents: densities, contexts, promoted tokens, what fires with it",
         LATENTS,
         compute=_latents,
+        prepare=_latent_samples,
         inputs=lambda evaluation: [evaluation.workspace.train.manifest.fingerprint, to_dict(_latents_config())],
         replaces=("matches",),
+        other_files=("eval/<run>/latents_others.json", "eval/latent_sample.json"),
     ),
     Stage(
         "domains",
@@ -329,7 +339,7 @@ for _stage in (
         STABILITY,
         compute_all=_across,
         needs_tokens=False,
-        other_files=("eval/<run>/latents.json",),
+        other_files=("eval/<run>/latents.json", "eval/<run>/latents_others.json"),
     ),
 ):
     register_evaluation(_stage)

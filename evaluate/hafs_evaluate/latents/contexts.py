@@ -6,6 +6,7 @@ Imports torch, not jax.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,22 +27,13 @@ class Context:
     values: Float[np.ndarray, "W"]
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """All tokens of all contexts that are read, sorted by their place in the store's tokens.npy."""
-
-    place_P: Int[np.ndarray, "P"]  # in tokens.npy
-    context_P: Int[np.ndarray, "P"]  # index into the list of contexts
-    offset_P: Int[np.ndarray, "P"]  # index into the context's tokens
-
-
 def read_contexts(
     sae: TorchSAE,
     store: Store,
     latents_C: Int[np.ndarray, "C"],
     rows_CN: Int[np.ndarray, "C N"],
-    before: int,
-    after: int,
+    before: int | Int[np.ndarray, "C"],
+    after: int | Int[np.ndarray, "C"],
 ) -> list[list[Context]]:
     """For each latent, the contexts around its rows: `before` tokens before each row's token and `after` after it.
 
@@ -50,47 +42,49 @@ def read_contexts(
     """
     rows = rows_at(store, rows_CN[rows_CN >= 0])
     table, tokens = store.contexts().table, store.contexts().tokens
-    found: list[list[Context]] = []
-    contexts, latents, places = [], [], []
-    for latent, numbers in zip(latents_C.tolist(), rows_CN.tolist(), strict=True):
-        own = []
-        for row in (rows[number] for number in numbers if number >= 0):
+    before_C, after_C = (np.broadcast_to(number, len(latents_C)).tolist() for number in (before, after))
+    spans: list[list[tuple[np.void, int, int]]] = []  # of each context: the row, and the places of its tokens
+    for own, n_before, n_after in zip(rows_CN.tolist(), before_C, after_C, strict=True):
+        spans.append([])
+        for row in (rows[number] for number in own if number >= 0):
             entry, position = table[row["context"]], int(row["position"])
-            start = max(0, position - before)
-            place_W = np.arange(start, min(int(entry["length"]), position + after + 1)) + int(entry["start"])
-            own.append(
+            first, length = int(entry["start"]), int(entry["length"])
+            spans[-1].append(
+                (row, first + max(0, position - n_before), first + min(length, position + n_after + 1)),
+            )
+    lengths = [stop - start for own in spans for _, start, stop in own]
+    place_P = _ranges([start for own in spans for _, start, _ in own], lengths)
+    latent_P = np.repeat(np.repeat(latents_C, [len(own) for own in spans]), lengths)
+    value_P = _values(sae, store, place_P, latent_P)
+    found: list[list[Context]] = []
+    at = 0
+    for own in spans:
+        found.append([])
+        for row, start, stop in own:
+            found[-1].append(
                 Context(
                     document=int(row["document"]),
                     source=int(row["source"]),
                     context=int(row["context"]),
-                    peak=position - start,
-                    token_ids=np.array(tokens[place_W]),
-                    values=np.zeros(len(place_W), np.float32),
+                    peak=int(table[row["context"]]["start"]) + int(row["position"]) - start,
+                    token_ids=np.array(tokens[start:stop]),
+                    values=value_P[at : at + stop - start],
                 )
             )
-            latents.append(latent)
-            places.append(place_W)
-        found.append(own)
-        contexts += own
-    if contexts:
-        _fill_in(sae, store, contexts, np.array(latents), _sorted_tokens(places))
+            at += stop - start
     return found
 
 
-def _sorted_tokens(places: list[Int[np.ndarray, "_"]]) -> _Tokens:
-    """The tokens of the contexts whose places are given."""
-    place_P = np.concatenate(places)
-    context_P = np.repeat(np.arange(len(places)), [len(place_W) for place_W in places])
-    offset_P = np.concatenate([np.arange(len(place_W)) for place_W in places])
-    order = np.argsort(place_P, kind="stable")
-    return _Tokens(place_P[order], context_P[order], offset_P[order])
-
-
-def _fill_in(
-    sae: TorchSAE, store: Store, contexts: list[Context], latents: Int[np.ndarray, "_"], tokens: _Tokens
-) -> None:
-    """Writes each context's latent's activation on each of its tokens into the context's `values`."""
-    starts, wanted = np.array(store.contexts().table["start"]), np.unique(tokens.place_P)
+def _values(
+    sae: TorchSAE, store: Store, place_P: Int[np.ndarray, "P"], latent_P: Int[np.ndarray, "P"]
+) -> Float[np.ndarray, "P"]:
+    """Each latent's activation on the token at its place in the store's tokens.npy; 0 where the store has no row."""
+    value_P = np.zeros(len(place_P), np.float32)
+    if not len(place_P):
+        return value_P
+    order_P = np.argsort(place_P, kind="stable")
+    sorted_P = place_P[order_P]
+    starts, wanted = np.array(store.contexts().table["start"]), np.unique(sorted_P)
 
     def place_of(rows: np.ndarray) -> np.ndarray:
         return starts[rows["context"]] + rows["position"]
@@ -100,14 +94,19 @@ def _fill_in(
         nearest = np.minimum(np.searchsorted(wanted, place), len(wanted) - 1)
         return np.flatnonzero(wanted[nearest] == place)
 
-    latent_P = latents[tokens.context_P]
     for batch in encode_store(sae, store, keep=is_wanted):
         latents_BF, place_B = to_numpy(batch.latents_BF), place_of(batch.rows_B)
-        first, last = (np.searchsorted(tokens.place_P, place_B, side) for side in ("left", "right"))
-        for row, (low, high) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
-            for token in range(low, high):  # of every context that holds this row's token
-                value = latents_BF[row, latent_P[token]]
-                contexts[tokens.context_P[token]].values[tokens.offset_P[token]] = value
+        first_B, last_B = (np.searchsorted(sorted_P, place_B, side) for side in ("left", "right"))
+        shown = order_P[_ranges(first_B, last_B - first_B)]  # of every context that holds one of these rows' tokens
+        value_P[shown] = latents_BF[np.repeat(np.arange(len(place_B)), last_B - first_B), latent_P[shown]]
+    return value_P
+
+
+def _ranges(starts: Any, lengths: Any) -> Int[np.ndarray, "_"]:
+    """`range(start, start + length)` of each pair, one after the other."""
+    lengths = np.asarray(lengths, np.int64)
+    before = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+    return np.arange(lengths.sum()) + np.repeat(np.asarray(starts, np.int64) - before, lengths)
 
 
 def rows_at(store: Store, numbers: Int[np.ndarray, "_"]) -> dict[int, np.void]:

@@ -1,32 +1,34 @@
 """The dashboard of single latents, for a person: what each one fires on, with, and for. Imports torch, not jax.
 
-`show_latents` gathers what latents.json holds. Its parts come from `firing`, `contexts`, `neighbours` and
-`selectivity`. The language model is needed for the promoted tokens alone.
+`show_latents` gathers what latents.json and latents_others.json hold. Its parts come from `firing`, `contexts`,
+`neighbours`, `attribution` and `selectivity`. The language model is needed for the promoted tokens alone.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from hafs_evaluate.core.encode import TorchSAE
-from hafs_evaluate.core.weights import nearest_vectors
+from hafs_evaluate.latents.attribution import attributions, random_effect
 from hafs_evaluate.latents.contexts import Context, read_contexts, rows_at
-from hafs_evaluate.latents.firing import observe, scan
-from hafs_evaluate.latents.neighbours import partners, rounded, sharing
+from hafs_evaluate.latents.firing import Firing, Scan, documents_of, observe, scan
+from hafs_evaluate.latents.neighbours import nearest, partners, rounded, sharing
+from hafs_evaluate.latents.sample import draw
 from hafs_evaluate.latents.selectivity import selectivity
 from hafs_evaluate.latents.token_text import TokenText
 from hafs_jax.base.files import write_text
 from hafs_jax.base.options import check, option
 from hafs_jax.store.reader import Store
 
+OTHERS = "latents_others.json"  # beside latents.json: the latents that are not shown in full
 SHADE_DIGITS = 3  # significant digits of an activation in a context, which the page only shades by
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # Llama and most others; GPT-2; GPT-NeoX; Phi
+OBSERVED = 1 << 26  # most counts of pairs, and most maxima over documents, that are held at once: 256 MiB each
+OTHER_BEFORE, OTHER_AFTER = 12, 6  # tokens shown around the peak of a latent that is not shown in full
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,19 @@ class LatentsConfig:
     max_rows: int = option(
         131_072, "rows read; the store is shuffled, so that its first rows are a random sample", least=1
     )
-    latents: int = option(
-        200, "latents shown, spread evenly over the density ranks of those that fire [latents]", least=0
-    )
-    most_active: int = option(20, "of those, how many are the ones with the highest activation [latents]", least=0)
+    latents: int = option(300, "latents shown in full, spread evenly over the density ranks [latents]", least=0)
+    others: int = option(16_384, "further latents shown in short; those that links lead to come first", least=0)
     examples: int = option(20, "top contexts per latent, each from another document [contexts]", least=1)
     random_examples: int = option(
-        8, "contexts per latent drawn from where it fires, each from another document [contexts]", least=0
+        10, "contexts per latent at even quantiles of its activation, each from another document [contexts]", least=0
     )
+    other_examples: int = option(4, "top contexts of a latent shown in short [contexts]", least=0)
+    other_random_examples: int = option(3, "contexts at quantiles of a latent shown in short [contexts]", least=0)
     seed: int = option(0, "seed of the draw of random contexts", least=0)
     tokens_before: int = option(24, "tokens shown before the peak [tokens]", least=0)
     tokens_after: int = option(12, "tokens shown after the peak [tokens]", least=0)
     promoted: int = option(10, "promoted tokens per latent, and as many suppressed ones [tokens]", least=0)
+    neighbours: int = option(6, "nearest dictionary vectors per latent [latents]", least=1)
     partners: int = option(5, "latents that it fires with, per latent [latents]", least=0)
     partner_rows: int = option(10, "fewest rows on which a partner fires with it [rows]", least=1)
     shares: int = option(5, "latents whose dictionary vectors share its direction, per latent [latents]", least=0)
@@ -59,113 +62,163 @@ class LatentsConfig:
         check(self)
 
 
-def show_latents(sae: TorchSAE, store: Store, model: Any, config: LatentsConfig | None = None) -> dict[str, Any]:
-    """What latents.json holds of one SAE, but for the run's name.
+def show_latents(
+    sae: TorchSAE,
+    store: Store,
+    model: Any,
+    config: LatentsConfig | None = None,
+    sample_C: Int[np.ndarray, "C"] | None = None,
+) -> dict[str, Any]:
+    """What latents.json holds of one SAE, but for the run's name, and as `others` what latents_others.json holds.
 
     `store` is of the SAE's hook point. `model` is a `LanguageModel`, or only its tokenizer; without the model,
-    `promoted` and `suppressed` stay empty. Arrays over all F latents come first, then `latents`, a dashboard of each
-    latent shown:
+    `promoted` and `suppressed` stay empty. `sample_C` are the latents to show in full [drawn from this SAE's own
+    densities]. Arrays over all F latents come first, then `latents`, a dashboard of each latent of the sample:
 
-    - `promoted`, `suppressed`: the tokens of the highest and of the lowest entries of W_U (g * u), where u is the
-      dictionary vector, g the gain of the final norm and W_U the unembedding. This is direct logit attribution; it
-      leaves out the later layers and the final norm's scale, which depends on the data.
-    - `contexts`, `random_contexts`: around the rows of its highest activations, and around rows drawn from all on which
-      it fires (`firing.spread_rows`), highest first.
+    - `histogram`: rows by activation, in equal bins from 0 to the highest;
+    - `promoted`, `suppressed`, `logit_effect`: see `attributions`; `random_logit_effect` is what chance gives;
+    - `contexts`, `random_contexts`: around the rows of its highest activations, and around rows at even quantiles of
+      its activation (`firing.spread_rows`), highest first;
+    - `neighbours`: the nearest dictionary vectors;
     - `selectivity`, `partners`, `shares_with`: what `selectivity`, `partners` and `sharing` return.
+
+    `others` has the same of every other latent, with fewer and shorter contexts and without `shares_with`. Of a
+    dictionary with more than `config.others` further ones, those come first to which links of the sample lead. Where
+    the counts of all pairs do not fit into memory, the others lack what `observe` gives.
 
     `stability.write_matches` adds `matches`, which needs the other runs.
     """
     config = config or LatentsConfig()
-    text = TokenText(getattr(model, "tokenizer", model))
     found = scan(sae, store, config.max_rows, config.examples)
-    chosen_C = choose_latents(found.density_F, found.max_activation_F, config.latents, config.most_active)
-    fired = observe(sae, store, chosen_C, config.max_rows, config.random_examples, config.seed)
-    shown_rows_CN = np.concatenate([found.top_rows_FN[chosen_C], fired.random_rows_CR], axis=1)
-    contexts_C = read_contexts(sae, store, chosen_C, shown_rows_CN, config.tokens_before, config.tokens_after)
-    n_top_C = (found.top_rows_FN[chosen_C] >= 0).sum(1).tolist()
-    W_dec = sae.W_dec.detach()
-    nearest_F, cosine_F = nearest_vectors(W_dec)
-    logits_CV = _logits(W_dec[chosen_C], model) if hasattr(model, "hf") else None
-    together_CF, count_F = fired.together_CF, fired.count_F
-    partners_C = partners(chosen_C, together_CF, count_F, fired.rows, config.partner_rows, config.partners)
-    shares_C = sharing(W_dec, chosen_C, together_CF, count_F, config.shared_cosine, config.shares)
-    documents = store.documents()
-    looked_at = [documents[number] for number in fired.documents_N.tolist()]
-    selectivity_C = selectivity(fired.maximum_CN, fired.mass_CN, fired.rows_N, looked_at)
-    titles = [(entry.get("labels") or {}).get("title") for entry in documents]
-    sources = [source.name for source in store.manifest.sources]
-    latents = []
-    for place, index in enumerate(chosen_C.tolist()):
-        contexts = [_shown(context, titles, sources, text) for context in contexts_C[place]]
-        contexts, random_contexts = contexts[: n_top_C[place]], contexts[n_top_C[place] :]
-        latents.append(
-            {
-                "index": index,
-                "density": rounded(found.density_F[index]),
-                "max_activation": rounded(found.max_activation_F[index]),
-                "nearest": {"index": int(nearest_F[index]), "cosine": rounded(cosine_F[index])},
-                "selectivity": selectivity_C[place],
-                "partners": partners_C[place],
-                "shares_with": shares_C[place],
-                "top_tokens": _token_shares([context["tokens"][context["peak"]] for context in contexts]),
-                **_attribution(None if logits_CV is None else logits_CV[place], config.promoted, text),
-                "contexts": contexts,
-                "random_contexts": random_contexts,
-            }
-        )
+    if sample_C is None:
+        sample_C = draw([found.density_F], config.latents)
+    n_latents = len(found.density_F)
+    fits = n_latents * max(n_latents, len(documents_of(store, config.max_rows))) <= OBSERVED and config.others > 0
+    observed_C = np.arange(n_latents) if fits else sample_C
+    fired = observe(
+        sae,
+        store,
+        observed_C,
+        found.max_activation_F[observed_C],
+        config.max_rows,
+        max(config.random_examples, config.other_random_examples),
+        config.seed,
+    )
+    parts = _Parts(sae, store, model, config, found, observed_C, fired)
+    chosen = sample_C.tolist()
+    others = parts.others(chosen)
+    entries = parts.entries(chosen, others)
     return {
         "rows_scanned": found.rows,
+        "random_logit_effect": random_effect(model, sae.W_dec.shape[1], config.promoted),
         "density": [rounded(value) for value in found.density_F],
         "max_activation": [rounded(value) for value in found.max_activation_F],
-        "nearest_cosine": [rounded(value) for value in cosine_F],
-        "token": _commonest(store, found.top_rows_FN, text),
-        "latents": latents,
+        "nearest_cosine": [rounded(value) for value in parts.cosine_Fn[:, 0]],
+        "token": _commonest(store, found.top_rows_FN, parts.text),
+        "latents": entries[: len(chosen)],
+        "others": entries[len(chosen) :],
     }
+
+
+class _Parts:
+    """All that was found of an SAE, from which the entries of latents are made."""
+
+    def __init__(
+        self,
+        sae: TorchSAE,
+        store: Store,
+        model: Any,
+        config: LatentsConfig,
+        found: Scan,
+        observed_C: Int[np.ndarray, "C"],
+        fired: Firing,
+    ) -> None:
+        self.sae, self.store, self.model, self.config, self.found, self.fired = sae, store, model, config, found, fired
+        self.W_dec = sae.W_dec.detach()
+        self.text = TokenText(getattr(model, "tokenizer", model))
+        self.place_of = {index: place for place, index in enumerate(observed_C.tolist())}
+        self.index_Fn, self.cosine_Fn = nearest(self.W_dec, config.neighbours)
+        counts = fired.together_CF, fired.count_F, fired.rows, config.partner_rows, config.partners
+        self.partners_C = partners(observed_C, *counts)
+        self.documents = store.documents()
+        looked_at = [self.documents[number] for number in fired.documents_N.tolist()]
+        self.selectivity_C = selectivity(fired.maximum_CN, fired.mass_CN, fired.rows_N, looked_at)
+
+    def others(self, chosen: list[int]) -> list[int]:
+        """The latents that are shown in short, ascending."""
+        linked = dict.fromkeys(self.index_Fn[chosen].ravel().tolist())
+        linked |= dict.fromkeys(other["index"] for index in chosen for other in self.partners_C[self.place_of[index]])
+        rest = np.random.default_rng(0).permutation(len(self.index_Fn)).tolist()
+        ordered = [index for index in dict.fromkeys([*linked, *rest]) if index not in set(chosen)]
+        return sorted(ordered[: self.config.others])
+
+    def entries(self, chosen: list[int], others: list[int]) -> list[dict[str, Any]]:
+        """The entries of the latents `chosen`, in full, then of `others`, in short."""
+        config, shown = self.config, np.array([*chosen, *others], np.int64)
+        is_full = np.arange(len(shown)) < len(chosen)
+        rows = [
+            [*self._top_rows(index, full), *self._random_rows(index, full)]
+            for index, full in zip(shown.tolist(), is_full.tolist(), strict=True)
+        ]
+        width = max(map(len, rows), default=0)
+        rows_CN = np.array([own + [-1] * (width - len(own)) for own in rows], np.int64).reshape(len(shown), width)
+        before, after = (
+            np.where(is_full, *pair)
+            for pair in ((config.tokens_before, OTHER_BEFORE), (config.tokens_after, OTHER_AFTER))
+        )
+        contexts = read_contexts(self.sae, self.store, shown, rows_CN, before, after)
+        written = attributions(self.W_dec[shown], self.model, config.promoted)
+        places = [self.place_of[index] for index in chosen]
+        together_CF, count_F = self.fired.together_CF[places], self.fired.count_F
+        shares = sharing(self.W_dec, shown[is_full], together_CF, count_F, config.shared_cosine, config.shares)
+        found = []
+        for place, (index, full) in enumerate(zip(shown.tolist(), is_full.tolist(), strict=True)):
+            entry = self._entry(index, contexts[place], len(self._top_rows(index, full)), written[place])
+            found.append(entry | ({"shares_with": shares[place]} if full else {}))
+        return found
+
+    def _top_rows(self, index: int, full: bool) -> list[int]:
+        wanted = self.config.examples if full else self.config.other_examples
+        return [row for row in self.found.top_rows_FN[index].tolist() if row >= 0][:wanted]
+
+    def _random_rows(self, index: int, full: bool) -> list[int]:
+        if index not in self.place_of:
+            return []
+        wanted = self.config.random_examples if full else self.config.other_random_examples
+        rows = [row for row in self.fired.random_rows_CR[self.place_of[index]].tolist() if row >= 0]
+        take = min(wanted, len(rows))
+        return [rows[int((n + 0.5) * len(rows) / take)] for n in range(take)]
+
+    def _entry(self, index: int, contexts: Sequence[Context], n_top: int, written: dict[str, Any]) -> dict[str, Any]:
+        shown = [_shown(context, self.documents, self._sources, self.text) for context in contexts]
+        nearest = [
+            {"index": other, "cosine": rounded(cosine)}
+            for other, cosine in zip(self.index_Fn[index].tolist(), self.cosine_Fn[index].tolist(), strict=True)
+        ]
+        place = self.place_of.get(index)
+        return {
+            "index": index,
+            "density": rounded(self.found.density_F[index]),
+            "max_activation": rounded(self.found.max_activation_F[index]),
+            "nearest": nearest[0],
+            "neighbours": nearest,
+            "selectivity": None if place is None else self.selectivity_C[place],
+            "partners": [] if place is None else self.partners_C[place],
+            "histogram": None if place is None else self.fired.histogram_CH[place].tolist(),
+            "top_tokens": _token_shares([context["tokens"][context["peak"]] for context in shown[:n_top]]),
+            **written,
+            "contexts": shown[:n_top],
+            "random_contexts": shown[n_top:],
+        }
+
+    @property
+    def _sources(self) -> list[str]:
+        return [source.name for source in self.store.manifest.sources]
 
 
 def write_latents(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a latents.json, without the spaces and line breaks that would double its size."""
     write_text(path, json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
-
-
-def choose_latents(
-    density_F: Float[np.ndarray, "F"], max_activation_F: Float[np.ndarray, "F"], latents: int, most_active: int
-) -> Int[np.ndarray, "C"]:
-    """Indices of the latents to show, ascending, from those that fire at all.
-
-    The `most_active` of the highest activation, and others at evenly spaced ranks of density, `latents` in all.
-    """
-    live = np.flatnonzero(density_F > 0)
-    active = live[np.argsort(-max_activation_F[live], kind="stable")][: min(most_active, latents)]
-    rest = np.setdiff1d(live, active)
-    rest = rest[np.argsort(density_F[rest], kind="stable")]
-    wanted = min(latents - len(active), len(rest))
-    middles = ((np.arange(wanted) + 0.5) * len(rest) / max(wanted, 1)).astype(np.int64)
-    return np.sort(np.concatenate([active, rest[middles]]))
-
-
-def _logits(vectors_CD: Float[torch.Tensor, "C D"], model: Any) -> Float[torch.Tensor, "C V"]:
-    """Each vector times the final norm's gain, where the model has one, through the unembedding, float32."""
-    vectors = vectors_CD.float().cpu()
-    final_norm = next((norm for name, norm in model.hf.base_model.named_children() if name in FINAL_NORMS), None)
-    if final_norm is not None:
-        vectors = vectors * final_norm.weight.detach().float().cpu()
-    return vectors @ model.hf.get_output_embeddings().weight.detach().float().cpu().T
-
-
-def _attribution(logits_V: torch.Tensor | None, n: int, text: TokenText) -> dict[str, list[Any]]:
-    """The `n` tokens of the highest and of the lowest logits, with those logits; all empty without logits."""
-    found: dict[str, list[Any]] = {}
-    for name, sign in (("promoted", 1), ("suppressed", -1)):
-        scores_V = torch.empty(0) if logits_V is None else sign * logits_V
-        found[name] = _best(scores_V, n, text)
-        highest = scores_V.topk(min(n, len(scores_V))).values
-        found[f"{name}_logits"] = [rounded(sign * float(value), SHADE_DIGITS) for value in highest]
-    return found
-
-
-def _best(scores_V: torch.Tensor, n: int, text: TokenText) -> list[str]:
-    return [text(int(index)) for index in torch.sort(scores_V, descending=True, stable=True).indices[:n]]
 
 
 def _commonest(store: Store, top_rows_FN: np.ndarray, text: TokenText) -> list[str | None]:
@@ -189,12 +242,14 @@ def _token_shares(tokens: list[str]) -> list[list[Any]]:
     return [[token, rounded(n / len(tokens))] for token, n in sorted(counts.items(), key=lambda item: -item[1])[:5]]
 
 
-def _shown(context: Context, titles: list[str | None], sources: list[str], text: TokenText) -> dict[str, Any]:
-    """A context as latents.json has it; `titles` by document, `sources` by number."""
+def _shown(
+    context: Context, documents: Sequence[dict[str, Any]], sources: list[str], text: TokenText
+) -> dict[str, Any]:
+    """A context as latents.json has it; `documents` and `sources` by number."""
     return {
         "source": sources[context.source],
         "document": context.document,
-        "title": titles[context.document],
+        "title": (documents[context.document].get("labels") or {}).get("title"),
         "peak": context.peak,
         "tokens": [text(int(token)) for token in context.token_ids],
         "values": [rounded(value, SHADE_DIGITS) for value in context.values],

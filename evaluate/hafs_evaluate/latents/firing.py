@@ -15,6 +15,7 @@ from scipy import sparse
 from hafs_evaluate.core.encode import TorchSAE, encode_store, to_numpy
 from hafs_jax.store.reader import Store
 
+BINS = 24  # of a latent's histogram of activations, from 0 to its highest
 DRAWN_PER_SHOWN = 8  # rows drawn for each random row shown, so that those shown can be spread over the quantiles
 
 
@@ -109,26 +110,36 @@ class Firing:
 
     rows: int
     count_F: Int[np.ndarray, "F"]  # rows on which each latent of the dictionary fires
-    together_CF: Int[np.ndarray, "C F"]  # rows on which the chosen latent and the other one both fire
+    together_CF: Int[np.ndarray, "C F"]  # int32, rows on which the chosen latent and the other one both fire
     documents_N: Int[np.ndarray, "N"]  # the documents' numbers, ascending
     maximum_CN: Float[np.ndarray, "C N"]  # the chosen latent's highest activation on each document; 0 where silent
     mass_CN: Float[np.ndarray, "C N"]  # the sum of its activations on each document
     rows_N: Int[np.ndarray, "N"]  # rows of each document
     random_rows_CR: Int[np.ndarray, "C R"]  # rows drawn from those on which it fires, see `spread_rows`; -1: none
+    histogram_CH: Int[np.ndarray, "C H"]  # rows by activation, in BINS equal bins from 0 to the highest
 
 
 @torch.no_grad()
 def observe(
-    sae: TorchSAE, store: Store, chosen_C: Int[np.ndarray, "C"], max_rows: int, random_rows: int, seed: int
+    sae: TorchSAE,
+    store: Store,
+    chosen_C: Int[np.ndarray, "C"],
+    max_activation_C: Float[np.ndarray, "C"],
+    max_rows: int,
+    random_rows: int,
+    seed: int,
 ) -> Firing:
     """`Firing` of the latents `chosen_C` over the store's first `max_rows` rows, with `random_rows` rows of each drawn.
 
+    `max_activation_C` are their highest activations on these rows, at which their histograms end.
     Memory is bounded by a batch, C x F counts, and C x N maxima and sums.
     """
     n_latents, n_chosen, documents_N = sae.W_dec.shape[0], len(chosen_C), documents_of(store, max_rows)
     n_documents = len(documents_N)
     count_F = np.zeros(n_latents, np.int64)
-    together_CF = np.zeros((n_chosen, n_latents), np.int64)
+    together_CF = np.zeros((n_chosen, n_latents), np.int32)
+    histogram_CH = np.zeros((n_chosen, BINS), np.int64)
+    bins_C = BINS / np.maximum(max_activation_C, 1e-30)
     maximum_CN, mass_CN = np.zeros((2, n_chosen, n_documents), np.float32)
     rows_N = np.zeros(n_documents, np.int64)
     # the rows of the highest random keys are a uniform draw; their payload is the activation
@@ -143,6 +154,8 @@ def observe(
         rows_N += np.bincount(document_B, minlength=n_documents)
         row, which = np.nonzero(latents_BF[:, chosen_C] > 0)
         value = latents_BF[row, chosen_C[which]]
+        bin = np.minimum((value * bins_C[which]).astype(np.int64), BINS - 1)
+        histogram_CH += np.bincount(which * BINS + bin, minlength=n_chosen * BINS).reshape(n_chosen, BINS)
         np.maximum.at(maximum_CN, (which, document_B[row]), value)
         np.add.at(mass_CN, (which, document_B[row]), value)
         key = generator.random(len(row), np.float32)
@@ -150,7 +163,7 @@ def observe(
         draw.add(which[enters], key[enters], document_B[row[enters]], batch.numbers_B[row[enters]], value[enters])
         seen += len(latents_BF)
     random_rows_CR = spread_rows(draw.rows_FN, draw.payload_FN, random_rows)
-    return Firing(seen, count_F, together_CF, documents_N, maximum_CN, mass_CN, rows_N, random_rows_CR)
+    return Firing(seen, count_F, together_CF, documents_N, maximum_CN, mass_CN, rows_N, random_rows_CR, histogram_CH)
 
 
 def documents_of(store: Store, max_rows: int | None = None) -> Int[np.ndarray, "N"]:

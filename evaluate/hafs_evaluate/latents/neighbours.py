@@ -13,6 +13,23 @@ COVERS = 0.5  # a parent fires on at least this share of its child's rows,
 RATIO = 2.0  # and this share is at least so many times that of the parent's rows on which the child fires
 
 
+CHUNK_FLOATS = 1 << 24  # cosines computed at once: 64 MiB
+
+
+@torch.no_grad()
+def nearest(W_dec: Float[torch.Tensor, "F D"], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `n` other dictionary vectors nearest to each by cosine, the nearest first, and these cosines: [F, n] both."""
+    unit_FD = torch.nn.functional.normalize(W_dec.float(), dim=1)
+    n, parts = min(n, len(unit_FD) - 1), []
+    step = max(1, CHUNK_FLOATS // len(unit_FD))
+    for start in range(0, len(unit_FD), step):
+        cosine_CF = unit_FD[start : start + step] @ unit_FD.T
+        cosine_CF.diagonal(start).fill_(-2.0)  # never its own neighbour
+        best = cosine_CF.topk(n)
+        parts.append((best.indices.cpu().numpy(), best.values.clamp(-1, 1).cpu().numpy()))
+    return np.concatenate([index for index, _ in parts]), np.concatenate([cosine for _, cosine in parts])
+
+
 @torch.no_grad()
 def sharing(
     W_dec: Float[torch.Tensor, "F D"],

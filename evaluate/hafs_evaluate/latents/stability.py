@@ -23,7 +23,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 
-from hafs_evaluate.latents.dashboards import write_latents
+from hafs_evaluate.latents.dashboards import OTHERS, write_latents
 from hafs_evaluate.latents.neighbours import rounded
 from hafs_evaluate.workspace import Workspace, fingerprint, hashed_export, read_result
 from hafs_jax.base.files import read_json, write_json
@@ -34,7 +34,7 @@ THRESHOLD = 0.7  # the cosine above which two dictionary vectors of different ru
 CHUNK_FLOATS = 1 << 24  # cosines computed at once: 64 MiB
 LATENTS, DONE = "latents.json", "done.json"
 PAIR_FORMAT = 1  # raise it when a pair's figures of the same dictionaries would differ
-MATCH_FORMAT = 1  # raise it when matches of the same dictionaries would differ
+MATCH_FORMAT = 2  # raise it when matches of the same dictionaries would differ
 
 
 @dataclass(frozen=True)
@@ -180,35 +180,61 @@ def write_matches(workspace: Workspace, runs: Sequence[EvaluatedRun]) -> int:
     """Adds `matches` to the latents of each latents.json that lacks them or has old ones; returns how many it wrote.
 
     A latent's matches are {run: {"index", "cosine"}}: the dictionary vector of the highest cosine in each other run
-    that has a latents.json and the same width. One file and one dictionary are held at a time.
+    that has a latents.json and the same width. Those of latents_others.json have the runs of the same seed alone, among
+    which the report's page leads from one to the other. One file and one dictionary are held at a time.
     """
     shown = [run for run in runs if workspace.result(run.name, LATENTS).exists()]
     names = sorted((run.name, run.weights_sha256) for run in shown)
     marks = {run.name: fingerprint([MATCH_FORMAT, run.name, names]) for run in shown}
     old = [run for run in shown if read_result(workspace.result(run.name, DONE)).get("matches") != marks[run.name]]
-    vectors, best = {}, {}
-    for run in old:
-        latents = read_json(workspace.result(run.name, LATENTS), "an SAE's latents")["latents"]
-        index = [latent["index"] for latent in latents]
-        vectors[run.name] = torch.nn.functional.normalize(run.dictionary()[index], dim=1)
+    files = [
+        _Matched(run, path)
+        for run in old
+        for path in (workspace.result(run.name, LATENTS), workspace.result(run.name, OTHERS))
+        if path.exists()
+    ]
     for other in shown if old else ():
         unit_FD = torch.nn.functional.normalize(other.dictionary(), dim=1)
-        for name, vectors_CD in vectors.items():
-            if name != other.name and vectors_CD.shape[1] == unit_FD.shape[1]:
-                best[name, other.name] = (vectors_CD @ unit_FD.T).max(1)
+        for file in files:
+            if file.run.name != other.name and (file.path.name == LATENTS or _same_seed(file.run, other)):
+                file.match(other.name, unit_FD)
+    for file in files:
+        file.write()
     for run in old:
-        path = workspace.result(run.name, LATENTS)
-        values = read_json(path, "an SAE's latents")
-        for place, latent in enumerate(values["latents"]):
-            latent["matches"] = {
-                other.name: {"index": int(found.indices[place]), "cosine": rounded(float(found.values[place]))}
-                for other in shown
-                if (found := best.get((run.name, other.name))) is not None
-            }
-        write_latents(path, values)
         done = workspace.result(run.name, DONE)
         write_json(done, {**read_result(done), "matches": marks[run.name]})
     return len(old)
+
+
+class _Matched:
+    """The latents of one file, and the best match of each in other runs."""
+
+    def __init__(self, run: EvaluatedRun, path: Path) -> None:
+        self.run, self.path = run, path
+        latents = read_json(path, "an SAE's latents")["latents"]
+        index = [latent["index"] for latent in latents]
+        self.unit_CD = torch.nn.functional.normalize(run.dictionary()[index], dim=1)
+        self.found: dict[str, list[dict[str, Any]]] = {}
+
+    def match(self, name: str, unit_FD: Float[torch.Tensor, "F D"]) -> None:
+        if self.unit_CD.shape[1] != unit_FD.shape[1]:
+            return
+        own: list[dict[str, Any]] = []
+        for unit_cD in self.unit_CD.split(max(1, CHUNK_FLOATS // len(unit_FD))):
+            best = (unit_cD @ unit_FD.T).max(1)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            own += [{"index": index, "cosine": rounded(cosine)} for index, cosine in pairs]
+        self.found[name] = own
+
+    def write(self) -> None:
+        values = read_json(self.path, "an SAE's latents")
+        for place, latent in enumerate(values["latents"]):
+            latent["matches"] = {name: own[place] for name, own in self.found.items()}
+        write_latents(self.path, values)
+
+
+def _same_seed(a: EvaluatedRun, b: EvaluatedRun) -> bool:
+    return a.trained is not None and b.trained is not None and a.trained.summary().seed == b.trained.summary().seed
 
 
 def _pairs(arm: str, members: Sequence[EvaluatedRun], known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from hafs_evaluate.latents import dashboards
-from hafs_evaluate.latents.dashboards import LatentsConfig, choose_latents, show_latents, write_latents
+from hafs_evaluate.latents import attribution
+from hafs_evaluate.latents.attribution import attributions, random_effect
+from hafs_evaluate.latents.dashboards import LatentsConfig, show_latents, write_latents
 from hafs_evaluate.latents.firing import scan
 from hafs_evaluate.latents.token_text import TokenText
 from hafs_jax.base.errors import UserError
@@ -35,15 +36,6 @@ def tiny_model(d_model: int) -> SimpleNamespace:
     hf = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=18, max_position_embeddings=8, rotary_pct=1.0, **sizes))
     hf.base_model.final_layer_norm.weight.data = torch.linspace(-1, 2, d_model)
     return SimpleNamespace(hf=hf, tokenizer=tiny_tokenizer())
-
-
-def test_chosen_latents_are_the_most_active_and_an_even_spread_of_the_rest():
-    density = np.array([0.0, 0.5, 0.01, 0.3, 0.02, 0.0, 0.1, 0.2, 0.05, 0.4])
-    maximum = np.array([0.0, 1.0, 9.0, 2.0, 3.0, 0.0, 1.5, 1.2, 8.0, 0.5])
-    assert choose_latents(density, maximum, 5, 2).tolist() == [1, 2, 3, 6, 8]
-    assert choose_latents(density, maximum, 2, 5).tolist() == [2, 8]
-    assert choose_latents(density, maximum, 100, 0).tolist() == [1, 2, 3, 4, 6, 7, 8, 9]  # never a dead one
-    assert choose_latents(np.zeros(4), np.zeros(4), 3, 1).tolist() == []
 
 
 def test_the_file_holds_what_the_parts_say(store, sae, tmp_path):
@@ -77,6 +69,7 @@ def test_the_file_holds_what_the_parts_say(store, sae, tmp_path):
 
 def test_the_file_has_random_contexts_partners_and_a_name_for_every_latent(store, tmp_path):
     sae, config = random_sae(D, F, "jumprelu", seed=3), LatentsConfig(examples=3, random_examples=2, partner_rows=2)
+    config = dataclasses.replace(config, other_random_examples=2)
     values = show_latents(sae, store, tiny_tokenizer(), config)
     assert len(values["token"]) == F
     for latent in values["latents"]:
@@ -88,15 +81,60 @@ def test_the_file_has_random_contexts_partners_and_a_name_for_every_latent(store
     assert any(latent["shares_with"] for latent in values["latents"])
 
 
-def test_promoted_tokens_are_the_highest_logits_through_the_norms_gain_and_the_unembedding():
+def test_promoted_tokens_are_the_highest_logits_through_the_norms_gain_and_the_unembedding(monkeypatch):
     model, sae = tiny_model(12), random_sae(12, F, seed=1)
+    monkeypatch.setattr(attribution, "CHUNK_FLOATS", 4 * 18)  # four vectors at a time
     expected = (sae.W_dec * torch.linspace(-1, 2, 12)) @ model.hf.get_output_embeddings().weight.detach().T
-    found = dashboards._logits(sae.W_dec, model)
-    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
+    found = attributions(sae.W_dec, model, 3)
     text = TokenText(model.tokenizer)
-    order = expected[4].argsort(descending=True).tolist()
-    assert dashboards._best(found[4], 3, text) == [text(index) for index in order[:3]]
-    assert dashboards._best(-found[4], 2, text) == [text(index) for index in order[::-1][:2]]
+    assert len(found) == F
+    for own, logits in zip(found, expected, strict=True):
+        order = logits.argsort(descending=True)
+        assert own["promoted"] == [text(index) for index in order[:3].tolist()]
+        assert own["suppressed"] == [text(index) for index in order.flip(0)[:3].tolist()]
+        assert own["promoted_logits"] == pytest.approx(logits[order[:3]].tolist(), rel=6e-3)
+        up, down = logits[order[:3]].mean() - logits.mean(), logits.mean() - logits[order[-3:]].mean()
+        assert own["logit_effect"] == pytest.approx(float(max(up, down) / logits.std()), rel=6e-3)
+
+
+def test_a_latent_that_writes_a_token_stands_out_from_random_directions():
+    model = tiny_model(12)
+    model.hf.base_model.final_layer_norm.weight.data = torch.ones(12)
+    W_VD = model.hf.get_output_embeddings().weight.detach()
+    W_VD -= W_VD.mean(1, keepdim=True)  # in place, in the parameter itself: no other token reads this direction
+    W_VD[5] = W_VD[4].norm() * torch.ones(12) / 12**0.5
+    limit = random_effect(model, 12, 1)
+    aligned, other = attributions(torch.stack([torch.ones(12), torch.eye(12)[0] - torch.eye(12)[1]]), model, 1)
+    assert aligned["promoted"] == [TokenText(model.tokenizer)(5)]
+    assert aligned["logit_effect"] > limit > other["logit_effect"]
+    assert random_effect(model.tokenizer, 12, 1) is None
+
+
+def test_the_others_have_a_short_record_and_links_come_first(store, sae):
+    tokenizer = tiny_tokenizer()
+    config = LatentsConfig(latents=3, examples=4, other_examples=2, partner_rows=2)
+    found = show_latents(sae, store, tokenizer, config)
+    sample = [latent["index"] for latent in found["latents"]]
+    others = {latent["index"]: latent for latent in found["others"]}
+    assert sorted([*sample, *others]) == list(range(F))
+    assert all(len(latent["contexts"]) <= 2 and "shares_with" not in latent for latent in others.values())
+    assert all(sum(latent["histogram"]) > 0 for latent in others.values() if latent["density"] > 0)
+    few = show_latents(sae, store, tokenizer, dataclasses.replace(config, others=2))["others"]
+    linked = {link["index"] for latent in found["latents"] for link in [*latent["neighbours"], *latent["partners"]]}
+    assert len(few) == 2 and {latent["index"] for latent in few} <= linked
+
+
+def test_a_given_sample_is_shown_and_neighbours_are_the_nearest(store, sae):
+    found = show_latents(sae, store, tiny_tokenizer(), LatentsConfig(), np.array([1, 4]))
+    assert [latent["index"] for latent in found["latents"]] == [1, 4]
+    unit = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
+    for latent in [*found["latents"], *found["others"]]:
+        cosine = unit @ unit[latent["index"]]
+        cosine[latent["index"]] = -2
+        expected = cosine.topk(6)
+        assert [near["index"] for near in latent["neighbours"]] == expected.indices.tolist()
+        assert [near["cosine"] for near in latent["neighbours"]] == pytest.approx(expected.values.tolist(), abs=1e-4)
+        assert latent["nearest"] == latent["neighbours"][0]
 
 
 def test_a_model_fills_in_promoted_tokens(store, sae):
@@ -113,7 +151,10 @@ def test_a_model_fills_in_promoted_tokens(store, sae):
     [
         ({"max_rows": 30}, lambda values: values["rows_scanned"]),
         ({"latents": 3}, lambda values: len(values["latents"])),
-        ({"latents": 4, "most_active": 0}, lambda values: [latent["index"] for latent in values["latents"]]),
+        ({"others": 2}, lambda values: len(values["others"])),
+        ({"other_examples": 1}, lambda values: [len(latent["contexts"]) for latent in values["others"]]),
+        ({"other_random_examples": 1}, lambda values: [len(latent["random_contexts"]) for latent in values["others"]]),
+        ({"neighbours": 2}, lambda values: [len(latent["neighbours"]) for latent in values["latents"]]),
         ({"examples": 2}, lambda values: max(len(latent["contexts"]) for latent in values["latents"])),
         ({"tokens_before": 0}, lambda values: max(c["peak"] for n in values["latents"] for c in n["contexts"])),
         ({"tokens_after": 0}, lambda values: sum(len(c["tokens"]) for n in values["latents"] for c in n["contexts"])),
@@ -126,9 +167,7 @@ def test_a_model_fills_in_promoted_tokens(store, sae):
     ],
 )
 def test_every_option_changes_the_file(store, sae, change, measure):
-    config = LatentsConfig(random_examples=3, partner_rows=2)
-    if "most_active" in change:
-        config = dataclasses.replace(config, latents=4, most_active=2)
+    config = LatentsConfig(latents=F - 4, random_examples=3, partner_rows=2)
     tokenizer = tiny_tokenizer()
     default = show_latents(sae, store, tokenizer, config)
     changed = dataclasses.replace(config, **change)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hafs_evaluate.core import encode
-from hafs_evaluate.latents.firing import documents_of, observe, scan, spread_rows
+from hafs_evaluate.latents.firing import BINS, documents_of, observe, scan, spread_rows
 from hafs_jax.store.reader import Store
 from tests.support.shuffled_store import D, F, everything, shuffled_store
 from tests.support.stores import write_store
@@ -71,7 +71,7 @@ def test_observe_equals_a_naive_computation(store, monkeypatch, batch_rows):
     values_NF, rows = everything(store, sae)
     values_NF, rows = values_NF[:70], rows[:70]
     chosen = np.array([9, 0, 4])
-    found = observe(sae, store, chosen, 70, random_rows=3, seed=0)
+    found = observe(sae, store, chosen, values_NF[:, chosen].max(0), 70, random_rows=3, seed=0)
     fires_NF = values_NF > 0
     assert found.rows == 70
     np.testing.assert_array_equal(found.count_F, fires_NF.sum(0))
@@ -88,6 +88,9 @@ def test_observe_equals_a_naive_computation(store, monkeypatch, batch_rows):
         assert fires_NF[drawn, latent].all()
         assert len(set(rows["document"][drawn].tolist())) == len(drawn)
         assert (np.diff(values_NF[drawn, latent]) <= 0).all()
+        own = values_NF[fires_NF[:, latent], latent]
+        expected = np.histogram(own, BINS, (0, own.max()))[0]
+        np.testing.assert_array_equal(found.histogram_CH[slot], expected)
 
 
 def test_documents_of_the_first_rows_alone(store):
@@ -107,7 +110,9 @@ def test_random_rows_are_spread_over_the_quantiles_and_drawn_from_all_that_fire(
     copy = SimpleNamespace(W_dec=torch.eye(2), device="cpu", dtype=torch.float32, encode=lambda acts: acts)
     drawn, mean = set(), np.zeros(4)
     for seed in range(20):
-        shown = acts[observe(copy, Store(tmp_path / "many"), np.array([1]), 600, 4, seed).random_rows_CR[0]]
+        shown = acts[
+            observe(copy, Store(tmp_path / "many"), np.array([1]), np.array([600.0]), 600, 4, seed).random_rows_CR[0]
+        ]
         drawn |= set(shown.tolist())
         mean += shown / 20
     assert len(drawn) > 60  # other seeds draw others

@@ -144,6 +144,7 @@ def test_a_run_without_a_second_seed_is_in_no_arm(workspace):
 
 def test_a_latents_match_is_the_nearest_vector_of_every_other_run(workspace):
     runs = evaluated_runs(workspace)
+    write_json(workspace.result("a-s0", "latents_others.json"), {"latents": [{"index": 1}, {"index": 3}]})
     assert write_matches(workspace, runs) == 5
     found = json.loads(workspace.result("a-s0", "latents.json").read_text())["latents"]
     assert set(found[0]["matches"]) == {"a-s1", "a-s2", "b-s0", "public"}
@@ -158,6 +159,13 @@ def test_a_latents_match_is_the_nearest_vector_of_every_other_run(workspace):
         "index": int(cosine.argmax()),
         "cosine": pytest.approx(float(cosine.max()), rel=1e-4),  # written to five digits
     }
+    others = json.loads(workspace.result("a-s0", "latents_others.json").read_text())["latents"]
+    assert {tuple(latent["matches"]) for latent in others} == {("b-s0",)}  # of the same seed alone
+    mine, b = (
+        load_file(workspace.runs / name / "sae" / "sae_weights.safetensors")["W_dec"] for name in ("a-s0", "b-s0")
+    )
+    nearest = torch.nn.functional.cosine_similarity(mine[[1, 3]][:, None], b[None], dim=2).argmax(1).tolist()
+    assert [latent["matches"]["b-s0"]["index"] for latent in others] == nearest
     assert write_matches(workspace, runs) == 0
     assert write_matches(workspace, runs[:-1]) == 4
     assert "public" not in json.loads(workspace.result("a-s0", "latents.json").read_text())["latents"][0]["matches"]
