@@ -3,9 +3,11 @@
 Each command is a process of its own, as a user starts it.
 """
 
+import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tests.support.hub import Hub, serving
 from tests.support.tiny_models import WORDS, save_model, save_parquet, save_wikitext, save_wmdp
 
 MODEL, WIKITEXT, WMDP, NEWS = "EleutherAI/pythia-70m-deduped", "Salesforce/wikitext", "cais/wmdp", "fancyzhx/ag_news"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 PROBE = [f"HEAD /{MODEL}/resolve/main/config.json"]
 EXTRACT = ("extract", "--context-length", "64", "--heldout-fraction", "0.2", "--batch-tokens", "512")
 TRAIN = ("train", "--sae.n-latents", "30", "--sae.k", "3", "--tokens", "4096", "--batch-size", "256")
@@ -178,3 +181,26 @@ def test_a_gate_is_named_before_anything_is_fetched_and_the_extraction_goes_on_i
     assert not hub.asked("GET .*parquet")
     sources = read_manifest(tmp_path / "artifacts/pythia70m/store/train").sources
     assert sources[0].revision == before != hub.commit("dataset", WIKITEXT)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)  # 8 processes
+def test_the_smallest_cell_of_the_pythia_protocol_runs_to_its_end(hub: Hub, home: Path) -> None:
+    """Of the committed file: two of its arms, its first architecture and L0, one seed; fewer latents, texts and tasks."""
+    values = tomllib.loads((EXPERIMENTS / "pythia70m.toml").read_text())
+    assert {"baseline", "yielding"} <= set(values["arms"]) and "evaluate" not in values
+    level = values["ks"][:1]
+    train = ["--sae.n-latents", "128", "--batch-size", "512"]
+    small = {"architectures": values["architectures"][:1], "ks": level, "latents_ks": level, "seeds": 1}
+    flags = {"extract": [*EXTRACT[1:], "--compile", "off"], "train": [*values["train"], *train], "evaluate": EVALUATE[1:]}
+    values |= {"arms": ["baseline", "yielding"], "method": "yielding", **small, **flags}
+    (home / "cell.toml").write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
+    _run(hub, home, "experiment", "cell.toml", "--out", "experiments")
+    folder = home / "experiments/pythia70m/pythia70m"
+    summary = read_json(folder / "experiment/summary.json", "summary")
+    assert summary["saes"] == 2 and summary["missing"] == []
+    [tokens] = [each for each in summary["comparisons"] if each["measure"] == "transfer_top_1" and each["k"] is None]
+    assert (tokens["a"], tokens["b"], tokens["seeds"]) == ("yielding", "baseline", 1)
+    assert "transfer" in summary["verdict"][0] and "no interval" in summary["verdict"][0]
+    arms = read_json(folder / "report/results.json", "results")["variants"]
+    assert {name for name, arm in arms.items() if arm["tokens"]["transfer_top_1"] > 0.5} == set(values["arms"])

@@ -119,7 +119,10 @@ def pairs_of(arms: Sequence[str], method: str) -> list[tuple[str, str]]:
 
 
 def falsifiers_of(comparisons: Sequence[Comparison], config: ExperimentConfig) -> list[dict[str, str]]:
-    """The outcome of each falsifier for each architecture: pass, triggered or not decided."""
+    """The outcome of each falsifier for each architecture: pass, triggered or not decided.
+
+    The falsifiers are those of `adaptive`. For another method, those that its file's arms cannot decide are left out.
+    """
     found = []
     for architecture in config.architectures:
         own = {(c.measure, c.a, c.b): c for c in comparisons if c.architecture == architecture and c.k is None}
@@ -130,7 +133,8 @@ def falsifiers_of(comparisons: Sequence[Comparison], config: ExperimentConfig) -
             _beats_frozen(own, config, architecture),
             _keeps_reconstruction(own, config, architecture),
         ]
-    return found
+    own_arms = config.method == ExperimentConfig().method
+    return [one for one in found if own_arms or one["outcome"] != "not decided" or one["name"] == "FVU inferior"]
 
 
 def verdict_of(
@@ -151,7 +155,7 @@ def verdict_of(
     undecided = [f"{f['name']} ({f['architecture']})" for f in falsifiers if f["outcome"] == "not decided"]
     third = f"Falsifiers triggered: {', '.join(triggered) or 'none'}"
     third += f"; not decided: {', '.join(undecided)}." if undecided else "."
-    who = f"{config.method.capitalize()} over {n_saes} SAEs and {config.seeds} seeds"
+    who = f"{config.method.capitalize()} over {n_saes} SAEs and {config.seeds} seed{'s' * (config.seeds > 1)}"
     return [
         f"{who}: {'; '.join(first) or 'no primary was measured'}.",
         f"Held-out FVU: {'; '.join(second) or 'not measured'}.",
@@ -250,4 +254,5 @@ def _must_beat(name: str, claim: str, architecture: str, rivals: Sequence[Compar
 
 
 def _shown(found: Difference) -> str:
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    interval = f"[{found.low:+.3f}, {found.high:+.3f}]" if found.seeds > 1 else "(one seed: no interval)"
+    return f"{found.mean:+.3f} {interval}"

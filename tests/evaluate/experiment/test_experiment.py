@@ -112,7 +112,7 @@ def test_the_method_that_the_file_names_is_compared_with_every_other_arm() -> No
         ExperimentConfig(arms=arms, method="yeilding")
 
 
-@pytest.mark.parametrize("name", ["reduced.toml", "pythia70m.toml", "transfer.toml", "layer3.toml", "layer20.toml", "wide.toml"])
+@pytest.mark.parametrize("name", ["reduced.toml", "pythia70m.toml", "transfer.toml", "layer3.toml", "layer8.toml", "layer20.toml", "wide.toml"])
 def test_the_committed_experiments_are_valid_and_so_is_every_training_in_them(name: str) -> None:
     from hafs_jax.commands import _run_config
     from hafs_jax.training.sweeps import arguments_of, parse_grid
@@ -253,6 +253,15 @@ def test_holm_takes_the_verdict_back_where_many_primaries_are_tested() -> None:
     assert _verdict("top_1", found, None) == "better"
     assert _verdict("top_1", found, 0.12) == "not resolved"
     assert _verdict("fvu", found, None) == "worse"
+
+
+def test_one_seed_has_no_interval_and_another_method_only_the_falsifiers_of_its_arms(tmp_path: Path) -> None:
+    config = ExperimentConfig(
+        arms=("baseline", "yielding"), method="yielding", ks=(2,), seeds=1, primaries=("top_1", "fvu")
+    )
+    summary = summarise(config, made_up(tmp_path, lambda arm: (0.9 if arm == "yielding" else 0.7, 0.1, 0.2), config))
+    assert re.match(r"Yielding over 2 SAEs and 1 seed: .*top-1 accuracy \+0\.200 \(one seed: no", summary["verdict"][0])
+    assert set(outcomes(summary)) == {"FVU inferior"} and "adaptive" not in json.dumps(summary["falsifiers"])
 
 
 def test_runs_off_their_level_are_named() -> None:
