@@ -17,7 +17,7 @@ from hafs_evaluate.tokens.transfer import Counted, best_thresholds
 from hafs_evaluate.tokens.trials import Plan, Property, Trial
 
 RIDGE = 1e-3  # relative to the mean variance of a coordinate
-CEILING_RIDGES = (0.01, 0.1, 1.0, 10.0)  # a weak one knows tokens by heart; the one that carries over best is taken
+CEILING_RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)  # a weak one knows tokens by heart; the best that carries over is taken
 
 
 @dataclass

@@ -112,7 +112,7 @@ def test_the_method_that_the_file_names_is_compared_with_every_other_arm() -> No
         ExperimentConfig(arms=arms, method="yeilding")
 
 
-@pytest.mark.parametrize("name", ["reduced.toml", "pythia70m.toml", "transfer.toml", "layer3.toml", "layer8.toml", "layer20.toml", "wide.toml"])
+@pytest.mark.parametrize("name", sorted(path.name for path in EXPERIMENTS.glob("*.toml")))
 def test_the_committed_experiments_are_valid_and_so_is_every_training_in_them(name: str) -> None:
     from hafs_jax.commands import _run_config
     from hafs_jax.training.sweeps import arguments_of, parse_grid
