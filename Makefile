@@ -32,13 +32,13 @@ $(error ACCEL=$(ACCEL) is unknown: take auto, cpu, cuda12 or cuda13)
 endif
 STAMP  := $(VENV)/.set-up-$(CHOICE)
 CLEAR  := $(if $(filter-out $(VENV)/.set-up-cpu,$(STAMPS) $(and $(STAMPS),$(STAMP))),--clear)
-EXTRAS := extract,evaluate,dev$(if $(filter-out cpu,$(CHOICE)),$(comma)$(CHOICE))
+EXTRAS := extract,evaluate,dev,docs$(if $(filter-out cpu,$(CHOICE)),$(comma)$(CHOICE))
 PIP     = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints/$(CHOICE).txt
 
 # On busy cores OpenMP threads that spin while they wait cost more than they save.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup constraints demo test lint extract train sweep synth eval experiment report bench bench-quick clean
+.PHONY: help setup constraints demo test lint docs extract train sweep synth eval experiment report bench bench-quick clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
@@ -70,7 +70,7 @@ endif
 	@touch $@
 
 constraints:  ## write constraints/*.txt for all accelerators and Pythons (ARGS=--upgrade: the newest versions)
-	for accel in cpu cuda12 cuda13; do $(PY) -m uv pip compile pyproject.toml --extra extract --extra evaluate --extra dev \
+	for accel in cpu cuda12 cuda13; do $(PY) -m uv pip compile pyproject.toml --extra extract --extra evaluate --extra dev --extra docs \
 	  $$(test $$accel = cpu || echo --extra $$accel) --universal --no-annotate --quiet -o constraints/$$accel.txt $(ARGS) \
 	  --custom-compile-command "make constraints" || exit; done
 
@@ -88,6 +88,9 @@ test: setup  ## all tests, on the CPU and without a model hub
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+docs: setup  ## this documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build $(ARGS)
 
 extract: setup  ## text -> activation store
 	$(HAFS) extract $(PLACE) $(ARGS)
