@@ -110,9 +110,9 @@ def test_the_first_hit_of_the_search_answers_a_newcomer(site: Path) -> None:
         wrong = {}
         for question, section in QUESTIONS.items():
             for asked in (question, f"how do I {question}"):
-                first = first_hits(page, asked)
-                if first[:2] != ["faq/", f"faq/#{section}"]:
-                    wrong[asked] = first
+                expected = ["faq/", f"faq/#{section}"]
+                if (found := first_hits(page, asked, expected)) != expected:
+                    wrong[asked] = found
         chromium.close()
     assert wrong == {}
 
@@ -137,19 +137,19 @@ class served:
         self._server.server_close()
 
 
-def first_hits(page: Any, query: str) -> list[str]:
-    """Where the first results of a search lead, relative to the site."""
+def first_hits(page: Any, query: str, expected: list[str]) -> list[str]:
+    """Where the first results of a search lead, relative to the site; waits ten seconds for the expected ones."""
     field = page.locator("input.md-search__input")
     field.click()
-    field.fill("")
-    page.wait_for_function("!document.querySelector('.md-search-result__item')")
-    page.keyboard.type(query)
-    page.wait_for_selector(".md-search-result__item")
-    page.wait_for_timeout(500)  # the results of the last letter
-    found = page.eval_on_selector_all(
-        ".md-search-result__link", "all => all.slice(0, 3).map(a => new URL(a.href)).map(u => u.pathname + u.hash)"
-    )
-    return [path.removeprefix("/") for path in found]
+    field.fill(query[:-1])
+    page.keyboard.type(query[-1])  # each letter that is typed is a search
+    found = """Array.from(document.querySelectorAll(".md-search-result__link")).slice(0, 2)
+        .map(link => new URL(link.href)).map(url => (url.pathname + url.hash).slice(1))"""
+    for _ in range(100):
+        if page.evaluate(found) == expected:
+            break
+        page.wait_for_timeout(100)
+    return page.evaluate(found)
 
 
 @pytest.mark.slow
