@@ -32,13 +32,13 @@ $(error ACCEL=$(ACCEL) is unknown: take auto, cpu, cuda12 or cuda13)
 endif
 STAMP  := $(VENV)/.set-up-$(CHOICE)
 CLEAR  := $(if $(filter-out $(VENV)/.set-up-cpu,$(STAMPS) $(and $(STAMPS),$(STAMP))),--clear)
-EXTRAS := extract,evaluate,dev,docs$(if $(filter-out cpu,$(CHOICE)),$(comma)$(CHOICE))
+EXTRAS := extract,evaluate,explore,dev,docs$(if $(filter-out cpu,$(CHOICE)),$(comma)$(CHOICE))
 PIP     = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints/$(CHOICE).txt
 
 # On busy cores OpenMP threads that spin while they wait cost more than they save.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup constraints demo test lint docs extract train sweep synth eval experiment report bench bench-quick clean
+.PHONY: help setup constraints demo test lint docs extract train sweep synth eval experiment report explore bench bench-quick clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
@@ -70,7 +70,7 @@ endif
 	@touch $@
 
 constraints:  ## write constraints/*.txt for all accelerators and Pythons (ARGS=--upgrade: the newest versions)
-	for accel in cpu cuda12 cuda13; do $(PY) -m uv pip compile pyproject.toml --extra extract --extra evaluate --extra dev --extra docs \
+	for accel in cpu cuda12 cuda13; do $(PY) -m uv pip compile pyproject.toml --extra extract --extra evaluate --extra explore --extra dev --extra docs \
 	  $$(test $$accel = cpu || echo --extra $$accel) --universal --no-annotate --quiet -o constraints/$$accel.txt $(ARGS) \
 	  --custom-compile-command "make constraints" || exit; done
 
@@ -112,6 +112,9 @@ experiment: setup  ## arms x architectures x L0 x seeds, compared with uncertain
 
 report: setup  ## evaluations -> report/index.html, report.md, results.json
 	$(HAFS) report $(PLACE) $(ARGS)
+
+explore: setup  ## a page to type texts into: latents, search, steering (127.0.0.1 only)
+	$(HAFS) explore $(PLACE) $(ARGS)
 
 bench: setup  ## all benchmarks: against other libraries and the machine's limits (benchmarks/README.md)
 	$(PY) -m benchmarks $(ARGS)

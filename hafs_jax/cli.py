@@ -35,6 +35,7 @@ COMMANDS = {
     "agreement": Command("hafs_evaluate.cli", "compare hole, absorption and probing with such a world's truth"),
     "evaluate": Command("hafs_evaluate.cli", "measure all finished runs, or an SAE of another library"),
     "report": Command("hafs_evaluate.cli", "write the report of all that was measured"),
+    "explore": Command("hafs_evaluate.cli", "a page to try latents on a text of yours: read, search, steer, compare"),
     "experiment": Command("hafs_evaluate.cli", "train, measure and compare every SAE of an experiment"),
     "export": Command("hafs_evaluate.cli", "write one run for SAELens or dictionary_learning"),
     "import-sae": Command("hafs_evaluate.cli", "write another library's SAE as a SAELens folder"),
@@ -49,6 +50,7 @@ EXTRAS = {
         "sae_lens", "pandas", "sklearn", "scipy", "huggingface_hub", "xgboost", "zstandard", "seaborn", "tabulate",
         "openai", "beartype", "jinja2", "matplotlib",
     ),
+    "explore": ("starlette", "uvicorn"),
 }  # fmt: skip
 """The optional packages that the rooms import, by the extra that installs them."""
 
@@ -93,6 +95,7 @@ def _named_extras(command: str) -> Iterator[None]:
             raise
         else:  # evaluating needs what extracting does
             extras = "extract,evaluate" if COMMANDS[command].module == "hafs_evaluate.cli" else extra
+            extras += ",explore" if command == "explore" else ""
             install = f"'hafs-jax[{extras}]'"
         raise UserError(
             f"`hafs {command}` needs the package {package}, which is not installed: pip install {install}"

@@ -146,6 +146,12 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def explore(arguments: list[str]) -> int:
+    from hafs_evaluate.explore.command import main
+
+    return main(arguments)
+
+
 def experiment(arguments: list[str]) -> int:
     parser = _parser(
         "experiment",
@@ -262,6 +268,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "synth-score": synth_score,
     "agreement": agreement,
     "report": report,
+    "explore": explore,
     "experiment": experiment,
     "export": export,
     "import-sae": import_sae,

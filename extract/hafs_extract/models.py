@@ -270,12 +270,20 @@ class LanguageModel:
         tokens_BL = tokens_BL.to(self.device)
         if splice is None or hook_point is None:
             return self.hf(tokens_BL, use_cache=False).logits
-        module, before = self._resid_module(hook_point)
-        if module is not None:
-            with _hooked(module, before, splice):
+        if self._resid_module(hook_point)[0] is not None:
+            with self.spliced(splice, hook_point):
                 return self.hf(tokens_BL, use_cache=False).logits
         hook = (hook_point, lambda acts, hook: splice(acts.flatten(2)).reshape(acts.shape))
         return self.bridge.run_with_hooks(tokens_BL, return_type="logits", fwd_hooks=[hook])
+
+    @contextlib.contextmanager
+    def spliced(self, splice: Splice, hook_point: str) -> Iterator[None]:
+        """While inside, `hf` goes on with `splice` of the activations at `hook_point`, on the residual stream."""
+        module, before = self._resid_module(hook_point)
+        if module is None:
+            raise UserError(f"hook point {hook_point!r}: expected one on the residual stream of {self.info.name}")
+        with _hooked(module, before, splice):
+            yield
 
     def _resid_module(self, hook_point: str) -> tuple[Any, bool]:
         """The transformers block of a hook point, and whether its input is meant. None off the residual stream."""

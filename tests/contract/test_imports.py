@@ -39,7 +39,10 @@ LAYERS = (
 )
 """hafs_jax from the ground up: a module imports its own layer and those below."""
 NO_JAX = {"base", "store", "config", "presets", "runs", "health", "saelens_files", "cli", "__main__", "__init__"}
-WINGS = ("core", "latents", "saebench", "hierarchy", "tokens", "truth", "exchange", "results", "experiment", "report")
+WINGS = (
+    "core", "latents", "saebench", "hierarchy", "tokens", "truth", "exchange", "results", "experiment", "report",
+    "explore",
+)  # fmt: skip
 MOST_MODULES = 11
 
 

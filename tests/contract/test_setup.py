@@ -31,7 +31,7 @@ CUDA = re.compile(r"(nvidia|cuda|jax-cuda|jax|torch|triton)(-|$)|jaxlib")  # pac
 def resolved(accelerator: str, python: str) -> dict[str, dict]:
     """Each package of a set-up for Linux x86-64 under its constraints, as in uv's lock file. It installs nothing."""
     uv = pytest.importorskip("uv", reason="uv is not installed: `make setup` installs it")
-    extras = ["extract", "evaluate", "dev", "docs", *([accelerator] if accelerator != "cpu" else [])]
+    extras = ["extract", "evaluate", "explore", "dev", "docs", *([accelerator] if accelerator != "cpu" else [])]
     command = [
         *(uv.find_uv_bin(), "pip", "compile", ROOT / "pyproject.toml", "--constraints", FOLDER / f"{accelerator}.txt"),
         *(part for extra in extras for part in ("--extra", extra)),
@@ -170,7 +170,7 @@ def test_the_driver_chooses(make, smi: str | None, accelerator: str, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert set(re.findall(r"-c constraints/(\w+)\.txt", done.stdout)) == {accelerator}
     extras = re.search(r"-e '\.\[([\w,]+)\]'", done.stdout)[1].split(",")
-    assert extras == ["extract", "evaluate", "dev", "docs", *([accelerator] if accelerator != "cpu" else [])]
+    assert extras == ["extract", "evaluate", "explore", "dev", "docs", *([accelerator] if accelerator != "cpu" else [])]
     said = subprocess.run(
         [sys.executable, FOLDER / "accelerator.py"], env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True
     )
