@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hafs_evaluate.core.loading import load_sae
+from hafs_evaluate.latents.dashboards import OTHERS
 from hafs_evaluate.latents.neighbours import rounded
 from hafs_evaluate.workspace import FinishedRun, Workspace, export
 from hafs_jax.base.errors import UserError
@@ -69,7 +70,12 @@ def load_run(workspace: Workspace, run: FinishedRun, manifest: Manifest, device:
             raise UserError(f"{path}: expected {key} of {n_latents} latents; run `make eval` again")
     unit_FD = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=1)
     density_F, max_F = (torch.tensor(values[key], dtype=torch.float32) for key in ("density", "max_activation"))
-    dashboards = {entry["index"]: entry for entry in values.pop("latents", [])}
+    others = path.with_name(OTHERS)  # an evaluation of an earlier version has none
+    entries = [
+        *values.pop("latents", []),
+        *(read_json(others, "the other latents")["latents"] if others.exists() else []),
+    ]
+    dashboards = {entry["index"]: entry for entry in entries}
     return LoadedRun(sae, values, density_F, max_F, unit_FD, time.monotonic() - started, dashboards)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hafs_evaluate.explore.explorer import Explorer
-from hafs_evaluate.latents.dashboards import LatentsConfig, show_latents, write_latents
+from hafs_evaluate.latents.dashboards import OTHERS, LatentsConfig, show_latents, write_latents
 from hafs_evaluate.workspace import FinishedRun
 from hafs_extract.models import load_model
 from tests.support.torch_saes import random_sae
@@ -22,7 +22,9 @@ def explorer(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Ex
     workspace = make_workspace(tmp_path_factory.mktemp("explored"), model)
     for seed, name in enumerate(RUNS):
         sae = random_sae(D, F, seed=seed, hook=HOOK)
-        values = show_latents(sae, workspace.train, model, LatentsConfig(latents=5, most_active=2, examples=3))
+        values = show_latents(sae, workspace.train, model, LatentsConfig(latents=5, others=4, examples=3))
+        others = {"run": name, "latents": values.pop("others")}
+        write_latents(workspace.result(name, OTHERS), others)
         write_latents(workspace.result(name, "latents.json"), {"run": name, **values})
     runs = [FinishedRun(name, workspace.runs / name, is_exported=True) for name in RUNS]
     return Explorer(workspace, runs, "cpu")

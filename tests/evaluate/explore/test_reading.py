@@ -124,6 +124,7 @@ def test_a_reading_names_what_it_lists(explorer: Explorer) -> None:
 
 
 def test_a_latent_is_shown_with_its_figures_and_neighbours(explorer: Explorer, run) -> None:
+    assert len(run.dashboards) == 5 + 4  # in full and in short
     shown = sorted(run.dashboards)[0]
     answer = explorer.latent(LatentRequest(RUNS[0], shown, TEXT, RUNS))
     values = latents_of(run.sae, explorer._reading(TEXT))[:, shown]

@@ -43,6 +43,12 @@ function logits(title, tokens, values) {
     make("span", { class: "chip", title: number(values[place]) }, token)))];
 }
 
+function effectNote(answer) {
+  const chance = answer.random_logit_effect;
+  return make("p", { class: "note" }, `Their logits lie ${number(answer.logit_effect)} standard deviations off the mean`
+    + (chance ? `; of random directions 95% stay below ${number(chance)}.` : "."));
+}
+
 function contextOf(context) {
   const most = Math.max(...context.values);
   return make("div", { class: "context" },
@@ -59,7 +65,7 @@ function drawLatent(answer) {
   page("latent-result").replaceChildren(
     make("h2", {}, `#${answer.index} of ${answer.run}`), figures(answer),
     ...(answer.promoted.length ? [...logits("Promotes", answer.promoted, answer.promoted_logits),
-      ...logits("Suppresses", answer.suppressed, answer.suppressed_logits)] : []),
+      ...logits("Suppresses", answer.suppressed, answer.suppressed_logits), effectNote(answer)] : []),
     make("h3", {}, "Nearest dictionary vectors, by cosine"),
     ...answer.neighbours.map((other) => hit(answer.run, other.index, other.label, other.cosine, other.cosine)),
     ...(matches.length ? [make("h3", {}, "In the other runs, by cosine")] : []),
