@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from hafs_evaluate.explore.loaded import LoadedRun, load_run, summary_of
-from hafs_evaluate.explore.reading import Reading, latents_of, read_text, strongest_by_token, strongest_on_text
+from hafs_evaluate.explore.reading import (
+    Reading,
+    latents_of,
+    read_text,
+    strongest_by_token,
+    strongest_on_text,
+    text_scores,
+)
 from hafs_evaluate.explore.requests import CompareRequest, LatentRequest, ReadRequest, SearchRequest, SteerRequest
-from hafs_evaluate.explore.search import text_scores
 from hafs_evaluate.explore.steering import Edit, continuation
 from hafs_evaluate.latents.attribution import attributions
 from hafs_evaluate.latents.neighbours import rounded
@@ -101,7 +107,7 @@ class Explorer:
         }
 
     def search(self, request: SearchRequest) -> dict[str, Any]:
-        """The latents of a run with the highest `search.text_scores` on the text."""
+        """The latents of a run with the highest `text_scores` on the text."""
         run, reading = self._run(request.run), self._reading(request.text)
         latents_TF = latents_of(run.sae, reading)[~reading.is_left_out_L.cpu()]
         if not len(latents_TF):

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from hafs_evaluate.explore.explorer import Explorer
-from hafs_evaluate.explore.reading import latents_of
+from hafs_evaluate.explore.reading import latents_of, text_scores
 from hafs_evaluate.explore.requests import SearchRequest
-from hafs_evaluate.explore.search import text_scores
 from tests.evaluate.explore.conftest import RUNS
 
 
