@@ -67,7 +67,7 @@ def make_app(explorer: Answers, report: Path, port: int, command: str) -> Starle
             job = worker.submit(lambda job: method(asked))
             try:
                 return JSONResponse(await _unless_gone(request, job))
-            except (*STATUS, HTTPException):
+            except (UserError, Busy, HTTPException):
                 raise
             except Exception as error:
                 return JSONResponse({"error": _words(error)}, 500)

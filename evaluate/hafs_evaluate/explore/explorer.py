@@ -117,9 +117,9 @@ class Explorer:
         found = [
             {
                 **run.figures(index),
-                "score": rounded(score_F[index]),
-                "strength": rounded(strength_F[index]),
-                "share": rounded(share_F[index]),
+                "score": rounded(float(score_F[index])),
+                "strength": rounded(float(strength_F[index])),
+                "share": rounded(float(share_F[index])),
             }
             for index in best
             if score_F[index] > 0
@@ -146,7 +146,7 @@ class Explorer:
                     "peak": rounded(peak),
                     "place": place,
                     "match": match,
-                    "match_peak": rounded(values_b.max()),
+                    "match_peak": rounded(float(values_b.max())),
                     "correlation": _correlation(values_a, values_b),
                     "activations": [_numbers(values_a), _numbers(values_b)],
                 }
@@ -223,7 +223,7 @@ class Explorer:
             "on_text": [[index, rounded(value), place] for index, value, place in on_text],
             "l0": (latents_LF > 0).sum(1).tolist(),
             "labels": {index: run.label(index) for index in sorted(named)},
-            "max": {index: rounded(run.max_F[index]) for index in sorted(named)},
+            "max": {index: rounded(float(run.max_F[index])) for index in sorted(named)},
         }
 
     def _check_latent(self, run: LoadedRun, name: str, index: int) -> None:
@@ -238,4 +238,4 @@ def _numbers(values_L: Tensor) -> list[float]:
 def _correlation(a_L: Tensor, b_L: Tensor) -> float | None:
     if len(a_L) < 2 or float(a_L.std()) == 0 or float(b_L.std()) == 0:
         return None
-    return rounded(torch.corrcoef(torch.stack([a_L, b_L]))[0, 1])
+    return rounded(float(torch.corrcoef(torch.stack([a_L, b_L]))[0, 1]))

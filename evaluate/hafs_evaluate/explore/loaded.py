@@ -44,7 +44,7 @@ class LoadedRun:
 
     def figures(self, latent: int) -> dict[str, Any]:
         """What the evaluation found of any latent."""
-        density, maximum = rounded(self.density_F[latent]), rounded(self.max_F[latent])
+        density, maximum = rounded(float(self.density_F[latent])), rounded(float(self.max_F[latent]))
         return {"index": latent, "label": self.label(latent), "density": density, "max_activation": maximum}
 
     def nearest(self, vector_D: Float[Tensor, "D"], most: int, leave_out: int = -1) -> list[dict[str, Any]]:
