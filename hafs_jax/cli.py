@@ -36,6 +36,7 @@ COMMANDS = {
     "evaluate": Command("hafs_evaluate.cli", "measure all finished runs, or an SAE of another library"),
     "report": Command("hafs_evaluate.cli", "write the report of all that was measured"),
     "explore": Command("hafs_evaluate.cli", "a page to try latents on a text of yours: read, search, steer, compare"),
+    "label": Command("hafs_evaluate.cli", "name latents by a language model, for the report"),
     "experiment": Command("hafs_evaluate.cli", "train, measure and compare every SAE of an experiment"),
     "export": Command("hafs_evaluate.cli", "write one run for SAELens or dictionary_learning"),
     "import-sae": Command("hafs_evaluate.cli", "write another library's SAE as a SAELens folder"),

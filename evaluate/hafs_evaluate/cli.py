@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hafs_evaluate.config import EvalConfig
+from hafs_evaluate.labels.command import label
 from hafs_evaluate.saebench.datasets import PROBING_DATASETS
 from hafs_evaluate.saebench.suites import SUITES
 from hafs_evaluate.stage import LANGUAGE_MODEL, Stage
@@ -136,9 +137,10 @@ def agreement(arguments: list[str]) -> int:
 def report(arguments: list[str]) -> int:
     parser = _parser(
         "report",
-        "Write OUT/<profile>/report/: index.html, one page that opens from disk; report.md with PNG figures; and"
-        " results.json. Runs that differ only in their seed are one arm, shown as a mean with its 95% interval. What"
-        " was not evaluated is said to be so.",
+        "Write OUT/<profile>/report/: index.html, one page that opens from disk, with latents/, the scripts that it"
+        " loads on demand; report.md with PNG figures; and results.json. Runs that differ only in their seed are one"
+        " arm, shown as a mean with its 95% interval. What was not evaluated is said to be so. Latents are called what"
+        " OUT/<profile>/labels.csv says (columns variant, latent, label), where there is one.",
     )
     _add_place(parser)
     options = parser.parse_args(arguments)
@@ -269,6 +271,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "agreement": agreement,
     "report": report,
     "explore": explore,
+    "label": label,
     "experiment": experiment,
     "export": export,
     "import-sae": import_sae,
