@@ -19,7 +19,7 @@ from hafs_evaluate.results.measures import (
     TOKENS,
     register_measure,
 )
-from hafs_evaluate.results.readings import LATENTS
+from hafs_evaluate.results.readings import LATENTS, OTHERS
 from hafs_evaluate.saebench.datasets import dataset_shas
 from hafs_evaluate.saebench.suites import check_space, find_suite
 from hafs_evaluate.stage import LANGUAGE_MODEL, Evaluation, Job, OfLanguageModel, Stage, Values
@@ -168,7 +168,7 @@ def _latent_samples(evaluation: Evaluation, jobs: list[Job]) -> Any:
 
 
 def _latents(job: Job) -> None:
-    from hafs_evaluate.latents.dashboards import OTHERS, show_latents, write_latents
+    from hafs_evaluate.latents.dashboards import show_latents, write_latents
 
     model = job.evaluation.model()
     sample = job.shared.get(job.run.name)

@@ -319,8 +319,13 @@ def make_experiment(folder: Path, seeds: int = 3, variants: tuple[str, ...] = AR
     return folder
 
 
-def write_many_latents(folder: Path, run: str, latents: int, contexts: int, seed: int = 0) -> None:
-    """latents.json as large as asked for, with every optional part; words are drawn as languages draw them."""
+def write_many_latents(
+    folder: Path, run: str, latents: int, contexts: int, seed: int = 0, others: bool = False
+) -> None:
+    """latents.json as large as asked for, with every optional part; words are drawn as languages draw them.
+
+    Its latents have even numbers. With `others`, latents_others.json has the odd ones.
+    """
     random = np.random.default_rng(seed)
     words = [f" w{n:x}" if n > 200 else f" {chr(97 + n % 26)}{n}" for n in range(8000)]
     draws = np.minimum(random.zipf(1.3, size=(latents * contexts, 37)) - 1, 7999)
@@ -353,12 +358,19 @@ def write_many_latents(folder: Path, run: str, latents: int, contexts: int, seed
                     {"index": 2 * other, "cosine": 0.4, "kind": "child"}, {"index": 1, "cosine": 0.3, "kind": "peer"},
                 ],
                 "matches": {"strict-s0": {"index": 2 * other, "cosine": 0.91}} if run != "strict-s0" else {},
+                "neighbours": [{"index": 2 * ((other + n) % latents), "cosine": 0.5 - 0.05 * n} for n in range(6)],
+                "promoted_logits": [round(3 - 0.1 * n, 2) for n in range(10)], "logit_effect": 4.0 + index % 3,
+                "suppressed_logits": [round(0.1 * n - 3, 2) for n in range(10)],
+                "histogram": [int(1000 * 0.6**n) for n in range(24)],
             }
         )  # fmt: skip
     density = [latent["density"] for latent in found]
     values = {
         "run": run, "rows_scanned": 100_000, "density": density, "max_activation": density, "nearest_cosine": density,
-        "latents": found,
+        "latents": found, "random_logit_effect": 4.6,
     }  # fmt: skip
     path = folder / "eval" / run / "latents.json"
     path.write_text(json.dumps(values))
+    if others:
+        odd = [{**latent, "index": latent["index"] + 1, "contexts": latent["contexts"][:2]} for latent in found]
+        path.with_name("latents_others.json").write_text(json.dumps({"run": run, "latents": odd}))

@@ -25,7 +25,6 @@ from hafs_jax.base.files import write_text
 from hafs_jax.base.options import check, option
 from hafs_jax.store.reader import Store
 
-OTHERS = "latents_others.json"  # beside latents.json: the latents that are not shown in full
 SHADE_DIGITS = 3  # significant digits of an activation in a context, which the page only shades by
 OBSERVED = 1 << 26  # most counts of pairs, and most maxima over documents, that are held at once: 256 MiB each
 OTHER_BEFORE, OTHER_AFTER = 12, 6  # tokens shown around the peak of a latent that is not shown in full

@@ -23,8 +23,9 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 
-from hafs_evaluate.latents.dashboards import OTHERS, write_latents
+from hafs_evaluate.latents.dashboards import write_latents
 from hafs_evaluate.latents.neighbours import rounded
+from hafs_evaluate.results.readings import OTHERS
 from hafs_evaluate.workspace import Workspace, fingerprint, hashed_export, read_result
 from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.foreign import read_npz

@@ -1,4 +1,6 @@
-"""Latents as the page embeds them: one table of strings, and a compact record for each run. No files, no markup.
+"""Latents as the page holds them: a table of strings, and a compact record for each run. No files, no markup.
+
+The page embeds the records of the latents that are shown in full; `side_files` makes scripts of the others'.
 
 The contexts of a record are unsigned LEB128 varints in base64, latent after latent: the number of top contexts, these,
 the number of random contexts, these. Texts are numbers of the table of strings. A context is the varints
@@ -16,11 +18,11 @@ from typing import Any
 from hafs_evaluate.results.arms import DEFAULT_ARCHITECTURE, compared, is_reference
 
 MAX_VARIANTS = 8
-MAX_BYTES = 15_000_000  # of all records and strings: the page stays under 20 MB
+MAX_BYTES = 8_000_000  # of all records and strings: the page stays under 10 MB
 TOP_CONTEXTS, RANDOM_CONTEXTS = 20, 10  # embedded a latent
 LEVELS = 1000
 PARTNERS_BY = ("phi", "pmi", "share")  # how strongly two latents fire together: the first that is given is shown
-PLAIN = {"index", "density", "max_activation"}  # numbers with columns of their own
+PLAIN = {"index", "density", "max_activation", "logit_effect"}  # numbers with places of their own
 
 
 def chosen_runs(arms: dict[str, dict[str, Any]], have: Iterable[str]) -> dict[str, str]:
@@ -48,14 +50,13 @@ def embed(latents: dict[str, dict[str, Any]], run_names: dict[str, str]) -> tupl
     Records that do not fit the page are left out. `run_names` is {arm: its run}: `matches` names other arms by their
     runs. The most frequent strings come first, so that their numbers are short.
     """
-    counts = Counter(text for values in latents.values() for latent in values["latents"] for text in _strings(latent))
-    strings = sorted(counts, key=lambda text: (-counts[text], text))
-    number = {text: place for place, text in enumerate(strings)}
+    strings, number = table_of_strings(latent for values in latents.values() for latent in values["latents"])
     room = MAX_BYTES - sum(len(text.encode()) + 3 for text in strings)
-    arm_of = {run: name for name, run in run_names.items()} | {name: name for name in run_names}
+    arm_of = arms_by_run(run_names)
     records: list[dict[str, Any]] = []
     for name, values in latents.items():
-        record = _record(name, values["latents"], number, arm_of)
+        record = record_of(name, values["latents"], number, arm_of)
+        record["random_effect"] = values.get("random_logit_effect")
         size = len(record["bytes"]) + 150 * len(values["latents"])
         if records and (len(records) == MAX_VARIANTS or size > room):
             break
@@ -64,7 +65,22 @@ def embed(latents: dict[str, dict[str, Any]], run_names: dict[str, str]) -> tupl
     return strings, records
 
 
-def _record(name: str, latents: list[dict[str, Any]], number: dict[str, int], arm_of: dict[str, str]) -> dict[str, Any]:
+def arms_by_run(run_names: dict[str, str]) -> dict[str, str]:
+    """{run, or arm: the arm} from {arm: its run}."""
+    return {run: name for name, run in run_names.items()} | {name: name for name in run_names}
+
+
+def table_of_strings(latents: Iterable[dict[str, Any]]) -> tuple[list[str], dict[str, int]]:
+    """(every string of the latents, most frequent first, {string: its number})."""
+    counts = Counter(text for latent in latents for text in _strings(latent))
+    strings = sorted(counts, key=lambda text: (-counts[text], text))
+    return strings, {text: place for place, text in enumerate(strings)}
+
+
+def record_of(
+    name: str, latents: list[dict[str, Any]], number: dict[str, int], arm_of: dict[str, str]
+) -> dict[str, Any]:
+    """A compact record of the latents of one arm; `number` is that of each string."""
     parts = [_packed(latent, number) for latent in latents]
     partners_by = _partners_by(latents)
     pairs: dict[str, list[Any]] = {
@@ -75,6 +91,14 @@ def _record(name: str, latents: list[dict[str, Any]], number: dict[str, int], ar
             [[other["index"], other.get("cosine"), other.get("kind", "")] for other in latent.get("shares_with") or []]
             for latent in latents
         ],
+        "neighbours": [
+            [[other["index"], other["cosine"]] for other in latent.get("neighbours") or [latent["nearest"]]]
+            for latent in latents
+        ],
+        "promoted_logits": [latent.get("promoted_logits") or [] for latent in latents],
+        "suppressed_logits": [latent.get("suppressed_logits") or [] for latent in latents],
+        "histogram": [latent.get("histogram") for latent in latents],
+        "effect": [latent.get("logit_effect") for latent in latents],
         "selective_for": [_selective_for(latent) for latent in latents],
         "matches": [
             {
@@ -88,7 +112,6 @@ def _record(name: str, latents: list[dict[str, Any]], number: dict[str, int], ar
     return {
         "name": name,
         "columns": _columns(latents),
-        "nearest": [latent["nearest"]["index"] for latent in latents],
         "top": [[[number[token], share] for token, share in latent["top_tokens"]] for latent in latents],
         "promoted": [[number[token] for token in latent["promoted"]] for latent in latents],
         "suppressed": [[number[token] for token in latent["suppressed"]] for latent in latents],

@@ -150,6 +150,29 @@ def token_table(results: dict[str, Any]) -> dict[str, Any] | None:
     return {"header": list(TOKEN_FIGURES.values()), "rows": rows, "note": note if counted else ""}
 
 
+def token_property_table(properties: dict[str, list[dict[str, Any]]], ceiling: dict[str, Any]) -> dict[str, Any] | None:
+    """Each property of tokens (rows) of each arm: balanced accuracy and F1 of the best latent on unseen tokens.
+
+    `properties` is {arm: `properties` of each seed's tokens.json}, `ceiling` that of the language model's own probes.
+    """
+    known = {name: seeds for name, seeds in properties.items() if seeds}
+    every = sorted({key for seeds in known.values() for one in seeds for key in one})
+    if not every:
+        return None
+    rows = []
+    for key in every:
+        cells = [
+            _property_cell([one[key].get("top_1") or {} for one in seeds if key in one]) for seeds in known.values()
+        ]
+        rows.append({"name": key.replace("_", " "), "cells": [*cells, _property_cell([ceiling.get(key) or {}])]})
+    return {"header": [*known, "LM, own probe"], "rows": rows}
+
+
+def _property_cell(found: list[dict[str, Any]]) -> dict[str, str]:
+    accuracy, f1 = ([one[key] for one in found if one.get(key) is not None] for key in ("balanced_accuracy", "f1"))
+    return {"text": _mean(accuracy) if accuracy else "", "small": f"F1 {_mean(f1)}" if f1 else ""}
+
+
 def _token_cells(seeds: list[dict[str, Any]], missing: str = NOT_EVALUATED) -> list[str]:
     known = [[one[key] for one in seeds if one.get(key) is not None] for key in TOKEN_FIGURES]
     return [_mean(values) if values else missing for values in known]

@@ -12,7 +12,9 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$!])")
 def markdown(view: dict[str, Any], drawn: dict[str, str]) -> str:
     """report.md: the summary, the tables, the figures and some top contexts. `drawn` is {figure: its relative path}."""
     parts = [f"# {escape(view['title'])}", escape(view["what_ran"])]
-    parts += [escape(sentence) for sentence in view["verdict"]]
+    if view["measured_on"]:
+        parts.append(f"Measured on {escape(view['measured_on'])}; written by `{view['command']}`.")
+    parts += [f"**{finding.word}:** {escape(finding.text)}" for finding in view["verdict"]]
     if view["unfinished"]:
         parts.append(f"Not in this report, since training has not finished: {escape(', '.join(view['unfinished']))}.")
     parts += _arms(view)

@@ -10,12 +10,16 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from hafs_evaluate.report import figures
-from hafs_evaluate.report.figures import LLM_LABELS, SYMBOLS, css_name, style_variables
+from hafs_evaluate.report.figures import draw
+from hafs_evaluate.report.figures.shapes import Panel
+from hafs_evaluate.report.figures.styles import LLM_LABELS, SYMBOLS, css_name, style_variables
 from hafs_evaluate.report.tree_view import CONTRASTS, METRICS, NODE_MEASURES
 
 TEMPLATES = Path(__file__).parent / "template"
-SCRIPTS = ("base.js", "figures.js", "tree.js", "explorer.js", "compare.js", "keys.js")
+SCRIPTS = (
+    "base.js", "tables.js", "figures.js", "tree.js", "latents.js", "detail.js", "compare.js", "explorer.js", "keys.js",
+    "print.js",
+)  # fmt: skip
 DRAWN = ("training", "probing_mean", "probing_tasks", "dictionary")
 
 
@@ -24,10 +28,10 @@ def page(view: dict[str, Any]) -> str:
     styles = view["styles"]
     hovers: dict[str, Any] = {}
 
-    def drawn(some: list[figures.Panel]) -> list[dict[str, Any]]:
+    def drawn(some: list[Panel]) -> list[dict[str, Any]]:
         shown = []
         for panel in some:
-            text, hovers[panel.key] = figures.svg(panel, styles)
+            text, hovers[panel.key] = draw.svg(panel, styles)
             shown.append({**vars(panel), "svg": Markup(text)})
         return shown
 
@@ -55,6 +59,9 @@ def page(view: dict[str, Any]) -> str:
             script=Markup("\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)),
             hovers=Markup(script_json(hovers)),
             tree_json=Markup(script_json(tree)),
+            side_json=Markup(script_json(view["side"])),
+            labels_json=Markup(script_json(view["labels"])),
+            layer_json=Markup(script_json(view["layer"])),
             strings_json=Markup(script_json(view["strings"])),
             record_jsons=[Markup(script_json(record)) for record in view["records"]],
         )

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +20,18 @@ DISTRIBUTIONS = (
     "hafs-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "transformer-lens",
     "sae-lens", "sae-bench", "sae-probes", "scikit-learn", "safetensors", "matplotlib",
 )  # fmt: skip
+
+
+def measured_on(folder: Path, runs: list[str]) -> str:
+    """The day of the newest result: "30 November 2026"; empty where nothing has finished."""
+    paths = [Run(folder / "runs" / run).result_path for run in runs] + [folder / "eval" / "seconds.json"]
+    times = [path.stat().st_mtime for path in paths if path.exists()]
+    return f"{datetime.fromtimestamp(max(times), UTC):%-d %B %Y}" if times else ""
+
+
+def command(folder: Path) -> str:
+    """The command that writes this report again."""
+    return f"hafs report --profile {folder.name}"
 
 
 def sources(manifest: Manifest) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """The tables of arms, comparisons and falsifiers as plain values, and the definitions. No files, no markup."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from hafs_evaluate.results.arms import groups
@@ -11,6 +12,7 @@ NOT_EVALUATED = "not evaluated"
 NAMED = 5  # SAEs that a note names
 PRIMARY = ("hierarchy_parent_top_1", "hole", "fvu")  # the experiment's primaries and FVU: shown first, and open
 MARKS = {"better": "▲", "worse": "▼", "not resolved": "○", "non-inferior": "≈"}
+SILENT = "dead_fraction"  # "dead" is training's word, which counts other rows
 OUTCOMES = {"pass": "✓", "triggered": "✗"}
 
 
@@ -31,6 +33,8 @@ TERMS = {
     TAU.label: TAU.definition,
     "95% CI": "Student's t interval of the mean over seeds. It needs at least three seeds.",
     "density": "Fraction of the scanned rows on which a latent is active.",
+    "dead in training": "Fraction of the latents that fired on none of the last rows of training (dead-after-tokens of"
+    " the config). The held-out figure has its own name, since it counts other rows.",
 }
 """Terms of the page that are no column of a measure."""
 
@@ -42,6 +46,9 @@ def shown_columns(results: dict[str, Any]) -> list[Measure]:
         for column in column_measures()
         if not column.is_optional or any(column.name in arm["measures"] for arm in results["arms"].values())
     ]
+    rows = results.get("heldout_rows")
+    silent = f"silent on {rows:,} held-out rows" if rows else "silent on held-out rows"
+    columns = [replace(column, label=silent) if column.name == SILENT else column for column in columns]
     first = [column for column in columns if column.file == CORE]
     return [*first, TAU, *(column for column in columns if column not in first)]
 
@@ -52,7 +59,8 @@ def definitions(results: dict[str, Any]) -> dict[str, str]:
     names += [name for arm in results["arms"].values() for name in arm["measures"]]
     known = {found.definition for name in dict.fromkeys(names) if (found := find_measure(name)) is not None}
     shown = [measure for measure in MEASURES.values() if measure.definition in known]
-    return {measure.label.replace(K, "k"): measure.definition for measure in shown} | TERMS
+    labels = {measure.name: measure.label.replace(K, "k") for measure in shown} | {SILENT: "silent on held-out rows"}
+    return {labels[measure.name]: measure.definition for measure in shown} | TERMS
 
 
 def arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:

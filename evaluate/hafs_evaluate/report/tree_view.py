@@ -69,9 +69,35 @@ def tree_notes(results: dict[str, Any]) -> list[str]:
             parts.append(f"classes with too few texts: {', '.join(path or 'background' for path in tree['dropped'])}")
         if parts:
             notes.append(f"Left out of {name}: {'; '.join(parts)}.")
+        notes += [f"{name}: {sentence}" for sentence in same_figures(tree["nodes"], tree.get("texts"))]
     if skipped:
         notes.append(f"Trees left out: {'; '.join(f'{tree} ({why})' for tree, why in skipped.items())}.")
     return notes
+
+
+def same_figures(nodes: dict[str, dict[str, Any]], texts: int | None) -> list[str]:
+    """Sentences that name the classes of a tree that repeat one another's figures, so that means count them twice.
+
+    A class with a single child of as many texts is that child. Two classes of the first level that share out all texts
+    of the tree are complements: to tell one from the rest is to tell the other.
+    """
+    children: dict[str | None, list[str]] = {}
+    for path, node in nodes.items():
+        children.setdefault(node.get("parent"), []).append(path)
+    found = []
+    for parent, own in children.items():
+        if parent is not None and len(own) == 1 and nodes[parent].get("texts") == nodes[own[0]].get("texts"):
+            found.append(f"{_label(nodes, parent)} has {_label(nodes, own[0])} as its only child, of the same texts.")
+    top = children.get(None, [])
+    if len(top) == 2 and sum(nodes[path].get("texts") or 0 for path in top) == texts:
+        found.append(
+            f"{' and '.join(_label(nodes, path) for path in top)} are complements, so their figures are equal."
+        )
+    return [f"{sentence} Means over parents count them twice." for sentence in found]
+
+
+def _label(nodes: dict[str, dict[str, Any]], path: str) -> str:
+    return nodes[path].get("label") or path.split("/")[-1]
 
 
 def tree_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """What the results say, in sentences made from the figures alone. No files, no markup."""
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from hafs_evaluate.results.arms import GROUP_ARMS, VARIANT_ORDER, compared
@@ -46,27 +48,67 @@ def _arm_list(arms: dict[str, Any]) -> str:
     return f"{len(arms)} arms of {every('variant')}, on {every('architecture')}, k {every('k')}"
 
 
-def verdict(results: dict[str, Any]) -> list[str]:
-    """The sentences of the verdict: unseen tokens, reconstruction, coherence, probing, and how far to trust them.
+@dataclass(frozen=True)
+class Finding:
+    """A sentence of the verdict, and what it is: a cost, an effect, what is not resolved, or a note."""
 
-    Dead SAEs come first. Unseen tokens are left out where they were not measured. Where there was an experiment, its
-    own sentences follow. Otherwise the sentences compare the arms of one architecture and k, means over seeds. Another
-    sentence whose figures are missing says so.
+    kind: str  # a key of KINDS
+    text: str
+
+    @property
+    def word(self) -> str:
+        return KINDS[self.kind][0]
+
+    @property
+    def icon(self) -> str:
+        return KINDS[self.kind][1]
+
+    def parts(self) -> list[tuple[bool, str]]:
+        """[(whether it is bold, text)]: the figures before the first semicolon or bracket are the headline."""
+        if self.kind == "note":
+            return [(False, self.text)]
+        head = re.split(r"[;(]", self.text, maxsplit=1)[0]
+        split = [(bool(n % 2), part) for n, part in enumerate(re.split(r"(\b\d+\.\d{3}\b)", head)) if part]
+        return [*split, (False, self.text[len(head) :])]
+
+
+KINDS = {
+    "note": ("Note", "!"),
+    "finding": ("Found", "•"),
+    "cost": ("Cost", "−"),
+    "effect": ("Effect", "Δ"),
+    "open": ("Not resolved", "?"),
+}
+
+
+def verdict(results: dict[str, Any]) -> list[str]:
+    """The sentences of the verdict, in the order of `findings`."""
+    return [finding.text for finding in findings(results)]
+
+
+def findings(results: dict[str, Any]) -> list[Finding]:
+    """The verdict: dead SAEs, what the penalty costs, what it does, and what is not resolved.
+
+    The effects begin with unseen tokens, where these were measured. Where there was an experiment, its own sentences
+    stand instead. Otherwise the sentences compare the arms of one architecture and k, means over seeds. A sentence
+    whose figures are missing says so.
     """
     arms = _arms(results)
     if not arms:
-        return ["No run has finished training, so there is nothing to compare."]
+        return [Finding("note", "No run has finished training, so there is nothing to compare.")]
+    dead = [Finding("note", sentence) for sentence in _dead(results)]
     decided = (results.get("experiment") or {}).get("verdict")
     if decided:
-        return _dead(results) + [str(sentence) for sentence in decided] + _inactive(arms)
-    sentences = [
-        *_dead(results),
-        *_transfer(arms, results),
-        _reconstruction(arms),
-        _coherence(arms),
-        _probing(arms, results),
+        found = [Finding("finding", str(sentence)) for sentence in decided]
+        return dead + found + [Finding("note", sentence) for sentence in _inactive(arms)]
+    return [
+        *dead,
+        Finding("cost", _reconstruction(arms)),
+        *(Finding("effect", sentence) for sentence in _transfer(arms, results)),
+        Finding("effect", _coherence(arms)),
+        Finding("open", _probing(arms, results)),
+        *(Finding("open", sentence) for sentence in _cautions(arms)),
     ]
-    return sentences + _cautions(arms)
 
 
 def _dead(results: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from hafs_evaluate.results.measures import FIRST_LETTER, HIERARCHY, MEASURES, PR
 from hafs_evaluate.results.probing_means import mean_over_shared, sae_probing
 from hafs_jax.base.files import read_json
 
+OTHERS = "latents_others.json"  # of the latents that latents.json has not
 LATENTS = "latents.json"  # of single latents: no measure reads it, the report and Neuronpedia's export do
 
 

@@ -2,17 +2,21 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hafs_evaluate.report.figures import Panel, Series, styles_of, svg
+from hafs_evaluate.report.figures.draw import svg
+from hafs_evaluate.report.figures.shapes import Panel, Series
+from hafs_evaluate.report.figures.styles import styles_of
 from hafs_evaluate.report.markdown import context_line, escape
 from hafs_evaluate.report.page import script_json
 from hafs_evaluate.report.report import write_report
-from hafs_evaluate.report.verdict import verdict
+from hafs_evaluate.report.tree_view import same_figures
+from hafs_evaluate.report.verdict import findings, verdict
 from hafs_evaluate.results.probing_means import mean_probing
 from hafs_evaluate.results.results import build_results
 from hafs_jax.base.errors import UserError
@@ -33,6 +37,7 @@ from tests.support.report_workspace import (
     write_hierarchy,
     write_latents,
     write_llm_probing,
+    write_many_latents,
     write_probing,
     write_run,
     write_tokens,
@@ -160,16 +165,24 @@ def test_the_verdict_states_the_figures(made):
     assert sentences[3] == "One seed: a difference under the noise between reseeded runs is not resolved here."
 
 
-def test_the_verdict_begins_with_unseen_tokens_where_they_were_measured(tmp_path):
+def test_the_verdict_says_cost_then_effect_then_what_is_not_resolved(tmp_path):
     folder = make_workspace(tmp_path, ("baseline-s0", "adaptive-s0"))
     write_tokens(folder, "baseline-s0", 0.781)
     write_tokens(folder, "adaptive-s0", 0.823)
-    sentences = verdict(build_results(folder))
-    assert sentences[0] == (
+    found = findings(build_results(folder))
+    assert [finding.kind for finding in found] == ["cost", "effect", "effect", "open", "open"]
+    assert found[0].text.startswith("Held-out FVU")
+    assert found[1].text == (
         "Transfer of the best latent to unseen tokens, balanced accuracy: baseline 0.781, adaptive 0.823 "
         "(the language model's own probe: 0.987); F1: baseline 0.432, adaptive 0.432."
     )
-    assert sentences[1].startswith("Held-out FVU")
+    assert [text for is_bold, text in found[1].parts() if is_bold] == ["0.781", "0.823"]  # the headline alone
+    assert all("".join(text for _, text in finding.parts()) == finding.text for finding in found)
+    page = page_of_written(folder)
+    shown = [value for tag, name, value in page.attributes if (tag, name) == ("li", "class")]
+    assert shown[:5] == ["cost", "effect", "effect", "open", "open"]
+    assert "".join(page.texts).index("Cost") < "".join(page.texts).index("Not resolved")
+    assert "**Not resolved:** Top-1" in (folder / "report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -258,7 +271,7 @@ def test_nasty_tokens_are_shown_and_never_run(tmp_path):
     write_probing(folder, "baseline-s0", 0.6, tasks=("</script><b>$x$", "task_b"))
     write_llm_probing(folder, ("</script><b>$x$", "task_b"))
     after = page_of_written(folder)
-    assert before.tags.count("script") == after.tags.count("script") == 5
+    assert before.tags.count("script") == after.tags.count("script") == 8
     assert "b" not in after.tags
     assert unpacked(after)[0]["contexts"][0]["tokens"] == NASTY
     assert "</script><b>$x$" in "".join(after.texts)
@@ -311,7 +324,10 @@ def test_a_store_alone_makes_a_report(tmp_path):
 
 
 def test_equal_workspaces_give_equal_bytes(made, tmp_path):
-    again = make_workspace(tmp_path / "elsewhere")
+    again = make_workspace(tmp_path / "elsewhere" / made.name)
+    for path in made.rglob("*.json"):  # the page says the day of the newest result
+        if (again / path.relative_to(made)).exists():
+            os.utime(again / path.relative_to(made), ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
     write_report(again)
     first = sorted(path.relative_to(made) for path in (made / "report").rglob("*") if path.is_file())
     assert {"index.html", "report.md", "results.json", "overview.png"} <= {path.name for path in first}
@@ -436,3 +452,79 @@ def test_trees_left_out_and_saes_off_their_level_are_named(tmp_path):
         assert f"Left out of professions: {left_out}." in text
         assert "1 of 4 SAEs (a) is off their L0 level by more than 2%." in text
         assert "1 of 4 SAEs (b) is not measured." in text
+
+
+def test_the_head_of_the_silent_latents_says_on_how_many_rows(made):
+    text = "".join(page_of(made).texts)
+    assert "silent on 40 held-out rows" in text
+    assert "Dead in training" in (made / "report" / "index.html").read_text()
+    assert "silent on 40 held-out rows" in (made / "report" / "report.md").read_text()
+
+
+def test_the_page_says_what_it_is_when_and_by_which_command(made):
+    page = page_of(made)
+    text = "".join(page.texts)
+    assert "offline: 5 SAEs of tiny, blocks.0.hook_resid_post" in text
+    assert "hafs report --profile offline" in text
+    assert re.search(r"Measured on \d+ [A-Z][a-z]+ \d{4}", text)
+
+
+def test_each_property_of_tokens_has_a_row(tmp_path):
+    folder = make_workspace(tmp_path, ("baseline-s0", "adaptive-s0"))
+    write_tokens(folder, "baseline-s0", 0.781)
+    write_tokens(folder, "adaptive-s0", 0.823)
+    page = page_of_written(folder)
+    text = "".join(page.texts)
+    assert "Each property (2)" in text
+    table = text[text.index("Each property (2)") :]
+    assert re.search(r"digits\s*0\.781F1 0\.500\s*0\.823F1 0\.500", table)
+
+
+def test_classes_that_repeat_anothers_figures_are_noted(tmp_path):
+    def node(parent: str | None, texts: int) -> dict[str, object]:
+        return {"parent": parent, "texts": texts}
+
+    language = {
+        "germanic": node(None, 150), "germanic/english": node("germanic", 150), "romance": node(None, 300),
+        "romance/french": node("romance", 150), "romance/italian": node("romance", 150),
+    }  # fmt: skip
+    assert same_figures(language, 450) == [
+        "germanic has english as its only child, of the same texts. Means over parents count them twice.",
+        "germanic and romance are complements, so their figures are equal. Means over parents count them twice.",
+    ]
+    assert same_figures(language, 700) == same_figures(language, 450)[:1]  # there is a background
+    assert same_figures({**language, "germanic": node(None, 200)}, 450) == []  # texts of no child
+    folder = make_workspace(tmp_path, ("baseline-s0",))
+    write_hierarchy(folder, "baseline-s0", 0.7)
+    assert "professions: arts has actor as its only child" in "".join(page_of_written(folder).texts)
+
+
+def test_a_bad_file_of_labels_is_one_error(tmp_path):
+    folder = make_workspace(tmp_path, ("baseline-s0",))
+    (folder / "labels.csv").write_text("variant,latent,label\nbaselin,3,x\n")
+    with pytest.raises(UserError, match=r"labels\.csv, line 2: no run or arm 'baselin'"):
+        write_report(folder)
+    (folder / "labels.csv").write_text("variant,latent,label\nbaseline,3,</script> fox\n")
+    assert page_of_written(folder).json("data-labels") == {"baseline": {"3": ["</script> fox", "", None]}}
+
+
+def test_latents_that_are_not_in_the_page_lie_in_side_files(tmp_path):
+    folder = make_workspace(tmp_path, ("baseline-s0", "adaptive-s0"))
+    write_many_latents(folder, "baseline-s0", 300, 3, others=True)
+    write_report(folder)
+    side = page_of(folder).json("data-side")
+    assert set(side) == {"baseline"}
+    starts, lengths = side["baseline"]["indices"][::2], side["baseline"]["indices"][1::2]
+    assert (starts, lengths) == (list(range(1, 600, 2)), [1] * 300)
+    files = {path.name: path.read_text() for path in (folder / "report" / "latents").iterdir()}
+    name = side["baseline"]["name"]
+    assert set(files) == {f"{name}-{part}.js" for part in ("list", 0, 1, 2)}
+    part = json.loads(re.fullmatch(r"hafsLatents\(\"[^\"]+\", (.*)\);\n", files[f"{name}-1.js"], re.DOTALL)[1])
+    assert part["columns"]["index"] == list(range(257, 512, 2))
+    assert not any("</" in text or "\u2028" in text for text in files.values())
+    write_many_latents(folder, "baseline-s0", 300, 3, seed=1, others=True)
+    write_report(folder)  # what an earlier report left is gone, and other contents have another name
+    assert not set(files) & {path.name for path in (folder / "report" / "latents").iterdir()}
+    (folder / "eval" / "baseline-s0" / "latents_others.json").unlink()
+    write_report(folder)
+    assert not (folder / "report" / "latents").exists()

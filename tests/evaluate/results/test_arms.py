@@ -9,8 +9,9 @@ import pytest
 
 from hafs_evaluate.report import embedded
 from hafs_evaluate.report.embedded import chosen_runs, embed
-from hafs_evaluate.report.figures import STYLES, SYMBOLS, styles_of
-from hafs_evaluate.report.panels import frontier_panels, latent_panels, probing_panels, training_panels
+from hafs_evaluate.report.figures.frontiers import frontier_panels
+from hafs_evaluate.report.figures.panels import latent_panels, probing_panels, training_panels
+from hafs_evaluate.report.figures.styles import STYLES, SYMBOLS, styles_of
 from hafs_evaluate.report.report import write_report
 from hafs_evaluate.report.tables import comparison_groups, falsifiers
 from hafs_evaluate.report.tree_view import tree_data

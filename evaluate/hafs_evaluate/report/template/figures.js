@@ -52,6 +52,7 @@
     draw(svg, "line", { x1: x, x2: x, y1: y0, y2: y1, stroke: "var(--muted)", "stroke-width": 0.7 });
     tip.replaceChildren(make("div", { style: "color: var(--muted)" }, `${meta.label}: ${number(nearest.curve.x[nearest.i])}`));
     for (const { curve, i } of at) tip.append(row(curve.colour, curve.label, number(curve.y[i]) + interval(curve.y_interval, i)));
+    for (const one of meta.beyond || []) tip.append(row(one.colour, one.label, one.text));
     for (const level of meta.levels) tip.append(row(level.colour, level.label, number(level.y)));
     place(svg, x, y0);
   }
@@ -110,5 +111,16 @@
     const [x0, y0, x1, y1] = meta.box;
     if (meta.scatter) showPoint(figure.querySelector("svg"), meta, x0 + share * (x1 - x0), (y0 + y1) / 2);
     else showCurves(figure.querySelector("svg"), meta);
+  });
+
+  /* A legend's entry hides its curves in the figures of its section. */
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest ? event.target.closest("[data-curve]") : null;
+    if (!button) return;
+    const shown = button.getAttribute("aria-pressed") !== "true";
+    button.setAttribute("aria-pressed", shown);
+    for (const part of button.closest("section").querySelectorAll(`[id^="curve-${button.dataset.curve}"]`)) {
+      if (part.id === `curve-${button.dataset.curve}`) part.style.display = shown ? "" : "none";
+    }
   });
 }

@@ -36,7 +36,7 @@ if (explorer) {
     } };
     if (inList) Object.assign(keys, { ArrowDown: () => move(1), ArrowUp: () => move(-1), Home: () => move(-Infinity), End: () => move(Infinity) });
     if (event.key === "Enter" && cursor >= 0 && found.length && !event.target.closest("a, button, summary")) {
-      keys.Enter = () => open(recordOf(view.variant).columns.index[found[cursor]]);
+      keys.Enter = () => open(table.columns.index[found[cursor]]);
     }
     const act = keys[event.key];
     if (!act) return;

@@ -1,16 +1,16 @@
-"""What each figure shows: curves of training and of sparse probing, frontiers, histograms. No drawing, no files.
+"""What each figure shows: curves of training and of sparse probing, histograms. No drawing, no files.
 
 An arm of several seeds is shown as their mean, with its 95% interval.
 """
 
 import math
-import re
 from typing import Any
 
 import numpy as np
 
-from hafs_evaluate.report.figures import LLM_LABELS, Panel, Series
-from hafs_evaluate.results.arms import GROUP_ARMS, estimate
+from hafs_evaluate.report.figures.shapes import Panel, Series
+from hafs_evaluate.report.figures.styles import LLM_LABELS
+from hafs_evaluate.results.arms import estimate
 from hafs_evaluate.results.probing_means import mean_probing, top_k
 
 POINTS = 240  # of a curve; more cannot be told apart at the page's width
@@ -22,7 +22,7 @@ TRAINING: tuple[tuple[str, str, str, bool, tuple[float | None, float | None]], .
     ("loss", "Loss", "loss (FVU units)", True, (None, None)),
     ("fvu_ema", "FVU", "FVU (EMA of the batches)", True, (None, None)),
     ("l0", "L0", "active latents a token", True, (0, None)),
-    ("dead_fraction", "Dead latents", "share of latents", False, (0, None)),
+    ("dead_fraction", "Dead in training", "share silent on the last rows", False, (0, None)),
     ("coherence_mean", "Mean coherence", "mean nearest cosine", False, (0, None)),
     ("coherence_max", "Max coherence", "largest cosine", False, (0, 1.02)),
     ("alpha", "alpha", "tolerance of sharing", False, (-0.03, 1.03)),
@@ -30,13 +30,6 @@ TRAINING: tuple[tuple[str, str, str, bool, tuple[float | None, float | None]], .
     ("penalty", "Penalty O", "O (before lambda)", False, (0, None)),
 )
 LEAST_TOP = {"l0": 1.0, "dead_fraction": 0.02, "lambda": 1.0}  # so that a constant 0 lies at the foot
-
-# key, title, measure of x, unit of x, measure of y, unit of y, logarithmic x
-FRONTIERS = (
-    ("fvu-absorption", "FVU and absorption", "fvu", "held-out FVU", "absorption_fraction", "absorbed share", False),
-    ("fvu-hole", "FVU and the worst-child hole", "fvu", "held-out FVU", "hole", "hole (difference of recalls)", False),
-    ("fvu-l0", "L0 and FVU", "l0", "L0: active latents a token", "fvu", "held-out FVU", True),
-)
 
 Lines = dict[str, list[dict[str, Any]]]  # {variant: its logged lines}
 Arrays = dict[str, list[np.ndarray]]  # {arm: an array over latents for each seed}
@@ -63,7 +56,19 @@ def training_panels(lines: Lines, results: dict[str, Any], names: list[str], pre
             high = max(1.05 * max(values), LEAST_TOP[key])
         levels = _taus(results, names) if key == "fvu_ema" else []
         x_label = "training tokens (millions)"
-        panels.append(Panel(prefix + key, title, x_label, unit, series, levels, y_log=is_log, y_limits=(low, high)))
+        panels.append(
+            Panel(
+                prefix + key,
+                title,
+                x_label,
+                unit,
+                series,
+                levels,
+                y_log=is_log,
+                y_limits=(low, high),
+                end_values=key == "fvu_ema",
+            )
+        )
     return panels
 
 
@@ -171,60 +176,6 @@ def _probing_panel(
         x_ticks=[(float(k), str(k)) for k in sorted(ks)],
         y_limits=(floor - 0.01, 1.01),
     )
-
-
-def frontier_panels(results: dict[str, Any]) -> list[Panel]:
-    """A panel for each frontier and architecture, with a point for each arm and a line through an arm's L0 levels.
-
-    Few arms share one panel. A frontier is left out where fewer than two arms have its figures, and an architecture
-    where none has.
-    """
-    arms = results["arms"]
-    few = len(arms) <= GROUP_ARMS
-    architectures = [""] if few else list(dict.fromkeys(arm["architecture"] for arm in arms.values()))
-    panels = []
-    for key, title, x, x_label, y, y_label, x_log in FRONTIERS:
-        known = {name: arm for name, arm in arms.items() if x in arm["measures"] and y in arm["measures"]}
-        if len(known) < 2:
-            continue
-        for architecture in architectures:
-            own = {name: arm for name, arm in known.items() if few or arm["architecture"] == architecture}
-            if not own:
-                continue
-            by_line: dict[tuple[str, ...], list[str]] = {}
-            for name, arm in own.items():
-                by_line.setdefault((arm["architecture"], arm["variant"], arm["tag"]), []).append(name)
-            series = [_series(arms, names, x, y) for names in by_line.values()]
-            shown = f"{title}: {architecture}" if len(architectures) > 1 else title
-            levels = sorted({arm["k"] for arm in own.values() if arm["k"] is not None})
-            wide = x_log and max(arm["measures"][x]["mean"] for arm in own.values()) > 1.5 * min(
-                arm["measures"][x]["mean"] for arm in own.values()
-            )
-            ticks = [(float(level), f"{level:g}") for level in levels] if wide else None
-            name = f"{key}-{re.sub(r'[^a-z0-9]+', '-', architecture.lower())}".rstrip("-")
-            panels.append(Panel(name, shown, x_label, y_label, series, x_log=wide, x_ticks=ticks, scatter=True))
-    return panels
-
-
-def _series(arms: dict[str, dict[str, Any]], names: list[str], x: str, y: str) -> Series:
-    names = sorted(names, key=lambda name: arms[name]["k"] or 0)
-    found = [(arms[name]["measures"][x], arms[name]["measures"][y]) for name in names]
-    first = arms[names[0]]
-    label = names[0] if len(arms) <= GROUP_ARMS else first["variant"] + (f" ({first['tag']})" if first["tag"] else "")
-    return Series(
-        names[0],
-        label,
-        [one["mean"] for one, _ in found],
-        [other["mean"] for _, other in found],
-        x_interval=([one["low"] for one, _ in found], [one["high"] for one, _ in found]),
-        y_interval=([other["low"] for _, other in found], [other["high"] for _, other in found]),
-        notes=[_note(arms[name]) for name in names],
-    )
-
-
-def _note(arm: dict[str, Any]) -> str:
-    n = len(arm["seeds"])
-    return f"k = {arm['k']:g}, {n} seed{'' if n == 1 else 's'}" if arm["k"] is not None else f"{n} seeds"
 
 
 def latent_panels(latents: dict[str, list[dict[str, Any]]], prefix: str = "") -> list[Panel]:
