@@ -38,6 +38,16 @@ PAIRS = (  # (what, its architecture, against whom, its architecture)
 )
 
 
+WORLD_ARMS = {  # (section of docs/results.md, arm): (its name here, whose style it has)
+    ("batchtopk", "baseline"): ("baseline", "baseline"),
+    ("batchtopk", "ortsae 1"): ("ortsae, 1", "ortsae"),
+    ("batchtopk", "strict 0.3"): ("strict, 0.3", "strict"),
+    ("batchtopk", "adaptive 3"): ("adaptive, 3", "adaptive"),
+    ("batchtopk", "yield"): ("adaptive, 3, the rarer latent turns", "yielding"),
+    ("matryoshka", "baseline"): ("Matryoshka", "baseline"),
+}
+
+
 def means(layer: str) -> pandas.Series:
     """The mean over properties of each measure, by architecture, variant, measure and seed."""
     table = pandas.read_parquet(HERE / layer / "results.parquet")
@@ -59,7 +69,7 @@ def frontiers(found: dict[str, pandas.Series]) -> Figure:
     figure = Figure(figsize=(10.5, 3.7), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(found)))
     for axes, (layer, values) in zip(panels, found.items(), strict=True):
-        for architecture in ARCHITECTURES:
+        for architecture in _trained(values):
             for variant in ARMS:
                 fvu, top = values[architecture, variant, "fvu"], values[architecture, variant, "transfer_top_1"]
                 style = STYLES[variant]
@@ -71,18 +81,18 @@ def frontiers(found: dict[str, pandas.Series]) -> Figure:
         axes.set_xlabel("FVU on held-out rows")
         _plain(axes)
     panels[0].set_ylabel("top-1 balanced accuracy\non unseen words")
-    handles, names = panels[0].get_legend_handles_labels()
+    handles, names = max((axes.get_legend_handles_labels() for axes in panels), key=lambda pair: len(pair[0]))
     figure.legend(handles, names, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     return figure
 
 
 def differences(found: dict[str, pandas.Series]) -> Figure:
     """The differences of `PAIRS` with intervals: a panel for each measure, a row for each layer and pair."""
-    figure = Figure(figsize=(10.5, 0.42 * len(found) * len(PAIRS) + 1), layout="constrained")
+    rows = [(layer, *pair) for layer, values in found.items() for pair in _known(values)]
+    figure = Figure(figsize=(10.5, 0.4 * len(rows) + 1), layout="constrained")
     panels = figure.subplots(1, len(MEASURES), sharey=True)
     names = []
-    for row, (layer, pair) in enumerate((layer, pair) for layer in found for pair in PAIRS):
-        variant, architecture, other, others = pair
+    for row, (layer, variant, architecture, other, others) in enumerate(rows):
         names.append(f"{LAYERS[layer].split(',')[0]}: {label(variant, architecture)} - {label(other, others)}")
         for axes, measure in zip(panels, MEASURES, strict=True):
             values = found[layer]
@@ -94,8 +104,9 @@ def differences(found: dict[str, pandas.Series]) -> Figure:
         axes.axvline(0, color=MUTED, linewidth=0.8)
         axes.set_title(title, fontsize=10)
         _plain(axes)
-        for row in range(len(PAIRS), len(names), len(PAIRS)):
-            axes.axhline(row - 0.5, color=MUTED, linewidth=0.4)
+        for row in range(1, len(rows)):
+            if rows[row][0] != rows[row - 1][0]:
+                axes.axhline(row - 0.5, color=MUTED, linewidth=0.4)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     return figure
@@ -140,22 +151,66 @@ def forms() -> Figure:
     return figure
 
 
+def worlds() -> Figure:
+    """On the synthetic worlds, whose features are known: FVU against F1 and root absorption, from docs/results.md."""
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    panels = figure.subplots(1, 4)
+    places = [(world, column) for world in (0, 1) for column in (2, 3)]
+    for section, is_filled in (("batchtopk", True), ("matryoshka", False)):
+        for arm, cells in _true_scores(section).items():
+            name, variant = WORLD_ARMS.get((section, arm), ("", ""))
+            if not name:
+                continue
+            style = STYLES[variant]
+            marks = {"marker": style.marker, "color": style.colour, "linestyle": "", "markersize": 8}
+            for axes, (world, column) in zip(panels, places, strict=True):
+                fill = style.colour if is_filled else "none"
+                axes.plot(cells[world][0], cells[world][column], markerfacecolor=fill, label=name, **marks)
+    for axes, (world, column) in zip(panels, places, strict=True):
+        axes.set_title(f"toy-{world + 1}: {'root absorption' if column == 3 else 'F1'}", fontsize=10)
+        axes.set_xlabel("FVU on held-out rows")
+        axes.margins(0.12)
+        _plain(axes)
+    handles, names = panels[0].get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    figure.legend(unique.values(), unique, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _true_scores(section: str) -> dict[str, list[list[float]]]:
+    """{arm: for each world [FVU, MCC, F1, root absorption, absorption, dead]} of one section of docs/results.md."""
+    text = (HERE.parent / "results.md").read_text(encoding="utf-8").split(f"## {section}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("| ") and "±" in line]
+    return {
+        arm.strip(): [[float(part.split("±")[0]) for part in cell.split("/")] for cell in cells] for arm, *cells in rows
+    }
+
+
 def print_tables(found: dict[str, pandas.Series]) -> None:
     for layer, values in found.items():
         print(f"\n{LAYERS[layer]}\n\n| arm | {' | '.join(MEASURES.values())} | L0 |\n|{'---|' * (len(MEASURES) + 2)}")
-        for architecture in ARCHITECTURES:
+        for architecture in _trained(values):
             for variant in ARMS:
                 own = [values[architecture, variant, name].mean() for name in MEASURES]
                 l0 = values[architecture, variant, "l0"].mean()
                 cells = " | ".join(f"{value:.3f}" for value in own)
                 print(f"| {label(variant, architecture)} | {cells} | {l0:.1f} |")
         print(f"\n| | {' | '.join(MEASURES.values())} |\n|{'---|' * (len(MEASURES) + 1)}")
-        for variant, architecture, other, others in PAIRS:
+        for variant, architecture, other, others in _known(values):
             cells = []
             for name in MEASURES:
                 mean, half = difference(values[architecture, variant, name], values[others, other, name])
                 cells.append(f"{mean:+.3f} ± {half:.3f}")
             print(f"| {label(variant, architecture)} - {label(other, others)} | {' | '.join(cells)} |")
+
+
+def _trained(values: pandas.Series) -> list[str]:
+    """The architectures of one layer's experiment."""
+    return [name for name in ARCHITECTURES if name in values.index.get_level_values("architecture")]
+
+
+def _known(values: pandas.Series) -> list[tuple[str, str, str, str]]:
+    return [pair for pair in PAIRS if {pair[1], pair[3]} <= set(_trained(values))]
 
 
 def _plain(axes: Axes) -> None:
@@ -168,7 +223,12 @@ def main() -> None:
     found = {layer: means(layer) for layer in LAYERS if (HERE / layer / "results.parquet").exists()}
     folder = HERE / "figures"
     folder.mkdir(exist_ok=True)
-    for name, figure in (("frontiers", frontiers(found)), ("differences", differences(found)), ("forms", forms())):
+    for name, figure in (
+        ("frontiers", frontiers(found)),
+        ("differences", differences(found)),
+        ("forms", forms()),
+        ("worlds", worlds()),
+    ):
         figure.savefig(folder / f"{name}.png", dpi=130)
     print_tables(found)
 
