@@ -28,6 +28,7 @@ from hafs_jax.store.manifest import Manifest
 
 LEAST_PARAMETERS = 1_000_000_000  # of the language model
 LEAST_LATENTS = 16_000  # of the dictionary
+KEPT_LATENTS = 16_384  # of a dictionary whose latents are kept for all words (3.3 GB of them), not encoded again 310 times
 
 
 def validity(parameters: int, latents: int) -> tuple[bool, str]:
@@ -61,7 +62,9 @@ def first_letter(
         from sae_bench.evals.absorption import main
         from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 
-        config = AbsorptionEvalConfig(**({"model_name": manifest.model.name, "llm_dtype": "float32"} | (changes or {})))
+        keep = sae.W_dec.shape[0] <= KEPT_LATENTS
+        own = {"model_name": manifest.model.name, "llm_dtype": "float32", "precalc_k_sparse_probe_sae_acts": keep}
+        config = AbsorptionEvalConfig(**(own | (changes or {})))
         main.run_eval(config, [(unique_name, sae)], str(model.device), str(folder / "output"), force_rerun=False)
         found = list((folder / "output").glob(f"{unique_name}_*_eval_results.json"))
         result = read_output(folder / "output", unique_name) if found else None
