@@ -13,14 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from hafs_evaluate.report.figures import INK, MUTED, STYLES
+from hafs_evaluate.report.figures.styles import INK, MUTED, STYLES
 
 HERE = Path(__file__).parent
 LAYERS = {
     "layer3": "block 3, F = 8 D, L0 32",
     "layer8": "block 8, F = 4 D, L0 40",
-    "layer20": "block 20, F = 4 D, L0 40",
 }
+CONTROL = "baseline, higher k"  # whose held-out L0 is that of yielding
 ARMS = ("baseline", "ortsae", "yielding")
 ARCHITECTURES = {"batchtopk": "BatchTopK", "matryoshka": "Matryoshka"}
 MEASURES = {
@@ -32,6 +32,7 @@ MEASURES = {
 }
 PAIRS = (  # (what, its architecture, against whom, its architecture)
     ("yielding", "batchtopk", "baseline", "batchtopk"),
+    ("yielding", "batchtopk", CONTROL, "batchtopk"),
     ("yielding", "batchtopk", "ortsae", "batchtopk"),
     ("yielding", "batchtopk", "baseline", "matryoshka"),
     ("yielding", "matryoshka", "baseline", "matryoshka"),
@@ -51,6 +52,7 @@ WORLD_ARMS = {  # (section of docs/results.md, arm): (its name here, whose style
 def means(layer: str) -> pandas.Series:
     """The mean over properties of each measure, by architecture, variant, measure and seed."""
     table = pandas.read_parquet(HERE / layer / "results.parquet")
+    table.loc[table.k > table.k.min(), "variant"] = CONTROL
     return table.groupby(["architecture", "variant", "measure", "seed"]).value.mean()
 
 
@@ -190,7 +192,7 @@ def print_tables(found: dict[str, pandas.Series]) -> None:
     for layer, values in found.items():
         print(f"\n{LAYERS[layer]}\n\n| arm | {' | '.join(MEASURES.values())} | L0 |\n|{'---|' * (len(MEASURES) + 2)}")
         for architecture in _trained(values):
-            for variant in ARMS:
+            for variant in (*ARMS, CONTROL)[: 4 if architecture == "batchtopk" else 3]:
                 own = [values[architecture, variant, name].mean() for name in MEASURES]
                 l0 = values[architecture, variant, "l0"].mean()
                 cells = " | ".join(f"{value:.3f}" for value in own)
