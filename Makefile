@@ -38,7 +38,18 @@ PIP     = $(PY) -m pip install --quiet --disable-pip-version-check -c constraint
 # On busy cores OpenMP threads that spin while they wait cost more than they save.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# What there is of $(1), with its size, is removed once someone has agreed. Nobody can where there is no terminal.
+define remove
+found=$$(ls -d $(1) 2>/dev/null); test -n "$$found" || { echo "nothing to remove: no $(1)"; exit 0; }; \
+du -sh $$found; \
+if test "$(CONFIRM)" = yes; then answer=y; \
+elif test -t 0; then printf 'remove this? [y/N] '; read answer; \
+else echo "nothing is removed: there is no terminal to ask at; give CONFIRM=yes" >&2; exit 2; fi; \
+case $$answer in y|Y|yes) rm -rf $$found;; *) echo "nothing is removed";; esac
+endef
+
 .PHONY: help setup constraints demo test lint docs extract train sweep synth eval experiment report explore bench bench-quick clean
+.PHONY: distclean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
@@ -55,6 +66,7 @@ help:  ## show this list
 	@echo "  WORLD       The synthetic world of make synth. [toy-0]"
 	@echo "  EXPERIMENT  The file of make experiment. [experiments/reduced.toml]"
 	@echo "  ACCEL       What make setup installs JAX and torch for: cpu, cuda12, cuda13, or auto, which asks the NVIDIA driver. [auto]"
+	@echo "  CONFIRM     yes: make clean and make distclean remove without asking. [ask]"
 	@echo "  ARGS        Flags for the command behind a target; make train ARGS=--help lists them. [none]"
 
 setup: $(STAMP)  ## create the environment in .venv; does nothing when up to date
@@ -122,5 +134,8 @@ bench: setup  ## all benchmarks: against other libraries and the machine's limit
 bench-quick: setup  ## a few of them at fewer sizes, in minutes, into $(OUT)/bench.json
 	$(PY) -m benchmarks --quick --write $(OUT)/bench.json $(ARGS)
 
-clean:  ## remove $(OUT) and the environment
-	rm -rf $(OUT) $(VENV)
+clean:  ## remove $(OUT): stores, runs, evaluations, reports; asks first (without a terminal: CONFIRM=yes)
+	@$(call remove,$(OUT))
+
+distclean:  ## remove $(OUT) and the environment $(VENV); asks first (without a terminal: CONFIRM=yes)
+	@$(call remove,$(OUT) $(VENV))
