@@ -135,17 +135,11 @@ class TreeProbing:
         kept = []
         for tree in self.trees:
             texts = labelled_texts(tree, trained_on)
-            if texts.dropped:
-                names = ", ".join(path or "background" for path in texts.dropped)
-                self.say(
-                    f"tree {tree.name}: {len(texts.dropped)} leaves have too few texts outside the training documents:"
-                    f" {names}"
-                )
-            if len(texts.leaves) < 2:
-                self.say(
-                    f"tree {tree.name}: skipped, under two leaves are left; extract with a larger heldout_fraction"
-                )
-            else:
+            left = len(texts.leaves)
+            if texts.dropped or left < 2:  # the result names the leaves
+                said = f"tree {tree.name}: {left} of {left + len(texts.dropped)} leaves have enough held-out texts"
+                self.say(said + ("; skipped" if left < 2 else ""))
+            if left >= 2:
                 kept.append(texts)
         if not kept:
             raise UserError("no label tree has two leaves outside the training documents; --skip hierarchy")

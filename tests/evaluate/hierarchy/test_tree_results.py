@@ -80,4 +80,4 @@ def test_a_tree_with_nothing_left_is_skipped_and_said(workspace, tmp_path, caplo
         UserError, match="no label tree has two leaves outside the training documents; --skip hierarchy"
     ):
         run(workspace, skip=SKIP)
-    assert "tree words: skipped, under two leaves are left" in caplog.text
+    assert "leaves have enough held-out texts; skipped" in caplog.text
