@@ -14,7 +14,7 @@ from tqdm import tqdm
 from benchmarks.harness import Row, device, show, write_table
 from hafs_jax.base.errors import one_line_errors
 from hafs_jax.base.files import write_text
-from hafs_jax.base.options import Parser
+from hafs_jax.base.flags import Parser
 
 SUITES = (
     "limits",

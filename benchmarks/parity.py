@@ -45,7 +45,7 @@ from sae_lens import SAE
 from benchmarks import peers
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.files import write_text
-from hafs_jax.base.options import Parser
+from hafs_jax.base.flags import Parser
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.matryoshka import fixed_ends
 from hafs_jax.presets import preset, with_fields

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hafs_jax import load, preset, train, with_fields, write_array_store
+from hafs_jax import load, preset, train
 
 
 def planted(rows: int = 60_000, d_model: int = 32, features: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -35,12 +35,11 @@ def main() -> None:
     else:
         acts, directions = planted()
     folder = Path(tempfile.mkdtemp())
-    stores = write_array_store(folder, acts, name="example")  # shuffled, with a held-out part
 
     # A preset is a whole config, for a variant and an architecture. Every field of it can be replaced.
     size = {"tokens": 400_000, "batch_size": 256, "sae": {"n_latents": 2 * acts.shape[-1], "k": 4}}
-    baseline = train(with_fields(preset("baseline", "batchtopk"), size), stores["train"], folder / "runs")
-    adaptive = train(with_fields(preset("adaptive", "batchtopk"), size), stores["train"], folder / "runs")
+    baseline = train(preset("baseline", "batchtopk", **size), acts, folder)  # shuffled, with a held-out part
+    adaptive = train(preset("adaptive", "batchtopk", **size), acts, folder)
 
     for run in (baseline, adaptive):
         sae = load(run.folder)

@@ -1,12 +1,12 @@
 """Training sparse autoencoders on stores of activations in JAX, with hierarchical adaptive feature sharing (HAFS).
 
     from hafs_jax import load, preset, train
-    run = train(preset("baseline", "matryoshka"), store_folder, runs_folder)
+    run = train(preset("baseline", "matryoshka"), acts)  # an array, a file, a store, or an iterator of batches
     sae = load(run.folder)
     latents = sae.encode(acts)
 
 The names below are imported when they are first used: `import hafs_jax` brings no JAX. The library logs to the logger
-"hafs_jax" and prints nothing: `logging.basicConfig(level=logging.INFO)` shows its notes.
+"hafs_jax" and prints nothing: `logging.basicConfig(level=logging.INFO)` shows its notes. Python shows its warnings.
 """
 
 import importlib

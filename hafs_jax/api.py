@@ -13,22 +13,24 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.tensors import check_dtype, host_array
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.architectures import ARCHITECTURES, OperatingPoint
 from hafs_jax.method.sae import SAE, InputScale
 from hafs_jax.ops.devices import check_devices
 from hafs_jax.ops.products import Params
-from hafs_jax.runs import Run
-from hafs_jax.saelens_format import fold
+from hafs_jax.presets import preset, with_fields
+from hafs_jax.runs import Run, is_run
+from hafs_jax.saelens_files import CFG
+from hafs_jax.saelens_format import fold, read_saelens
+from hafs_jax.sources import sae_folder
 from hafs_jax.training.checkpoint import load_checkpoint
-
-_NUMBERS = ("float", "bfloat", "int", "uint")  # how the names of the dtypes begin that are taken
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("params", "scale", "scaled_threshold"),
-    meta_fields=("config",),
+    meta_fields=("config", "source"),
 )
 @dataclass(frozen=True, eq=False, repr=False)
 class TrainedSAE:
@@ -47,11 +49,13 @@ class TrainedSAE:
     params: Params
     scale: InputScale
     scaled_threshold: Float[Array, ""]
+    source: str = ""  # of an SAE that was read from a SAELens folder: which
 
     def __repr__(self) -> str:
-        sae, name = self.config.sae, self.config.run_name
+        sae, name = self.config.sae, self.source or self.config.run_name
         width = f"D={self.d_model}" + (f", D_out={self.d_out}" if sae.transcode else "")
-        return f"TrainedSAE({name}: {sae.architecture}, {width}, F={self.n_latents}, k={sae.k})"
+        k = f", k={sae.k}" if not self.source or sae.architecture == "topk" else ""  # else nobody knows it
+        return f"TrainedSAE({name}: {sae.architecture}, {width}, F={self.n_latents}{k})"
 
     @property
     def d_model(self) -> int:
@@ -122,23 +126,56 @@ class TrainedSAE:
         return fold(self.params, self.scale, self.scaled_threshold)
 
 
-def load(run_folder: Path | str, which: str = "last", k: int | None = None) -> TrainedSAE:
-    """The SAE of a run: its `last` checkpoint, or the `best` on held-out rows.
+def load(source: Path | str, which: str = "last", k: int | None = None) -> TrainedSAE:
+    """The SAE of a run's folder or a SAELens folder; of the hub ("hub:USER/REPO/NAME") or a SAELens release
+    ("release:RELEASE/ID"), see `hafs_jax.sources`.
+
+    Of a run, `which` says the `last` checkpoint, or the `best` on held-out rows. A SAELens folder may hold any
+    architecture and setting that one of ours equals: standard, topk, jumprelu, gated, and transcoders of these. Its
+    latents are SAELens's.
 
     `k` is the number of active latents per row, from 1 to the config's (None: the config's). hierarchical_topk is
-    trained for several; topk takes a smaller one too. Raises `UserError` where the folder holds no such checkpoint, and
-    for a k that the architecture cannot have.
+    trained for several; topk takes a smaller one too. Raises `UserError` where there is no such SAE or checkpoint, for
+    one that no architecture of ours equals, and for a k that the architecture cannot have.
     """
     if which not in ("last", "best"):
         raise UserError(f"which={which!r}: expected last or best")
     check_devices()
-    run = Run(Path(run_folder))
+    folder = sae_folder(source)
+    if (folder / CFG).exists() and not is_run(folder):
+        if which == "best":
+            raise UserError(f"which='best': expected a run, found a SAELens folder at {folder}, which holds one SAE")
+        return _of_saelens(folder, k, str(source))
+    if folder.is_dir() and not is_run(folder):
+        raise UserError(f"{folder}: expected a run's config.json or a SAELens folder's {CFG}, found neither")
+    run = Run(folder)
     config, (d_model, d_out) = run.config(), run.widths()
     state, scale = load_checkpoint(run.best if which == "best" else run.checkpoints, config, d_model, d_out)
     threshold = state.threshold(config.sparsity.threshold_decay)
     if k is not None:
         config = _with_k(config, k, run.folder)
     return TrainedSAE(config, state.weights(), scale, threshold)
+
+
+def _of_saelens(folder: Path, k: int | None, source: str) -> TrainedSAE:
+    """The SAE of a SAELens folder. It takes raw activations already: its scale is 1, its mean 0."""
+    weights, cfg = read_saelens(folder)
+    kind, (D, F) = cfg["architecture"], weights["W_enc"].shape
+    forms = {name: form for name, architecture in ARCHITECTURES.items() if (form := architecture.saelens) is not None}
+    names = [name for name, form in forms.items() if kind in (form.sae, form.transcoder) and not form.repeats_threshold]
+    if not names:  # a format that is read, and that a plugin has taken the architecture of
+        raise UserError(f"{folder / CFG}: no architecture of ours computes what SAELens's {kind!r} does")
+    transcode, d_out = "transcoder" in kind, weights["W_dec"].shape[1]
+    metadata_k = (cfg.get("metadata") or {}).get("k")
+    chosen = cfg.get("k") or (metadata_k if isinstance(metadata_k, int) and 1 <= metadata_k <= F else 1)
+    fields = {"n_latents": F, "k": chosen, "transcode": transcode}
+    config = with_fields(preset("baseline", names[0]), {"sae": fields})
+    params = {name: jnp.asarray(value) for name, value in weights.items()}
+    target = InputScale(jnp.zeros(d_out), jnp.float32(1), jnp.float32(d_out)) if transcode else None
+    scale = InputScale(jnp.zeros(D), jnp.float32(1), jnp.float32(D), target)
+    if k is not None:
+        config = _with_k(config, k, folder)
+    return TrainedSAE(config, params, scale, jnp.float32(0), source.rstrip("/"))
 
 
 def _with_k(config: TrainConfig, k: int, where: Path) -> TrainConfig:
@@ -167,39 +204,15 @@ def _by_row(function: Callable[[Array], Array], values: Any, width: int, what: s
 def _float_array(values: Any, what: str) -> Array:
     """The values in float32; `UserError` where they are no finite numbers. Those of a traced array are not known."""
     if isinstance(values, jax.Array):
-        _check_dtype(values.dtype, what)
+        check_dtype(values.dtype, what)
         array = values.astype(jnp.float32)
         is_finite = isinstance(array, jax.core.Tracer) or bool(jnp.isfinite(array).all())
     else:
-        host = _host_array(values, what)
+        host = host_array(values, what)
         is_finite, array = bool(np.isfinite(host).all()), jnp.asarray(host)
     if not is_finite:
         raise UserError(f"expected {what}, found values that are not finite in float32; leave such rows out")
     return array
-
-
-def _host_array(values: Any, what: str) -> np.ndarray:
-    """Any other array, tensor or list in float32 in main memory. Tensors are known by what they can do: no torch."""
-    if isinstance(values, (list, tuple)):
-        values = [_host_array(part, what) if hasattr(part, "shape") else part for part in values]
-    try:
-        if callable(getattr(values, "detach", None)):
-            _check_dtype(values.dtype, what)
-            dense = values.to_dense() if getattr(values, "is_sparse", False) else values
-            values = dense.detach().float().cpu().numpy()  # numpy has no bfloat16
-        array = np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:  # a ragged list, a tensor without values
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"expected {what}, found a {type(values).__name__} that is no array ({reason})") from None
-    _check_dtype(array.dtype, what)
-    with np.errstate(over="ignore"):  # a float64 that is too large becomes infinity, which is refused
-        return array.astype(np.float32)
-
-
-def _check_dtype(dtype: Any, what: str) -> None:
-    name = str(dtype).removeprefix("torch.")
-    if not name.startswith(_NUMBERS):
-        raise UserError(f"expected {what}, found values of dtype {name}; convert them to float32")
 
 
 @functools.partial(jax.jit, static_argnames="config")

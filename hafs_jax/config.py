@@ -4,8 +4,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.base.options import check, option
+
+ALIASES = {
+    "k": "sae.k",
+    "l1": "sparsity.coefficient",
+    "lam": "penalty.lam_max",
+    "lr": "optimizer.learning_rate",
+    "tau": "penalty.tau",
+}
+"""Short names of fields: in Python (`hafs_jax.with_fields`), as flags and as axes of a sweep's grid."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -17,11 +26,12 @@ def _require_knots(name: str, fractions: tuple[float, ...], values: tuple[float,
     """Raises `UserError` unless the fractions rise from 0 to 1 and there is one value for each."""
     _require(
         len(fractions) == len(values) >= 2 and list(fractions) == sorted(set(fractions)),
-        f"{name}_fractions={fractions}: expected rising fractions, one for each of {name}_values={values}",
+        f"{arg(name + '_fractions', fractions)}: expected rising fractions, one for each of "
+        f"{arg(name + '_values', values)}",
     )
     _require(
         fractions[0] == 0 and fractions[-1] == 1,
-        f"{name}_fractions={fractions}: expected the first to be 0 and the last to be 1",
+        f"{arg(name + '_fractions', fractions)}: expected the first to be 0 and the last to be 1",
     )
 
 
@@ -116,15 +126,18 @@ class SAEConfig:
     def __post_init__(self) -> None:
         check(self, "sae.")
         F = self.n_latents
-        _require(F is None or self.k <= F, f"sae.k={self.k}: expected at most n_latents={F}")
+        _require(
+            F is None or self.k <= F,
+            f"{arg('sae.k', self.k)}: expected at most {arg('sae.n_latents', F)}",
+        )
         _require_knots("sae.k", self.k_fractions, self.k_values)
         _require(
             self.prefixes[-1:] == (1.0,) and list(self.prefixes) == sorted(set(self.prefixes)),
-            f"sae.prefixes={self.prefixes}: expected rising fractions of F, the last of them 1",
+            f"{arg('sae.prefixes', self.prefixes)}: expected rising fractions of F, the last of them 1",
         )
         _require(
             self.budgets[-1:] == (1.0,) and list(self.budgets) == sorted(set(self.budgets)),
-            f"sae.budgets={self.budgets}: expected rising fractions of k, the last of them 1",
+            f"{arg('sae.budgets', self.budgets)}: expected rising fractions of k, the last of them 1",
         )
 
 
@@ -204,7 +217,8 @@ class PenaltyConfig:
         check(self, "penalty.")
         _require_knots("penalty.alpha", self.alpha_fractions, self.alpha_values)
         _require(
-            self.lam_min <= self.lam_max, f"penalty.lam_min={self.lam_min}: expected at most lam_max={self.lam_max}"
+            self.lam_min <= self.lam_max,
+            f"{arg('penalty.lam_min', self.lam_min)}: expected at most {arg('penalty.lam_max', self.lam_max)}",
         )
 
 
@@ -292,8 +306,8 @@ class OptimizerConfig:
         check(self, "optimizer.")
         _require(
             self.warmup + self.decay <= 1,
-            f"optimizer.warmup={self.warmup} and optimizer.decay={self.decay}: expected fractions that add up to at "
-            "most 1",
+            f"{arg('optimizer.warmup', self.warmup)} and {arg('optimizer.decay', self.decay)}: expected "
+            "fractions that add up to at most 1",
         )
 
 
@@ -374,17 +388,17 @@ class TrainConfig:
         check(self)
         _require(
             self.patience is None or self.evaluate_every_steps > 0,
-            f"patience={self.patience}: expected evaluate_every_steps above 0, found 0; patience counts the held-out "
-            "measurements",
+            f"{arg('patience', self.patience)}: expected {arg('evaluate_every_steps')} above 0, found 0; "
+            "patience counts the held-out measurements",
         )
         _require(
             re.fullmatch(r"[\w.,=+-]*", self.tag) is not None,
-            f"tag={self.tag!r}: expected letters, digits and any of _ . , = + -",
+            f"{arg('tag', self.tag)}: expected letters, digits and any of _ . , = + -",
         )
-        _require(self.arm.isprintable(), f"arm={self.arm!r}: expected one line of text")
+        _require(self.arm.isprintable(), f"{arg('arm', self.arm)}: expected one line of text")
         _require(
             self.tokens is None or self.tokens >= self.batch_size,
-            f"tokens={self.tokens}: expected at least one batch ({self.batch_size})",
+            f"{arg('tokens', self.tokens)}: expected at least one batch, {arg('batch_size', self.batch_size)}",
         )
 
     @property

@@ -4,15 +4,14 @@ A variant says which penalty acts on the decoder. An architecture says what kind
 works. A new one is one line here, or a call of `hafs_jax.register_variant` or `hafs_jax.register_architecture`.
 """
 
-import dataclasses
 from typing import Any
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.options import did_you_mean
-from hafs_jax.config import TrainConfig
+from hafs_jax.base.options import did_you_mean, replace_fields
+from hafs_jax.config import ALIASES, TrainConfig
 
 Fields = dict[str, Any]
-"""Name of a field of TrainConfig -> its value; for a part, such as `penalty`, the fields of that part."""
+"""Name of a field of TrainConfig -> its value, as `with_fields` takes it."""
 
 VARIANTS: dict[str, Fields] = {
     "baseline": {},
@@ -53,8 +52,11 @@ ARCHITECTURES: dict[str, Fields] = {
 """What each architecture changes from the defaults."""
 
 
-def preset(variant: str = "baseline", architecture: str = "batchtopk") -> TrainConfig:
-    """The default config of a variant on an architecture. Raises `UserError` for an unknown name."""
+def preset(variant: str = "baseline", architecture: str = "batchtopk", **fields: Any) -> TrainConfig:
+    """The default config of a variant on an architecture, with `fields` replaced as `with_fields` does: `k=8`.
+
+    Raises `UserError` for an unknown name.
+    """
     if variant not in VARIANTS:
         raise UserError(f"variant {variant!r}: expected one of {', '.join(VARIANTS)}{did_you_mean(variant, VARIANTS)}")
     if architecture not in ARCHITECTURES:
@@ -64,13 +66,21 @@ def preset(variant: str = "baseline", architecture: str = "batchtopk") -> TrainC
         )
     config = TrainConfig(variant=variant)
     config = with_fields(config, {"sae": {"architecture": architecture}})
-    return with_fields(with_fields(config, ARCHITECTURES[architecture]), VARIANTS[variant])
+    config = with_fields(with_fields(config, ARCHITECTURES[architecture]), VARIANTS[variant])
+    return with_fields(config, fields)
 
 
-def with_fields(config: TrainConfig, fields: Fields) -> TrainConfig:
-    """`config` with some fields replaced, also fields of its parts. The new config is validated."""
-    changes = {
-        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
-        for name, value in fields.items()
-    }
-    return dataclasses.replace(config, **changes)
+def with_fields(config: TrainConfig, fields: Fields | None = None, **named: Any) -> TrainConfig:
+    """`config` with some fields replaced. The new config is validated.
+
+    A field of a part of the config is named by its path, by its short name in `hafs_jax.config.ALIASES`, or within a
+    mapping that stands for the part. These four are the same:
+
+        with_fields(config, k=8)
+        with_fields(config, {"k": 8})
+        with_fields(config, {"sae.k": 8})
+        with_fields(config, {"sae": {"k": 8}})
+
+    Raises `UserError` for an unknown name or a value that the field cannot have.
+    """
+    return replace_fields(config, {**(fields or {}), **named}, ALIASES)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.base.files import read_json, read_jsonl, write_figures, write_json, write_text
 from hafs_jax.base.options import did_you_mean, from_dict, to_dict
 from hafs_jax.base.places import locked
@@ -147,7 +147,7 @@ class Run:
         if missing := [name for name in names if name not in result]:
             raise UserError(
                 f"{self.result_path}: expected a finished run's summary, found none of {', '.join(missing)}; "
-                "train the run again with --force"
+                f"train the run again with {arg('force', True)}"
             )
         found = {name: result[name] for name in names} | {"name": self.name}  # it may have been renamed
         return from_dict(RunSummary, found, str(self.result_path))
@@ -230,8 +230,8 @@ class Run:
         if (difference := _first_difference(old, new)) is not None:
             path, before, after = difference
             raise UserError(
-                f"{self.folder} holds a run with {path}={before}, this one has {after}; "
-                "pass --tag NAME to keep both, --force to replace it, or choose another SEED or OUT"
+                f"{self.folder} holds a run with {path}={before}, this one has {after}; pass {arg('tag', 'NAME')} to "
+                f"keep both, {arg('force', True)} to replace it, or choose another seed or folder"
             )
         found, expected = self.store_record(), store
         if "target" in expected and found["fingerprint"] == expected["fingerprint"]:
@@ -239,7 +239,7 @@ class Run:
         if found["fingerprint"] != expected["fingerprint"]:
             raise UserError(
                 f"{self.folder} was trained on another store ({found['fingerprint']}, now "
-                f"{expected['fingerprint']}); pass --force to replace it, or choose another OUT"
+                f"{expected['fingerprint']}); pass {arg('force', True)} to replace it, or choose another folder"
             )
 
     def _from_config(self, names: set[str]) -> dict[str, Any]:
@@ -259,12 +259,35 @@ class Run:
 def all_runs(folder: Path) -> list[Run]:
     """The runs in `folder`, by name, finished or not."""
     found = [Run(path) for path in sorted(folder.glob("[!.]*")) if path.is_dir()]
-    return [run for run in found if run.config_path.exists() or run.finished()]
+    return [run for run in found if is_run(run.folder)]
 
 
 def finished_runs(folder: Path) -> list[Run]:
     """The runs in `folder` that have finished, by name."""
     return [run for run in all_runs(folder) if run.finished()]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder is a run's, finished or not."""
+    return Run(folder).config_path.exists() or Run(folder).finished()
+
+
+def find_run(name: str | Path, out: Path, profile: str = "auto") -> Run:
+    """The run whose folder `name` is, or the run of that name in `<out>/<profile>/runs`; `UserError` where none is."""
+    folder = Path(name)
+    if folder.is_dir():
+        return Run(folder)
+    if folder.name != str(name) or folder.name == "":
+        raise UserError(f"expected a run's folder at {folder}, found none")
+    try:
+        runs = profile_folder(out, profile) / "runs"
+    except UserError as error:
+        raise UserError(f"no run's folder at {folder}, nor a run of that name: {error}") from None
+    names = [run.name for run in all_runs(runs)]
+    if str(name) not in names:
+        known = ", ".join(names) if names else "none"
+        raise UserError(f"no run {str(name)!r} in {runs}{did_you_mean(name, names)}; found {known}")
+    return Run(runs / str(name))
 
 
 def store_record(folder: Path, manifest: Manifest, run: Run) -> dict[str, Any]:
@@ -293,13 +316,18 @@ def profile_folder(out: Path, profile: str) -> Path:
     if profile == "auto":
         noted = out / "auto.json"
         if not noted.exists():
-            raise UserError(f"profile auto: expected {noted}, found none; run `make extract` or name the --profile")
+            raise UserError(
+                f"profile auto: expected {noted}, found none; run `hafs extract`, or name the {arg('profile')}"
+            )
         profile = read_json(noted, "the profile that was extracted last").get("profile", "")
     folder = out / profile
     if not profile or not folder.is_dir():
         known = sorted(path.parent.name for path in out.glob("*/store"))
         found = f"found {', '.join(known)}{did_you_mean(profile, known)}" if known else "found no profile's folder"
-        raise UserError(f"profile {profile!r}: expected a folder {folder}, {found}; run `make extract PROFILE=...`")
+        raise UserError(
+            f"profile {profile!r}: expected a folder {folder}, {found}; run `hafs extract`, or name another "
+            f"{arg('profile')}"
+        )
     return folder
 
 
@@ -316,7 +344,7 @@ def baseline_tau(runs: Path, config: TrainConfig, fingerprint: str) -> tuple[flo
     run = next((run for run in found if run.finished()), found[-1])
     remedy = (
         f"{config.variant} needs tau, a predefined FVU threshold: train the baseline first "
-        f"(make train VARIANT=baseline SEED=0) or give --penalty.tau"
+        f'(`hafs train --variant baseline`, preset("baseline")) or give {arg("penalty.tau")}'
     )
     if not run.finished():
         raise UserError(f"{remedy}; found no finished run at {run.folder}")

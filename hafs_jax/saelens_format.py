@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.base.options import did_you_mean
 from hafs_jax.config import SAEConfig
 from hafs_jax.method.architectures import ARCHITECTURES
@@ -229,14 +229,18 @@ def read_start(
         ("d_sae", weights["W_enc"].shape[1], n_latents),
     ):
         if found != expected:
-            remedy = f"set --sae.n-latents {found}" if name == "d_sae" else "start from an SAE of this store's model"
+            remedy = (
+                f"set {arg('sae.n_latents', found)}" if name == "d_sae" else "start from an SAE of this store's model"
+            )
             raise UserError(f"{folder / CFG} has {name}={found}, this run needs {expected}; {remedy}")
     kind = cfg["architecture"]
     if ("transcoder" in kind) != (target is not None):
         form = "an autoencoder" if target is None else "a transcoder"
-        raise UserError(f"{folder} holds a {kind}, this run trains {form}; start from {form} or change --target")
+        raise UserError(f"{folder} holds a {kind}, this run trains {form}; start from {form} or change {arg('target')}")
     if kind == "gated" and not is_gated:
-        raise UserError(f"{folder} holds a gated SAE, which no {architecture} SAE equals; train with --arch gated")
+        raise UserError(
+            f"{folder} holds a gated SAE, which no {architecture} SAE equals; train with architecture gated"
+        )
     if kind == "topk":
         norms_F = np.linalg.norm(weights["W_dec"].astype(np.float64), axis=1)
         if norms_F.max() > norms_F.min() * (1 + _EQUAL_NORMS):

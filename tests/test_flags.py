@@ -11,7 +11,8 @@ from hafs_evaluate.cli import main as evaluate
 from hafs_extract.cli import _parser as extract_parser
 from hafs_extract.cli import main as extract
 from hafs_jax.base.options import to_dict
-from hafs_jax.commands import _parser, main
+from hafs_jax.commands import main
+from hafs_jax.commands.flags import sweep_parser, train_parser
 from hafs_jax.store.arrays import ArrayConfig
 from hafs_jax.store.reader import Store
 from hafs_jax.store.verify import verify
@@ -44,9 +45,8 @@ GRIDS = (
 
 
 def flags_of(command: str) -> list[str]:
-    parser = _parser([command])
-    groups = [action for action in parser._actions if action.choices and command in action.choices]
-    return [flag for action in groups[0].choices[command]._actions for flag in action.option_strings if flag != "-h"]
+    parser = train_parser([]) if command == "train" else sweep_parser()
+    return [flag for action in parser._actions for flag in action.option_strings if flag != "-h"]
 
 
 def outcome(run: object, arguments: list[str], capsys: pytest.CaptureFixture) -> tuple[int, list[str]]:
@@ -85,7 +85,6 @@ def test_any_flags_of_training_start_or_are_one_line(
 
     monkeypatch.setattr("hafs_jax.training.train.fit", start)
     monkeypatch.setattr("hafs_jax.training.sweeps.fit", start)
-    monkeypatch.setattr("hafs_jax.commands._use_compilation_cache", lambda: None)
     train_flags, own = flags_of("train"), flags_of(command)
     flags = [[flag for flag in group if flag not in ("--help", "--wandb", "--out")] for group in (own, train_flags)]
     codes = []

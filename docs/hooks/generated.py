@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
-from hafs_jax.base.options import Bounds, Parser
+from hafs_jax.base.flags import Parser
+from hafs_jax.base.options import Bounds
 from hafs_jax.cli import COMMANDS
 
 _MARK = re.compile(r"^<!-- generated: (.+?) -->$", flags=re.M)

@@ -16,13 +16,16 @@ from hafs_evaluate.saebench.datasets import PROBING_DATASETS
 from hafs_evaluate.saebench.suites import SUITES
 from hafs_evaluate.stage import LANGUAGE_MODEL, Stage
 from hafs_evaluate.stages import STAGES
-from hafs_evaluate.workspace import FinishedRun, Workspace, finished_runs, open_workspace
+from hafs_evaluate.workspace import FinishedRun, Workspace, finished_runs, open_workspace, run_names
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.files import read_json
+from hafs_jax.base.flags import Parser, add_flags, with_flags
 from hafs_jax.base.log import shown
-from hafs_jax.base.options import Parser, add_flags, did_you_mean, with_flags
+from hafs_jax.base.options import did_you_mean
+from hafs_jax.runs import find_run
 
 FORMATS = ("saelens", "dictionary_learning")
+OUT = Path("artifacts")
 EXPERIMENT_STAGES = ("extract", "train", "evaluate", "table", "report")
 
 
@@ -50,6 +53,9 @@ def evaluate(arguments: list[str]) -> int:
     else:
         runs = finished_runs(workspace, options.runs)
 
+    what = f"{len(runs)} SAE{'s' if len(runs) > 1 else ''} on store {workspace.folder / 'store'}"
+    print(f"profile {workspace.profile}: {what}, device {config.device}", file=sys.stderr, flush=True)
+
     from hafs_evaluate.stages import evaluate
 
     modes = {stage.name: getattr(options, stage.name) for stage in STAGES.values() if stage.modes}
@@ -68,9 +74,7 @@ def evaluate_parser() -> Parser:
         epilog="\n".join([*_stage_lines(), "", *_suite_lines()]),
     )
     _add_place(parser)
-    parser.add_argument(
-        "--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that have finished]"
-    )
+    _add_runs(parser, "all that have finished")
     skippable = [stage.name for stage in STAGES.values() if stage.can_be_skipped and not stage.modes]
     parser.add_argument(
         "--skip",
@@ -100,17 +104,16 @@ def synth_score(arguments: list[str]) -> int:
         " What an earlier call computed from the same SAE and truth is kept.",
     )
     _add_place(parser)
-    parser.add_argument(
-        "--runs", nargs="+", default=[], metavar="NAME", help="only these runs [all that have finished]"
-    )
+    _add_runs(parser, "all that have finished")
     parser.add_argument("--device", default="auto", help="torch device; auto takes CUDA where there is one [auto]")
     options = parser.parse_args(arguments)
     workspace = open_workspace(options.out, options.profile)
-    finished_runs(workspace, options.runs)  # a wrong name is said before the seconds that imports take
+    names = run_names(workspace, options.runs)
+    finished_runs(workspace, names)  # a wrong name is said before the seconds that imports take
 
     from hafs_evaluate.truth.synth_score import TABLE, evaluate_synthetic, table
 
-    print(table(evaluate_synthetic(workspace, options.runs, options.device)))
+    print(table(evaluate_synthetic(workspace, names, options.device)))
     print(workspace.eval / TABLE)
     return 0
 
@@ -129,7 +132,7 @@ def agreement(arguments: list[str]) -> int:
 
     from hafs_evaluate.truth.agreement import evaluate_agreement, result_path, table
 
-    print(table(evaluate_agreement(workspace, options.runs)))
+    print(table(evaluate_agreement(workspace, run_names(workspace, options.runs))))
     print(result_path(workspace))
     return 0
 
@@ -186,25 +189,25 @@ def experiment(arguments: list[str]) -> int:
 def export(arguments: list[str]) -> int:
     parser = _parser(
         "export",
-        "Write RUN_DIR/sae, which sae_lens.SAE.load_from_disk loads, and print its path. With --format"
-        " dictionary_learning also write RUN_DIR/dictionary_learning/trainer_0, which that library's load_dictionary"
-        " loads. With --k the folders are RUN_DIR/sae-k<K> and RUN_DIR/dictionary_learning-k<K>.",
+        "Write <run>/sae, which sae_lens.SAE.load_from_disk loads, and print its path. With --format"
+        " dictionary_learning also write <run>/dictionary_learning/trainer_0, which that library's load_dictionary"
+        " loads. With --k the folders are <run>/sae-k<K> and <run>/dictionary_learning-k<K>.",
     )
-    _add_run_folder(parser)
+    _add_run(parser)
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="whose format to write [saelens]")
     parser.add_argument(
         "--k", type=int, help="active latents per row of a hierarchical_topk or topk, at most those of training [those]"
     )
     options = parser.parse_args(arguments)
-    _check_folder(options.run_folder)
+    run_folder = _run_folder(options)
 
     from hafs_jax.saelens import export_saelens
 
-    folder = export_saelens(options.run_folder, options.k)
+    folder = export_saelens(run_folder, options.k)
     if options.format == "dictionary_learning":
         from hafs_evaluate.exchange.dictionary_learning import to_dictionary_learning
 
-        folder = to_dictionary_learning(folder, options.run_folder / folder.name.replace("sae", "dictionary_learning"))
+        folder = to_dictionary_learning(folder, run_folder / folder.name.replace("sae", "dictionary_learning"))
     print(folder)
     return 0
 
@@ -232,16 +235,16 @@ def neuronpedia(arguments: list[str]) -> int:
         "From the run's latents.json, write DIR/sae_dashboard/batch-0.json, which is SAEDashboard's output, and"
         " DIR/<model>/<layer>-<set>/, which is Neuronpedia's export bundle. Print the path of the latter.",
     )
-    _add_run_folder(parser)
+    _add_run(parser, with_out=False)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--set", dest="set_name", metavar="NAME", help="the source set's name [the run's]")
     parser.add_argument("--creator", default="", metavar="NAME", help="who made the SAE [nobody]")
     options = parser.parse_args(arguments)
-    _check_folder(options.run_folder)
+    run_folder = _run_folder(options, OUT)
 
     from hafs_evaluate.exchange.neuronpedia import write_neuronpedia
 
-    print(write_neuronpedia(options.run_folder, options.out, set_name=options.set_name, creator=options.creator))
+    print(write_neuronpedia(run_folder, options.out, set_name=options.set_name, creator=options.creator))
     return 0
 
 
@@ -250,18 +253,18 @@ def upload(arguments: list[str]) -> int:
         "upload",
         "Upload the run's SAELens folder and a model card to the model hub in one commit. Print the address.",
     )
-    _add_run_folder(parser)
+    _add_run(parser)
     parser.add_argument("--repo-id", required=True, metavar="USER/NAME", help="the hub's repository, made if need be")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--license", dest="licence", help="the licence that the card names, e.g. apache-2.0 [none]")
     parser.add_argument("--dry-run", type=Path, metavar="DIR", help="write what would be uploaded to DIR instead")
     options = parser.parse_args(arguments)
-    _check_folder(options.run_folder)
+    run_folder = _run_folder(options)
 
     from hafs_evaluate.exchange.hub import upload
 
     private, licence, dry_run = options.private, options.licence, options.dry_run
-    print(upload(options.run_folder, options.repo_id, private=private, licence=licence, dry_run=dry_run))
+    print(upload(run_folder, options.repo_id, private=private, licence=licence, dry_run=dry_run))
     return 0
 
 
@@ -282,32 +285,38 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def _parser(name: str, description: str, epilog: str = "") -> Parser:
     """A parser whose help keeps the epilog's lines as they are."""
-    return Parser(
-        prog=f"hafs {name}",
-        description=textwrap.fill(description, 100),
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return Parser(prog=f"hafs {name}", description=description, epilog=epilog)
 
 
 def _add_place(parser: Parser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("artifacts"), help="folder of all profiles [artifacts]")
+    _add_out(parser)
+    _add_profile(parser)
+
+
+def _add_out(parser: Parser) -> None:
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of all profiles [artifacts]")
+
+
+def _add_profile(parser: Parser) -> None:
     parser.add_argument(
         "--profile", default="auto", help="profile's folder in OUT; auto is the one extracted last [auto]"
     )
 
 
 def _add_runs(parser: Parser, otherwise: str) -> None:
-    parser.add_argument("--runs", nargs="+", default=[], metavar="NAME", help=f"only these runs [{otherwise}]")
+    help = f"only these runs, by name or folder [{otherwise}]"
+    parser.add_argument("--runs", nargs="+", default=[], metavar="RUN", help=help)
 
 
-def _add_run_folder(parser: Parser) -> None:
-    parser.add_argument("run_folder", type=Path, metavar="RUN_DIR", help="a run's folder: OUT/<profile>/runs/<run>")
+def _add_run(parser: Parser, with_out: bool = True) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's name, or its folder OUT/<profile>/runs/<run>")
+    _add_profile(parser)
+    if with_out:
+        _add_out(parser)
 
 
-def _check_folder(run_folder: Path) -> None:
-    if not run_folder.is_dir():
-        raise UserError(f"expected a run's folder at {run_folder}, found none")
+def _run_folder(options: argparse.Namespace, out: Path | None = None) -> Path:
+    return find_run(options.run, out or options.out, options.profile).folder
 
 
 def _stage_lines() -> list[str]:
@@ -319,8 +328,8 @@ def _stage_lines() -> list[str]:
     width = max(len(name) for name, _, _ in rows)
     lines = ["stages, in this order, and where their results lie:"]
     for name, help, place in rows:
-        lines += textwrap.wrap(help, 100, initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))
-        lines.append(" " * (width + 4) + place)
+        lines += textwrap.wrap(help, 79, initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))
+        lines += textwrap.wrap(place, 79, initial_indent=" " * (width + 4), subsequent_indent=" " * (width + 4))
     return lines
 
 
@@ -333,10 +342,12 @@ def _suite_lines() -> list[str]:
     """The probing suites and the tasks that each probes unless some are named."""
     lines = ["probing suites, and the tasks that they probe unless --tasks names others:"]
     for suite in SUITES.values():
-        lines += [f"  {suite.name}: {suite.help}", *(f"    {task}" for task in suite.tasks)]
+        lines += textwrap.wrap(f"{suite.name}: {suite.help}", 79, initial_indent="  ", subsequent_indent="    ")
+        lines += [f"    {task}" for task in suite.tasks]
     if PROBING_DATASETS:
         lines.append("  registered datasets, which --tasks may name too:")
-        lines += [f"    {dataset.name}: {dataset.help}" for dataset in PROBING_DATASETS.values()]
+        for dataset in PROBING_DATASETS.values():
+            lines += textwrap.wrap(f"    {dataset.name}: {dataset.help}", 79, subsequent_indent=" " * 6)
     return lines
 
 

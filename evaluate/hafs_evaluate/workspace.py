@@ -114,6 +114,7 @@ def open_workspace(out: Path, profile: str) -> Workspace:
 
 def finished_runs(workspace: Workspace, names: Sequence[str] = ()) -> list[FinishedRun]:
     """The runs named, or all that have finished, by name; `UserError` where a name is unknown or none has finished."""
+    names = run_names(workspace, names)
     runs = {run.name: run for run in all_runs(workspace.runs)}
     for name in names:
         if name not in runs:
@@ -127,6 +128,17 @@ def finished_runs(workspace: Workspace, names: Sequence[str] = ()) -> list[Finis
         unfinished = f" ({', '.join(runs)} not finished)" if runs else ""
         raise UserError(f"expected a finished run in {workspace.runs}, found none{unfinished}; run `make train`")
     return [FinishedRun(name, runs[name].folder) for name in (dict.fromkeys(names) or finished)]
+
+
+def run_names(workspace: Workspace, runs: Sequence[str]) -> list[str]:
+    """The names of runs that are given by name or folder; `UserError` where a folder is another profile's."""
+    names = []
+    for run in runs:
+        folder = Path(run)
+        if folder.name != run and folder.resolve().parent != workspace.runs.resolve():
+            raise UserError(f"--runs {run}: expected a run in {workspace.runs}; name another --profile or --out")
+        names.append(run if folder.name == run else folder.resolve().name)
+    return names
 
 
 def export(run: FinishedRun) -> Exported:

@@ -12,8 +12,8 @@ from hafs_extract.journal import is_complete, profile_names, store_folders
 from hafs_extract.profiles import DATASETS, OFFLINE, PROFILES, PYTHIA70M, Resolved, resolve
 from hafs_jax.base.errors import disk_errors, one_line_errors
 from hafs_jax.base.files import read_json, write_json
+from hafs_jax.base.flags import Parser, add_flags, with_flags
 from hafs_jax.base.log import shown
-from hafs_jax.base.options import Parser, add_flags, with_flags
 from hafs_jax.store.manifest import TIMING, read_manifest
 from hafs_jax.store.verify import verify
 
@@ -118,7 +118,6 @@ def _parser() -> Parser:
         prog="hafs extract",
         description=DESCRIPTION,
         epilog=_epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("artifacts"), help="folder of all profiles [artifacts]")
     parser.add_argument(
@@ -161,7 +160,9 @@ def _extract(arguments: list[str]) -> int:
     wanted = _config(PYTHIA70M, options) if options.requested == "auto" else PYTHIA70M
     resolved = resolve(options.requested, wanted)
     config = _config(PROFILES[resolved.resolved].config, options)
-    print(f"profile {resolved.resolved} ({resolved.reason})", file=sys.stderr, flush=True)
+    place = options.out / resolved.resolved / "store"
+    said = f"profile {resolved.resolved} ({resolved.reason}): store {place}, device {config.device}"
+    print(said, file=sys.stderr, flush=True)
     if not options.force and is_complete(config, options.out):
         print("the stores are there already, from this very config", file=sys.stderr)
     else:

@@ -1,4 +1,4 @@
-"""The command `hafs import`: stores of activations that are in npy files already. No torch here."""
+"""The command `hafs import`: stores of activations that are in npy or safetensors files already. No torch here."""
 
 import argparse
 import logging
@@ -8,8 +8,8 @@ from tqdm import tqdm
 
 from hafs_extract.profiles import PROFILES
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.flags import Parser, add_flags, with_flags
 from hafs_jax.base.log import bar_options
-from hafs_jax.base.options import Parser, add_flags, with_flags
 from hafs_jax.store.arrays import ArrayConfig, ArrayImport
 from hafs_jax.store.manifest import read_manifest
 
@@ -23,9 +23,9 @@ memory, and their rows are stored in shuffled order.
 """
 
 EPILOG = """\
-ACTS.npy holds activations [rows, D] in float16, float32 or float64. If it has
-more dimensions, all but the last are flattened to rows. Several files are read
-one after another.
+ACTS is a .npy file, or a .safetensors file that holds one array. The array is
+[rows, D] in float16, float32 or float64. If it has more dimensions, all but the
+last are flattened to rows. Several files are read one after another.
 
 --groups is for rows that belong together, such as the patches of an image or
 the residues of a protein: a group is either in train or in heldout.
@@ -44,13 +44,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="hafs import",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("acts", nargs="+", metavar="ACTS.npy", help="activations, [rows, D] or [..., D]")
+    parser.add_argument("acts", nargs="+", metavar="ACTS", help="activations, .npy or .safetensors")
     parser.add_argument("--out", type=Path, default=Path("artifacts"), help="folder of all profiles [artifacts]")
     parser.add_argument("--profile", required=True, metavar="NAME", help="name of the folder in OUT")
-    parser.add_argument("--target", nargs="+", metavar="T.npy", help="targets, as many rows as activations")
-    parser.add_argument("--groups", metavar="G.npy", help="one integer for each row: the group it belongs to")
+    parser.add_argument("--target", nargs="+", metavar="T", help="targets, as many rows as activations")
+    parser.add_argument("--groups", metavar="G", help="one integer for each row: the group it belongs to")
     parser.add_argument("--force", action="store_true", help="replace other stores, or import these again")
     add_flags(parser, ArrayConfig())
     options = parser.parse_args(arguments)

@@ -2,9 +2,12 @@
 
 errors     the exception for a user's mistake, and how it is shown
 files      atomic writing and checked reading of small files; checksums
+hub        requests to the model hub: bounded silence and retries, errors of one line
 log        notes and progress bars
 memory     the memory of this process
-options    configs: their bounds, JSON and command-line flags
+options    configs: their bounds, checks, JSON and fields by name
+flags      command lines: the parser, its help, flags of a config
+tensors    arrays of any library as numpy's
 places     folders that are locked, and that a finished result replaces
 plugins    modules from outside that add to the project
 """

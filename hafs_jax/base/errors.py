@@ -1,10 +1,16 @@
-"""The exception for a user's mistake, and how every command line of the project reports it. Standard library only."""
+"""The exception for a user's mistake, and how every command line of the project reports it. Standard library only.
+
+A message names an option by `arg`. In Python it then reads `force=True`, and on a command line `--force`.
+"""
 
 import contextlib
 import errno
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 _DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
@@ -13,8 +19,55 @@ _DISK = {
 """The errors of reading and writing that a user can correct."""
 
 
+_BEGIN, _END = "\x02", "\x03"  # around an option's name in a message, with a NUL between the name and its value
+_OPTION = re.compile(f"{_BEGIN}([^\0{_END}]*)(?:\0([^{_END}]*))?{_END}")
+_QUOTED = re.compile(r"^'([\w.,=+-]+)'$")  # a string that a shell takes without quotes
+_FLAGS: ContextVar[dict[str, str] | None] = ContextVar("flags", default=None)
+
+
+def arg(name: str, value: Any = ...) -> str:
+    """An option as a `UserError` names it, with a value or without: `sae.k=3` in Python, `--sae.k 3` in a command.
+
+    `name` is dotted where the option lies in a part of a config.
+    """
+    shown = "" if value is ... else f"\0{value!r}"
+    return f"{_BEGIN}{name}{shown}{_END}"
+
+
+def note_flags(flags: Mapping[str, str]) -> None:
+    """Says which options the command at work has, and how each is written on its line. Nothing outside of a command."""
+    if (known := _FLAGS.get()) is not None:
+        known |= flags
+
+
 class UserError(Exception):
     """Bad input. The message says what was expected, what was found, where, and what to do, on one line."""
+
+    def __str__(self) -> str:
+        return _OPTION.sub(lambda found: found[1] + ("" if found[2] is None else f"={found[2]}"), super().__str__())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
+    def on_command_line(self, flags: Mapping[str, str]) -> str:
+        """The message with each option that is one of `flags` written as its flag."""
+
+        def written(found: re.Match) -> str:
+            name, value = found[1], found[2]
+            base, bracket, place = name.partition("[")
+            if base not in flags:
+                return name if value is None else f"{name}={value}"
+            flag = flags[base]
+            if value is None or value == "True":
+                return flag
+            if value == "False":
+                return "--no-" + flag.removeprefix("--")
+            if value == "None":
+                value = "none"
+            plain = _QUOTED.match(value)
+            return f"{flag} {plain[1] if plain else value}" + (f" ({bracket}{place})" if bracket else "")
+
+        return _OPTION.sub(written, super().__str__())
 
 
 def in_one_line(text: str) -> str:
@@ -28,10 +81,12 @@ def one_line_errors() -> Iterator[None]:
 
     So is what the disk refuses of a named file: a file where a folder is expected, a name that is too long, no space.
     """
+    flags: dict[str, str] = {}
+    token = _FLAGS.set(flags)
     try:
         yield
     except UserError as error:
-        print(f"error: {in_one_line(str(error))}", file=sys.stderr)
+        print(f"error: {in_one_line(error.on_command_line(flags))}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
         if error.errno not in _DISK or error.filename is None:
@@ -43,6 +98,8 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        _FLAGS.reset(token)
 
 
 @contextlib.contextmanager

@@ -53,6 +53,10 @@ def reading(
         raise UserError(f"expected {what} at {path}, found {found}") from error
 
 
+_HEADER_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError)  # of a safetensors file
+_SAFETENSORS_DTYPES: dict[str, np.dtype] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+
+
 def refuse_pointer(path: Path | str, what: str) -> None:
     """Raises `UserError` where the file is a Git-LFS pointer.
 
@@ -123,6 +127,33 @@ def open_npy(path: Path | str, what: str = "an npy file") -> np.ndarray:
         if not is_archive:
             return np.load(path, mmap_mode="r", allow_pickle=False)
     raise UserError(f"expected {what} at {path}, found an npz archive; save its array with numpy.save")
+
+
+def open_safetensors(path: Path | str) -> np.ndarray:
+    """The one array of activations in a safetensors file, memory-mapped; `UserError` where there is none, or several.
+
+    An array is one of activations where it has two dimensions or more.
+    """
+    what = "a safetensors file of activations"
+    with reading(path, what, *_HEADER_ERRORS, fault="is no whole safetensors file"):
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            if start > Path(path).stat().st_size:
+                raise ValueError("its header is cut short")
+            entries = {
+                name: entry for name, entry in parse_json(file.read(start - 8)).items() if name != "__metadata__"
+            }
+        found = {name: entry for name, entry in entries.items() if len(entry["shape"]) > 1}
+        if len(found) == 1:
+            (entry,) = found.values()
+            if entry["dtype"] in _SAFETENSORS_DTYPES:
+                begin, _ = entry["data_offsets"]
+                dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+                return np.memmap(path, dtype, "r", start + begin, shape)
+    shown = (
+        ", ".join(f"{name} {entry['shape']} {entry['dtype']}" for name, entry in list(entries.items())[:8]) or "none"
+    )
+    raise UserError(f"expected {what} at {path}, one array [rows, D] of F16, F32 or F64, found {shown}")
 
 
 def read_npz(path: Path | str, what: str, names: Sequence[str] = ()) -> dict[str, np.ndarray]:

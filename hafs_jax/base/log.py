@@ -45,10 +45,12 @@ def shown(notes: Literal["stdout", "stderr"] = "stderr") -> Iterator[None]:
 def bar_options(logger: logging.Logger, progress: bool | None = None) -> dict[str, Any]:
     """How tqdm shows a bar of the module that owns `logger`: hidden unless the logger takes INFO or `progress` is True.
 
-    `progress` False hides it in any case. Where stderr is a file, the bar is written every 15 seconds.
+    `progress` False hides it in any case. Where stderr is a file, the bar is written every 15 seconds; in a notebook it
+    is a widget, which is drawn anew (`tqdm.auto`).
     """
     hidden = not logger.isEnabledFor(logging.INFO) if progress is None else not progress
-    return {"disable": hidden, "mininterval": 0.5 if sys.stderr.isatty() else 15.0}
+    drawn = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return {"disable": hidden, "mininterval": 0.5 if drawn else 15.0}
 
 
 class _Plain(logging.Handler):

@@ -1,22 +1,20 @@
-"""Frozen dataclasses as configs: to and from JSON, to and from command-line flags. Standard library only.
+"""Frozen dataclasses as configs: their options, checks, JSON, fields by name. Standard library only.
 
-Each field is declared once by `option`, with its default, its bounds and a line of help that carries the unit. Nested
-dataclasses become dotted flags (`--penalty.lam-max 1`), the same path that the field has in the saved `config.json`.
+Each field is declared once by `option`, with its default, its bounds and a line of help that carries the unit. A field
+of a nested dataclass has a dotted name, such as `penalty.lam_max`. `hafs_jax.base.flags` makes flags of them.
 """
 
-import argparse
 import dataclasses
 import difflib
 import math
 import numbers
-import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from hafs_jax.base.errors import UserError, in_one_line
+from hafs_jax.base.errors import UserError, arg
 
 C = TypeVar("C")
 Number = int | float
@@ -51,10 +49,10 @@ class Bounds:
     def in_help(self) -> str:
         """The words for a line of help.
 
-        They leave out a limit of over a billion, and are empty where only negative numbers (and 0) are ruled out.
+        They leave out a limit of over a billion, and are empty where no more than negative numbers and 0 are ruled out.
         """
         shown = dataclasses.replace(self, most=None) if self.most is not None and self.most > 10**9 else self
-        return "" if shown in (Bounds(), Bounds(least=0), Bounds(above=0)) else str(shown)
+        return "" if shown in (Bounds(), Bounds(least=0), Bounds(least=1), Bounds(above=0)) else str(shown)
 
 
 def option(
@@ -90,11 +88,11 @@ def check(config: Any, prefix: str = "") -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         choices, bounds = field.metadata.get("choices"), field.metadata.get("bounds", Bounds())
-        is_optional = _optional(hints[field.name])[1]
+        takes_none = is_optional(hints[field.name])[1]
         for place, value in _values(getattr(config, field.name)):
-            if value is None and is_optional:
+            if value is None and takes_none:
                 continue
-            found = f"{prefix}{field.name}{place}={value!r}"
+            found = arg(f"{prefix}{field.name}{place}", value)
             if choices and value not in choices:
                 raise UserError(f"{found}: expected one of {', '.join(choices)}{did_you_mean(value, choices)}")
             wanted = str(bounds)
@@ -105,7 +103,7 @@ def check(config: Any, prefix: str = "") -> None:
                     wanted = "a finite number"
                 else:
                     continue
-            raise UserError(f"{found}: expected {wanted}{', or none' if is_optional else ''}")
+            raise UserError(f"{found}: expected {wanted}{', or none' if takes_none else ''}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -139,6 +137,65 @@ def from_dict(cls: type[C], values: Any, where: str) -> C:
     return cls(**{key: _coerce(hints[key], value, f"{where}: {key}") for key, value in values.items()})
 
 
+def replace_fields(config: C, values: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> C:
+    """The config with the fields that `values` names replaced, and validated again.
+
+    A name is a field, a dotted field of a part ("sae.k"), an alias, or a part, whose value is a mapping of its fields.
+    Numbers of numpy and lists are taken too. Raises `UserError` for a name that there is not, with the nearest one, and
+    for a value of another type.
+    """
+    known, aliases = field_names(config), aliases or {}
+    changes: dict[str, Any] = {}
+
+    def note(name: Any, value: Any) -> None:
+        path = aliases.get(str(name), str(name)).replace("-", "_")
+        if isinstance(value, Mapping) and any(field.startswith(path + ".") for field in known):
+            for inner, item in value.items():
+                note(f"{path}.{inner}", item)
+        elif path in known:
+            changes[path] = value
+        elif any(field.startswith(path + ".") for field in known):
+            part = config
+            for step in path.split("."):
+                part = getattr(part, step)
+            if not isinstance(value, type(part)):
+                raise UserError(f"{path}: expected a mapping of its fields, found {value!r}")
+            changes[path] = value
+        else:
+            ends = [field for field in known if field.endswith("." + path)]
+            near = f"; did you mean {ends[0]!r}?" if ends else did_you_mean(path, [*known, *aliases])
+            raise UserError(f"unknown field {str(name)!r}{near}")
+
+    for name, value in values.items():
+        note(name, value)
+    return _replaced(config, changes, "")
+
+
+def field_names(config: Any, prefix: str = "") -> list[str]:
+    """The dotted names of all fields of a config that are no parts themselves."""
+    names: list[str] = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        names += field_names(value, name + ".") if dataclasses.is_dataclass(value) else [name]
+    return names
+
+
+def _replaced(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+    hints, own = typing.get_type_hints(type(config)), {}
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if name in changes:
+            given = changes[name]
+            if isinstance(given, numbers.Number) and hasattr(given, "item"):
+                given = given.item()
+            own[field.name] = given if dataclasses.is_dataclass(value) else _coerce(hints[field.name], given, name)
+        elif dataclasses.is_dataclass(value) and any(path.startswith(name + ".") for path in changes):
+            own[field.name] = value
+        if dataclasses.is_dataclass(value) and field.name in own:
+            own[field.name] = _replaced(own[field.name], changes, name + ".")
+    return dataclasses.replace(config, **own)
+
+
 def did_you_mean(word: Any, known: Any) -> str:
     """The end of an error message that suggests the nearest of `known`; empty where nothing is near.
 
@@ -147,83 +204,6 @@ def did_you_mean(word: Any, known: Any) -> str:
     names = [str(item) for item in known]
     near = [] if str(word) in names else difflib.get_close_matches(str(word), names, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose every complaint is one line and exit code 2, with the nearest flag suggested."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {in_one_line(message)}; see `{self.prog} --help`", file=sys.stderr)
-        raise SystemExit(2)
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._all_actions() for flag in action.option_strings]
-            self.error(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0].split('=')[0], flags)}")
-        return parsed
-
-    def _all_actions(self) -> list[argparse.Action]:
-        found = list(self._actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                found += [inner for parser in action.choices.values() for inner in parser._actions]
-        return found
-
-
-def add_flags(parser: argparse.ArgumentParser, default: Any, prefix: str = "", skip: Sequence[str] = ()) -> None:
-    """Adds a flag for every field of the config `default`; the help shows the field's line and default value.
-
-    `skip` names dotted fields that the caller sets in another way. A flag that is not given adds nothing to the parsed
-    namespace, so that `with_flags` changes only what the user named.
-    """
-    hints = typing.get_type_hints(type(default))
-    for field in dataclasses.fields(default):
-        path, value = prefix + field.name, getattr(default, field.name)
-        if path in skip:
-            continue
-        if dataclasses.is_dataclass(value):
-            add_flags(parser, value, path + ".", skip)
-            continue
-        bounds = field.metadata.get("bounds", Bounds()).in_help
-        allowed = f" ({bounds})" if bounds else ""
-        help_line = f"{field.metadata.get('help', '')}{allowed} [{_shown(value)}]".replace("%", "%%")
-        flag, kind = "--" + path.replace("_", "-"), hints[field.name]
-        common: dict[str, Any] = {"dest": path, "default": argparse.SUPPRESS, "help": help_line}
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        else:
-            several = typing.get_origin(kind) is tuple
-            item, choices = typing.get_args(kind)[0] if several else kind, field.metadata.get("choices")
-            common |= {"type": _scalar(item), "choices": choices, "metavar": None if choices else "X"}
-            parser.add_argument(flag, nargs="+" if several else None, **common)
-
-
-def with_flags(default: C, namespace: argparse.Namespace) -> C:
-    """The config `default` with the fields that the command line named replaced, and validated again."""
-    changes: dict[str, Any] = {}
-    for path, value in vars(namespace).items():
-        node = changes
-        *parents, leaf = path.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = tuple(value) if isinstance(value, list) else value
-
-    def replaced(config: Any, values: dict[str, Any]) -> Any:
-        known = {field.name for field in dataclasses.fields(config)}
-        return dataclasses.replace(
-            config,
-            **{
-                key: replaced(getattr(config, key), value) if isinstance(value, dict) else value
-                for key, value in values.items()
-                if key in known
-            },
-        )
-
-    return replaced(default, changes)
 
 
 def _values(value: Any) -> Iterator[tuple[str, Any]]:
@@ -249,29 +229,16 @@ def _has_default(field: dataclasses.Field) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
-
-
-def _optional(kind: Any) -> tuple[Any, bool]:
+def is_optional(kind: Any) -> tuple[Any, bool]:
+    """The type without None, and whether None was one of its alternatives."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         inner = [arg for arg in typing.get_args(kind) if arg is not type(None)]
         return inner[0], len(inner) < len(typing.get_args(kind))
     return kind, False
 
 
-def _scalar(kind: Any) -> Any:
-    inner, optional = _optional(kind)
-
-    def parse(text: str) -> Any:
-        return None if optional and text.lower() == "none" else inner(text)
-
-    parse.__name__ = getattr(inner, "__name__", str(inner))
-    return parse
-
-
 def _coerce(kind: Any, value: Any, where: str) -> Any:
-    inner, optional = _optional(kind)
+    inner, optional = is_optional(kind)
     if value is None and optional:
         return None
     if dataclasses.is_dataclass(inner):

@@ -25,7 +25,7 @@ def locked(folder: Path, work: str = "extraction", name: str = ".lock", place: P
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(
-                    f"another {work} is at work in {place or folder}; wait for it, or choose another OUT"
+                    f"another {work} is at work in {place or folder}; wait for it, or choose another folder"
                 ) from None
             if not _is_at(path, file.fileno()):
                 continue  # its owner removed this file, at the end of its work, after it was opened here

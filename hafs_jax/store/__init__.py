@@ -7,6 +7,8 @@
     shards        writes the shuffled rows and sums up their statistics
     arrays        makes a store of any array (`hafs import`)
     npy           the arrays and npy files that a user gives for that
+    stream        activations from an iterator, which are not stored
+    given         what a user gives as data in Python
     descriptions  which split and document each of their rows belongs to
 
 `hafs_extract` makes stores of text with `shuffle` and `shards`.

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.base.files import sha256_of
 from hafs_jax.base.options import check, option, to_dict
 from hafs_jax.base.places import locked, put_in_place
@@ -166,7 +166,8 @@ class ArrayImport:
         with locked(root):
             if unfinished.exists() and not force:
                 raise UserError(
-                    f"{root} holds an unfinished extraction; pass --force to discard it, or choose another OUT"
+                    f"{root} holds an unfinished extraction; pass {arg('force', True)} to discard it, or "
+                    "choose another folder"
                 )
             is_complete = not force and self._is_complete(progress)
             shutil.rmtree(work, ignore_errors=True)
@@ -334,7 +335,7 @@ class ArrayImport:
                 if key in known and found.get(key) != wanted.get(key):
                     raise UserError(
                         f"{folder} was made with {key}={found.get(key)!r}, not {wanted.get(key)!r};"
-                        " pass --force to replace it, or choose another OUT"
+                        f" pass {arg('force', True)} to replace it, or choose another folder"
                     )
 
     def _dtype(self, rows: ArrayRows) -> str:
@@ -348,5 +349,5 @@ class ArrayImport:
         if free < needed:
             raise UserError(
                 f"{self.folder} needs {needed / 1e9:.1f} GB of free disk space (half of it only until the rows are"
-                f" shuffled), found {free / 1e9:.1f} GB; free some, or choose another OUT"
+                f" shuffled), found {free / 1e9:.1f} GB; free some, or choose another folder"
             )

@@ -11,8 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from hafs_jax.base.errors import UserError
-from hafs_jax.base.foreign import open_npy, reason
+from hafs_jax.base.errors import UserError, arg
+from hafs_jax.base.foreign import open_npy, open_safetensors, reason
 from hafs_jax.store.shuffle import convert_rows
 
 
@@ -61,7 +61,8 @@ class ArrayRows:
         if values.dtype.kind == "V" and values.dtype.itemsize == 2 and not values.dtype.names:
             raise UserError(
                 f"{name}: expected activations in float16, float32 or float64, found {list(values.shape)} bfloat16,"
-                ' which npy does not have (numpy reads it as "|V2"); save them as float32, then say --dtype bfloat16'
+                f' which npy does not have (numpy reads it as "|V2"); save them as float32, then say '
+                f"{arg('dtype', 'bfloat16')}"
             )
         if values.dtype.kind != "f" or values.dtype.itemsize not in (2, 4, 8):
             raise UserError(f"{name}: expected activations in float16, float32 or float64, found {found}; convert them")
@@ -125,7 +126,7 @@ class ArrayRows:
             values_D = np.concatenate([piece.astype(np.float64) for piece in pieces])[bad]
         if np.isfinite(values_D).all():
             column = int(np.argmax(np.abs(values_D)))
-            mend = "say --dtype bfloat16" if dtype == "float16" else "scale the activations down"
+            mend = f"say {arg('dtype', 'bfloat16')}" if dtype == "float16" else "scale the activations down"
             why = f"does not fit into {dtype}; {mend}"
         else:
             column, why = int(np.argmin(np.isfinite(values_D))), "is not finite; leave such rows out"
@@ -151,7 +152,7 @@ def read_groups(groups: np.ndarray | str | Path, rows: int) -> np.ndarray:
 def _opened(array: Tensor | str | Path) -> np.ndarray:
     """The array, memory-mapped if it is a file."""
     if isinstance(array, (str, Path)):
-        return open_npy(array)
+        return open_safetensors(array) if Path(array).suffix == ".safetensors" else open_npy(array)
     try:
         return np.asarray(array)
     except (TypeError, ValueError, RuntimeError) as error:  # a tensor on a GPU, or of bfloat16; a ragged list

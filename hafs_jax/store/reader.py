@@ -155,7 +155,7 @@ def check_aligned(store_a: Store, store_b: Store) -> None:
     if found:
         raise UserError(
             f"stores {store_a.folder} and {store_b.folder}: expected the same rows in the same order, found {found};"
-            " extract both hook points in one command, or import the array together with its --target"
+            " extract both hook points in one command, or import the array together with its target"
         )
 
 

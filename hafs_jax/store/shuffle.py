@@ -13,7 +13,7 @@ from typing import IO
 
 import numpy as np
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.store.manifest import DISK_DTYPES, ROW, from_float32, to_float32
 
 BUCKET_BYTES = 96 << 20
@@ -149,7 +149,7 @@ def norm_limits(multiple: float | None, median_norms: Sequence[float]) -> np.nda
     if not all(median_norms):
         raise UserError(
             f"norm_multiple={multiple:g}: the median norm of the training rows is 0, so that every row but those of"
-            " zeros would be dropped; say --norm-multiple none"
+            f" zeros would be dropped; say {arg('norm_multiple', None)}"
         )
     return multiple * np.asarray(median_norms, np.float64)
 

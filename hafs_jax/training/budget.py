@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.forms import form_of
 from hafs_jax.fast.objective import blocks_of_rows
@@ -86,11 +86,13 @@ def check_memory(config: TrainConfig, stores: Stores, members: int = 1, together
     needed, free = budget(config, stores, members, together), available_bytes()
     sharing = jax.local_device_count() if target() == "cpu" else 1  # devices in the same memory
     if free is not None and sharing * needed.total > free:
-        fewer = "--most-together, " if members > 1 else ""
+        fewer = f"{arg('most_together')}, " if members > 1 else ""
         raise UserError(
-            f"{config.sae.architecture} F={config.sae.F} with batch_size={config.batch_size} needs about {needed}; "
-            f"found {size(free)} free on {jax.local_devices()[0]}; lower {fewer}--batch-size, --sae.expansion or "
-            f"--sae.n-latents, or split the latents over more devices with --dictionary-shards{_more_of_the_pool()}"
+            f"{config.sae.architecture} F={config.sae.F} with {arg('batch_size', config.batch_size)} needs about "
+            f"{needed}; "
+            f"found {size(free)} free on {jax.local_devices()[0]}; lower {fewer}"
+            f"{arg('batch_size')}, {arg('sae.expansion')} or {arg('sae.n_latents')}, or split the "
+            f"latents over more devices with {arg('dictionary_shards')}{_more_of_the_pool()}"
         )
 
 
@@ -115,7 +117,9 @@ def _more_of_the_pool() -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes for people: MB below a gigabyte, else GB."""
+    """A number of bytes for people, in kB, MB or GB."""
+    if count < 1e6:
+        return f"{count / 1e3:,.0f} kB"
     return f"{count / 1e6:,.0f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.sae import InputScale
 from hafs_jax.training.state import TrainState, hyperparameters, init_state
@@ -21,7 +21,7 @@ def check_path(folder: Path) -> None:
     if found := next((sign for sign in _PATTERN_SIGNS if sign in path), None):
         raise UserError(
             f"{path}: expected a path without {' '.join(_PATTERN_SIGNS)}, found {found!r}; a checkpoint there could "
-            "not be read back: choose another --out"
+            "not be read back: choose another folder"
         )
 
 
@@ -80,11 +80,13 @@ class Checkpoints:
             raise UserError(f"expected a checkpoint in {self._manager.directory}, found none; train the run first")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like, scale))
         unfit = f"checkpoint {step} in {self._manager.directory} does not fit this config or is damaged"
-        self._check_shapes(step, abstract, unfit, "; train the run again with --force")
+        self._check_shapes(step, abstract, unfit, f"; train the run again with {arg('force', True)}")
         try:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(f"{unfit} ({str(error).splitlines()[0]}); train the run again with --force") from error
+            raise UserError(
+                f"{unfit} ({str(error).splitlines()[0]}); train the run again with {arg('force', True)}"
+            ) from error
         fields = dict(restored["state"])
         if "pull" in fields:
             fields["held_penalty"] = fields.pop("pull")

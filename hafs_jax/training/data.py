@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.method.sae import InputScale
 from hafs_jax.store.reader import Store, check_aligned
+from hafs_jax.store.stream import Stream, StreamBatches
 from hafs_jax.training.step import Batch
 
 Rows = tuple[np.ndarray, ...]
@@ -43,8 +44,8 @@ class Batches:
         the two do not hold the same rows in the same order."""
         if len(store) < batch_size:
             raise UserError(
-                f"store {store.folder} holds {len(store)} rows, fewer than batch_size={batch_size}; "
-                "extract more rows or set a smaller --batch-size"
+                f"store {store.folder} holds {len(store):,} rows, fewer than {arg('batch_size', batch_size)}; give "
+                f"more rows or set a smaller {arg('batch_size')}"
             )
         if target is not None:
             check_aligned(store, target)
@@ -104,6 +105,15 @@ class Batches:
         return np.random.Generator(np.random.Philox(key=[self.seed, (number << 32) + stream]))
 
 
+def batches_of(
+    source: Store | Stream, batch_size: int, seed: int, target: Store | None = None
+) -> Batches | StreamBatches:
+    """The batches of a training on a store, in an order that the seed gives, or on a stream, in its own order."""
+    return (
+        StreamBatches(source, batch_size) if isinstance(source, Stream) else Batches(source, batch_size, seed, target)
+    )
+
+
 def mapped_shard(store: Store, shard: int) -> np.ndarray:
     """A shard's rows in the store's dtype, bfloat16 as ml_dtypes', mapped from the file and read in sequence.
 
@@ -155,8 +165,10 @@ def _pages(size: int) -> mmap.mmap:
     return pages
 
 
-def first_rows(store: Store, count: int) -> np.ndarray:
-    """The store's first `count` rows (all, where it holds fewer), in its dtype."""
+def first_rows(store: Store | Stream, count: int) -> np.ndarray:
+    """The store's first `count` rows (all, where it holds fewer), in its dtype; of a stream the first of its head."""
+    if isinstance(store, Stream):
+        return store.head_ND[:count]
     parts: list[np.ndarray] = []
     for shard in range(len(store.shard_sizes)):
         if sum(map(len, parts)) < count:
@@ -164,7 +176,7 @@ def first_rows(store: Store, count: int) -> np.ndarray:
     return np.concatenate(parts)[:count]
 
 
-def input_scale(store: Store, target: Store | None = None) -> InputScale:
+def input_scale(store: Store | Stream, target: Store | None = None) -> InputScale:
     """The affine map that centres the store's rows and scales their mean squared distance from the mean to D.
 
     `target`: a transcoder's second store, whose own map becomes the scale's `target`.

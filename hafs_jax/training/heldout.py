@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.architectures import OperatingPoint
 from hafs_jax.method.sae import SAE, InputScale
@@ -25,8 +25,8 @@ def heldout_rows(config: TrainConfig, stores: Any, rows: int | None = None) -> t
     found: tuple[np.ndarray, ...] | None = stores.heldout(config.heldout_rows if rows is None else rows)
     if found is None:
         raise UserError(
-            f"evaluate_every_steps={config.evaluate_every_steps}: expected a held-out store beside "
-            f"{stores.train.folder}, found none; extract one, or leave --evaluate-every-steps out"
+            f"{arg('evaluate_every_steps', config.evaluate_every_steps)}: expected a held-out store beside "
+            f"{stores.train.folder}, found none; extract one, or leave {arg('evaluate_every_steps')} out"
         )
     return found
 

@@ -23,8 +23,9 @@ from hafs_jax.runs import Run, RunSummary
 from hafs_jax.saelens_format import read_start
 from hafs_jax.store.manifest import MANIFEST
 from hafs_jax.store.reader import Store
+from hafs_jax.store.stream import Stream
 from hafs_jax.training.checkpoint import Checkpoints
-from hafs_jax.training.data import Batches, first_rows, geometric_median, input_scale, prefetch
+from hafs_jax.training.data import batches_of, first_rows, geometric_median, input_scale, prefetch
 from hafs_jax.training.heldout import Heldout
 from hafs_jax.training.programs import TOGETHER, compile_steps
 from hafs_jax.training.runlog import OnRunMetrics, Progress, RunLog
@@ -56,7 +57,7 @@ class Terminated(Exception):
 class Stores:
     """The activations of a training: the rows, a transcoder's target rows, the held-out ones where there are any."""
 
-    train: Store
+    train: Store | Stream
     target: Store | None = None
 
     @property
@@ -64,7 +65,9 @@ class Stores:
         return (self.target or self.train).manifest.d_model
 
     def heldout(self, rows: int) -> tuple[np.ndarray, ...] | None:
-        """The first `rows` rows of the stores' `heldout` siblings; None where there are none."""
+        """The first `rows` rows of the stores' `heldout` siblings, or of a stream's head; None where there are none."""
+        if isinstance(self.train, Stream):
+            return (first_rows(self.train, rows),)
         folders = [store.folder.parent / "heldout" for store in (self.train, self.target) if store is not None]
         if not all((folder / MANIFEST).exists() for folder in folders):
             return None
@@ -114,7 +117,7 @@ class _Fit:
         self.config = shared_config(members[0].config)
         self.mesh = mesh_for(self.config)
         seed = members[0].config.seed if self.config.data_seed is None else self.config.data_seed
-        self.batches = Batches(stores.train, self.config.batch_size, seed, stores.target)
+        self.batches = batches_of(stores.train, self.config.batch_size, seed, stores.target)
         self.failed: dict[int, str] = {}
 
     def run(self) -> list[str]:
@@ -163,6 +166,7 @@ class _Fit:
         try:
             for block in blocks:
                 if (steps := len(jax.tree.leaves(block)[0])) not in compiled:
+                    progress.compiling()
                     program.lower(state, block, scale, hyper, config).compile()
                     give_back_memory()  # compiling took hundreds of MB, which would stay
                     compiled.add(steps)
@@ -240,7 +244,7 @@ class _Fit:
                 f"{member.run.folder.name}: {bad} of the first {step} batches gave a loss that is not finite, the "
                 f"latest from step {first}: more than max_bad_fraction={self.config.max_bad_fraction}; the last good "
                 f"checkpoint is in {self.folder}; check the store (`hafs verify STORE`), then lower "
-                "--optimizer.learning-rate"
+                "optimizer.learning_rate"
             )
         if len(self.failed) == len(self.members):
             raise TrainingStopped("; ".join(self.failed.values()))

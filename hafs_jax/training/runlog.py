@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import to_dict
@@ -43,7 +43,8 @@ def check_sinks(config: TrainConfig) -> None:
     """Raises `UserError` where the package of a sink that the config asks for is not installed."""
     for sink, package in SINKS.items():
         if getattr(config, sink) not in (False, None) and find_spec(package) is None:
-            raise UserError(f"--{sink} needs the package {package}: pip install 'hafs-jax[{sink}]'")
+            given = arg(sink, getattr(config, sink))
+            raise UserError(f"{given} needs the package {package}: pip install 'hafs-jax[{sink}]'")
 
 
 class RunLog:
@@ -148,7 +149,7 @@ class _Wandb:
         except wandb.Error as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"--wandb {config.wandb}: {reason}; log in with `wandb login`, or set WANDB_MODE=offline"
+                f"{arg('wandb', config.wandb)}: {reason}; log in with `wandb login`, or set WANDB_MODE=offline"
             ) from error
         self._first = self._run.starting_step  # what the server has from before a resume is not sent again
 
@@ -161,10 +162,13 @@ class _Wandb:
 
 
 class Progress:
-    """The bar of a training: rows, rate, time left and the latest figures. `progress`: see `bar_options`."""
+    """The bar of a training: rows, rate, time left and the latest figures. `progress`: see `bar_options`.
+
+    The bar says so while the program is compiled. Its rate and time left do not count that, nor the first steps.
+    """
 
     def __init__(self, label: str, steps: int, batch_size: int, start: int, progress: bool | None = None) -> None:
-        self._batch_size, self._last_step = batch_size, start
+        self._batch_size, self._last_step, self._is_first = batch_size, start, True
         self._bar = tqdm(
             total=steps * batch_size,
             initial=start * batch_size,
@@ -174,14 +178,23 @@ class Progress:
             **bar_options(LOG, progress),
         )
 
+    def compiling(self) -> None:
+        """Shows that a program is being compiled, which takes up to a minute."""
+        self._bar.set_postfix_str("compiling ...")
+
     def advance(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         """Moves the bar to `step` and shows the last of `metrics`, the mean over SAEs where there are several."""
         shown = {"FVU": f"{np.mean(metrics['fvu'][-1]):.3f}", "L0": f"{np.mean(metrics['l0'][-1]):.1f}"}
         if np.max(metrics["lambda"][-1]) > 0:
             shown["lambda"] = f"{np.mean(metrics['lambda'][-1]):.2f}"
         self._bar.set_postfix(shown, refresh=False)
-        self._bar.update((step - self._last_step) * self._batch_size)
-        self._last_step = step
+        if self._is_first and not self._bar.disable:
+            self._bar.initial = self._bar.n = self._bar.last_print_n = step * self._batch_size
+            self._bar.start_t = self._bar.last_print_t = time.time()
+            self._bar.refresh()
+        else:
+            self._bar.update((step - self._last_step) * self._batch_size)
+        self._last_step, self._is_first = step, False
 
     def close(self) -> None:
         self._bar.close()

@@ -17,7 +17,7 @@ from flax import struct
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.adam import optimizer
 from hafs_jax.method.controllers import ErrorGate, SparsityControl, init_gate, init_sparsity
@@ -138,11 +138,12 @@ def mesh_for(config: TrainConfig) -> Mesh:
     mesh = make_mesh(config.dictionary_shards)
     data, shards = mesh.shape["data"], mesh.shape["dictionary"]
     if config.batch_size % data:
-        raise UserError(f"batch_size={config.batch_size}: expected a multiple of the {data} data shards")
+        raise UserError(f"{arg('batch_size', config.batch_size)}: expected a multiple of the {data} data shards")
     if config.sae.F % shards:
         raise UserError(
-            f"sae.n_latents={config.sae.F}: expected a multiple of the {shards} dictionary shards; set --sae.n-latents "
-            f"{-(-config.sae.F // shards) * shards}, or another --dictionary-shards"
+            f"{arg('sae.n_latents', config.sae.F)}: expected a multiple of the {shards} dictionary shards; set "
+            f"{arg('sae.n_latents', -(-config.sae.F // shards) * shards)}, or another "
+            f"{arg('dictionary_shards')}"
         )
     return mesh
 
@@ -151,7 +152,7 @@ def make_mesh(dictionary_shards: int) -> Mesh:
     """A mesh of all devices, `dictionary_shards` of them along the latents, the rest along the batch."""
     devices = jax.device_count()
     if devices % dictionary_shards:
-        raise UserError(f"dictionary_shards={dictionary_shards}: expected a divisor of the {devices} devices")
+        raise UserError(f"{arg('dictionary_shards', dictionary_shards)}: expected a divisor of the {devices} devices")
     shape, names = (devices // dictionary_shards, dictionary_shards), ("data", "dictionary")
     return jax.make_mesh(shape, names, axis_types=(AxisType.Auto, AxisType.Auto))
 

@@ -16,7 +16,7 @@ from typing import Any
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_text
 from hafs_jax.base.options import to_dict
-from hafs_jax.config import PenaltyConfig, TrainConfig, axes_tag
+from hafs_jax.config import ALIASES, PenaltyConfig, TrainConfig, axes_tag
 from hafs_jax.fast.plan import target
 from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.ops.devices import check_devices
@@ -28,18 +28,6 @@ from hafs_jax.training.state import shared_config
 from hafs_jax.training.train import describe, locked_unless_finished, prepare, resolve
 
 LOG = logging.getLogger(__name__)
-
-ALIASES = {
-    "arch": "arch",
-    "variant": "variant",
-    "seed": "seed",
-    "l1": "sparsity.coefficient",
-    "lr": "optimizer.learning_rate",
-    "lam": "penalty.lam_max",
-    "tau": "penalty.tau",
-    "k": "sae.k",
-}
-"""Short names of a grid's axes. Any other field of the config goes by its own name."""
 
 COLUMNS = ("fvu_ema", "heldout_fvu", "l0", "dead_fraction", "coherence_mean", "coherence_max", "lambda", "tau_reached")
 

@@ -7,17 +7,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hafs_jax.base.errors import UserError
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.adam import check_optimizer
 from hafs_jax.fast.plan import resolve_products, this_machine
+from hafs_jax.health import checks
 from hafs_jax.method.penalties import PENALTIES
 from hafs_jax.ops.devices import check_devices
 from hafs_jax.runs import Run, baseline_tau, store_record
+from hafs_jax.store import given
 from hafs_jax.store.reader import Store
+from hafs_jax.store.stream import Stream
 from hafs_jax.training.budget import budget, check_memory
 from hafs_jax.training.checkpoint import check_path
-from hafs_jax.training.data import Batches, input_scale
+from hafs_jax.training.data import batches_of, input_scale
 from hafs_jax.training.heldout import heldout_rows
 from hafs_jax.training.loop import Member, Stores, Terminated, TrainingStopped, first_state, fit
 from hafs_jax.training.runlog import OnMetrics, check_sinks
@@ -32,7 +35,7 @@ __all__ = ["Terminated", "TrainingStopped", "open_stores", "prepare", "resolve",
 
 
 def resolve(
-    config: TrainConfig, store: Store, runs: Path, target: Store | None = None, force: bool = False
+    config: TrainConfig, store: Store | Stream, runs: Path, target: Store | None = None, force: bool = False
 ) -> tuple[TrainConfig, str]:
     """The config with everything filled in that comes from elsewhere, and a line saying what.
 
@@ -45,7 +48,7 @@ def resolve(
         config = _with_tokens(config, store)
         notes.append(f"{config.passes:g} passes over {len(store):,} rows")
     if config.steps >= 2**31:
-        raise UserError(f"tokens={config.tokens}: expected fewer than 2^31 steps, found {config.steps:,}")
+        raise UserError(f"{arg('tokens', config.tokens)}: expected fewer than 2^31 steps, found {config.steps:,}")
     if config.sae.n_latents is None:
         F = config.sae.expansion * store.manifest.d_model
         config = dataclasses.replace(config, sae=dataclasses.replace(config.sae, n_latents=F))
@@ -63,13 +66,15 @@ def resolve(
     return dataclasses.replace(config, penalty=penalty), "; ".join(notes)
 
 
-def _with_tokens(config: TrainConfig, store: Store) -> TrainConfig:
+def _with_tokens(config: TrainConfig, store: Store | Stream) -> TrainConfig:
     """The config with the rows that its passes over the store are; `UserError` where they fill no batch."""
+    if isinstance(store, Stream):
+        raise UserError(f"expected {arg('tokens')}, the rows to train on: an iterator does not say how many it has")
     tokens = int(config.passes * len(store))
     if tokens < config.batch_size:
         raise UserError(
-            f"store {store.folder} holds {len(store)} rows, and passes={config.passes:g} over it are fewer than "
-            f"batch_size={config.batch_size}; extract more rows or set a smaller --batch-size"
+            f"store {store.folder} holds {len(store):,} rows, and {arg('passes', config.passes)} over it are fewer "
+            f"than {arg('batch_size', config.batch_size)}; give more rows or set a smaller {arg('batch_size')}"
         )
     return dataclasses.replace(config, tokens=tokens)
 
@@ -79,7 +84,7 @@ def run_of(config: TrainConfig, runs: Path) -> Run:
     if (length := len(config.run_name.encode())) > _LONGEST_NAME:
         raise UserError(
             f"run name {config.run_name[:40]}...: expected at most {_LONGEST_NAME} bytes, found {length}; choose a "
-            "shorter --tag"
+            f"shorter {arg('tag')}"
         )
     return Run(runs / config.run_name)
 
@@ -105,12 +110,14 @@ def prepare(config: TrainConfig, stores: Stores, runs: Path, force: bool = False
     """
     run = run_of(config, runs)
     record: dict[str, Any] = store_record(stores.train.folder, stores.train.manifest, run)
+    if isinstance(stores.train, Stream):
+        record["folder"] = str(stores.train.folder)
     if stores.target is not None:
         record["target"] = store_record(stores.target.folder, stores.target.manifest, run)
     if run.begun() and not force:
         run.check_same(config, record)
         if run.finished():
-            LOG.info(f"{run.folder.name}: already trained ({run.folder}); pass --force to train it again")
+            LOG.info(f"{run.folder.name}: already trained ({run.folder}); force trains it again")
             return Member(config, run), True
     check_start(config, stores, run)
     if force:
@@ -125,7 +132,7 @@ def check_start(config: TrainConfig, stores: Stores, run: Run) -> None:
     check_sinks(config)
     check_optimizer(config)
     mesh_for(config)
-    Batches(stores.train, config.batch_size, 0, stores.target)
+    batches_of(stores.train, config.batch_size, 0, stores.target)
     scale = input_scale(stores.train, stores.target)
     if config.evaluate_every_steps:
         heldout_rows(config, stores, rows=1)
@@ -147,38 +154,80 @@ def locked_unless_finished(config: TrainConfig, runs: Path, force: bool) -> Iter
 
 def train(
     config: TrainConfig,
-    store_folder: Path | str,
-    runs: Path | str,
+    data: Any,
+    runs: Path | str | None = None,
     force: bool = False,
-    target_folder: Path | str | None = None,
+    target: Any = None,
     *,
     on_metrics: OnMetrics | None = None,
     progress: bool | None = None,
 ) -> Run:
     """Trains to the end, or goes on where an earlier call was stopped, and returns the finished run.
 
-    `target_folder` is a second store, aligned with the first, whose rows a transcoder reconstructs.
+    `data` is one of
+
+    - a store's folder, from `hafs extract`, `hafs import` or `write_array_store`;
+    - an array of numpy, JAX or torch, [rows, D] or of any leading shape, a .npy or .safetensors file, or a list of
+      these. It becomes a store in `runs`/data-<hash>, which the same array finds again: shuffled, a twentieth of its
+      rows held out, and rows of over three times the median norm left out (`write_array_store` has options);
+    - an iterator, or an object that gives iterators, of batches [..., D] of any size. Nothing is stored. Its first
+      `config.heldout_rows` rows give the mean and scale and are the held-out rows; the rows after them are trained on
+      in their order, so that shuffling is yours. Training ends after `config.tokens` rows, which must be given. An
+      object that gives new iterators is read from its start again where it ends before. To resume, give an iterator
+      that begins at its start again: the rows that were trained on are read past.
+
+    `runs` is the folder that gets the run's folder: by default `runs` beside the folder `store` of a store, as the
+    command line has it, else ./runs. The same call resumes an interrupted run, to the same bits on a CPU.
+    `target` are rows that a transcoder reconstructs: a second store, aligned with the first, or a second array.
 
     `on_metrics(step, values)` is called on every logged step, with the values that metrics.jsonl gets. It does not
     change the training. What it raises passes through and ends the training as a kill would: the run's folder holds the
     last checkpoint, from which the next call goes on. `progress` True shows a progress bar and False hides it; by
     default it is shown where the logger "hafs_jax" takes INFO.
 
-    Raises `UserError` for a config that does not fit the store, the devices or the memory, for a folder that holds
-    another run, and where another process trains this run;
+    Raises `UserError` for data that cannot be trained on, a config that does not fit the data, the devices or the
+    memory, for a folder that holds another run, and where another process trains this run;
     `Terminated` after SIGTERM or SIGINT (checkpointed), `TrainingStopped` when too many batches were not finite.
     """
     check_devices()
-    stores = open_stores(Path(store_folder), None if target_folder is None else Path(target_folder))
-    runs = Path(runs)
-    with locked_unless_finished(config, runs, force):
-        config, notes = resolve(config, stores.train, runs, stores.target, force)
-        member, finished = prepare(config, stores, runs, force)
+    folder = Path(runs) if runs is not None else _default_runs(data)
+    stores = _stores_of(config, data, target, folder)
+    with locked_unless_finished(config, folder, force):
+        config, notes = resolve(config, stores.train, folder, stores.target, force)
+        member, finished = prepare(config, stores, folder, force)
         if not finished:
             LOG.info(f"{member.run.folder.name}: {describe(config, stores)}" + (f"; {notes}" if notes else ""))
             call = None if on_metrics is None else (lambda _, step, values: on_metrics(step, values))
             fit([member], stores, member.run.checkpoints, on_metrics=call, progress=progress)
+            warn(member.run)
     return member.run
+
+
+def _default_runs(data: Any) -> Path:
+    store = given.store_folder(data)
+    return store.parents[1] / "runs" if store is not None and store.parent.name == "store" else Path("runs")
+
+
+def _stores_of(config: TrainConfig, data: Any, target: Any, runs: Path) -> Stores:
+    """The stores that `data` and `target` are, name or become; a stream of an iterator."""
+    if (store := given.store_folder(data)) is not None:
+        if target is not None and (second := given.store_folder(target)) is None:
+            raise UserError(f"target: expected a store's folder, as the data are, found a {type(target).__name__}")
+        return open_stores(store, None if target is None else second)
+    if given.is_array(data):
+        if target is not None and not given.is_array(target):
+            raise UserError(f"target: expected an array, as the data are, found a {type(target).__name__}")
+        return open_stores(*given.array_store(data, target, runs))
+    if target is not None:
+        raise UserError("target: expected none with an iterator; give both as arrays or stores")
+    return Stores(given.stream(data, config.heldout_rows))
+
+
+def warn(run: Run) -> None:
+    """Logs a warning for each check of health that a finished run does not pass."""
+    for passed, said in checks(run):
+        if not passed:
+            LOG.warning(f"LOOK {run.name}: {said}")
 
 
 def describe(config: TrainConfig, stores: Stores, members: int = 1, together: str | None = None) -> str:

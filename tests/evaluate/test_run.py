@@ -228,7 +228,7 @@ def test_the_standard_suite_says_what_space_it_needs(workspace, monkeypatch):
 
 
 def test_auto_is_what_extraction_wrote_and_nothing_is_guessed(workspace, tmp_path):
-    with pytest.raises(UserError, match=r"profile auto: expected .*auto.json, found none; run `make extract` or name"):
+    with pytest.raises(UserError, match=r"profile auto: expected .*auto.json, found none; run `hafs extract`, or name"):
         open_workspace(tmp_path, "auto")
     (tmp_path / "auto.json").write_text('{"profile": "offline", "reason": "a test"}')
     assert open_workspace(tmp_path, "auto").folder == workspace.folder
@@ -274,9 +274,9 @@ def test_names_for_saebench_change_with_weights_and_config(tmp_path):
     [
         (["evaluate", "--out", "nowhere"], "error: profile auto: expected nowhere/auto.json, found none"),
         (["evaluate", "--contxts", "3"], "did you mean '--contexts'"),
-        (["evaluate", "--contexts", "0"], "error: contexts=0: expected at least 1"),
+        (["evaluate", "--contexts", "0"], "error: --contexts 0: expected at least 1"),
         (["evaluate", "--skip", "core"], "invalid choice: 'core'"),
-        (["export", "nowhere"], "error: expected a run's folder at nowhere, found none"),
+        (["export", "no/where"], "error: expected a run's folder at no/where, found none"),
         ([], "error: expected one of the commands evaluate, synth-score,"),
         (["evalute"], "did you mean 'evaluate'?"),
     ],

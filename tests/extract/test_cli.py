@@ -158,7 +158,7 @@ def test_auto_is_recorded_and_a_second_run_has_nothing_to_do(
     assert main(flags) == 0
     said = capsys.readouterr()
     reason = "HF_HUB_OFFLINE is set, and the hub's cache does not serve"
-    assert said.err.startswith(f"profile offline ({reason})\n")
+    assert said.err.startswith(f"profile offline ({reason}): store {tmp_path}")
     assert read_json(tmp_path / "out" / "auto.json", "auto") == {"profile": "offline", "reason": reason}
     store = tmp_path / "out" / "offline" / "store"
     expected = {"requested": "auto", "resolved": "offline", "reason": reason, "suite": "sae_probes"}
@@ -188,7 +188,7 @@ def test_auto_is_recorded_and_a_second_run_has_nothing_to_do(
     [
         (["--profile", "ofline"], "profile 'ofline': expected auto, offline, wide, pythia70m; did you mean 'offline'?"),
         (["--hookpoint", "x"], "unknown argument '--hookpoint'; did you mean '--hook-point'?"),
-        (["--profile", "offline", "--seed", "-1"], "seed=-1: expected 0 to"),
+        (["--profile", "offline", "--seed", "-1"], "--seed -1: expected 0 to"),
         (["--profile", "offline", "--text", "/no/such.jsonl"], "/no/such.jsonl: no such file or folder"),
         (["--profile", "offline", "--model", "./nowhere"], "./nowhere: no such file or folder"),
         (["--profile", "offline", "--model", "no/such"], "needs model no/such from the hub, but HF_HUB_OFFLINE is set"),
@@ -212,7 +212,7 @@ def test_a_store_to_verify_must_be_named(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as stopped:
         main(["verify"])
     assert stopped.value.code == 2
-    assert "the following arguments are required: STORE" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("usage: hafs verify [options] STORE")
 
 
 def test_an_unknown_hook_point_is_named(

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from hafs_extract.hub import client, presence
+from hafs_extract.hub import presence
 from hafs_extract.hub.files import HubFile, difference, plan_dataset, plan_model
+from hafs_jax.base import hub as client
 from hafs_jax.base.errors import UserError
 from tests.support.hub import PAGE, Fault, Hub, serving
 from tests.support.tiny_models import save_wikitext

@@ -181,7 +181,7 @@ def test_the_command_line_makes_a_world_once_and_replaces_it_only_by_force(tmp_p
     ("arguments", "message"),
     [
         (["--world", "toy-9"], "invalid choice: 'toy-9'"),
-        (["--samples", "0"], "samples=0: expected 1 to 2^40"),
+        (["--samples", "0"], "--samples 0: expected 1 to 2^40"),
         (["--sample", "9"], "did you mean '--samples'"),
         (["--world", "tiny", "--out", "FILE"], "Not a directory"),
     ],

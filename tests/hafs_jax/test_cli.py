@@ -38,7 +38,7 @@ def run_without(packages: list[str], commands: list[str], folder: Path) -> tuple
     """(what each of the commands printed, what it said on stderr) in a process that has none of `packages`."""
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, ",".join(packages), ";".join(commands)],
-        cwd=folder, capture_output=True, text=True, timeout=600, check=True,
+        cwd=folder, capture_output=True, text=True, timeout=600, check=True, env={**os.environ, "COLUMNS": "80"},
     )  # fmt: skip
     parts = [re.split(r"(?<=exit \d\n)", stream)[:-1] for stream in (done.stdout, done.stderr)]
     assert len(parts[0]) == len(parts[1]) == len(commands), done.stderr
@@ -52,7 +52,7 @@ def test_bare_it_prints_the_commands(arguments: list[str], capsys: pytest.Captur
     assert lines[0] == "usage: hafs COMMAND [options]"
     for name, command in COMMANDS.items():
         assert any(line.split() == [name, *command.help.split()] for line in lines)
-    assert all(len(line) <= 110 for line in lines)
+    assert all(len(line) <= 80 for line in lines)
 
 
 @pytest.mark.parametrize(("before", "during"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
@@ -77,8 +77,9 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture) -> None:
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?; `hafs --help` lists them"),
         (["--frobnicate"], "unknown command '--frobnicate'; `hafs --help` lists them"),
-        (["train", "--sae.kk", "3"], "unknown argument '--sae.kk'; did you mean '--sae.k'?; see `hafs --help`"),
-        (["verify"], "the following arguments are required: STORE; see `hafs verify --help`"),
+        (["train", "--sae.kk", "3"], "unknown argument '--sae.kk'; did you mean '--sae.k'?; see `hafs train --help`"),
+        (["train", "--steps", "3"], "unknown argument '--steps'; did you mean '--tokens'?; see `hafs train --help`"),
+        (["sweep", "--tag", "a"], "the following arguments are required: --grid; see `hafs sweep --help`"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -88,6 +89,47 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         main(arguments)
     said = capsys.readouterr()
     assert (stop.value.code, said.out, said.err) == (2, "", f"error: {message}\n")
+
+
+def test_bare_a_command_that_needs_arguments_prints_its_help(capsys: pytest.CaptureFixture) -> None:
+    for name in ("verify", "sweep", "tau", "inspect", "import", "export", "upload"):
+        with pytest.raises(SystemExit, match="2"):
+            main([name])
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith(f"usage: hafs {name} ") and "--help" in said.err
+
+
+def test_the_flags_that_matter_come_first(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "usage: hafs train [options]" and max(map(len, lines)) <= 80
+    groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert groups[:3] == ["options:", "most used:", "data and place:"] and len(groups) == 8
+    flags = [line.split()[0].rstrip(",") for line in lines if line.startswith("  --")]
+    assert flags[:5] == ["--variant", "--arch", "--sae.k", "--sae.n-latents", "--sae.expansion"]
+    assert len(flags) == len(set(flags)) > 60
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--k", "0"], "--k 0: expected at least 1"),
+        (["--sae.k", "0"], "--sae.k 0: expected at least 1"),
+        (["--optimizer.learning-rate=-1"], "--optimizer.learning-rate -1.0: expected above 0"),
+        (["--sae.prefixes", "0.5", "2"], "--sae.prefixes 2.0 ([1]): expected above 0 and at most 1"),
+        (["--tag", "a/b"], "--tag 'a/b': expected letters, digits and any of _ . , = + -"),
+        (["--patience", "3"], "--patience 3: expected --evaluate-every-steps above 0, found 0; patience counts the "
+         "held-out measurements"),
+        (["--tokens", "5", "--batch-size", "64"], "--tokens 5: expected at least one batch, --batch-size 64"),
+        (["--lr", "x"], "argument --optimizer.learning-rate/--lr: invalid float value: 'x'; see `hafs train --help`"),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_flag_that_was_given(flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *flags])
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_a_line_end_in_what_the_user_gave_leaves_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -105,6 +147,8 @@ def test_every_commands_help_needs_no_optional_package_and_no_jax(tmp_path: Path
     for name, text, errors in zip(COMMANDS, shown, said, strict=True):
         assert text.startswith(f"usage: hafs {name} ") and text.endswith("exit 0\n"), name
         assert errors == "exit 0\n"
+        assert max(map(len, text.splitlines())) <= 80, name
+        assert "[None]" not in text and "[]\n" not in text
 
 
 def test_a_missing_package_is_one_line_that_names_its_extra(tmp_path: Path) -> None:
@@ -173,7 +217,39 @@ def test_make_help_lists_targets_and_variables() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in makefile():
         assert re.search(rf"^  make {target} ", shown, re.MULTILINE), target
-    for name in ("VARIANT", "ARCH", "SEED", "OUT", "PROFILE", "GRID", "WORLD", "EXPERIMENT", "ACCEL", "ARGS"):
+    for name in (
+        "VARIANT",
+        "ARCH",
+        "SEED",
+        "OUT",
+        "PROFILE",
+        "GRID",
+        "WORLD",
+        "EXPERIMENT",
+        "ACCEL",
+        "CONFIRM",
+        "ARGS",
+    ):
         assert re.search(rf"^  {name} ", shown, re.MULTILINE), name
     for name in NAMES:
         assert re.search(rf"\b{name}\b", shown), name
+
+
+def test_make_clean_removes_results_and_distclean_the_environment_too_but_asks(tmp_path: Path) -> None:
+    out, venv = tmp_path / "out", tmp_path / "venv"
+
+    def make(target: str, *settings: str) -> subprocess.CompletedProcess:
+        for folder in (out, venv):
+            folder.mkdir(exist_ok=True)
+        places = (f"OUT={out}", f"VENV={venv}", "ACCEL=cpu")
+        return subprocess.run(
+            ["make", target, *places, *settings], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+
+    for target in ("clean", "distclean"):
+        refused = make(target)
+        assert refused.returncode and out.exists() and venv.exists()
+        assert str(out) in refused.stdout and "CONFIRM=yes" in refused.stderr
+    assert make("clean", "CONFIRM=yes").returncode == 0 and not out.exists() and venv.exists()
+    assert make("distclean", "CONFIRM=yes").returncode == 0 and not out.exists() and not venv.exists()

@@ -31,7 +31,7 @@ reveal_type(run.summary().k)
 reveal_type(Store(stores["train"]))
 reveal_type(hafs_jax.__version__)
 sae.dictionary  # wrong
-train(config, stores["train"])  # wrong
+train(config)  # wrong
 train(config, stores["train"], "runs", on_metrics=lambda step: None)  # wrong
 hafs_jax.trian  # wrong
 """
@@ -58,7 +58,7 @@ def test_a_users_script_is_type_checked(tmp_path: Path) -> None:
     assert found.pop('reveal_type(Store(stores["train"]))') == 'Revealed type is "hafs_jax.store.reader.Store"'
     assert "str" in found.pop("reveal_type(hafs_jax.__version__)")
     assert found.pop("sae.dictionary  # wrong").startswith('"TrainedSAE" has no attribute "dictionary"')
-    assert "missing" in found.pop('train(config, stores["train"])  # wrong').lower()
+    assert "missing" in found.pop("train(config)  # wrong").lower()
     assert "on_metrics" in found.pop('train(config, stores["train"], "runs", on_metrics=lambda step: None)  # wrong')
     assert 'no attribute "trian"' in found.pop("hafs_jax.trian  # wrong")
     assert not found, done.stdout

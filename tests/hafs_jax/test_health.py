@@ -20,33 +20,38 @@ from tests.support.stores import planted, write_store
 
 GOOD = {
     "l0": 40.1, "dead_fraction": 0.01, "bad_batches": 0, "loss_reconstruction": 0.2, "penalty_gradient_share": 0.3,
-    "tau_reached": True, "lambda": 2.0, "heldout_fvu": 0.2,
+    "tau_reached": True, "lambda": 2.0, "heldout_fvu": 0.2, "heldout_l0": 39.0, "step": 1000, "tokens": 1_024_000,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"l0": 43.0}, r"L0 43.00, +7.5% from k=40"),
-        ({"dead_fraction": 0.2}, "20.0% of latents dead"),
+        ({"l0": 43.0}, "L0 43.00 in training, +7.5% from k=40"),
+        ({"dead_fraction": 0.2}, "20.0% of latents dead: silent on the last 100,000 training rows"),
         ({"bad_batches": 3}, "3 batches"),
         ({"loss_reconstruction": 0.4}, "reconstruction loss 0.4000, rising"),
         ({"penalty_gradient_share": 0.99}, "gradient is 99%"),
-        ({"tau_reached": False}, "never reached; lambda 2.00"),
-        ({"tau_reached": False, "lambda": 0.01}, "never reached: adaptive inactive; lambda 0.01"),
+        ({"tau_reached": False}, "tau 0.3 never reached by FVU's moving average; lambda 2.00"),
+        (
+            {"tau_reached": False, "lambda": 0.01},
+            "by FVU's moving average; lambda 0.01: adaptive inactive",
+        ),
         ({"heldout_fvu": 0.3}, "held-out FVU 0.3000, best 0.2000"),
+        ({"heldout_l0": 31.4}, "held-out L0 31.40 at inference, -21.5% from k=40: the threshold"),
+        ({"step": 72}, "72 steps, under the 300 after which the moving average of FVU and the threshold of"),
     ],
 )
 def test_each_illness_is_named_and_nothing_else(changes: dict, said: str) -> None:
     config = with_fields(preset("adaptive"), {"penalty": {"tau": 0.3}})
     well = health(config, [GOOD] * 40)
-    assert len(well) == 7 and all(verdict for verdict, _ in well)
+    assert len(well) == 8 and all(verdict for verdict, _ in well)
     ill = [text for verdict, text in health(config, [GOOD] * 38 + [{**GOOD, **changes}] * 2) if not verdict]
     assert len(ill) == 1 and said in ill[0]
 
 
 def test_a_baseline_without_heldout_rows_has_fewer_checks() -> None:
-    record = {name: value for name, value in GOOD.items() if name != "heldout_fvu"}
+    record = {name: value for name, value in GOOD.items() if not name.startswith("heldout")}
     assert len(health(dataclasses.replace(preset()), [record])) == 4
 
 
@@ -82,7 +87,7 @@ def test_an_l1_of_the_unscaled_activations_kills_and_is_named(
         "dead: L0 0, rows are reconstructed as b_dec, and probes of its latents are at chance; the L1 coefficient "
         "kills it: it pulls latents to 0 with 18.7, while the error pushes with 2 along a random vector and at most "
         "7.21 on an average row (on unscaled activations it is an L1 of 0.52 beside a squared error, 0.04 beside its "
-        "mean over D); lower it, or leave --sparsity.match-l0 on"
+        "mean over D); lower it, or leave sparsity.match_l0 on"
     )
     assert death(dead) == said and death(alive) is None
     main(["inspect", str(dead.folder)])

@@ -132,7 +132,7 @@ def test_a_key_of_a_later_version_is_passed_over(run: Run) -> None:
 def test_a_run_is_another_where_anything_but_its_arm_and_sinks_differs(run: Run) -> None:
     run.check_same(config_of(arm="strict lam=0.3"), run.store_record())
     run.check_same(config_of(tensorboard=True, wandb="project"), run.store_record())  # where metrics are shown
-    with pytest.raises(UserError, match=r"holds a run with sae\.k=3, this one has 4; pass --tag NAME"):
+    with pytest.raises(UserError, match=r"holds a run with sae\.k=3, this one has 4; pass tag='NAME'"):
         run.check_same(config_of(sae={"k": 4, "n_latents": 24}), run.store_record())
     with pytest.raises(UserError, match=r"was trained on another store \(def, now other\)"):
         run.check_same(config_of(), {**run.store_record(), "target": {"folder": "", "fingerprint": "other"}})
@@ -159,12 +159,12 @@ def test_runs_are_listed_by_name_and_other_folders_are_none(run: Run) -> None:
 
 
 def test_a_profile_is_the_one_extracted_last_and_nothing_is_guessed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"profile auto: expected .*auto\.json, found none; run `make extract` or name"):
+    with pytest.raises(UserError, match=r"profile auto: expected .*auto\.json, found none; run `hafs extract`, or"):
         profile_folder(tmp_path, "auto")
     with pytest.raises(UserError, match=r"profile 'cpu': expected a folder .*, found no profile's folder; run"):
         profile_folder(tmp_path, "cpu")
     (tmp_path / "offline" / "store").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"found offline; did you mean 'offline'\?; run `make extract PROFILE=\.\.\.`"):
+    with pytest.raises(UserError, match=r"found offline; did you mean 'offline'\?; run `hafs extract`, or"):
         profile_folder(tmp_path, "ofline")
     write_json(tmp_path / "auto.json", {"profile": "offline", "reason": "a test"})
     assert profile_folder(tmp_path, "auto") == profile_folder(tmp_path, "offline") == tmp_path / "offline"

@@ -122,7 +122,7 @@ def test_a_start_of_another_architecture(tmp_path: Path) -> None:
     jumprelu = saelens_folder(tmp_path / "jumprelu", "jumprelu")
     params, threshold = read_start(jumprelu, "batchtopk", D, F, scale)
     assert "threshold" not in params and threshold.shape == (F,) and (threshold >= 0).all()
-    with pytest.raises(UserError, match="holds a gated SAE, which no relu SAE equals; train with --arch gated"):
+    with pytest.raises(UserError, match="holds a gated SAE, which no relu SAE equals; train with architecture gated"):
         read_start(saelens_folder(tmp_path / "gated", "gated"), "relu", D, F, scale)
     with pytest.raises(UserError, match="holds a standard, this run trains a transcoder"):
         read_start(saelens_folder(tmp_path / "square", "standard", d_in=D), "relu", D, F,
@@ -131,7 +131,7 @@ def test_a_start_of_another_architecture(tmp_path: Path) -> None:
         read_start(saelens_folder(tmp_path / "transcoder", "transcoder"), "relu", D, F, scale)
     with pytest.raises(UserError, match=r"d_in=5, this run needs 6; start from an SAE of this store's model"):
         read_start(standard, "relu", D + 1, F, scale)
-    with pytest.raises(UserError, match=r"d_sae=11, this run needs 12; set --sae\.n-latents 11"):
+    with pytest.raises(UserError, match=r"d_sae=11, this run needs 12; set sae\.n_latents=11"):
         read_start(standard, "relu", D, F + 1, scale)
 
 

@@ -75,8 +75,8 @@ def upload(
 
     from huggingface_hub import HfApi, get_token
 
-    from hafs_extract.hub.client import LOG_IN, connect, hub_errors
     from hafs_extract.hub.presence import hub_problem, model_file
+    from hafs_jax.base.hub import LOG_IN, connect, hub_errors
 
     if get_token() is None:
         raise UserError(f"expected a hub token, found none; {LOG_IN} (or give --dry-run DIR)")

@@ -10,7 +10,7 @@ from typing import Any
 from hafs_evaluate.explore.ports import HOST, PORT, listening_socket
 from hafs_evaluate.workspace import FinishedRun, Workspace, finished_runs, open_workspace
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.options import Parser
+from hafs_jax.base.flags import Parser
 
 LATENTS = "latents.json"
 

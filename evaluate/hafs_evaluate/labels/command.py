@@ -1,14 +1,13 @@
 """`hafs label`: names for latents from a language model behind an OpenAI-compatible endpoint."""
 
 import os
-import textwrap
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from hafs_evaluate.labels.labels_file import LABELS
 from hafs_evaluate.workspace import finished_runs, open_workspace
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.options import Parser
+from hafs_jax.base.flags import Parser
 
 KEY = "OPENAI_API_KEY"
 
@@ -16,14 +15,11 @@ KEY = "OPENAI_API_KEY"
 def label_parser() -> Parser:
     parser = Parser(
         prog="hafs label",
-        description=textwrap.fill(
-            "Ask a language model what the latents of finished runs are active on, and test each name: shown texts"
-            " without marks, the model must say which of them the latent is active on (balanced accuracy; 0.5 is"
-            " chance). The names are added to OUT/<profile>/labels.csv with their source, and `hafs report` shows"
-            " them. A latent that has a label, a person's above all, is left as it is, so the same command goes on"
-            " where an interrupted one stopped. Contexts of your texts are sent to the endpoint.",
-            100,
-        ),
+        description="Ask a language model what the latents of finished runs are active on, and test each name: shown"
+        " texts without marks, the model must say which of them the latent is active on (balanced accuracy; 0.5 is"
+        " chance). The names are added to OUT/<profile>/labels.csv with their source, and `hafs report` shows"
+        " them. A latent that has a label, a person's above all, is left as it is, so the same command goes on"
+        " where an interrupted one stopped. Contexts of your texts are sent to the endpoint.",
     )
     parser.add_argument("--endpoint", required=True, metavar="URL", help="an OpenAI-compatible server, up to /v1")
     parser.add_argument("--model", required=True, metavar="NAME", help="the server's name of the model")

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hafs_extract.hub.client import hub_errors
 from hafs_extract.hub.files import Fetch, plan_split, repository
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_json
+from hafs_jax.base.hub import hub_errors
 
 GITHUB_CODE = "codeparrot/github-code"
 GITHUB_CODE_FILES = "hf://datasets/codeparrot/github-code@{commit}/data/train-*.parquet"

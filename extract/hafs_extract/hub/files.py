@@ -18,11 +18,11 @@ from typing import Any
 
 from hafs_extract import packaged
 from hafs_extract.config import SourceConfig
-from hafs_extract.hub.client import connect, hub_errors
-from hafs_extract.hub.presence import cached_repository, endpoint, fetched_record, is_offline, prepared_folders
+from hafs_extract.hub.presence import cached_repository, fetched_record, is_offline, prepared_folders
 from hafs_extract.loading.files import refuse_adapter, refuse_quantised
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of, write_json
+from hafs_jax.base.hub import connect, endpoint, hub_errors
 from hafs_jax.base.options import did_you_mean
 
 LOG = logging.getLogger(__name__)

@@ -20,16 +20,12 @@ from typing import Any
 from hafs_extract import packaged
 from hafs_extract.config import ExtractConfig, SourceConfig
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.hub import endpoint
 
 PROBE_SECONDS = 3.5
 REMEMBERED_SECONDS = 60.0  # a command asks once; a session of hours asks again
 
 _answers: dict[str, tuple[float, str | None]] = {}
-
-
-def endpoint() -> str:
-    """The hub's address: HF_ENDPOINT, or the public one."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def token() -> str | None:

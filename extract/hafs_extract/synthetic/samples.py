@@ -15,7 +15,6 @@ Features outside the trees count as roots. There are no tokens: all rows are tok
 killed begins anew and writes the same bytes. The first rows of a run are those of any shorter run.
 """
 
-import argparse
 import contextlib
 import logging
 import shutil
@@ -34,8 +33,9 @@ from hafs_extract.config import difference
 from hafs_extract.synthetic.worlds import WORLDS, World, build, forest, world_record
 from hafs_jax.base.errors import UserError, disk_errors, one_line_errors
 from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, write_npy, write_text
+from hafs_jax.base.flags import Parser, add_flags, with_flags
 from hafs_jax.base.log import bar_options
-from hafs_jax.base.options import Parser, add_flags, check, option, to_dict, with_flags
+from hafs_jax.base.options import check, option, to_dict
 from hafs_jax.base.places import locked
 from hafs_jax.store.manifest import (
     CONTEXT,
@@ -280,7 +280,6 @@ def main(argv: list[str] | None = None) -> int:
         description=DESCRIPTION,
         epilog="worlds (children of each feature, levels below the roots):\n"
         + "\n".join(f"  {name:18}{_shown(world)}" for name, world in WORLDS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("artifacts"), help="folder of all profiles [artifacts]")
     parser.add_argument("--force", action="store_true", help="replace what another config made, or make it again")

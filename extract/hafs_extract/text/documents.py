@@ -15,11 +15,11 @@ import numpy as np
 
 from hafs_extract import packaged
 from hafs_extract.config import TEXT_SYNTAX, SourceConfig
-from hafs_extract.hub.client import hub_errors
 from hafs_extract.hub.files import plan_dataset
 from hafs_extract.hub.presence import is_offline
 from hafs_extract.text.files import Record, format_of, local_files, read_file
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.hub import hub_errors
 
 LABELS = ("title", "topic", "label", "answer")
 """Columns that are copied to documents.jsonl where a record has them."""

@@ -89,7 +89,7 @@ def outcomes(summary: dict[str, Any]) -> dict[str, set[str]]:
 
 
 def test_run_names_are_those_that_a_sweep_gives() -> None:
-    from hafs_jax.commands import _run_config
+    from hafs_jax.commands.flags import run_config
     from hafs_jax.training.sweeps import arguments_of, parse_grid
 
     config = ExperimentConfig(
@@ -97,7 +97,7 @@ def test_run_names_are_those_that_a_sweep_gives() -> None:
     )
     points = parse_grid(config.grid())
     flags = ["--arch", "relu", "--seed", "1"]
-    names = [_run_config([*flags, *arguments_of(point)]).run_name for point in points]
+    names = [run_config([*flags, *arguments_of(point)]).run_name for point in points]
     assert names == [cell.run for cell in config.cells() if cell.seed == 1]
     assert names == ["strict-relu-s1-lam=0.3,k=3", "adaptive-relu-s1-yielding=rarer,k=3"]
     assert run_name("baseline", "batchtopk", 8, 0) == "baseline-s0-k=8"
@@ -114,13 +114,13 @@ def test_the_method_that_the_file_names_is_compared_with_every_other_arm() -> No
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXPERIMENTS.glob("*.toml")))
 def test_the_committed_experiments_are_valid_and_so_is_every_training_in_them(name: str) -> None:
-    from hafs_jax.commands import _run_config
+    from hafs_jax.commands.flags import run_config
     from hafs_jax.training.sweeps import arguments_of, parse_grid
 
     config = read_experiment(EXPERIMENTS / name)
     for architecture in config.architectures:
         points = parse_grid(config.grid())
-        runs = [_run_config([*config.train, "--arch", architecture, *arguments_of(point)]).run_name for point in points]
+        runs = [run_config([*config.train, "--arch", architecture, *arguments_of(point)]).run_name for point in points]
         assert runs == [c.run for c in config.cells() if (c.architecture, c.seed) == (architecture, 0)]
     from hafs_evaluate.cli import evaluate_parser
 

@@ -43,7 +43,7 @@ def error(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 
 
 def test_what_must_be_run_first_is_said_in_one_line(workspace: Workspace, tmp_path: Path, capsys) -> None:
-    assert "run `make extract`" in error(capsys, "--out", str(tmp_path / "none"))
+    assert "run `hafs extract`" in error(capsys, "--out", str(tmp_path / "none"))
     place = ("--out", str(workspace.folder.parent), "--profile", "offline")
     assert "found none; run `make eval`" in error(capsys, *place)
     assert "no run 'strict-s1'" in error(capsys, *place, "--runs", "strict-s1")

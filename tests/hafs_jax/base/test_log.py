@@ -12,9 +12,10 @@ from tests.support.sources import modules
 LOG = logging.getLogger("hafs_jax.some.module")
 PRINTERS = {
     "hafs_jax.cli": None,
-    "hafs_jax.commands": None,
+    "hafs_jax.commands.training": None,
+    "hafs_jax.commands.runs": None,
     "hafs_jax.base.errors": {"one_line_errors"},
-    "hafs_jax.base.options": {"error"},
+    "hafs_jax.base.flags": {"error"},
     "hafs_jax.base.log": {"emit"},
     "hafs_extract.cli": None,
     "hafs_extract.importing": {"import_arrays"},

@@ -4,11 +4,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hafs_jax.base.errors import UserError, one_line_errors
+from hafs_jax.base.errors import UserError, arg, one_line_errors
 from hafs_jax.base.files import read_json, read_jsonl, write_atomic, write_figures, write_json
-from hafs_jax.base.options import Bounds, Parser, add_flags, check, did_you_mean, from_dict, option, to_dict, with_flags
+from hafs_jax.base.flags import Parser, add_flags, with_flags
+from hafs_jax.base.options import Bounds, check, did_you_mean, from_dict, option, replace_fields, to_dict
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,10 @@ def test_help_shows_the_bounds_that_are_not_obvious(capsys: pytest.CaptureFixtur
     add_flags(parser, Bounded())
     parser.print_help()
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--rate X share (above 0 and below 1) [0.5]" in shown and "--rows X rows (at least 1) [4]" in shown
+    assert "--rate X share (above 0 and below 1) [0.5]" in shown and "--rows X rows [4]" in shown
     assert "--weight X weight [1.0]" in shown and "--seed X seed [0]" in shown
-    assert "--ks X [X ...] levels (1 to 4,096) [1 2]" in shown
-    assert "--kinds {a,bee} [{a,bee} ...]" in shown
+    assert "--ks X ... levels (1 to 4,096) [1 2]" in shown
+    assert "--kinds {a,bee} ... kinds [a]" in shown
 
 
 def _parse(*flags: str) -> Outer:
@@ -208,3 +210,50 @@ def test_figures_that_are_not_finite_become_null_and_are_named(tmp_path: Path) -
     assert found == {"a": {"b": [1.0, None]}, "c": None, "d": 2, "not_finite": {"a.b.1": "-inf", "c": "nan"}}
     write_figures(tmp_path / "a", {"a": 1.0})
     assert json.loads((tmp_path / "a").read_text()) == {"a": 1.0}
+
+
+def test_fields_are_replaced_by_name() -> None:
+    config, aliases = Outer(1), {"rate": "inner.rate_max"}
+    expected = Outer(2, inner=Inner(0.25))
+    for names in (
+        {"required": 2, "inner.rate_max": 0.25},
+        {"required": np.int64(2), "inner": {"rate_max": 0.25}},
+        {"required": 2, "rate": 0.25},
+        {"required": 2, "inner.rate-max": np.float64(0.25)},
+        {"required": 2, "inner": Inner(0.25)},
+    ):
+        assert replace_fields(config, names, aliases) == expected
+    assert replace_fields(config, {"inner.sizes": [1, 2]}).inner == Inner(sizes=(1, 2))
+    assert replace_fields(config, {"inner": Inner(0.25), "inner.sizes": (1,)}).inner == Inner(0.25, (1,))
+    assert replace_fields(config, {"inner.rate_max": 1}).inner.rate_max == 1.0
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"inner.rate_mx": 1}, r"unknown field 'inner\.rate_mx'; did you mean 'inner\.rate_max'\?"),
+        ({"inner": {"rate_mx": 1}}, r"unknown field 'inner\.rate_mx'; did you mean 'inner\.rate_max'\?"),
+        ({"sizes": (1,)}, r"unknown field 'sizes'; did you mean 'inner\.sizes'\?"),
+        ({"nme": "strict"}, r"unknown field 'nme'; did you mean 'name'\?"),
+        ({"inner": 3}, "inner: expected a mapping of its fields, found 3"),
+        ({"cap": "7"}, "cap: expected int, found '7'"),
+        ({"name": "stict"}, "name='stict': expected one of baseline, strict"),
+    ],
+)
+def test_a_wrong_field_is_named_with_the_nearest(names: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace_fields(Outer(1), names)
+
+
+def test_an_error_names_options_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    error = UserError(f"{arg('cap', 0)}: give {arg('name', 'b')}, {arg('on', False)}, {arg('force', True)}, {arg('x')}")
+    assert str(error) == "cap=0: give name='b', on=False, force=True, x"
+    with pytest.raises(SystemExit), one_line_errors():
+        add_flags(parser := Parser(prog="tool"), Outer(1), aliases={"c": "cap"})
+        parser.add_argument("--force", action="store_true")
+        parser.parse_args(["--c", "3"])
+        raise error
+    assert capsys.readouterr().err == "error: --c 0: give --name b, --no-on, --force, x\n"
+    with pytest.raises(SystemExit), one_line_errors():
+        raise error
+    assert "force=True" in capsys.readouterr().err  # outside of a command with flags

@@ -208,7 +208,7 @@ def test_a_row_that_cannot_be_stored_is_named(files: list[Path], tmp_path: Path)
         write_array_store(tmp_path / "p", files)
     values[2, 3, 4] = 7e4
     np.save(files[1], values)
-    with pytest.raises(UserError, match=r"row 17: value 70000 in dimension 4 does not fit into float16; say --dtype b"):
+    with pytest.raises(UserError, match=r"row 17: value 70000 in dimension 4 does not fit into float16; say dtype='b"):
         write_array_store(tmp_path / "p", files, dtype="float16")
     with pytest.raises(
         UserError, match=r"array 0: row 2: value -1e\+300 in dimension 1 does not fit into float32; sca"
@@ -314,16 +314,14 @@ def test_without_far_rows_the_filter_changes_no_byte(files: list[Path], tmp_path
         here, there = _digests(folder), _digests(plain[split])
         assert {key: value for key, value in here.items() if here[key] != there[key]}.keys() == {"manifest.json"}
         assert read_manifest(plain[split]).norm_filter.max_norm is None
-    with pytest.raises(UserError, match=r"was made with norm_multiple=None, not 3.0; pass --force"):
+    with pytest.raises(UserError, match=r"was made with norm_multiple=None, not 3.0; pass force=True"):
         write_array_store(tmp_path / "b", files, heldout_fraction=0.3)
 
 
 def test_a_filter_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     acts = np.zeros((60, 4), np.float32)
     acts[::3] = 1
-    with pytest.raises(
-        UserError, match=r"norm_multiple=3: the median norm of the training rows is 0, .* say --norm-mul"
-    ):
+    with pytest.raises(UserError, match=r"norm_multiple=3: the median norm of the training rows is 0, .* say norm_mul"):
         write_array_store(tmp_path / "p", acts, heldout_fraction=0.3)
     assert read_manifest(write_array_store(tmp_path / "p", acts, norm_multiple=None)["train"]).variance > 0
     with pytest.raises(UserError, match=r"norm_multiple=0.5 drops every row of the train split; raise it"):
@@ -409,7 +407,7 @@ def test_the_same_command_does_nothing_and_another_is_refused_unless_forced(file
         (files, {"dtype": "float16"}, "dtype='keep', not 'float16'"),
         (files, {"name": "other"}, "name='array', not 'other'"),
     ):
-        with pytest.raises(UserError, match=rf"was made with {key}.*; pass --force to replace it"):
+        with pytest.raises(UserError, match=rf"was made with {key}.*; pass force=True to replace it"):
             write_array_store(place, acts, **{**first, **more})
     assert _digests(place) == before
 
@@ -420,7 +418,7 @@ def test_the_same_command_does_nothing_and_another_is_refused_unless_forced(file
     write_array_store(place, files, **first, force=True)
     assert _digests(place) == before
     shutil.rmtree(place / "store")  # of the target stores, too, no one is replaced unasked
-    with pytest.raises(UserError, match=r"target/train was made with .*; pass --force to replace it"):
+    with pytest.raises(UserError, match=r"target/train was made with .*; pass force=True to replace it"):
         write_array_store(place, changed, heldout_fraction=0.3)
 
 
@@ -475,7 +473,7 @@ def test_an_import_stopped_at_any_step_leaves_no_half_store(
 def test_an_unfinished_extraction_and_another_process_are_respected(files: list[Path], tmp_path: Path) -> None:
     root = tmp_path / "p" / "store"
     (root / ".work").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds an unfinished extraction; pass --force to discard it"):
+    with pytest.raises(UserError, match=r"holds an unfinished extraction; pass force=True to discard it"):
         write_array_store(tmp_path / "p", files)
     write_array_store(tmp_path / "p", files, force=True)
     assert not (root / ".work").exists()

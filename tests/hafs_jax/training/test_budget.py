@@ -101,8 +101,8 @@ def test_the_estimate_of_many_saes_at_once_is_near_what_the_compiler_plans(store
 
 
 def test_sizes_are_said_for_people(stores: Stores) -> None:
-    assert (size(12_345_678), size(1_234_567_890)) == ("12 MB", "1.2 GB")
-    assert "memory about 0 MB: parameters 0 MB, optimizer 0 MB" in describe(config_of(), stores)
+    assert (size(12_345), size(12_345_678), size(1_234_567_890)) == ("12 kB", "12 MB", "1.2 GB")
+    assert "kB: parameters 6 kB, optimizer 13 kB" in describe(config_of(), stores)
 
 
 def test_a_training_that_does_not_fit_is_refused_before_it_leaves_anything(
@@ -111,15 +111,13 @@ def test_a_training_that_does_not_fit_is_refused_before_it_leaves_anything(
     needed = budget(config_of(), stores).total * jax.local_device_count()
     monkeypatch.setattr(module, "available_bytes", lambda: needed - 1)
     monkeypatch.setattr("hafs_jax.training.train.fit", lambda *_: pytest.fail("trained"))
-    with pytest.raises(
-        UserError, match=r"relu F=48 with batch_size=64 needs about .* found .* free on .*lower --batch"
-    ):
+    with pytest.raises(UserError, match=r"relu F=48 with batch_size=64 needs about .* found .* free on .*lower batch"):
         train(config_of(), stores.train.folder, tmp_path)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr("hafs_jax.training.sweeps.fit", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(module, "available_bytes", lambda: needed)
     seeds = [dataclasses.replace(config_of(), seed=seed) for seed in range(2)]
-    with pytest.raises(UserError, match="lower --most-together, --batch-size"):
+    with pytest.raises(UserError, match="lower most_together, batch_size"):
         sweep(seeds, stores, tmp_path, "vmap")
 
 

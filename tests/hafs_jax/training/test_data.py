@@ -100,9 +100,7 @@ def test_the_scale_centres_and_normalises(store: Store) -> None:
 
 
 def test_a_store_smaller_than_a_batch_or_without_variance_is_refused(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"holds 203 rows, fewer than batch_size=204; extract more rows or set a smaller"
-    ):
+    with pytest.raises(UserError, match=r"holds 203 rows, fewer than batch_size=204; give more rows or set a smaller"):
         Batches(store, N + 1, 0)
     constant = Store(write_store(tmp_path / "constant", np.ones((8, D), np.float32)))
     with pytest.raises(UserError, match="its rows do not vary"):

@@ -58,7 +58,7 @@ def test_every_bit_of_a_seed_is_used(store: Path, tmp_path: Path) -> None:
         ({"optimizer": {"name": "lbfgs"}}, "optimizer.name=lbfgs: expected an optimizer of optax that updates from"),
         ({"optimizer": {"name": "adafactor"}}, r"keeps an array of shape \(1,\), which is no parameter's"),
         ({"optimizer": {"name": "adan_"}}, "that takes a learning rate; did you mean 'adan'"),
-        ({"wandb": "p"}, "--wandb needs the package wandb"),
+        ({"wandb": "p"}, "wandb='p' needs the package wandb"),
     ],
 )
 def test_a_refused_start_leaves_the_folder_free(
@@ -96,12 +96,12 @@ def test_the_latents_must_fit_the_devices() -> None:
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     run = [sys.executable, "-c", script]
     done = subprocess.run(run, env=dict(os.environ) | devices, capture_output=True, text=True, check=True, timeout=100)
-    assert "sae.n_latents=42: expected a multiple of the 4 dictionary shards; set --sae.n-latents 44" in done.stdout
+    assert "sae.n_latents=42: expected a multiple of the 4 dictionary shards; set sae.n_latents=44" in done.stdout
 
 
 @pytest.mark.parametrize("sign", ["[x]", "a*", "a?", "\\"])
 def test_a_path_that_orbax_takes_for_a_pattern_is_refused(sign: str, store: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"expected a path without \* \? \[ \\, found '.{1,2}'; .* another --out"):
+    with pytest.raises(UserError, match=r"expected a path without \* \? \[ \\, found '.{1,2}'; .* another folder"):
         train(small(), store, tmp_path / sign / "runs")
     with pytest.raises(UserError, match="expected a path without"):
         sweep([small(), small(seed=1)], open_stores(store), tmp_path / sign / "runs", "map")

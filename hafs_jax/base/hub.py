@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from hafs_extract.hub.presence import endpoint
 from hafs_jax.base.errors import UserError
 
 LOG = logging.getLogger(__name__)
@@ -27,6 +26,11 @@ AGAIN = "give the same command again later: whole files are kept"
 _SIZES = re.compile(r"file should be of size (\d+) but has size (\d+) \((.+?)\)\.")
 """How huggingface_hub says that a file is cut short."""
 LOG_IN = "run `hf auth login` or set HF_TOKEN"
+
+
+def endpoint() -> str:
+    """The hub's address: HF_ENDPOINT, or the public one."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def longest_wait() -> float:
@@ -62,7 +66,7 @@ def connect() -> None:
         from huggingface_hub import constants
         from huggingface_hub.utils import _http
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed; pip install 'hafs-jax[extract]'") from error
+        raise UserError(f"{error.name} is not installed; pip install huggingface-hub") from error
     if os.environ["HF_HUB_DISABLE_XET"].upper() in constants.ENV_VARS_TRUE_VALUES:
         constants.HF_HUB_DISABLE_XET = True
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its notes of each attempt: ours stand for them
