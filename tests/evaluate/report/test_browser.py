@@ -29,6 +29,7 @@ RUNS = ("baseline-s0", "strict-s0", "adaptive-s0", "baseline-relu-s0")
 LATENTS = 300
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
+SEEN = "all => all.filter(one => one.getClientRects().length).length"  # a level line has a box, though without height
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
@@ -295,7 +296,14 @@ def test_nothing_is_wider_than_a_phone(visit, demo, experiment):
     page.locator("#compare summary").click()
     page.locator("#compare .card").first.wait_for()
     assert page.evaluate(OVERFLOW) <= 0
-    assert page.locator("#columns [data-sort]").count() == 2  # the index and what the list is sorted by
+    heads = page.locator("#columns [data-sort]")
+    names = heads.evaluate_all("heads => heads.map(head => head.dataset.sort)")
+    assert names == ["index", "selectivity", "name"]  # of the figures the one alone that the list is sorted by
+    edge = page.locator("#list").bounding_box()
+    for i in range(3):
+        box = heads.nth(i).bounding_box()
+        assert box["x"] >= edge["x"] and box["x"] + box["width"] <= edge["x"] + edge["width"]
+    assert page.locator("#rows .row .token").first.bounding_box()["width"] > 100
     shown = page.locator("#detail p, #rows span")
     sizes = shown.evaluate_all("elements => elements.map(element => parseFloat(getComputedStyle(element).fontSize))")
     assert min(sizes) >= 11
@@ -486,12 +494,42 @@ def test_the_arms_are_sorted_and_their_heads_defined(visit, demo):
 
 def test_a_legend_hides_a_curve(visit, demo):
     page = visit(demo)
-    curves = page.locator("#training [id^='curve--s-strict']")
-    assert curves.count() > 3
-    page.locator("#training .legend button", has_text="strict").click()
-    assert curves.evaluate_all("all => all.every(one => one.style.display === 'none')")
-    page.locator("#training .legend button", has_text="strict").click()
-    assert curves.evaluate_all("all => all.every(one => one.style.display === '')")
+    colour = "var(--s-strict)"
+    figures = page.locator("#training figure")
+    coloured = figures.locator(f"[style*='{colour}']")
+    seen = coloured.evaluate_all(SEEN)
+    assert seen > 3
+    button = page.locator("#training .legend button", has_text="strict")
+    button.click()
+    assert coloured.evaluate_all(SEEN) == 0  # nor its values at the curves' ends
+    assert figures.first.locator("[style*='var(--s-baseline)']").first.is_visible()
+    figures.first.focus()
+    page.keyboard.press("ArrowLeft")
+    tip = page.locator("#tip")
+    assert "baseline" in tip.inner_text() and "strict" not in tip.inner_text()
+    assert page.locator("#dictionary").locator(f"[style*='{colour}']").first.is_visible()
+    button.click()
+    assert coloured.evaluate_all(SEEN) == seen
+
+
+def test_every_entry_of_a_legend_hides_all_that_it_names(visit, demo, experiment):
+    for url in (demo, experiment):
+        page = visit(url)
+        left = page.evaluate(
+            """() => [...document.querySelectorAll("[data-curve]")].flatMap(button => {
+              const part = button.closest("[data-group], section");
+              if (part.hidden) return [];
+              const name = button.dataset.curve;
+              const own = [...part.querySelectorAll("figure svg *")].filter(
+                one => (one.getAttribute("style") || "").includes(`var(${name})`) && !one.closest("defs"));
+              button.click();
+              const isOfOther = one => (one.closest("[data-of]")?.dataset.of ?? name) !== name;  // of the same colour
+              const shown = own.filter(one => one.getClientRects().length && !isOfOther(one)).map(one => one.outerHTML);
+              button.click();
+              return part.querySelector(`[data-of="${name}"]`) ? shown : [`nothing is of ${name}`];
+            })"""
+        )
+        assert left == []
 
 
 def test_print_shows_every_section_whole(visit, demo):
@@ -505,8 +543,14 @@ def test_print_shows_every_section_whole(visit, demo):
         "[...document.querySelectorAll('table')].filter(t => t.getBoundingClientRect().right > innerWidth + 1).length"
     )
     assert wide == 0
+    assert page.locator("#compare .card").count() == len(RUNS) - 1
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate("document.querySelectorAll('details:not([open])').length") > 0
+    page.locator("#detail .missing").wait_for()  # nor does the example stay
+    page.emulate_media(media="screen")
+    page.locator("#rows .row").first.click()
+    page.locator("#compare").wait_for()
+    assert page.locator("#compare[open]").count() == 0
 
 
 @pytest.mark.slow

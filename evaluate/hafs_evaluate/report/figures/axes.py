@@ -15,6 +15,11 @@ ARROW = {"arrowstyle": "-|>", "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
 LINE = 10.5  # points, of the lines that name what lies beyond
 
 
+def gid(key: str) -> str:
+    """The name, in a drawing, of everything that belongs to the curve of a style key."""
+    return f"curve-{css_name(key)}"
+
+
 def draw(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None:
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x_label)
@@ -30,7 +35,7 @@ def draw(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None:
             "linewidth": style.width,
             "linestyle": (0, style.dashes) if style.dashes else "solid",
             "label": series.label,
-            "gid": f"curve-{css_name(series.key)}",
+            "gid": gid(series.key),
         }
         _draw_intervals(axes, series, panel.scatter, style)
         if series.steps:
@@ -41,9 +46,9 @@ def draw(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None:
     for key, label, level in panel.levels:
         style = styles[key]
         if key in LLM:  # named in the legend
-            axes.axhline(level, color=style.colour, linewidth=style.width, label=label)
+            axes.axhline(level, color=style.colour, linewidth=style.width, label=label, gid=gid(key))
             continue
-        axes.axhline(level, color=style.colour, linewidth=1.1, linestyle=(0, (1, 1.5)))
+        axes.axhline(level, color=style.colour, linewidth=1.1, linestyle=(0, (1, 1.5)), gid=gid(key))
         axes.annotate(
             label,
             (0, level),
@@ -52,6 +57,7 @@ def draw(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None:
             textcoords="offset points",
             color=style.colour,
             fontsize=8,
+            gid=gid(key),
         )
     _draw_beyond(axes, panel.beyond, styles)
     axes.set_ylim(*panel.y_limits)
@@ -95,13 +101,15 @@ def _draw_beyond(axes: Axes, beyond: list[Beyond], styles: dict[str, Style]) -> 
     """An arrow at the edge for each point beyond it, and a line for each arm in the corner: its name and its values."""
     for one in beyond:
         right, up = one.direction
-        axes.annotate(
+        arrow = axes.annotate(
             "",
             (one.x, one.y),
             xytext=(-13 * right, -13 * up),
             textcoords="offset points",
             arrowprops={**ARROW, "color": styles[one.key].colour},
         )
+        if arrow.arrow_patch is not None:
+            arrow.arrow_patch.set_gid(gid(one.key))
     labels = list(dict.fromkeys(one.label for one in beyond))
     is_above = any(one.direction[1] > 0 for one in beyond)
     for place, label in enumerate(labels):
@@ -115,6 +123,7 @@ def _draw_beyond(axes: Axes, beyond: list[Beyond], styles: dict[str, Style]) -> 
             textcoords="offset points",
             color=styles[own[0].key].colour,
             fontsize=7.5,
+            gid=gid(own[0].key),
             ha="right",
             va="top" if is_above else "bottom",
         )
@@ -137,6 +146,7 @@ def _draw_end_values(axes: Axes, panel: Panel, styles: dict[str, Style]) -> None
             textcoords="offset points",
             color=styles[key].colour,
             fontsize=8,
+            gid=gid(key),
             va="center",
         )
 
@@ -171,10 +181,14 @@ def _draw_intervals(axes: Axes, series: Series, as_bars: bool, style: Style) -> 
             low, high = (_array(part) for part in interval)
             lengths = np.clip([np.array(place) - low, high - np.array(place)], 0, None)
             bars: dict[str, Any] = {f"{axis}err": lengths}
-            axes.errorbar(series.x, series.y, fmt="none", ecolor=style.colour, elinewidth=1, capsize=2.5, **bars)
+            drawn = axes.errorbar(
+                series.x, series.y, fmt="none", ecolor=style.colour, elinewidth=1, capsize=2.5, **bars
+            )
+            for part in drawn.get_children():
+                part.set_gid(gid(series.key))
     elif series.y_interval is not None and any(low is not None for low in series.y_interval[0]):
         low, high = (_array(part) for part in series.y_interval)
-        band: dict[str, Any] = {"color": style.colour, "alpha": BAND, "linewidth": 0}
+        band: dict[str, Any] = {"color": style.colour, "alpha": BAND, "linewidth": 0, "gid": gid(series.key)}
         if series.steps:
             axes.stairs(high, series.x, baseline=low, fill=True, **band)
         else:

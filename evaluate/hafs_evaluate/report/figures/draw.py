@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from hafs_evaluate.report.figures.axes import draw
-from hafs_evaluate.report.figures.shapes import Beyond, Panel, Series
+from hafs_evaluate.report.figures.shapes import Panel, Series
 from hafs_evaluate.report.figures.styles import GRID, INK, MUTED, Style, css_name
 from hafs_jax.base.files import write_atomic
 
@@ -147,6 +147,7 @@ def _themed(text: str, panel: Panel, styles: dict[str, Style]) -> str:
     text = re.sub(
         r' id="(?:figure|axes|patch|line2d|text|[xy]tick|matplotlib\.axis|legend|LineCollection)_\d+"', "", text
     )
+    text = re.sub(r' id="curve-([^"]*)"', r' data-of="\1"', text)  # many parts of many figures are of one curve
     text = re.sub(r"font: ([\w. ]*?[\d.]+px) [^;\"]+", r"font: \1 var(--sans)", text)
     text = re.sub(r' xmlns:xlink="[^"]*"| xmlns="[^"]*"| version="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg role="img"', text, count=1)
@@ -157,10 +158,6 @@ def _themed(text: str, panel: Panel, styles: dict[str, Style]) -> str:
     for key in [*(key for key, _, _ in panel.levels), *(one.key for one in panel.beyond)]:
         text = text.replace(styles[key].colour, f"var({css_name(key)})")
     return re.sub(r"\n\s*", "\n", text).strip()
-
-
-def _place(one: Beyond) -> dict[str, Any]:
-    return {"x": _short(one.x), "y": _short(one.y), "text": one.text}
 
 
 def _short(value: float) -> float:

@@ -29,9 +29,9 @@ function overlap(record, place, other) {
   return best;
 }
 
-async function drawOther(name, record, place) {
+/* Fills a variant's card: at once with what the page holds, later with what comes from a side file. */
+async function fillCard(card, name, record, place) {
   const index = record.columns.index[place];
-  const card = make("div", { class: "card" }, make("h5", {}, name));
   const match = record.matches && record.matches[place][name];
   const missing = (text) => card.append(make("p", { class: "missing" }, text));
   let shown = null;
@@ -47,25 +47,28 @@ async function drawOther(name, record, place) {
     const near = overlap(record, place, recordOf(name));
     if (!near) {
       missing("no latent of its sample shares a top context");
-      return card;
+      return;
     }
     shown = [recordOf(name), near[0]];
     card.append(make("p", {}, link(name, recordOf(name).columns.index[near[0]]), ` · shares ${near[1]} of ${near[2]} top contexts`));
   }
-  if (!shown) return card;
+  if (!shown) return;
   const [other, at] = shown;
   card.append(make("p", {}, `density ${percent(other.columns.density[at])} `, ...other.top[at].slice(0, 4).map(([token]) => make("span", { class: "chip" }, words(other, token)))));
   card.append(...contextsOf(other, at).filter((context) => !context.isRandom).slice(0, 3).map((context) => drawContext(other, context, other.scale[at])));
-  return card;
 }
 
 function drawCompare(variant, record, place) {
   const details = make("details", { class: "compare", id: "compare" }, make("summary", {}, "The same latent in other variants"));
-  const fill = async () => {
+  const fill = () => {
     if (details.children.length > 1) return;
     const cards = make("div", { class: "cards" });
     details.append(cards);
-    for (const name of variantNames.filter((other) => other !== variant)) cards.append(await drawOther(name, record, place));
+    for (const name of variantNames.filter((other) => other !== variant)) {
+      const card = make("div", { class: "card" }, make("h5", {}, name));
+      cards.append(card);
+      fillCard(card, name, record, place);
+    }
   };
   details.open = isComparing;
   if (isComparing) fill();

@@ -37,9 +37,18 @@
     tip.style.top = `${scrollY + box.top + (y / svg.viewBox.baseVal.height) * box.height}px`;
   }
 
+  /* What a legend belongs to: its group's figures, or all of its section. */
+  const partOf = (element) => element.closest("[data-group], section");
+
+  /* Those of the curves, levels or points that no legend hides. */
+  function visible(svg, curves) {
+    const hidden = new Set([...partOf(svg).querySelectorAll('[data-curve][aria-pressed="false"]')].map((button) => button.dataset.curve));
+    return curves.filter((curve) => !hidden.has(curve.colour));
+  }
+
   function showCurves(svg, meta) {
     const [x0, y0, x1, y1] = meta.box;
-    const curves = meta.series.filter((curve) => curve.x.length);
+    const curves = visible(svg, meta.series).filter((curve) => curve.x.length);
     if (!curves.length) return;
     const at = curves.map((curve) => {
       let best = 0;
@@ -52,15 +61,15 @@
     draw(svg, "line", { x1: x, x2: x, y1: y0, y2: y1, stroke: "var(--muted)", "stroke-width": 0.7 });
     tip.replaceChildren(make("div", { style: "color: var(--muted)" }, `${meta.label}: ${number(nearest.curve.x[nearest.i])}`));
     for (const { curve, i } of at) tip.append(row(curve.colour, curve.label, number(curve.y[i]) + interval(curve.y_interval, i)));
-    for (const one of meta.beyond || []) tip.append(row(one.colour, one.label, one.text));
-    for (const level of meta.levels) tip.append(row(level.colour, level.label, number(level.y)));
+    for (const one of visible(svg, meta.beyond || [])) tip.append(row(one.colour, one.label, one.text));
+    for (const level of visible(svg, meta.levels)) tip.append(row(level.colour, level.label, number(level.y)));
     place(svg, x, y0);
   }
 
   function showPoint(svg, meta, x, y) {
     const [x0, y0, x1, y1] = meta.box;
     let best = null;
-    for (const curve of meta.series) {
+    for (const curve of visible(svg, meta.series)) {
       curve.x.forEach((value, i) => {
         const px = x0 + fraction(value, meta.x) * (x1 - x0);
         const py = y1 - fraction(curve.y[i], meta.y) * (y1 - y0);
@@ -113,14 +122,12 @@
     else showCurves(figure.querySelector("svg"), meta);
   });
 
-  /* A legend's entry hides its curves in the figures of its section. */
+  /* A legend's entry hides its curves, with their intervals and values, in the figures that the legend belongs to. */
   document.addEventListener("click", (event) => {
     const button = event.target.closest ? event.target.closest("[data-curve]") : null;
     if (!button) return;
     const shown = button.getAttribute("aria-pressed") !== "true";
     button.setAttribute("aria-pressed", shown);
-    for (const part of button.closest("section").querySelectorAll(`[id^="curve-${button.dataset.curve}"]`)) {
-      if (part.id === `curve-${button.dataset.curve}`) part.style.display = shown ? "" : "none";
-    }
+    for (const part of partOf(button).querySelectorAll(`[data-of="${button.dataset.curve}"]`)) part.style.display = shown ? "" : "none";
   });
 }
