@@ -145,6 +145,9 @@ def test_the_list_sorts_by_every_column_both_ways(visit, demo):
     names = [heads.nth(i).get_attribute("data-sort") for i in range(heads.count())]
     assert names == ["index", "density", "max_activation", "cosine", "purity", "selectivity", "name"]
     assert numbers(column(page, 5)) == sorted(numbers(column(page, 5)), reverse=True)  # not the densest first
+    cut = "heads => heads.slice(0, -1).filter(one => one.scrollWidth > one.clientWidth).map(one => one.textContent)"
+    assert heads.evaluate_all(cut) == []
+    assert page.locator("#list").evaluate("list => list.scrollWidth - list.clientWidth") <= 0  # the names are in view
     for place, name in enumerate(names[:-1]):
         head = page.locator(f"#columns [data-sort={name}]")
         orders = []

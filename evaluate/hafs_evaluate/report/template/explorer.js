@@ -60,8 +60,8 @@ const shownIn = (name, value) => (name === "index" ? `#${value}` : value === nul
 
 function drawHead() {
   const columns = columnsShown();
-  ui.list.style.setProperty("--columns", `3.8rem ${"4.6rem ".repeat(columns.length - 1)}minmax(5rem, 1fr)`);
-  ui.list.style.setProperty("--least", `${3.8 + 4.6 * (columns.length - 1) + 6}rem`);
+  ui.list.style.setProperty("--columns", `3.8rem ${"3.9rem ".repeat(columns.length - 1)}minmax(5rem, 1fr)`);
+  ui.list.style.setProperty("--least", `${3.8 + 3.9 * (columns.length - 1) + 5 + 0.25 * columns.length + 1.25}rem`);  // with gaps and padding
   const isDown = (name) => ascends(name) === view.reversed;
   const head = (name, title) => make("button", { type: "button", role: "columnheader", title: `sort by ${title}`, "data-sort": name,
     "aria-sort": view.sort !== name ? "none" : isDown(name) ? "descending" : "ascending", onclick: () => sortBy(name) },
