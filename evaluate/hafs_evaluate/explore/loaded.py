@@ -9,15 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hafs_evaluate.core.loading import load_sae
-from hafs_evaluate.latents.dashboards import OTHERS
 from hafs_evaluate.latents.neighbours import rounded
+from hafs_evaluate.results.readings import LATENTS, OTHERS
 from hafs_evaluate.workspace import FinishedRun, Workspace, export
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json
 from hafs_jax.runs import Run
 from hafs_jax.store.manifest import Manifest
-
-LATENTS = "latents.json"  # of the evaluation's stage `latents`
 
 
 @dataclass

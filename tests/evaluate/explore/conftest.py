@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from hafs_evaluate.explore.explorer import Explorer
-from hafs_evaluate.latents.dashboards import OTHERS, LatentsConfig, show_latents, write_latents
+from hafs_evaluate.latents.dashboards import LatentsConfig, show_latents, write_latents
+from hafs_evaluate.results.readings import LATENTS, OTHERS
 from hafs_evaluate.workspace import FinishedRun
 from hafs_extract.models import load_model
 from tests.support.torch_saes import random_sae
@@ -25,7 +26,7 @@ def explorer(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Ex
         values = show_latents(sae, workspace.train, model, LatentsConfig(latents=5, others=4, examples=3))
         others = {"run": name, "latents": values.pop("others")}
         write_latents(workspace.result(name, OTHERS), others)
-        write_latents(workspace.result(name, "latents.json"), {"run": name, **values})
+        write_latents(workspace.result(name, LATENTS), {"run": name, **values})
     runs = [FinishedRun(name, workspace.runs / name, is_exported=True) for name in RUNS]
     return Explorer(workspace, runs, "cpu")
 
