@@ -28,7 +28,7 @@ from hafs_jax.store.manifest import Manifest
 
 LEAST_PARAMETERS = 1_000_000_000  # of the language model
 LEAST_LATENTS = 16_000  # of the dictionary
-KEPT_LATENTS = 16_384  # of a dictionary whose latents are kept for all words (3.3 GB of them), not encoded again 310 times
+KEPT_LATENTS = 16_384  # of a dictionary whose latents are kept for all words (3.3 GB), not encoded again 310 times
 
 
 def validity(parameters: int, latents: int) -> tuple[bool, str]:
