@@ -9,13 +9,22 @@ from typing import Any
 
 import pytest
 
+from hafs_evaluate.explore import requests
 from hafs_extract.config import ExtractConfig, SourceConfig
 from hafs_extract.profiles import OFFLINE
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import Bounds
 from tests.support.sources import modules
 
-EXAMPLES: dict[type, Any] = {ExtractConfig: OFFLINE, SourceConfig: SourceConfig("text", "text.jsonl")}
+EXAMPLES: dict[type, Any] = {
+    ExtractConfig: OFFLINE,
+    SourceConfig: SourceConfig("text", "text.jsonl"),
+    requests.ReadRequest: requests.ReadRequest("text", ("run",)),
+    requests.LatentRequest: requests.LatentRequest("run"),
+    requests.SearchRequest: requests.SearchRequest("text", "run"),
+    requests.CompareRequest: requests.CompareRequest("text", ("run", "other")),
+    requests.SteerRequest: requests.SteerRequest("text", "run"),
+}
 """An instance of each config whose defaults alone make none."""
 
 ALONGSIDE: dict[str, dict[str, Any]] = {
