@@ -11,6 +11,9 @@ from tests.support.sources import modules
 
 LOG = logging.getLogger("hafs_jax.some.module")
 PRINTERS = {
+    "hafs_evaluate.labels.command": None,
+    "hafs_evaluate.explore.serve": None,
+    "hafs_evaluate.explore.command": None,
     "hafs_jax.cli": None,
     "hafs_jax.commands.training": None,
     "hafs_jax.commands.runs": None,
