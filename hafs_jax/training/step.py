@@ -17,8 +17,8 @@ from hafs_jax.fast.hinge import penalty_and_gradient
 from hafs_jax.fast.objective import loss_and_gradients
 from hafs_jax.fast.plan import Plan, choose
 from hafs_jax.method.architectures import ARCHITECTURES
-from hafs_jax.method.controllers import SparsityControl, update_gate, update_sparsity
-from hafs_jax.method.loss import Metrics, Weights
+from hafs_jax.method.controllers import ErrorGate, SparsityControl, update_gate, update_sparsity
+from hafs_jax.method.loss import Forward, Metrics, Weights
 from hafs_jax.method.penalties import PENALTIES, Structure, assign_parents, noise_floor_margin, tangent
 from hafs_jax.method.resample import resample
 from hafs_jax.method.sae import InputScale
@@ -70,11 +70,7 @@ def train_step(
     acts_BD, target_BD = _scaled(batch, scale)
     variance = scale.variance if scale.target is None else scale.target.variance
     dead_steps = -(-settings.dead_after_tokens // config.batch_size)
-    weights = Weights(
-        k=k_schedule(config.sae, config.steps)(step),
-        coefficient=state.sparsity.coefficient * coefficient_schedule(settings, config.steps)(step),
-        is_dead_F=state.steps_since_fired_F >= dead_steps,
-    )
+    weights = _weights(state, dead_steps, config)
     chunk_key = jax.random.fold_in(state.key, step)
     prefix_key, row_key = jax.random.fold_in(chunk_key, 1), jax.random.fold_in(chunk_key, 2)
     (loss, forward), grads = loss_and_gradients(
@@ -85,17 +81,10 @@ def train_step(
 
     # A unit row can only turn. What points along it would be undone by `unit_rows`, but would stay in Adam's moments.
     grads["W_dec"] = tangent(grads["W_dec"], state.params["W_dec"])
-    metrics = {"penalty": jnp.zeros(()), "loss_orthogonality": jnp.zeros(()), "penalty_gradient_share": jnp.zeros(())}
-    held, groups_F = state.held_penalty, state.groups_F
     alpha = jnp.float32(alpha_schedule(config.penalty, config.steps)(step))
-    if config.penalty.kind != "none":
-        active_BF = None if forward.encoding is None else forward.encoding.latents_BF > 0
-        if config.penalty.sharing == "parent":
-            groups_F = _regrouped(state, config, axis)
-        structure = Structure(groups_F, rate_F, active_BF)
-        penalised = _penalised(grads["W_dec"], state, alpha, structure, config, plan, chunk_key, axis)
-        grads["W_dec"], held, metrics = penalised
-        loss += metrics["loss_orthogonality"]
+    penalised = _with_penalty(grads["W_dec"], state, forward, rate_F, alpha, config, plan, chunk_key, axis)
+    grads["W_dec"], held, groups_F, penalty = penalised
+    loss += penalty["loss_orthogonality"]
     gradient_norm = optax.global_norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
@@ -104,16 +93,10 @@ def train_step(
 
     l0 = jnp.sum(forward.firing_F) / B
     since_F = jnp.where(ok & (forward.firing_F > 0), 0, jnp.minimum(state.steps_since_fired_F + 1, _NEVER))
-    threshold_ema = state.threshold_ema
-    if architecture.learns_threshold:
-        threshold_ema = _followed(threshold_ema, forward.smallest, ok, settings.threshold_decay)
-    fvu = jnp.where(ok, forward.parts["fvu"], jnp.nan)
-    gate = update_gate(state.gate, fvu, config.penalty, hyper.tau, hyper.lam_max)
-    sparsity = state.sparsity
-    if architecture.cost is not None:
-        sparsity = _matched(state, jnp.where(ok, l0, jnp.nan), weights.k, config)
-        if config.frozen == "everything":  # no coefficient could move it: the bias does, by the same law
-            params["b_enc"] -= jnp.log2(sparsity.coefficient / state.sparsity.coefficient)
+    threshold_ema, gate, sparsity = _controls(state, forward, l0, weights.k, ok, hyper, config)
+    if config.frozen == "everything" and architecture.cost is not None:
+        # No coefficient could move L0: the bias does, by the same law.
+        params["b_enc"] -= jnp.log2(sparsity.coefficient / state.sparsity.coefficient)
     if settings.resample_every_steps:
         now = (step + 1) % settings.resample_every_steps == 0
         now &= ok & (step < round(settings.resample_until * config.steps))
@@ -124,7 +107,7 @@ def train_step(
         "step": step + 1,
         "loss": loss,
         **forward.parts,
-        **metrics,
+        **penalty,
         "fvu_ema": gate.error(config.penalty.ema_decay),
         "l0": l0,
         "k": weights.k,
@@ -152,6 +135,57 @@ def train_step(
         key=state.key,
     )
     return new_state, metrics
+
+
+def _weights(state: TrainState, dead_steps: int, config: TrainConfig) -> Weights:
+    """What the loss takes from schedules and state at this step."""
+    coefficient = state.sparsity.coefficient * coefficient_schedule(config.sparsity, config.steps)(state.step)
+    is_dead_F = state.steps_since_fired_F >= dead_steps
+    return Weights(k=k_schedule(config.sae, config.steps)(state.step), coefficient=coefficient, is_dead_F=is_dead_F)
+
+
+def _with_penalty(
+    grad_FD: Float[Array, "F D"],
+    state: TrainState,
+    forward: Forward,
+    rate_F: Float[Array, " F"],
+    alpha: Float[Array, ""],
+    config: TrainConfig,
+    plan: Plan,
+    key: Key[Array, ""],
+    axis: str | None,
+) -> tuple[Float[Array, "F D"], Params, Int[Array, " F"], Metrics]:
+    """`_penalised`, with the groups of latents; unchanged and zeros where there is no penalty."""
+    groups_F = state.groups_F
+    if config.penalty.kind == "none":
+        names = ("penalty", "loss_orthogonality", "penalty_gradient_share")
+        return grad_FD, state.held_penalty, groups_F, {name: jnp.zeros(()) for name in names}
+    if config.penalty.sharing == "parent":
+        groups_F = _regrouped(state, config, axis)
+    active_BF = None if forward.encoding is None else forward.encoding.latents_BF > 0
+    structure = Structure(groups_F, rate_F, active_BF)
+    grad_FD, held, metrics = _penalised(grad_FD, state, alpha, structure, config, plan, key, axis)
+    return grad_FD, held, groups_F, metrics
+
+
+def _controls(
+    state: TrainState,
+    forward: Forward,
+    l0: Float[Array, ""],
+    k: Array,
+    ok: Array,
+    hyper: Hyperparameters,
+    config: TrainConfig,
+) -> tuple[Array, ErrorGate, SparsityControl]:
+    """The learned threshold, the error gate and the L0 controller after a step."""
+    architecture, threshold_ema, sparsity = ARCHITECTURES[config.sae.architecture], state.threshold_ema, state.sparsity
+    if architecture.learns_threshold:
+        threshold_ema = _followed(threshold_ema, forward.smallest, ok, config.sparsity.threshold_decay)
+    fvu = jnp.where(ok, forward.parts["fvu"], jnp.nan)
+    gate = update_gate(state.gate, fvu, config.penalty, hyper.tau, hyper.lam_max)
+    if architecture.cost is not None:
+        sparsity = _matched(state, jnp.where(ok, l0, jnp.nan), k, config)
+    return threshold_ema, gate, sparsity
 
 
 def _followed(ema: Array, smallest: Float[Array, ""], ok: Array, decay: float) -> Float[Array, ""]:
