@@ -10,6 +10,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 _SAMPLE = 4_096  # entries that are sorted to bracket the threshold
 _GROUP = 16  # neighbouring entries of a row, represented by their maximum
+_WIDEST = 1_024  # entries of a row that an accelerator sorts without passing them through memory several times
+_DIGIT = 3  # bits of the threshold that one pass on an accelerator finds
+_MOST = 2**31 - 1  # the largest number of 31 bits
 _TINY = np.float32(np.finfo(np.float32).tiny)
 _TOP = np.float32(np.finfo(np.float32).max)
 
@@ -60,11 +63,36 @@ def top_of_rows(
 
 
 def _top_k(values_BF: Float[Array, "B F"], most: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-    """`jax.lax.top_k` behind a barrier.
+    """`jax.lax.top_k`; elsewhere than on a CPU without sorting wide rows."""
 
-    Without the barrier, if only a part of the result is used, XLA sorts entire rows, which is ten times slower.
+    def on_cpu(values_BF: Array) -> tuple[Array, Array]:
+        # Without the barrier, if only a part of the result is used, XLA sorts entire rows, ten times slower.
+        return cast(tuple[Array, Array], tuple(jax.lax.optimization_barrier(jax.lax.top_k(values_BF, most))))
+
+    def elsewhere(values_BF: Array) -> tuple[Array, Array]:
+        return top_of_groups(values_BF, most)
+
+    return cast(tuple[Array, Array], jax.lax.platform_dependent(values_BF, cpu=on_cpu, default=elsewhere))
+
+
+def top_of_groups(values_BF: Float[Array, "B F"], most: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
+    """`jax.lax.top_k`, found among groups, whose maxima are found among groups of groups, and so on.
+
+    So no row of more than `_WIDEST` entries is sorted, except where `most` is over half of that. Among equal entries
+    the first ones are taken, as the chosen groups are put in order.
     """
-    return cast(tuple[Array, Array], tuple(jax.lax.optimization_barrier(jax.lax.top_k(values_BF, most))))
+    B, F = values_BF.shape
+    size = min(_GROUP, _WIDEST // most)
+    if F <= _WIDEST or size < 2:
+        values_BK, columns_BK = jax.lax.top_k(values_BF, most)
+        return values_BK, columns_BK.astype(jnp.int32)
+    groups_BTG = _grouped(values_BF, size)
+    _, chosen_BK = top_of_groups(jnp.max(groups_BTG, axis=2), most)
+    chosen_BK = jnp.sort(chosen_BK, axis=1)
+    near_BN = jnp.take_along_axis(groups_BTG, chosen_BK[:, :, None], axis=1).reshape(B, -1)
+    values_BK, at_BK = jax.lax.top_k(near_BN, most)
+    columns_BK = jnp.take_along_axis(chosen_BK, at_BK // size, axis=1) * size + at_BK % size
+    return values_BK, columns_BK.astype(jnp.int32)
 
 
 def kth_largest_of_rows(values_BF: Float[Array, "B F"], k: int) -> Float[Array, " B"]:
@@ -155,13 +183,13 @@ def _groups_where(
     return jnp.where(found_N1, jax.nn.relu(groups_NG), 0.0), numbers_N
 
 
-def _grouped(values: Float[Array, "*rows F"]) -> Float[Array, "*rows T G"]:
-    """The last axis split into groups of neighbours. Its padding is never the largest."""
+def _grouped(values: Float[Array, "*rows F"], size: int = _GROUP) -> Float[Array, "*rows T G"]:
+    """The last axis split into groups of `size` neighbours. Its padding is never the largest."""
     F = values.shape[-1]
-    missing = -F % _GROUP
+    missing = -F % size
     if missing:
         values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)], constant_values=-_TOP / 4)
-    return values.reshape(*values.shape[:-1], -1, _GROUP)
+    return values.reshape(*values.shape[:-1], -1, size)
 
 
 def where_true(mask_T: Bool[Array, " T"], size: int) -> Int[Array, " N"]:
@@ -193,9 +221,35 @@ def _ones(words: UInt32[Array, "..."]) -> Int[Array, "..."]:
 
 
 def count_threshold(values: Float[Array, "..."], count: Int[Array, ""] | int) -> Float[Array, ""]:
-    """A threshold t with exactly `count` entries >= t, or more of them if entries tie at t.
+    """A threshold t with exactly `count` entries >= t, or more of them if entries tie at t; 0 if there are fewer.
 
     `values` must be finite and not negative. Their float32 bit patterns then have the same order as they do.
+    """
+    flat, count = values.astype(jnp.float32).reshape(-1), jnp.asarray(count, jnp.int32)
+    return cast(Array, jax.lax.platform_dependent(flat, count, cpu=_by_interpolation, default=threshold_by_digits))
+
+
+def threshold_by_digits(flat: Float[Array, " n"], count: Int[Array, ""]) -> Float[Array, ""]:
+    """`count_threshold` in 11 passes over the values, whatever they are: the `count`-th largest of them.
+
+    Each pass finds 3 of the 31 bits, the first one 1, by counting the values above 7 numbers. XLA counts for so many in
+    one kernel. A loop whose end depends on the data would let an accelerator wait for the host at every turn.
+    """
+    bits_n, passes, digits = _bits(flat), -(-31 // _DIGIT), jnp.arange(1, 1 << _DIGIT)
+
+    def narrow(turn: Array, low: Array) -> Array:
+        shift = _DIGIT * (passes - 1 - turn)
+        fits = digits <= (jnp.int32(_MOST) - low) >> shift  # the first pass has fewer bits
+        tries = low | (jnp.where(fits, digits, 0) << shift)
+        found = jnp.stack([jnp.sum(bits_n >= tries[n], dtype=jnp.int32) for n in range(len(digits))]) >= count
+        return low | (jnp.sum(found & fits, dtype=jnp.int32) << shift)
+
+    low = jax.lax.fori_loop(0, passes, narrow, jnp.int32(0))
+    return jnp.where(count >= flat.size, 0.0, jax.lax.bitcast_convert_type(low, jnp.float32))
+
+
+def _by_interpolation(flat: Float[Array, " n"], count: Int[Array, ""]) -> Float[Array, ""]:
+    """`count_threshold`, in passes whose number depends on the values.
 
     1. A sorted sample brackets t.
     2. Interpolation on the counts, with a bisection at every third step, narrows the bracket. It takes about 8 passes
@@ -203,9 +257,7 @@ def count_threshold(values: Float[Array, "..."], count: Int[Array, ""] | int) ->
     3. The loop stops as soon as the count is exact: t then lies between the `count`-th value and the next smaller one.
        If entries tie, it stops at the largest t with at least `count` entries.
     """
-    flat = values.astype(jnp.float32).reshape(-1)
     total = flat.size
-    count = jnp.asarray(count, jnp.int32)
 
     def at_least(threshold: Float[Array, ""]) -> Array:
         return jnp.sum(flat >= threshold, dtype=jnp.int32)
