@@ -3,7 +3,7 @@
 They are sae_lens's training SAEs, dictionary_learning's trainers and sparsify's sparse coder. Each library is imported
 where it is used, since any of them may be absent.
 
-Weights have our names: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D], and an architecture's threshold, r_mag and
+Weights have our names: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D], and an architecture's threshold, r_mag and
 b_mag [F].
 """
 
@@ -58,14 +58,14 @@ _NAMES: dict[tuple[str, str], dict[str, str]] = {
         **{name: _LINEAR[name] for name in ("W_enc", "W_dec")},
         **{"b_enc": "gate_bias", "b_dec": "decoder_bias", "r_mag": "r_mag", "b_mag": "mag_bias"},
     },
-}  # a matrix named "...weight" belongs to torch's Linear and is the transpose of ours
+}  # a matrix named "...weight" belongs to torch's Linear; other encoders are the transposes of ours
 
 
 def training_sae(architecture: str, weights: Weights, device: str = "cpu", **settings: Any) -> Any:
     """sae_lens's training SAE of an architecture, in float32; `settings` are fields of its config."""
     import sae_lens
 
-    D, F = weights["W_enc"].shape
+    F, D = weights["W_enc"].shape
     name = SAE_LENS[architecture]
     config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=D, d_sae=F, dtype="float32", device=device, **settings)
     sae = getattr(sae_lens, f"{name}TrainingSAE")(config)
@@ -77,7 +77,7 @@ def trainer(
     architecture: str, weights: Weights, steps: int = 10, warmup_steps: int = 0, device: str = "cpu", **settings: Any
 ) -> Any:
     """dictionary_learning's trainer of an architecture; `settings` are further arguments of its class."""
-    D, F = weights["W_enc"].shape
+    F, D = weights["W_enc"].shape
     module, name = DICTIONARY_LEARNING[architecture]
     size = {"activation_dim": D, "dict_size": F, "layer": 0, "lm_name": "", "device": device}
     made = getattr(dictionary_learning(f"trainers.{module}"), name)(
@@ -91,7 +91,7 @@ def sparse_coder(weights: Weights, k: int, device: str = "cpu") -> Any:
     """sparsify's SparseCoder, whose activation is TopK, in float32."""
     with contextlib.redirect_stdout(io.StringIO()):  # on import it prints whether triton is there
         from sparsify import SparseCoder, SparseCoderConfig
-    D, F = weights["W_enc"].shape
+    F, D = weights["W_enc"].shape
     coder = SparseCoder(D, SparseCoderConfig(num_latents=F, k=k), device, torch.float32)
     _put(coder, "sparsify", "topk", weights)
     return coder
@@ -176,7 +176,7 @@ def fit_dictionary_learning(
         "matryoshka": {**by_k, "group_fractions": group_fractions(widths)},
     }
     if architecture == "jumprelu":  # its encoder does not subtract b_dec
-        weights = {**weights, "b_enc": weights["b_enc"] - weights["b_dec"] @ weights["W_enc"]}
+        weights = {**weights, "b_enc": weights["b_enc"] - weights["W_enc"] @ weights["b_dec"]}
     made = trainer(
         architecture,
         weights,
@@ -220,7 +220,7 @@ def _parameters(module: nn.Module, library: str, architecture: str) -> list[tupl
     names = _NAMES.get((library, architecture), _PLAIN)
     own = dict(module.named_parameters())
     assert set(own) == set(names.values()), f"{library} {architecture}: {sorted(own)}"
-    return [(name, own[theirs], theirs.endswith("weight")) for name, theirs in names.items()]
+    return [(name, own[theirs], theirs.endswith("weight") != (name == "W_enc")) for name, theirs in names.items()]
 
 
 def _put(module: nn.Module, library: str, architecture: str, weights: Weights) -> None:

@@ -48,7 +48,7 @@ def random_weights(config: TrainConfig, rows_BD: np.ndarray, l0: int | None = No
     """Random weights. With `l0`, biases leave so many positive pre-activations per row on average."""
     weights = {name: np.array(value) for name, value in init_params(config.sae, D, jax.random.key(0)).items()}
     if l0 is not None:
-        pre = np.sort((rows_BD @ weights["W_enc"]).reshape(-1))
+        pre = np.sort((rows_BD @ weights["W_enc"].T).reshape(-1))
         weights["b_enc"] -= pre[-l0 * len(rows_BD)]
     return weights
 
@@ -89,11 +89,11 @@ def five_products(rows_BD: np.ndarray, weights: Weights, dtype: str = "float32")
     latents_BF = jax.nn.relu(random_BF).astype(dtype)  # half zeros, like ReLU's: some devices draw less power for zeros
     sums = {"preferred_element_type": jnp.float32}
     products = (
-        (jax.jit(lambda x, w: jnp.matmul(x, w, **sums)), acts_BD, W_enc),
+        (jax.jit(lambda x, w: jnp.matmul(x, w.T, **sums)), acts_BD, W_enc),
         (jax.jit(lambda f, w: jnp.matmul(f, w, **sums)), latents_BF, W_dec),
         (jax.jit(lambda r, w: jnp.matmul(r, w.T, **sums)), acts_BD, W_dec),
         (jax.jit(lambda f, r: jnp.matmul(f.T, r, **sums)), latents_BF, acts_BD),
-        (jax.jit(lambda x, g: jnp.matmul(x.T, g, **sums)), acts_BD, latents_BF),
+        (jax.jit(lambda x, g: jnp.matmul(g.T, x, **sums)), acts_BD, latents_BF),
     )
 
     def run() -> None:

@@ -60,7 +60,7 @@ class TrainedSAE:
     @property
     def d_model(self) -> int:
         """D, the width of the activations that are encoded."""
-        return self.params["W_enc"].shape[0]
+        return self.params["W_enc"].shape[1]
 
     @property
     def d_out(self) -> int:
@@ -225,6 +225,6 @@ def _encode(params: Params, acts_BD: Array, scale: InputScale, threshold: Array,
 @functools.partial(jax.jit, static_argnames="config")
 def _decode(params: Params, latents_BF: Array, scale: InputScale, config: TrainConfig) -> Array:
     into = scale if scale.target is None else scale.target
-    sae = SAE(config.sae, params["W_enc"].shape[0], params["W_dec"].shape[1])
+    sae = SAE(config.sae, params["W_enc"].shape[1], params["W_dec"].shape[1])
     recon_BD = cast(Array, sae.apply({"params": params}, latents_BF * scale.scale, method="decode"))
     return recon_BD / into.scale + into.mean_D[None]

@@ -146,6 +146,8 @@ def saelens_config(
 def fold(params: Params, scale: InputScale, threshold: Float[Array, ""]) -> tuple[Params, Float[Array, "..."]]:
     """The weights and the inference threshold for raw activations: the same function in the language model's units.
 
+    W_enc comes out as [D, F].
+
     With x' = (x - m) s, and ' for what the SAE has in scaled units:
 
     - b_dec = m + b_dec'/s.
@@ -162,14 +164,15 @@ def fold(params: Params, scale: InputScale, threshold: Float[Array, ""]) -> tupl
     """
     s, target = scale.scale, scale.target
     raw = {name: value / s if name in _IN_UNITS else value for name, value in params.items() if name != "threshold"}
+    raw["W_enc"] = params["W_enc"].T
     if target is None:
         raw["b_dec"] = scale.mean_D + params["b_dec"] / s
     else:
-        raw["b_enc"] = raw["b_enc"] - scale.mean_D @ params["W_enc"]
+        raw["b_enc"] = raw["b_enc"] - scale.mean_D @ raw["W_enc"]
         raw["W_dec"] = params["W_dec"] * s / target.scale
         raw["b_dec"] = target.mean_D + params["b_dec"] / target.scale
         if "b_mag" in raw:
-            raw["b_mag"] = raw["b_mag"] - (scale.mean_D @ params["W_enc"]) * jnp.exp(params["r_mag"])
+            raw["b_mag"] = raw["b_mag"] - (scale.mean_D @ raw["W_enc"]) * jnp.exp(params["r_mag"])
     return raw, params.get("threshold", threshold) / s
 
 
@@ -184,8 +187,8 @@ def unfold(weights: Weights, scale: InputScale) -> tuple[Weights, np.ndarray | N
     so that latents are n s times the raw ones. A transcoder (`scale.target`, of mean m_t and scale s_t) has
     W_enc' = W_enc n s_t / s, b_enc' = (b_enc + m W_enc) n s_t and b_dec' = (b_dec - m_t) s_t.
 
-    A row of W_dec that is zero counts as of norm 1. Returns the weights and their threshold [F], None where they have
-    none; a threshold stays among the weights too.
+    The result's W_enc is [F, D]. A row of W_dec that is zero counts as of norm 1. Returns the weights and their
+    threshold [F], None where they have none; a threshold stays among the weights too.
     """
     target = scale.target
     m_D, s = np.asarray(scale.mean_D, np.float64), float(scale.scale)
@@ -200,6 +203,7 @@ def unfold(weights: Weights, scale: InputScale) -> tuple[Weights, np.ndarray | N
         found["b_enc"] = found["b_enc"] + shift_F
         if "b_mag" in found:
             found["b_mag"] = found["b_mag"] + shift_F * np.exp(raw["r_mag"])
+    found["W_enc"] = found["W_enc"].T
     result = {name: found[name].astype(np.float32) for name in weights}
     return result, result.get("threshold")
 

@@ -19,9 +19,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hafs_jax.config import SAEConfig, TrainConfig
-from hafs_jax.fast.forms import form_of
+from hafs_jax.fast.forms import capacity, form_of
 from hafs_jax.fast.plan import Plan
-from hafs_jax.ops.products import Params, blocks_of, matmul, row_blocks
+from hafs_jax.method.sae import centre
+from hafs_jax.ops.products import Params, blocks_of, by_rows, row_blocks
 from hafs_jax.ops.selection import Entries, where_true
 
 _UNROLLED = 4  # entries added per iteration of the loop
@@ -36,21 +37,22 @@ class SparseLatents(struct.PyTreeNode):
     latents_N: Int[Array, " N"]
     count: Int[Array, ""]  # all entries from this number on are padding
     complete: Bool[Array, ""]  # whether all active latents fitted into the capacity
+    per_row: int | None = struct.field(pytree_node=False, default=None)  # entries of each row, where all have as many
 
     def firing(self, n_latents: int) -> Float[Array, " F"]:
         """The number of rows in which each latent fires."""
-        return jnp.zeros(n_latents).at[self.latents_N].add(self.values_N > 0)
+        counts_F = jnp.zeros(n_latents, jnp.int32).at[self.latents_N].add((self.values_N > 0).astype(jnp.int32))
+        return counts_F.astype(jnp.float32)
 
 
 def active_latents(
     acts_BD: Float[Array, "B D"],
-    W_enc: Float[Array, "D F"],
-    bias_F: Float[Array, " F"],
+    params: Params,
     k: Array,
     config: TrainConfig,
     plan: Plan,
 ) -> SparseLatents:
-    """The entries of relu(acts @ W_enc + bias) that the config's architecture makes active; not differentiable.
+    """The entries of relu(`pre_activations`) that the config's architecture makes active; not differentiable.
 
     If a row's latents do not depend on the other rows, a large batch is taken in blocks of rows.
     """
@@ -58,15 +60,19 @@ def active_latents(
     select = form.select
     assert select is not None
 
+    centre_D, bias_F = centre(params, config.sae), params["b_enc"]
+    W_FD = params["W_enc"].astype(config.sae.compute_dtype)  # here, lest it is cast for each block of rows
+    per_row = capacity(config.sae) if form.by_row and not form.any_number else None
+
     def of_rows(acts_ND: Array) -> SparseLatents:
-        product_NF = matmul(acts_ND, W_enc, config.sae.compute_dtype)
+        product_NF = by_rows(acts_ND - centre_D[None], W_FD, config.sae.compute_dtype)
         entries: Entries = select(product_NF, bias_F, config.sae, k)
         values_N = product_NF[entries.rows_N, entries.columns_N] + bias_F[entries.columns_N]
         values_N = jnp.where(entries.real_N, values_N, 0.0)
         count = jnp.max(jnp.where(entries.real_N, jnp.arange(1, len(values_N) + 1, dtype=jnp.int32), 0))
-        return SparseLatents(values_N, entries.rows_N, entries.columns_N, count, entries.complete)
+        return SparseLatents(values_N, entries.rows_N, entries.columns_N, count, entries.complete, per_row)
 
-    P = blocks_of(len(acts_BD), W_enc.shape[1], plan.block_bytes) if form.by_row else 1
+    P = blocks_of(len(acts_BD), config.sae.F, plan.block_bytes) if form.by_row else 1
     if P == 1:
         return of_rows(acts_BD)
     blocks = jax.lax.map(of_rows, row_blocks(acts_BD, P))
@@ -76,14 +82,14 @@ def active_latents(
         order_N, count = where_true(values_N > 0, len(values_N)), jnp.sum(values_N > 0, dtype=jnp.int32)
         in_order_N = jnp.where(jnp.arange(len(order_N)) < count, values_N[order_N], 0.0)
         return SparseLatents(in_order_N, rows_N[order_N], latents_N[order_N], count, complete)
-    return SparseLatents(values_N, rows_N, latents_N, jnp.int32(len(values_N)), complete)
+    return SparseLatents(values_N, rows_N, latents_N, jnp.int32(len(values_N)), complete, per_row)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def encode(
     latents: SparseLatents, acts_BD: Float[Array, "B D"], params: Params, config: SAEConfig, plan: Plan
 ) -> SparseLatents:
-    """`latents` from `active_latents`, with the gradient of relu(acts @ W_enc + pre_bias) for `params`."""
+    """`latents` from `active_latents`, with the gradient of relu(`pre_activations`) for `params`."""
     return latents
 
 
@@ -98,12 +104,12 @@ def _encode_backward(
 ) -> tuple[None, None, dict[str, Array | None]]:
     latents, acts_BD, params = saved
     gradient = latents.replace(values_N=jnp.where(latents.values_N > 0, cotangent.values_N, 0.0))
-    onto_bias_F = jnp.zeros(config.F).at[latents.latents_N].add(gradient.values_N)
+    onto_bias_F = _onto_biases(gradient, config.F, plan)
     grads: dict[str, Array | None] = {**dict.fromkeys(params), "b_enc": onto_bias_F}  # None means zero
     if not config.transcode:
-        grads["b_dec"] = -(params["W_enc"] @ onto_bias_F)
-        acts_BD = acts_BD - params["b_dec"][None]  # saves a pass over W_enc for the gradient of b_dec @ W_enc
-    grads["W_enc"] = _onto_latents(gradient, acts_BD, config.F, config.compute_dtype, plan).T
+        grads["b_dec"] = -(onto_bias_F @ params["W_enc"])
+    rows_BD = acts_BD - centre(params, config)[None]
+    grads["W_enc"] = _onto_latents(gradient, rows_BD, config.F, config.compute_dtype, plan)
     return None, None, grads
 
 
@@ -128,10 +134,11 @@ def _decode_backward(
     rows: int, dtype: str, plan: Plan, saved: tuple[SparseLatents, Array], cotangent_BD: Array
 ) -> tuple[SparseLatents, Float[Array, "F D"]]:
     latents, W_dec = saved
-    onto_values_N = _dots(latents, cotangent_BD, W_dec, dtype)
+    onto_values_N = _dots(latents, cotangent_BD, W_dec, dtype, plan)
     onto_W_dec = _onto_latents(latents, cotangent_BD, len(W_dec), dtype, plan)
     # integers and flags have no gradient
-    return SparseLatents(onto_values_N, None, None, None, None), onto_W_dec  # type: ignore[arg-type]
+    onto = latents.replace(values_N=onto_values_N, rows_N=None, latents_N=None, count=None, complete=None)
+    return onto, onto_W_dec
 
 
 decode.defvjp(_decode_forward, _decode_backward)
@@ -141,7 +148,12 @@ def _onto_rows(
     latents: SparseLatents, source_FD: Float[Array, "F D"], rows: int, dtype: str, plan: Plan
 ) -> Float[Array, "B D"]:
     """For each of B = `rows` rows, the sum over its active latents of the value times the latent's row of `source`."""
-    into_N, from_N = latents.rows_N, latents.latents_N
+    into_N, from_N, k = latents.rows_N, latents.latents_N, latents.per_row
+    if k is not None and not plan.on_cpu and len(into_N) == rows * k:
+        weights_BK = latents.values_N.astype(dtype).astype(jnp.float32).reshape(rows, k)
+        picked_BKD = source_FD.astype(dtype)[from_N.reshape(rows, k)].astype(jnp.float32)
+        sums_BD = jnp.sum(weights_BK[:, :, None] * picked_BKD, axis=1)
+        return jnp.zeros_like(sums_BD).at[into_N[::k]].set(sums_BD, unique_indices=True)
     return _gather_add(into_N, latents.values_N, from_N, source_FD, rows, latents.count, dtype, plan)
 
 
@@ -151,6 +163,15 @@ def _onto_latents(
     """For each of F latents, the sum over the rows in which it is active of the value times that row of `source`."""
     into_N, from_N = latents.latents_N, latents.rows_N
     return _gather_add(into_N, latents.values_N, from_N, source_BD, F, latents.count, dtype, plan)
+
+
+def _onto_biases(latents: SparseLatents, F: int, plan: Plan) -> Float[Array, " F"]:
+    """For each of F latents, the sum of its values."""
+    if plan.on_cpu:
+        return jnp.zeros(F).at[latents.latents_N].add(latents.values_N)
+    # XLA adds single numbers by compare-and-swap on a GPU, and four in a row by one instruction.
+    fours_N4 = jnp.pad(latents.values_N[:, None], ((0, 0), (0, 3)))
+    return jnp.zeros((F, 4)).at[latents.latents_N].add(fours_N4)[:, 0]
 
 
 def _gather_add(
@@ -186,14 +207,18 @@ def _gather_add(
 
 
 def _dots(
-    latents: SparseLatents, of_rows: Float[Array, "B D"], of_latents: Float[Array, "F D"], dtype: str
+    latents: SparseLatents, of_rows: Float[Array, "B D"], of_latents: Float[Array, "F D"], dtype: str, plan: Plan
 ) -> Float[Array, " N"]:
-    """of_rows[row] . of_latents[latent] for each active entry, 0 for padding. `_CHUNK` entries are taken at once.
+    """of_rows[row] . of_latents[latent] for each active entry, 0 for padding. A CPU takes `_CHUNK` entries at once.
 
     The sum over D is a product with ones: XLA's CPU adds the numbers of a row one after the other, which takes twice
     as long.
     """
     of_rows, of_latents = of_rows.astype(dtype), of_latents.astype(dtype)
+    if not plan.on_cpu:
+        left_ND, right_ND = of_rows[latents.rows_N], of_latents[latents.latents_N]
+        found_N = jnp.sum(left_ND.astype(jnp.float32) * right_ND.astype(jnp.float32), axis=1)
+        return jnp.where(jnp.arange(len(found_N)) < latents.count, found_N, 0.0)
     rows_N, latents_N = _padded(latents.rows_N, _CHUNK), _padded(latents.latents_N, _CHUNK)
     ones_D = jnp.ones(of_rows.shape[1])
 

@@ -25,9 +25,10 @@ from hafs_jax.method.budgets import budget_bands
 from hafs_jax.method.loss import Forward, Weights, forward, total
 from hafs_jax.method.matryoshka import prefix_ends, prefix_errors, prefix_shares
 from hafs_jax.method.revival import auxiliary_error, auxiliary_weight
-from hafs_jax.method.sae import pre_bias
 from hafs_jax.ops.members import largest_of_members
 from hafs_jax.ops.products import Params, blocks_of, joined_rows, row_blocks
+
+_OF_LATENTS = ("W_enc", "b_enc", "W_dec")  # the parameters of which a dead latent has a row
 
 
 def loss_and_gradients(
@@ -56,8 +57,7 @@ def loss_and_gradients(
     if plan.products == "dense":
         (loss, found), grads = dense()
     else:
-        bias_F = pre_bias(params, config.sae)
-        latents = entries.active_latents(acts_BD, params["W_enc"], bias_F, weights.k, config, plan)
+        latents = entries.active_latents(acts_BD, params, weights.k, config, plan)
         latents = latents.replace(count=largest_of_members(latents.count, axis))
 
         def sparse() -> tuple[tuple[Array, Forward], Params]:
@@ -165,7 +165,7 @@ def _changes_by_band(
     One sum over the entries serves all bands: there is a copy of the B rows for each band, and each entry is added to
     its row in the copy of its band.
     """
-    banded = latents.replace(rows_N=(band_N * rows + latents.rows_N).astype(jnp.int32))
+    banded = latents.replace(rows_N=(band_N * rows + latents.rows_N).astype(jnp.int32), per_row=None)
     return list(entries.decode(banded, W_dec, bands * rows, dtype, plan).reshape(bands, rows, -1))
 
 
@@ -182,7 +182,7 @@ def add_auxiliary(
     """The auxiliary loss, and `grads` with its gradient added.
 
     The auxiliary loss is `auxiliary_weight` times `auxiliary_error`. While no latent is dead it is 0, and `grads` are
-    not touched. Only the dead latents' columns of W_enc and rows of W_dec are multiplied, padded to the next of the
+    not touched. Only the dead latents' rows of W_enc and W_dec are multiplied, padded to the next of the
     `_capacities`. A large batch is taken in blocks of rows. SAEs that are trained together along `axis` all use the
     capacity that the one with the most dead latents needs.
     """
@@ -202,16 +202,16 @@ def add_auxiliary(
             error, more = jax.value_and_grad(revived)(params, is_dead_F, *rows)
             return loss + error, jax.tree.map(jnp.add, grads, more)
         ids_M = jnp.nonzero(is_dead_F, size=capacity, fill_value=F)[0]
-        of_dead = {name: (..., ids_M) if name == "W_enc" else ids_M for name in ("W_enc", "b_enc", "W_dec")}
-        some = {name: params[name].at[at].get(mode="clip") for name, at in of_dead.items()}
+        ids_M = jnp.where(ids_M < F, ids_M, F + jnp.arange(capacity))  # no number twice, so that sums need no atomics
+        some = {name: params[name].at[ids_M].get(mode="clip") for name in _OF_LATENTS}
         error, more = jax.value_and_grad(revived)({**some, "b_dec": params["b_dec"]}, ids_M < F, *rows)
-        added = {name: grads[name].at[at].add(more[name], mode="drop") for name, at in of_dead.items()}
+        added = {name: grads[name].at[ids_M].add(more[name], mode="drop", unique_indices=True) for name in _OF_LATENTS}
         return loss + error, {**grads, **added, "b_dec": grads["b_dec"] + more["b_dec"]}
 
-    def added(sums: tuple[Array, Params], capacity: int, wanted: Array) -> tuple[Array, Params]:
-        """The sums with those of all blocks added, if `wanted`.
+    def added(sums: tuple[Array, Params], capacity: int, wanted: Array | None) -> tuple[Array, Params]:
+        """The sums with those of all blocks added, if `wanted` is None or true.
 
-        It is a loop over the blocks, or over none if not `wanted`, so that XLA updates the sums in place.
+        It is a loop over the blocks, or over none, so that XLA updates the sums in place.
         """
         P = blocks_of(len(acts_BD), capacity, plan.block_bytes)
         rows_NPD = [rows_BD.reshape(-1, P, rows_BD.shape[1]) for rows_BD in (acts_BD, residual_BD)]  # every P-th row
@@ -222,17 +222,27 @@ def add_auxiliary(
             same_params, same_dead_F, _ = jax.lax.optimization_barrier((params, is_dead_F, block))
             return add(sums, capacity, same_dead_F, same_params, *rows_ND)
 
-        return jax.lax.fori_loop(0, jnp.where(wanted, P, 0), add_block, sums)
+        return jax.lax.fori_loop(0, P if wanted is None else jnp.where(wanted, P, 0), add_block, sums)
 
-    most = largest_of_members(dead, axis)
-    sums, smaller = (jnp.zeros(()), grads), 0
-    for capacity in _capacities(F):
-        sums = added(sums, capacity, (most > smaller) & (most <= capacity))
-        smaller = capacity
+    most, capacities = largest_of_members(dead, axis), _capacities(F, plan)
+    sums, smallest = (jnp.zeros(()), grads), (0, *capacities[:-1])
+    with jax.named_scope("dead_latents"):
+        if not plan.on_cpu:  # one loop of no turn or one: a branch alone would copy the sums even where it adds nothing
+            every = [partial(added, capacity=capacity, wanted=None) for capacity in capacities]
+            chosen = sum((most > smaller).astype(jnp.int32) for smaller in smallest[1:])
+            return jax.lax.fori_loop(0, jnp.minimum(most, 1), lambda _, sums: jax.lax.switch(chosen, every, sums), sums)
+        for capacity, smaller in zip(capacities, smallest, strict=True):
+            sums = added(sums, capacity, (most > smaller) & (most <= capacity))
     return sums
 
 
-def _capacities(n_latents: int) -> list[int]:
-    """The numbers of dead latents for which the program has a loop: 32, 128, 512, ... up to half of all, and all."""
+def _capacities(n_latents: int, plan: Plan) -> list[int]:
+    """The numbers of dead latents for which the program has a loop, the last of them all.
+
+    On a CPU 32, 128, 512, ... up to half of all. Elsewhere an eighth and a 64th of all: a small product takes no time
+    there, and each loop makes the program larger.
+    """
+    if not plan.on_cpu:
+        return sorted({-(-n_latents // 64), -(-n_latents // 8), n_latents})
     powers = (32 * 4**n for n in range(16))
     return [*itertools.takewhile(lambda power: power <= n_latents // 2, powers), n_latents]

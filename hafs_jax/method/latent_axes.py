@@ -2,7 +2,7 @@
 
 from hafs_jax.method.architectures import ARCHITECTURES
 
-_OTHERS = {"W_enc": 1, "W_dec": 0, **dict.fromkeys(("b_enc", "steps_since_fired_F", "rate_F", "groups_F"), 0)}
+_OTHERS = dict.fromkeys(("W_enc", "W_dec", "b_enc", "steps_since_fired_F", "rate_F", "groups_F"), 0)
 
 
 def latent_axis(path: tuple) -> int | None:

@@ -17,7 +17,7 @@ from hafs_jax.method.sae import unit_rows
 from hafs_jax.ops.members import largest_of_members
 from hafs_jax.ops.products import Params
 
-_ENCODER_SHARE = 0.2  # norm of a new encoder column, relative to the mean norm of the live ones
+_ENCODER_SHARE = 0.2  # norm of a new encoder row, relative to the mean norm of the live ones
 
 
 def resample(
@@ -36,8 +36,8 @@ def resample(
     `rows` are the batch's scaled inputs [B, D] and residuals [B, D_out]. One of them is drawn for each dead latent:
 
     - its dictionary vector becomes the direction of the row's residual;
-    - its encoder column becomes the same direction (for a transcoder, that of the row's input), with a fifth of the
-      mean norm of the live columns;
+    - its encoder row becomes the same direction (for a transcoder, that of the row's input), with a fifth of the
+      mean norm of the live rows;
     - its bias becomes 0, and the architecture's own parameters get their initial values;
     - its moments and its counter become 0.
     """
@@ -49,9 +49,9 @@ def resample(
         drawn_F = jax.random.categorical(key, 2.0 * jnp.log(error_B + 1e-20), shape=since_F.shape)
         decoder_FD = unit_rows(residual_BD[drawn_F])
         encoder_FD = unit_rows(acts_BD[drawn_F]) if config.sae.transcode else decoder_FD
-        norm_F = jnp.linalg.norm(params["W_enc"], axis=0)
+        norm_F = jnp.linalg.norm(params["W_enc"], axis=1)
         live = jnp.sum(jnp.where(is_dead_F, 0.0, norm_F)) / jnp.maximum(jnp.sum(~is_dead_F), 1)
-        fresh = {"W_dec": decoder_FD, "W_enc": _ENCODER_SHARE * live * encoder_FD.T, "b_enc": jnp.zeros_like(norm_F)}
+        fresh = {"W_dec": decoder_FD, "W_enc": _ENCODER_SHARE * live * encoder_FD, "b_enc": jnp.zeros_like(norm_F)}
         for name, first in ARCHITECTURES[config.sae.architecture].params.items():
             fresh[name] = jnp.full_like(norm_F, first(config.sae))
         params = {

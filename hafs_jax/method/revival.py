@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hafs_jax.config import SAEConfig
-from hafs_jax.method.sae import pre_bias
+from hafs_jax.method.sae import pre_activations
 from hafs_jax.ops.products import Params, matmul
 from hafs_jax.ops.selection import kth_largest_of_rows
 
@@ -23,8 +23,7 @@ def auxiliary_error(
     Each row is reconstructed by its `aux_k` most active dead latents. e is a constant here. `params` and `is_dead_F`
     may hold only some of the latents. Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.2.
     """
-    pre_BF = matmul(acts_BD, params["W_enc"], config.compute_dtype) + pre_bias(params, config)[None]
-    dead_BF = jnp.where(is_dead_F[None], jax.nn.relu(pre_BF), 0.0)
+    dead_BF = jnp.where(is_dead_F[None], jax.nn.relu(pre_activations(params, acts_BD, config)), 0.0)
     if aux_k < dead_BF.shape[1]:
         smallest_B = kth_largest_of_rows(jax.lax.stop_gradient(dead_BF), aux_k)
         dead_BF = jnp.where(dead_BF >= smallest_B[:, None], dead_BF, 0.0)

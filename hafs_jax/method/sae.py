@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from hafs_jax.config import SAEConfig
 from hafs_jax.method.architectures import ARCHITECTURES, Encoding, OperatingPoint
-from hafs_jax.ops.products import Params, matmul
+from hafs_jax.ops.products import Params, affine, matmul
 
 
 class InputScale(struct.PyTreeNode):
@@ -29,12 +29,11 @@ class InputScale(struct.PyTreeNode):
 
 
 class SAE(nn.Module):
-    """latents = activate((x - b_dec) @ W_enc + b_enc); reconstruction = latents @ W_dec + b_dec.
+    """latents = activate((x - b_dec) @ W_enc.T + b_enc); reconstruction = latents @ W_dec + b_dec.
 
     A transcoder (`config.transcode`) reconstructs rows of width `d_out` of another store, and its encoder does not
     subtract b_dec. Parameters are float32. The inputs of matrix products are cast to `config.compute_dtype`, and sums
-    are float32. The product with W_enc is written x @ W_enc + (b_enc - b_dec @ W_enc). This is the same function, but
-    its gradient needs no B x D x F product for a gradient of x - b_dec.
+    are float32.
     """
 
     config: SAEConfig
@@ -47,10 +46,10 @@ class SAE(nn.Module):
         params = {"W_dec": self.param("W_dec", lambda key: unit_rows(jax.random.normal(key, (F, D_out), jnp.float32)))}
         scale = encoder_scale(config, D)
         if config.encoder == "tied" and not config.transcode:
-            params["W_enc"] = self.param("W_enc", lambda _: scale * params["W_dec"].T)
+            params["W_enc"] = self.param("W_enc", lambda _: scale * params["W_dec"])
         else:
             params["W_enc"] = self.param(
-                "W_enc", lambda key: scale * unit_rows(jax.random.normal(key, (F, D), jnp.float32)).T
+                "W_enc", lambda key: scale * unit_rows(jax.random.normal(key, (F, D), jnp.float32))
             )
         params["b_enc"] = self.param("b_enc", nn.initializers.zeros, (F,), jnp.float32)
         params["b_dec"] = self.param("b_dec", nn.initializers.zeros, (D_out,), jnp.float32)
@@ -60,8 +59,8 @@ class SAE(nn.Module):
 
     def encode(self, acts_BD: Float[Array, "B D"], at: OperatingPoint) -> Encoding:
         """The pre-activations and latents of scaled activations."""
-        params, dtype = dict(self.params), self.config.compute_dtype
-        pre_BF = matmul(acts_BD, params["W_enc"], dtype) + pre_bias(params, self.config)[None]
+        params = dict(self.params)
+        pre_BF = pre_activations(params, acts_BD, self.config)
         activate = ARCHITECTURES[self.config.architecture].activate
         return Encoding(pre_BF, activate(pre_BF, params, self.config, at))
 
@@ -75,9 +74,15 @@ class SAE(nn.Module):
         return encoding, self.decode(encoding.latents_BF)
 
 
-def pre_bias(params: Params, config: SAEConfig) -> Float[Array, " F"]:
-    """The bias that the encoder adds to acts @ W_enc: b_enc - b_dec @ W_enc, or b_enc for a transcoder."""
-    return params["b_enc"] if config.transcode else params["b_enc"] - params["b_dec"] @ params["W_enc"]
+def pre_activations(params: Params, acts_BD: Float[Array, "B D"], config: SAEConfig) -> Float[Array, "B F"]:
+    """(acts - b_dec) @ W_enc.T + b_enc; for a transcoder acts @ W_enc.T + b_enc."""
+    centre_D = centre(params, config)
+    return affine(acts_BD, centre_D, params["W_enc"], params["b_enc"], config.compute_dtype)
+
+
+def centre(params: Params, config: SAEConfig) -> Float[Array, " D"]:
+    """What the encoder subtracts from its input: b_dec; zeros for a transcoder."""
+    return jnp.zeros(params["W_enc"].shape[1]) if config.transcode else params["b_dec"]
 
 
 def encoder_scale(config: SAEConfig, d_model: int) -> float:
@@ -92,7 +97,7 @@ def encoder_scale(config: SAEConfig, d_model: int) -> float:
 
 
 def init_params(config: SAEConfig, d_model: int, key: Key[Array, ""], d_out: int | None = None) -> Params:
-    """Initial parameters: random unit rows W_dec, W_enc its transpose (or random) times `encoder_scale()`, zero biases.
+    """Initial parameters: random unit rows W_dec, W_enc the same (or others) times `encoder_scale()`, zero biases.
 
     Scaled activations have mean 0, so b_dec = 0 is the mean of the store.
     """

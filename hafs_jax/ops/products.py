@@ -9,7 +9,11 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 Params = dict[str, Array]
-"""W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and the architecture's own parameters, all in float32."""
+"""W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] and the architecture's own parameters, all in float32.
+
+Both matrices hold a latent in a row, so that what belongs to it lies together: sums over active entries read and write
+rows, and both are split over devices along the same axis. Exports and `hafs_jax.load` have W_enc [D, F].
+"""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -37,6 +41,49 @@ def _backward(dtype: str, inputs: tuple[Array, Array], cotangent: Array) -> tupl
 
 
 matmul.defvjp(_forward, _backward)
+
+
+def by_rows(left: Float[Array, "M K"], right: Float[Array, "N K"], dtype: str) -> Float[Array, "M N"]:
+    """left @ right.T, rounded as `matmul` rounds; not for differentiation."""
+    return _product(_by_rows(left, dtype), _by_rows(right, dtype), over=1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def affine(
+    acts_BD: Float[Array, "B D"],
+    centre_D: Float[Array, " D"],
+    W_FD: Float[Array, "F D"],
+    bias_F: Float[Array, " F"],
+    dtype: str,
+) -> Float[Array, "B F"]:
+    """(acts - centre) @ W.T + bias, with the product's factors in `dtype` and sums in float32, as `matmul` has them.
+
+    The gradient for the centre is that of the bias times W. So it needs no product for the gradient of the rows.
+    """
+    return by_rows(acts_BD - centre_D[None], W_FD, dtype) + bias_F[None]
+
+
+def _affine_forward(
+    acts_BD: Array, centre_D: Array, W_FD: Array, bias_F: Array, dtype: str
+) -> tuple[Array, tuple[Array, Array]]:
+    rows_BD = (acts_BD - centre_D[None]).astype(dtype)
+    return affine(acts_BD, centre_D, W_FD, bias_F, dtype), (rows_BD, W_FD)
+
+
+def _affine_backward(dtype: str, saved: tuple[Array, Array], cotangent_BF: Array) -> tuple[Array, Array, Array, Array]:
+    rows_BD, W_FD = saved
+    factor_BF = _by_rows(cotangent_BF, dtype)
+    if (
+        dtype != "float32"
+    ):  # the sum too reads the rounded numbers, as torch's does: half the bytes, and one pass to cast
+        factor_BF = jax.lax.optimization_barrier(factor_BF)
+    onto_bias_F = jnp.sum(factor_BF.astype(jnp.float32), axis=0)
+    onto_acts_BD = _product(factor_BF, _by_rows(W_FD, dtype), over=0)  # XLA leaves it out where nobody reads it
+    onto_W_FD = _product(_by_rows(factor_BF.T, dtype), _by_rows(rows_BD, dtype), over=0)
+    return onto_acts_BD, -(onto_bias_F @ W_FD), onto_W_FD, onto_bias_F
+
+
+affine.defvjp(_affine_forward, _affine_backward)
 
 
 def _product(left: Float[Array, "M K"], right: Array, over: int) -> Float[Array, "M N"]:

@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.sae import InputScale
 from hafs_jax.training.state import TrainState, hyperparameters, init_state
 
+FORMAT = 2  # 1, of versions up to 0.1.0, has no number in the file, and W_enc and its moments are [D, F]
 _PATTERN_SIGNS = "*?[\\"
 
 
@@ -74,12 +76,16 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState, scale: InputScale) -> tuple[TrainState, InputScale]:
-        """The latest checkpoint, with the shapes, dtypes and shardings of `like`."""
+        """The latest checkpoint, of this format or an earlier one, with the shapes, dtypes and shardings of `like`."""
         step = self.latest_step()
         if step is None:
             raise UserError(f"expected a checkpoint in {self._manager.directory}, found none; train the run first")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like, scale))
+        wanted = abstract["state"]
         unfit = f"checkpoint {step} in {self._manager.directory} does not fit this config or is damaged"
+        if is_old := not self._has_format(step):
+            abstract["state"] = jax.tree_util.tree_map_with_path(_of_format_1, wanted)
+            del abstract["format"]
         self._check_shapes(step, abstract, unfit, f"; train the run again with {arg('force', True)}")
         try:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
@@ -88,9 +94,24 @@ class Checkpoints:
                 f"{unfit} ({str(error).splitlines()[0]}); train the run again with {arg('force', True)}"
             ) from error
         fields = dict(restored["state"])
+        if is_old:
+            fields = jax.tree_util.tree_map_with_path(_from_format_1, fields, wanted)
+        elif int(restored["format"][0]) != FORMAT:
+            raise UserError(
+                f"checkpoint {step} in {self._manager.directory} has format {int(restored['format'][0])}, this version "
+                f"reads 1 to {FORMAT}; install a newer version of hafs-jax"
+            )
         if "pull" in fields:
             fields["held_penalty"] = fields.pop("pull")
         return like.replace(**fields | {"key": jax.random.wrap_key_data(fields["key"])}), restored["scale"]
+
+    def _has_format(self, step: int) -> bool:
+        """Whether the checkpoint says of which format it is. One that cannot be looked into is refused later."""
+        try:
+            saved = self._manager.item_metadata(step)
+        except (ValueError, KeyError, FileNotFoundError):
+            return True
+        return saved is None or saved.tree is None or "format" in saved.tree
 
     def _check_shapes(self, step: int, expected_tree: dict[str, Any], unfit: str, remedy: str = "") -> None:
         """Compares shapes with the checkpoint's metadata. It takes 3 ms.
@@ -140,7 +161,28 @@ def _plain(state: TrainState, scale: InputScale) -> dict[str, Any]:
     fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
     if held := fields.pop("held_penalty"):
         fields["pull"] = held
-    return {"state": fields | {"key": _key_data(state.key)}, "scale": scale}
+    return {"state": fields | {"key": _key_data(state.key)}, "scale": scale, "format": np.array([FORMAT], np.int32)}
+
+
+def _is_encoder(path: tuple) -> bool:
+    return "W_enc" in _name(path).split(".")
+
+
+def _of_format_1(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape that a leaf of the state has in a checkpoint of format 1."""
+    if not _is_encoder(path):
+        return leaf
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        spec = (*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec)))
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[:-2], spec[-1], spec[-2]))
+    shape = (*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-2])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+
+def _from_format_1(path: tuple, leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """The leaf of the state that one of a checkpoint of format 1 is now."""
+    return jax.device_put(jax.numpy.swapaxes(leaf, -1, -2), wanted.sharding) if _is_encoder(path) else leaf
 
 
 def _key_data(key: Any) -> Any:

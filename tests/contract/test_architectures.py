@@ -64,7 +64,7 @@ def test_shapes_dtypes_and_unit_rows(variant: str, architecture: str) -> None:
     params = init_params(config.sae, D, jax.random.key(0))
     own = dict.fromkeys(FORMS[architecture].params, (F,))
     assert {name: value.shape for name, value in params.items()} == {
-        "W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), **own
+        "W_enc": (F, D), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), **own
     }  # fmt: skip
     assert {value.dtype for value in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=1), 1.0, rtol=1e-5)

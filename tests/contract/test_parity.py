@@ -74,13 +74,13 @@ def weights_of(config: TrainConfig, dead: tuple[int, ...] = (), level: float = 0
     random = np.random.default_rng(3)
     weights = {name: random.normal(0.0, 0.3, shape) for name, shape in shapes.items()}
     weights["W_dec"] /= np.linalg.norm(weights["W_dec"], axis=1, keepdims=True)
-    weights["W_enc"] = random.normal(0.0, 0.6, (D, F))
+    weights["W_enc"] = random.normal(0.0, 0.6, (D, F)).T
     if "threshold" in weights:
         weights["threshold"] = random.uniform(0.1, 0.6, F)
     if dead:
         weights["b_enc"] += 2.0
-        weights["W_enc"][:, list(dead)] *= 0.02
-        weights["b_enc"][list(dead)] = level + (weights["b_dec"] @ weights["W_enc"])[list(dead)]
+        weights["W_enc"][list(dead)] *= 0.02
+        weights["b_enc"][list(dead)] = level + (weights["W_enc"] @ weights["b_dec"])[list(dead)]
     return {name: np.asarray(value, np.float32) for name, value in weights.items()}
 
 
@@ -137,7 +137,7 @@ def through(move: Callable[[dict], dict], weights: Arrays, theirs: tuple[float, 
 
 def uncentred(weights: dict) -> dict:
     """The weights of the same function for an encoder that does not subtract b_dec."""
-    shift_F = weights["b_dec"] @ weights["W_enc"]
+    shift_F = weights["W_enc"] @ weights["b_dec"]
     moved = {**weights, "b_enc": weights["b_enc"] - shift_F}
     return (
         moved if "b_mag" not in weights else moved | {"b_mag": weights["b_mag"] - shift_F * jnp.exp(weights["r_mag"])}

@@ -13,7 +13,7 @@ from hafs_jax.fast import entries, plan
 from hafs_jax.fast.forms import capacity
 from hafs_jax.fast.objective import loss_and_gradients
 from hafs_jax.method.loss import Weights
-from hafs_jax.method.sae import init_params, pre_bias
+from hafs_jax.method.sae import init_params, pre_activations
 from hafs_jax.ops.products import blocks_of
 from hafs_jax.ops.selection import (
     batch_threshold,
@@ -33,7 +33,9 @@ def config_of(architecture: str, **sae: object) -> TrainConfig:
     return with_fields(preset("baseline", architecture), {"sae": fields, "batch_size": B, "tokens": 100 * B})
 
 
-def outcome(config: TrainConfig, dead: int, seed: int = 0, k: int = 5, l0: float | None = None):
+def outcome(
+    config: TrainConfig, dead: int, seed: int = 0, k: int = 5, l0: float | None = None, platform: str | None = None
+):
     """The loss, the gradients and what the forward pass returned for one batch in which `dead` latents count as dead.
 
     With `l0`, biases give so many latents of each row a positive pre-activation.
@@ -42,12 +44,12 @@ def outcome(config: TrainConfig, dead: int, seed: int = 0, k: int = 5, l0: float
     params = {name: value + 0.05 * jax.random.normal(jax.random.key(3), value.shape) for name, value in params.items()}
     acts = jax.random.normal(jax.random.key(seed + 1), (B, D))
     if l0 is not None:
-        pre = acts @ params["W_enc"] + pre_bias(params, config.sae)[None]
+        pre = pre_activations(params, acts, config.sae)
         largest = jnp.sort(pre.reshape(-1))[::-1]
         params["b_enc"] -= (largest[round(l0 * B) - 1] + largest[round(l0 * B)]) / 2
     weights = Weights(jnp.int32(k), jnp.float32(1.0), jnp.arange(F) % 3 == 0 if dead == -1 else jnp.arange(F) < dead)
     run = jax.jit(loss_and_gradients, static_argnums=(6, 7))
-    return run(params, acts, acts, weights, jnp.float32(D), jax.random.key(5), config, plan.choose(config))
+    return run(params, acts, acts, weights, jnp.float32(D), jax.random.key(5), config, plan.choose(config, platform))
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,23 @@ def test_the_sparse_step_is_the_dense_one(architecture: str, sae: dict, dead: in
     for name, grad in plain_grads.items():
         assert float(jnp.max(jnp.abs(grad))) > 0, name
         np.testing.assert_allclose(grads[name], grad, rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("dead", [0, 7])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "hierarchical_topk", "relu"])
+def test_the_form_of_accelerators_is_the_same(
+    architecture: str, dead: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_BLOCK_BYTES_ELSEWHERE", 4 * F * B // blocks)
+    config = config_of(architecture)
+    l0 = 5.0 if architecture == "relu" else None
+    (loss, forward), grads = outcome(dataclasses.replace(config, products="sparse"), dead, l0=l0, platform="gpu")
+    (plain_loss, plain), plain_grads = outcome(dataclasses.replace(config, products="dense"), dead, l0=l0)
+    assert float(loss) == pytest.approx(float(plain_loss), rel=1e-5)
+    np.testing.assert_array_equal(forward.firing_F, plain.firing_F)
+    for name, grad in plain_grads.items():
+        np.testing.assert_allclose(grads[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("l0", [0.5, 7.0, 8.0])

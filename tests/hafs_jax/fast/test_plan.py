@@ -51,7 +51,21 @@ def test_from_which_ratio_sparse_products_are_chosen(
     unmatched = with_fields(config, {"sparsity": {"match_l0": False}})
     assert resolve_products(unmatched, machine) == ("sparse" if faster and architecture == "topk" else "dense")
     assert resolve_products(dataclasses.replace(unmatched, products="sparse"), machine) == "sparse"
-    assert resolve_products(config, dataclasses.replace(machine, platform="gpu")) == "dense"
+    assert resolve_products(config, dataclasses.replace(machine, platform="tpu")) == "dense"
+
+
+@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "least"),
+    [("topk", "bfloat16", 7680), ("topk", "float32", 5120), ("relu", "bfloat16", 11520), ("gated", "bfloat16", None)],
+)
+def test_from_which_ratio_sparse_products_are_chosen_on_a_gpu(
+    architecture: str, dtype: str, least: int | None, faster: bool
+) -> None:
+    config = config_of(architecture, n_latents=(least or 10**6) - (not faster), k=10, compute_dtype=dtype)
+    expected = "sparse" if faster and least else "dense"
+    assert resolve_products(config, Machine("gpu", 1, False, adds_rows=True)) == expected
+    assert resolve_products(config, Machine("gpu", 1, False)) == "dense"  # before Hopper
 
 
 def test_what_has_no_sparse_form_is_dense_whatever_is_asked_for() -> None:

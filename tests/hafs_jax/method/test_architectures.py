@@ -85,8 +85,8 @@ def test_gated_against_its_definition_and_its_gate_learns_with_a_constant_decode
     encoding, _ = SAE(config, D).apply({"params": params}, acts, OperatingPoint(K))
     p = {name: torch.tensor(np.asarray(value), requires_grad=True) for name, value in params.items()}
     centred = torch.tensor(np.asarray(acts)) - p["b_dec"]
-    gate = centred @ p["W_enc"] + p["b_enc"]
-    magnitude = centred @ (p["W_enc"] * p["r_mag"].exp()) + p["b_mag"]
+    gate = centred @ p["W_enc"].T + p["b_enc"]
+    magnitude = centred @ (p["W_enc"].T * p["r_mag"].exp()) + p["b_mag"]
     np.testing.assert_allclose(encoding.latents_BF, ((gate > 0) * torch.relu(magnitude)).detach(), rtol=1e-4, atol=1e-5)
 
     def ours(params: dict) -> jax.Array:
@@ -169,13 +169,13 @@ def test_budgets_rise_to_k(budgets: tuple[float, ...]) -> None:
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_encoder_starts(architecture: str) -> None:
     tied = init_params(config_of(architecture, encoder_scale=0.5), D, jax.random.key(0))
-    np.testing.assert_allclose(tied["W_enc"], 0.5 * tied["W_dec"].T, rtol=1e-6)
+    np.testing.assert_allclose(tied["W_enc"], 0.5 * tied["W_dec"], rtol=1e-6)
     free = init_params(config_of(architecture, encoder="random"), D, jax.random.key(0))
-    assert float(jnp.abs(free["W_enc"] - free["W_dec"].T).max()) > 0.1
+    assert float(jnp.abs(free["W_enc"] - free["W_dec"]).max()) > 0.1
     dense = architecture in ("relu", "gated", "matryoshka_relu")
-    np.testing.assert_allclose(jnp.linalg.norm(free["W_enc"], axis=0), 2 * D / F if dense else 1.0, rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(free["W_enc"], axis=1), 2 * D / F if dense else 1.0, rtol=1e-5)
     across = init_params(config_of(architecture, transcode=True), D, jax.random.key(0), 7)
-    assert across["W_enc"].shape == (D, F) and across["W_dec"].shape == (F, 7) and across["b_dec"].shape == (7,)
+    assert across["W_enc"].shape == (F, D) and across["W_dec"].shape == (F, 7) and across["b_dec"].shape == (7,)
 
 
 @pytest.mark.parametrize("expansion", [1, 2, 8])

@@ -29,13 +29,16 @@ def test_dead_latents_are_revived_by_their_own_gradient() -> None:
 
 @pytest.mark.parametrize("transcode", [False, True])
 @pytest.mark.parametrize("aux_k", [2, 64])
-@pytest.mark.parametrize("dead", [1, 20, 100, 300])
+@pytest.mark.parametrize(
+    ("dead", "platform"), [(1, "cpu"), (20, "cpu"), (100, "cpu"), (300, "cpu"), (10, "gpu"), (11, "gpu"), (300, "gpu")]
+)
 def test_the_aux_loss_and_its_gradient_are_the_plain_ones(
-    dead: int, aux_k: int, transcode: bool, monkeypatch: pytest.MonkeyPatch
+    dead: int, platform: str, aux_k: int, transcode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each capacity for dead latents, with fewer and with more of them than `aux_k`."""
     n_latents = 600
-    assert _capacities(n_latents) == [32, 128, 600]
+    assert _capacities(n_latents, plan.choose(small(), "cpu")) == [32, 128, 600]
+    assert _capacities(n_latents, plan.choose(small(), "gpu")) == [10, 75, 600]
     config = small(sae={"n_latents": n_latents, "transcode": transcode}, sparsity={"aux_k": aux_k, "aux": 1.0})
     params = init_params(config.sae, D, jax.random.key(0))
     random = np.random.default_rng(0)
@@ -44,7 +47,7 @@ def test_the_aux_loss_and_its_gradient_are_the_plain_ones(
     is_dead = np.isin(np.arange(n_latents), random.choice(n_latents, dead, replace=False))
 
     def plain(params: dict) -> jax.Array:
-        pre = (acts if transcode else acts - params["b_dec"][None]) @ params["W_enc"] + params["b_enc"][None]
+        pre = (acts if transcode else acts - params["b_dec"][None]) @ params["W_enc"].T + params["b_enc"][None]
         values = jnp.where(is_dead[None], jax.nn.relu(pre), 0.0)
         kth = jax.lax.stop_gradient(jnp.sort(values, axis=1)[:, -aux_k])
         values = jnp.where(values >= kth[:, None], values, 0.0)
@@ -53,8 +56,9 @@ def test_the_aux_loss_and_its_gradient_are_the_plain_ones(
     expected, expected_grads = jax.value_and_grad(plain)(params)
     rows = (jnp.asarray(acts), jnp.asarray(residual), jnp.asarray(is_dead))
     for blocks in (1, 3):
-        monkeypatch.setitem(plan._BLOCK_BYTES, "cpu", 4 * n_latents * B // blocks)
-        ours, grads = add_auxiliary(jax.tree.map(jnp.ones_like, params), params, *rows, config, plan.choose(config))
+        monkeypatch.setitem(plan._BLOCK_BYTES, platform, 4 * n_latents * B // blocks)
+        chosen = plan.choose(config, platform)
+        ours, grads = add_auxiliary(jax.tree.map(jnp.ones_like, params), params, *rows, config, chosen)
         assert float(ours) == pytest.approx(float(expected), rel=1e-5)
         for name, grad in expected_grads.items():
             assert float(jnp.abs(grad).max()) > 1e-3 or (transcode and name == "b_dec")
@@ -111,8 +115,8 @@ def test_dead_latents_are_reset_to_what_is_reconstructed_worst(architecture: str
     second, _ = one_step(config, first, scale, batch(1))
     plain, _ = one_step(quiet, first, scale, batch(1))
     alive = ~(np.asarray(plain.steps_since_fired_F) >= 1)
-    for name, axis in (("W_enc", 1), ("W_dec", 0), ("b_enc", 0)):
-        ours, theirs = (np.moveaxis(np.asarray(s.params[name]), axis, 0) for s in (second, plain))
+    for name in ("W_enc", "W_dec", "b_enc"):
+        ours, theirs = (np.asarray(s.params[name]) for s in (second, plain))
         np.testing.assert_array_equal(ours[alive], theirs[alive])
         assert not np.allclose(ours[dead], theirs[dead])
     x = np.asarray(scale(batch(1)))
@@ -121,5 +125,5 @@ def test_dead_latents_are_reset_to_what_is_reconstructed_worst(architecture: str
     best = (np.asarray(second.params["W_dec"])[dead] @ residual.T).max(1)
     np.testing.assert_allclose(best, 1.0, rtol=1e-4)
     moments = [leaf for leaf in jax.tree.leaves(second.opt_state) if leaf.shape == (F, D)]
-    assert len(moments) == 2 and all(not leaf[dead].any() and leaf[alive].any() for leaf in moments)
+    assert len(moments) == 4 and all(not leaf[dead].any() and leaf[alive].any() for leaf in moments)
     assert (np.asarray(second.steps_since_fired_F)[dead] == 0).all()

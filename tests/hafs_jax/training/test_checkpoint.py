@@ -1,0 +1,93 @@
+"""Checkpoints of the first format, whose W_enc is [D, F], are read; those of a later one are refused."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hafs_jax.base.errors import UserError
+from hafs_jax.training import checkpoint
+from hafs_jax.training.checkpoint import Checkpoints, load_checkpoint
+from hafs_jax.training.state import TrainState, mesh_for, state_shardings
+from tests.support.steps import D, F, batch, fresh, one_step, small
+
+ENCODERS = 4  # W_enc, its average and its two moments
+
+
+def trained() -> tuple[TrainState, object]:
+    """A state in which nothing is zero, with an average."""
+    config = small("strict", optimizer={"average": 0.9})
+    state, scale = fresh(config)
+    return one_step(config, state, scale, batch())[0], scale
+
+
+def encoders(state: TrainState) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {checkpoint._name(path): np.asarray(leaf) for path, leaf in leaves if checkpoint._is_encoder(path)}
+
+
+def in_format_1(folder: Path, state: TrainState, scale: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes the state as versions up to 0.1.0 did."""
+
+    def turned(path: tuple, leaf: jax.Array) -> jax.Array:
+        return np.swapaxes(leaf, -1, -2) if checkpoint._is_encoder(path) else leaf
+
+    plain = checkpoint._plain
+    with monkeypatch.context() as patch, Checkpoints(folder) as checkpoints:
+        old = jax.tree_util.tree_map_with_path(turned, plain(state, scale))  # type: ignore[arg-type]
+        del old["format"]
+        patch.setattr(checkpoint, "_plain", lambda *_: old)
+        checkpoints.save(state, scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_a_checkpoint_of_the_first_format_is_the_same_state(
+    tmp_path: Path, square: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where D = F, so that the shapes alone would not tell."""
+    state, scale = trained()
+    if square:
+        values = np.arange(F * F, dtype=np.float32).reshape(F, F)
+        state = state.replace(params={**state.params, "W_enc": values})
+    in_format_1(tmp_path / "old", state, scale, monkeypatch)
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        checkpoints.save(state, scale)
+    for folder in ("old", "new"):
+        with Checkpoints(tmp_path / folder) as checkpoints:
+            found, _ = checkpoints.restore(state, scale)
+        assert len(encoders(found)) == ENCODERS
+        for name, value in encoders(state).items():
+            np.testing.assert_array_equal(encoders(found)[name], value, err_msg=f"{folder}: {name}")
+
+
+def test_it_is_read_where_the_latents_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, scale = trained()
+    in_format_1(tmp_path, state, scale, monkeypatch)
+    mesh = mesh_for(dataclasses.replace(small(), batch_size=8 * jax.device_count()))
+    like = jax.device_put(state, state_shardings(state, mesh))
+    with Checkpoints(tmp_path) as checkpoints:
+        found, _ = checkpoints.restore(like, jax.device_put(scale, NamedSharding(mesh, PartitionSpec())))
+    assert found.params["W_enc"].shape == (F, D)
+    assert found.params["W_enc"].sharding == like.params["W_enc"].sharding
+    for name, value in encoders(state).items():
+        np.testing.assert_array_equal(encoders(found)[name], value, err_msg=name)
+
+
+def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, scale = trained()
+    with monkeypatch.context() as patch, Checkpoints(tmp_path) as checkpoints:
+        patch.setattr(checkpoint, "FORMAT", 3)
+        checkpoints.save(state, scale)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=r"has format 3, .*reads 1 to 2; install"):
+        checkpoints.restore(state, scale)
+
+
+def test_a_run_of_the_first_format_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small()
+    state, scale = fresh(config)
+    in_format_1(tmp_path, state, scale, monkeypatch)
+    found, _ = load_checkpoint(tmp_path, config, D)
+    np.testing.assert_array_equal(found.params["W_enc"], state.params["W_enc"])
