@@ -48,7 +48,7 @@ else echo "nothing is removed: there is no terminal to ask at; give CONFIRM=yes"
 case $$answer in y|Y|yes) rm -rf $$found;; *) echo "nothing is removed";; esac
 endef
 
-.PHONY: help setup constraints demo test lint docs extract train sweep synth eval experiment report explore bench bench-quick clean
+.PHONY: help setup constraints demo test gpu-check lint docs extract train sweep synth eval experiment report explore bench bench-quick clean
 .PHONY: distclean
 
 help:  ## show this list
@@ -97,6 +97,9 @@ demo: setup  ## the whole pipeline, offline: a packaged model and text, four SAE
 
 test: setup  ## all tests, on the CPU and without a model hub
 	JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+gpu-check: setup  ## every step compiled for GPUs without one, against limits (needs the extra gpu-check, 5.6 GB)
+	JAX_PLATFORMS=cpu $(PY) -m benchmarks.schedules $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

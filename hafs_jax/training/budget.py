@@ -54,15 +54,33 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
 
     Their steps run at once where `together` is "vmap", else one after the other (see `programs.compile_steps`).
     """
-    D, d_out, B = stores.train.manifest.d_model, stores.d_out, config.batch_size
-    hyper = hyperparameters(config)
-    state = jax.eval_shape(lambda: init_state(config, D, jax.random.key(0), hyper, d_out))
+    dispatched = [store for store in (stores.train, stores.target) if store is not None]
+    row_bytes = sum(store.manifest.d_model * DISK_DTYPES[store.manifest.dtype].itemsize for store in dispatched)
+    return estimate(config, stores.train.manifest.d_model, stores.d_out, row_bytes, members, together)
+
+
+def estimate(
+    config: TrainConfig,
+    d_model: int,
+    d_out: int | None,
+    row_bytes: int,
+    members: int = 1,
+    together: str | None = None,
+    devices: int | None = None,
+    platform: str | None = None,
+) -> Budget:
+    """`budget` without stores: `row_bytes` is the size of a row on disk, with that of a transcoder's target.
+
+    `devices` and `platform` are those of a training elsewhere (None: of this machine).
+    """
+    B, hyper = config.batch_size, hyperparameters(config)
+    state = jax.eval_shape(lambda: init_state(config, d_model, jax.random.key(0), hyper, d_out))
     parameters = _bytes(state.params)
     at_once = members if together == "vmap" else 1
-    shards, devices = config.dictionary_shards, jax.device_count()
+    shards, devices = config.dictionary_shards, jax.device_count() if devices is None else devices
     whole = 4 * B * config.sae.F // devices
     arrays = _DENSE_ARRAYS.get(config.sae.architecture, _OTHERS)
-    plan = choose(config)
+    plan = choose(config, platform)
     if plan.products == "sparse" and not form_of(config.sae).any_number:
         arrays = _SPARSE_ARRAYS
     activations = arrays * whole // blocks_of_rows(config, B, plan)
@@ -70,8 +88,6 @@ def budget(config: TrainConfig, stores: Stores, members: int = 1, together: str 
         activations = max(activations, _AUX_ARRAYS * whole // blocks_of(B, config.sae.F, plan.block_bytes))
     copies = _COPIES if together == "vmap" or config.optimizer.name != "adam" else 0.0
     gradients = round((_GRADIENTS + _PENALTY * (config.penalty.kind != "none") + copies) * parameters)
-    dispatched = [store for store in (stores.train, stores.target) if store is not None]
-    row_bytes = sum(store.manifest.d_model * DISK_DTYPES[store.manifest.dtype].itemsize for store in dispatched)
     batches = _DISPATCHES * config.steps_per_dispatch * B * row_bytes
     return Budget(
         parameters=members * parameters // shards,

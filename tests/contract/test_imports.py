@@ -36,7 +36,7 @@ LAYERS = (
     {"fast"},
     {"saelens_format"},
     {"training"},
-    {"saelens", "api", "registry"},
+    {"saelens", "api", "registry", "targets"},
     {"commands", "cli", "__main__", "__init__"},
 )
 """hafs_jax from the ground up: a module imports its own layer and those below."""
