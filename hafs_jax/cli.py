@@ -29,6 +29,7 @@ COMMANDS = {
     "sweep": Command("hafs_jax.commands", "train a grid of SAEs over one pass of the data"),
     "tau": Command("hafs_jax.commands", "print the threshold tau that a finished baseline run gives"),
     "inspect": Command("hafs_jax.commands", "print what a run is, how far it got and how healthy it is"),
+    "plan": Command("hafs_jax.commands", "print what a training would cost on a GPU, without one"),
     "synth": Command("hafs_jax.commands", "train and score SAEs on a world of known features"),
     "synth-world": Command("hafs_extract.cli", "only sample the activations of such a world"),
     "synth-score": Command("hafs_evaluate.cli", "only score the finished runs of such a world"),

@@ -1,8 +1,9 @@
-"""The commands of training: `hafs train`, `sweep`, `synth`, `tau` and `inspect`.
+"""The commands of training: `hafs train`, `sweep`, `synth`, `tau`, `inspect` and `plan`.
 
 flags      their flags and help
 training   the commands that train
 runs       the commands about a run
+plan       what a training would cost on a GPU
 """
 
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 from hafs_jax.base.errors import one_line_errors
 from hafs_jax.base.log import shown
+from hafs_jax.commands.plan import plan
 from hafs_jax.commands.runs import inspect, tau
 from hafs_jax.commands.training import sweep, synth, train
 
@@ -19,6 +21,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "synth": synth,
     "tau": tau,
     "inspect": inspect,
+    "plan": plan,
 }
 
 

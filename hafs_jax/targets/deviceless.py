@@ -61,8 +61,8 @@ def arguments_on(
     batches = tuple(jax.ShapeDtypeStruct((steps, config.batch_size, D), dtype, sharding=rows) for D in widths)
 
     def scale_of(D: int, target: InputScale | None = None) -> InputScale:
-        number = jax.ShapeDtypeStruct((), np.float32, sharding=everywhere)
-        mean_D = jax.ShapeDtypeStruct((D,), np.float32, sharding=everywhere)
+        number: Any = jax.ShapeDtypeStruct((), np.float32, sharding=everywhere)
+        mean_D: Any = jax.ShapeDtypeStruct((D,), np.float32, sharding=everywhere)
         return InputScale(mean_D, number, number, target)
 
     scale = scale_of(d_model, None if d_out is None else scale_of(d_out))
@@ -74,7 +74,8 @@ def compiled_for(devices: list[Any], arguments: Arguments) -> Any:
     """The compiled program of the arguments' steps."""
     spread = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
     platform = "cpu" if devices[0].platform == "cpu" else "gpu"
-    return compile_steps(spread, platform=platform).lower(*arguments).compile()
+    program: Any = compile_steps(spread, platform=platform)
+    return program.lower(*arguments).compile()
 
 
 def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

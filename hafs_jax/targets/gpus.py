@@ -6,10 +6,10 @@ A GPU's file, `<name>.txtpb`, holds the public numbers that XLA asks for, each w
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import did_you_mean
-from hafs_jax.fast.plan import Machine
 from hafs_jax.targets.cost import Branch, Kernel, Loop, Part, Products
 
 _FOLDER = Path(__file__).parent
@@ -31,8 +31,10 @@ class Gpu:
         return (_FOLDER / f"{self.name}.txtpb").read_text(encoding="utf-8")
 
     @property
-    def machine(self) -> Machine:
-        """What choices depend on."""
+    def machine(self) -> Any:
+        """The `Machine` on which choices depend."""
+        from hafs_jax.fast.plan import Machine  # brings JAX, which the command's help does without
+
         return Machine("gpu", cores=1, has_amx=False, adds_rows=self.architecture >= "sm_90")
 
     @property
