@@ -170,7 +170,7 @@ def _of_saelens(folder: Path, k: int | None, source: str) -> TrainedSAE:
     chosen = cfg.get("k") or (metadata_k if isinstance(metadata_k, int) and 1 <= metadata_k <= F else 1)
     fields = {"n_latents": F, "k": chosen, "transcode": transcode}
     config = with_fields(preset("baseline", names[0]), {"sae": fields})
-    params = {name: jnp.asarray(value) for name, value in weights.items()}
+    params = {name: jnp.asarray(value.T if name == "W_enc" else value) for name, value in weights.items()}
     target = InputScale(jnp.zeros(d_out), jnp.float32(1), jnp.float32(d_out)) if transcode else None
     scale = InputScale(jnp.zeros(D), jnp.float32(1), jnp.float32(D), target)
     if k is not None:

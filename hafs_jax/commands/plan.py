@@ -8,9 +8,10 @@ from hafs_jax.targets.gpus import GPUS, gpu
 
 def plan(arguments: list[str]) -> None:
     """`hafs plan`."""
+    parsed, flags = plan_parser().parse_known_args(arguments)
+
     from hafs_jax.targets.report import described
 
-    parsed, flags = plan_parser().parse_known_args(arguments)
     config, on = run_config(flags), gpu(parsed.target)
     print(*described(config, on, parsed.d_model, parsed.d_out, parsed.devices, parsed.store_dtype), sep="\n")
 

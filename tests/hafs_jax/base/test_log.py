@@ -17,6 +17,7 @@ PRINTERS = {
     "hafs_jax.cli": None,
     "hafs_jax.commands.training": None,
     "hafs_jax.commands.runs": None,
+    "hafs_jax.commands.plan": None,
     "hafs_jax.base.errors": {"one_line_errors"},
     "hafs_jax.base.flags": {"error"},
     "hafs_jax.base.log": {"emit"},
