@@ -73,9 +73,7 @@ def _affine_forward(
 def _affine_backward(dtype: str, saved: tuple[Array, Array], cotangent_BF: Array) -> tuple[Array, Array, Array, Array]:
     rows_BD, W_FD = saved
     factor_BF = _by_rows(cotangent_BF, dtype)
-    if (
-        dtype != "float32"
-    ):  # the sum too reads the rounded numbers, as torch's does: half the bytes, and one pass to cast
+    if dtype != "float32":  # the sum too reads the rounded numbers, as torch's does: half the bytes, one pass to cast
         factor_BF = jax.lax.optimization_barrier(factor_BF)
     onto_bias_F = jnp.sum(factor_BF.astype(jnp.float32), axis=0)
     onto_acts_BD = _product(factor_BF, _by_rows(W_FD, dtype), over=0)  # XLA leaves it out where nobody reads it
