@@ -1,6 +1,7 @@
 """Random SAEs, in memory and on disk, and a tiny language model, for the tests of the evaluate room."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from hafs_extract.models import LanguageModel, load_model
 from tests.support.tiny_models import WORDS, save_model
@@ -21,6 +23,7 @@ def random_sae(d_model: int, n_latents: int, architecture: str = "standard", see
     config, kind = {
         "standard": (StandardSAEConfig, StandardSAE),
         "jumprelu": (JumpReLUSAEConfig, JumpReLUSAE),
+        "topk": (partial(TopKSAEConfig, k=3), TopKSAE),
     }[architecture]
     sae = kind(config(d_in=d_model, d_sae=n_latents, device="cpu", apply_b_dec_to_input=True, metadata=metadata))
     random = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from hafs_evaluate.core.encode import TorchSAE, encode_store, to_numpy
+from hafs_evaluate.core.encode import PairEncoder, TorchSAE, store_rows
 from hafs_jax.store.reader import Store
 
 
@@ -94,11 +94,13 @@ def _values(
         nearest = np.minimum(np.searchsorted(wanted, place), len(wanted) - 1)
         return np.flatnonzero(wanted[nearest] == place)
 
-    for batch in encode_store(sae, store, keep=is_wanted):
-        latents_BF, place_B = to_numpy(batch.latents_BF), place_of(batch.rows_B)
+    encode_pairs = PairEncoder(sae)
+    for _, acts_BD, rows_B in store_rows(sae, store, sae.W_dec.shape[0], keep=is_wanted):
+        place_B = place_of(rows_B)
         first_B, last_B = (np.searchsorted(sorted_P, place_B, side) for side in ("left", "right"))
         shown = order_P[_ranges(first_B, last_B - first_B)]  # of every context that holds one of these rows' tokens
-        value_P[shown] = latents_BF[np.repeat(np.arange(len(place_B)), last_B - first_B), latent_P[shown]]
+        row_P = np.repeat(np.arange(len(place_B)), last_B - first_B)
+        value_P[shown] = encode_pairs(acts_BD, row_P, latent_P[shown])
     return value_P
 
 
@@ -111,8 +113,8 @@ def _ranges(starts: Any, lengths: Any) -> Int[np.ndarray, "_"]:
 
 def rows_at(store: Store, numbers: Int[np.ndarray, "_"]) -> dict[int, np.void]:
     """The ROW of each row number, counted through all shards."""
-    found = {}
+    found: dict[int, np.void] = {}
     for first, _, rows in store.batches(max(1, len(store)), raw=True):
-        for number in np.unique(numbers[(numbers >= first) & (numbers < first + len(rows))]).tolist():
-            found[number] = rows[number - first]
+        own = np.unique(numbers[(numbers >= first) & (numbers < first + len(rows))])
+        found |= zip(own.tolist(), np.array(rows[own - first]), strict=True)
     return found

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hafs_evaluate.core.encode import TorchSAE
+from hafs_evaluate.core.fired import FiredRows
 from hafs_evaluate.latents.attribution import attributions, random_effect
 from hafs_evaluate.latents.contexts import Context, read_contexts, rows_at
 from hafs_evaluate.latents.firing import Firing, Scan, documents_of, observe, scan
@@ -88,18 +89,17 @@ def show_latents(
     `stability.write_matches` adds `matches`, which needs the other runs.
     """
     config = config or LatentsConfig()
-    found = scan(sae, store, config.max_rows, config.examples)
+    rows = FiredRows(sae, store, config.max_rows)
+    found = scan(rows, config.examples)
     if sample_C is None:
         sample_C = draw([found.density_F], config.latents)
     n_latents = len(found.density_F)
     fits = n_latents * max(n_latents, len(documents_of(store, config.max_rows))) <= OBSERVED and config.others > 0
     observed_C = np.arange(n_latents) if fits else sample_C
     fired = observe(
-        sae,
-        store,
+        rows,
         observed_C,
         found.max_activation_F[observed_C],
-        config.max_rows,
         max(config.random_examples, config.other_random_examples),
         config.seed,
     )
@@ -250,6 +250,6 @@ def _shown(
         "document": context.document,
         "title": (documents[context.document].get("labels") or {}).get("title"),
         "peak": context.peak,
-        "tokens": [text(int(token)) for token in context.token_ids],
-        "values": [rounded(value, SHADE_DIGITS) for value in context.values],
+        "tokens": text.each(context.token_ids.tolist()),
+        "values": [rounded(value, SHADE_DIGITS) if value else 0.0 for value in context.values.tolist()],
     }

@@ -8,11 +8,10 @@ rows drawn at random.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from hafs_evaluate.core.encode import TorchSAE, encode_store, to_numpy
+from hafs_evaluate.core.fired import Block, FiredRows
 from hafs_jax.store.reader import Store
 
 BINS = 24  # of a latent's histogram of activations, from 0 to its highest
@@ -32,27 +31,17 @@ class Scan:
     top_rows_FN: Int[np.ndarray, "F N"]  # best first; of equal activations the earlier row
 
 
-@torch.no_grad()
-def scan(sae: TorchSAE, store: Store, max_rows: int, examples: int) -> Scan:
-    """`Scan` of the store's first `max_rows` rows, with `examples` top rows of each latent.
-
-    Memory is bounded by a batch and F x examples. Only activations above those of a latent's top rows are looked at.
-    """
-    n_latents = sae.W_dec.shape[0]
-    count_F = torch.zeros(n_latents, dtype=torch.int64)
-    max_F = torch.zeros(n_latents)
-    top = TopRows(n_latents, examples)
-    seen = 0
-    for batch in encode_store(sae, store, max_rows):
-        latents_BF = batch.latents_BF.float().cpu()
-        count_F += (latents_BF > 0).sum(0, dtype=torch.int32)
-        max_F = torch.maximum(max_F, latents_BF.amax(0))
-        beats = np.flatnonzero((latents_BF > torch.from_numpy(top.floor_F)).numpy())  # 2x as fast as torch.nonzero
-        row, latent = np.divmod(beats, n_latents)
-        value, document = latents_BF.numpy()[row, latent], batch.rows_B["document"][row]
-        top.add(latent, value, document, batch.numbers_B[row])
-        seen += len(latents_BF)
-    return Scan(seen, count_F.numpy() / max(seen, 1), max_F.numpy(), top.rows_FN)
+def scan(fired: FiredRows, examples: int) -> Scan:
+    """`Scan` of the rows in `fired`, with `examples` top rows of each latent. Memory is bounded by F x examples."""
+    count_F = np.zeros(fired.n_latents, np.int64)
+    max_F = np.zeros(fired.n_latents, np.float32)
+    top, seen = TopRows(fired.n_latents, examples), 0
+    for block in fired:
+        count_F += np.bincount(block.latents.indices, minlength=fired.n_latents)
+        max_F = np.maximum(max_F, block.latents.max(axis=0).toarray().ravel())
+        top.add_best(block, block.latents.data)
+        seen += len(block.numbers_B)
+    return Scan(seen, count_F / max(seen, 1), max_F, top.rows_FN)
 
 
 class TopRows:
@@ -103,6 +92,24 @@ class TopRows:
         self.values_FN[at], self.payload_FN[at] = value[order], payload[order]
         self._documents_FN[at], self.rows_FN[at] = document[order], row[order]
 
+    def add_best(
+        self, block: Block, value_P: Float[np.ndarray, "P"], payload_P: Float[np.ndarray, "P"] | None = None
+    ) -> None:
+        """Offers the firings of a block, later rows than those before, with the values `value_P`.
+
+        Of each latent only those are sorted that are no lower than the n-th best of the block's documents.
+        """
+        runs = block.runs
+        if not len(runs.start_S):
+            return
+        sorted_P = value_P[runs.order_P]
+        latent_P = np.repeat(runs.latent_S, np.diff([*runs.start_S, len(sorted_P)]))
+        floor_F = _nth_best(np.maximum.reduceat(sorted_P, runs.start_S), runs.latent_S, len(self.rows_FN), self.n)
+        enters_P = (sorted_P >= floor_F[latent_P]) & (sorted_P > self.floor_F[latent_P])
+        place, row = runs.order_P[enters_P], block.row_P[runs.order_P[enters_P]]
+        payload = None if payload_P is None else payload_P[place]
+        self.add(latent_P[enters_P], value_P[place], block.document_B[row], block.numbers_B[row], payload)
+
 
 @dataclass(frozen=True)
 class Firing:
@@ -112,58 +119,76 @@ class Firing:
     count_F: Int[np.ndarray, "F"]  # rows on which each latent of the dictionary fires
     together_CF: Int[np.ndarray, "C F"]  # int32, rows on which the chosen latent and the other one both fire
     documents_N: Int[np.ndarray, "N"]  # the documents' numbers, ascending
-    maximum_CN: Float[np.ndarray, "C N"]  # the chosen latent's highest activation on each document; 0 where silent
-    mass_CN: Float[np.ndarray, "C N"]  # the sum of its activations on each document
+    maximum_CN: sparse.csr_array  # float32, the chosen latent's highest activation on each document
+    mass_CN: sparse.csr_array  # float32, the sum of its activations on each document
     rows_N: Int[np.ndarray, "N"]  # rows of each document
     random_rows_CR: Int[np.ndarray, "C R"]  # rows drawn from those on which it fires, see `spread_rows`; -1: none
     histogram_CH: Int[np.ndarray, "C H"]  # rows by activation, in BINS equal bins from 0 to the highest
 
 
-@torch.no_grad()
 def observe(
-    sae: TorchSAE,
-    store: Store,
+    fired: FiredRows,
     chosen_C: Int[np.ndarray, "C"],
     max_activation_C: Float[np.ndarray, "C"],
-    max_rows: int,
     random_rows: int,
     seed: int,
 ) -> Firing:
-    """`Firing` of the latents `chosen_C` over the store's first `max_rows` rows, with `random_rows` rows of each drawn.
+    """`Firing` of the latents `chosen_C` over the rows in `fired`, with `random_rows` rows of each drawn.
 
     `max_activation_C` are their highest activations on these rows, at which their histograms end.
-    Memory is bounded by a batch, C x F counts, and C x N maxima and sums.
+    Memory is bounded by C x F counts, and by the maxima and sums of the documents on which the latents fire.
     """
-    n_latents, n_chosen, documents_N = sae.W_dec.shape[0], len(chosen_C), documents_of(store, max_rows)
-    n_documents = len(documents_N)
+    n_latents, n_chosen, documents_N = fired.n_latents, len(chosen_C), documents_of(fired.store, fired.max_rows)
     count_F = np.zeros(n_latents, np.int64)
     together_CF = np.zeros((n_chosen, n_latents), np.int32)
     histogram_CH = np.zeros((n_chosen, BINS), np.int64)
     bins_C = BINS / np.maximum(max_activation_C, 1e-30)
-    maximum_CN, mass_CN = np.zeros((2, n_chosen, n_documents), np.float32)
-    rows_N = np.zeros(n_documents, np.int64)
+    maximum_CN = mass_CN = sparse.csr_array((n_chosen, len(documents_N)), dtype=np.float32)
+    rows_N = np.zeros(len(documents_N), np.int64)
     # the rows of the highest random keys are a uniform draw; their payload is the activation
     draw, generator, seen = TopRows(n_chosen, DRAWN_PER_SHOWN * random_rows), np.random.default_rng(seed), 0
-    for batch in encode_store(sae, store, max_rows):
-        latents_BF = to_numpy(batch.latents_BF)
-        document_B = np.searchsorted(documents_N, batch.rows_B["document"])
-        row, latent = np.divmod(np.flatnonzero(latents_BF > 0), n_latents)
-        fires_BF = sparse.csr_array((np.ones(len(row), np.int32), (row, latent)), latents_BF.shape)
-        together_CF += (fires_BF[:, chosen_C].T @ fires_BF).toarray()
-        count_F += np.bincount(latent, minlength=n_latents)
-        rows_N += np.bincount(document_B, minlength=n_documents)
-        row, which = np.nonzero(latents_BF[:, chosen_C] > 0)
-        value = latents_BF[row, chosen_C[which]]
-        bin = np.minimum((value * bins_C[which]).astype(np.int64), BINS - 1)
-        histogram_CH += np.bincount(which * BINS + bin, minlength=n_chosen * BINS).reshape(n_chosen, BINS)
-        np.maximum.at(maximum_CN, (which, document_B[row]), value)
-        np.add.at(mass_CN, (which, document_B[row]), value)
-        key = generator.random(len(row), np.float32)
-        enters = key > draw.floor_F[which] if random_rows else np.zeros(len(row), bool)
-        draw.add(which[enters], key[enters], document_B[row[enters]], batch.numbers_B[row[enters]], value[enters])
-        seen += len(latents_BF)
+    for block in fired:
+        own = block.columns(chosen_C)
+        value_P, which_P = own.latents.data, own.latents.indices
+        count_F += np.bincount(block.latents.indices, minlength=n_latents)
+        together_CF += (_ones(own.latents).T @ _ones(block.latents)).toarray()
+        rows_N += np.bincount(np.searchsorted(documents_N, block.document_B), minlength=len(documents_N))
+        bin_P = np.minimum((value_P * bins_C[which_P]).astype(np.int64), BINS - 1)
+        histogram_CH += np.bincount(which_P * BINS + bin_P, minlength=n_chosen * BINS).reshape(n_chosen, BINS)
+        maximum_CN = maximum_CN.maximum(_of_documents(own, np.maximum, documents_N))
+        mass_CN = mass_CN + _of_documents(own, np.add, documents_N)
+        key_P = generator.random(len(value_P), np.float32)
+        if random_rows:
+            draw.add_best(own, key_P, value_P)
+        seen += len(block.numbers_B)
     random_rows_CR = spread_rows(draw.rows_FN, draw.payload_FN, random_rows)
     return Firing(seen, count_F, together_CF, documents_N, maximum_CN, mass_CN, rows_N, random_rows_CR, histogram_CH)
+
+
+def _of_documents(block: Block, reduce: np.ufunc, documents_N: Int[np.ndarray, "N"]) -> sparse.csr_array:
+    """[F, N]: `reduce` over the activations of each latent on each document."""
+    runs, shape = block.runs, (block.latents.shape[1], len(documents_N))
+    if not len(runs.start_S):
+        return sparse.csr_array(shape, dtype=np.float32)
+    values_S = reduce.reduceat(block.latents.data[runs.order_P], runs.start_S)
+    return sparse.csr_array((values_S, (runs.latent_S, np.searchsorted(documents_N, runs.document_S))), shape)
+
+
+def _ones(latents: sparse.csr_array) -> sparse.csr_array:
+    """1 where a latent fires."""
+    return sparse.csr_array((np.ones(latents.nnz, np.int32), latents.indices, latents.indptr), latents.shape)
+
+
+def _nth_best(
+    best_S: Float[np.ndarray, "S"], latent_S: Int[np.ndarray, "S"], n_latents: int, n: int
+) -> Float[np.ndarray, "F"]:
+    """The n-th highest value of each latent's runs; 0 where it has fewer. The runs are ordered by latent."""
+    found_F = np.zeros(n_latents, np.float32)
+    ends = np.searchsorted(latent_S, np.arange(n_latents + 1))
+    for latent in np.flatnonzero(np.diff(ends) >= n).tolist():
+        own = best_S[ends[latent] : ends[latent + 1]]
+        found_F[latent] = np.partition(own, len(own) - n)[len(own) - n]
+    return found_F
 
 
 def documents_of(store: Store, max_rows: int | None = None) -> Int[np.ndarray, "N"]:

@@ -5,30 +5,50 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import rankdata
+from scipy import sparse
 
 from hafs_evaluate.latents.neighbours import rounded
 
 LEAST_DOCUMENTS = 20  # a value that fewer documents have is left out: the AUROC of a handful is noise
 MOST_VALUES = 64  # a label with more values than this names documents, as a title does, and not kinds of them
-CHUNK_FLOATS = 1 << 24  # scores ranked at once
 
 
-def auroc(score_CN: Float[np.ndarray, "C N"], is_of_GN: Bool[np.ndarray, "G N"]) -> Float[np.ndarray, "C G"]:
+def auroc(
+    score_CN: Float[np.ndarray, "C N"] | sparse.csr_array, is_of_GN: Bool[np.ndarray, "G N"]
+) -> Float[np.ndarray, "C G"]:
     """P(x > y) + P(x = y) / 2, with x the score of a document of the group and y that of one of the rest; [C, G].
 
-    `is_of_GN` marks the documents of each group; the rest are all others. NaN where either is empty.
+    No score is below 0. `is_of_GN` marks the documents of each group; the rest are all others. NaN where either is
+    empty.
     """
+    score_CN = sparse.csr_array(score_CN)
     n_documents = score_CN.shape[1]
     n_G = is_of_GN.sum(1).astype(np.float64)
     scale_G = n_G * (n_documents - n_G)
-    found = np.full((len(score_CN), len(is_of_GN)), np.nan)
-    chunk = max(1, CHUNK_FLOATS // max(n_documents, 1))
-    for start in range(0, len(score_CN), chunk):
-        rank_CN = rankdata(score_CN[start : start + chunk], axis=1)
-        excess_CG = rank_CN @ is_of_GN.T.astype(np.float64) - n_G * (n_G + 1) / 2
-        np.divide(excess_CG, scale_G, out=found[start : start + chunk], where=scale_G > 0)
-    return found
+    # every document has the rank of those whose score is 0, which are tied, and each of the others some ranks more
+    zeros_C = n_documents - np.diff(score_CN.indptr)
+    more_P = _ranks(score_CN) + np.repeat(zeros_C - (zeros_C + 1) / 2, np.diff(score_CN.indptr))
+    more_CN = sparse.csr_array((more_P, score_CN.indices, score_CN.indptr), score_CN.shape)
+    rank_CG = np.outer((zeros_C + 1) / 2, n_G) + more_CN @ is_of_GN.T.astype(np.float64)
+    excess_CG = rank_CG - n_G * (n_G + 1) / 2
+    return np.divide(excess_CG, scale_G, out=np.full(excess_CG.shape, np.nan), where=scale_G > 0)
+
+
+def _ranks(values: sparse.csr_array) -> Float[np.ndarray, "P"]:
+    """The rank of each stored value among those of its row, from 1; equal ones have the mean of their ranks.
+
+    The values are above 0, so that as float32 their bits have their order, and one sort takes rows and values.
+    """
+    rows_P = np.repeat(np.arange(values.shape[0], dtype=np.uint64), np.diff(values.indptr))
+    order_P = np.argsort(rows_P << np.uint64(32) | values.data.astype(np.float32).view(np.uint32))
+    sorted_P = values.data[order_P]
+    is_first_P = np.ones(len(sorted_P), bool)
+    is_first_P[1:] = (np.diff(sorted_P) != 0) | (np.diff(rows_P) != 0)
+    starts = np.flatnonzero(is_first_P)
+    equal = np.diff([*starts, len(sorted_P)])
+    rank_P = np.empty(len(sorted_P))
+    rank_P[order_P] = np.repeat(starts - values.indptr[rows_P[starts].astype(np.int64)] + (equal + 1) / 2, equal)
+    return rank_P
 
 
 class DocumentGroup(NamedTuple):
@@ -63,8 +83,8 @@ def document_groups(documents: Sequence[dict[str, Any]], looked_at_N: Bool[np.nd
 
 
 def selectivity(
-    maximum_CN: Float[np.ndarray, "C N"],
-    mass_CN: Float[np.ndarray, "C N"],
+    maximum_CN: sparse.csr_array,
+    mass_CN: sparse.csr_array,
     rows_N: Int[np.ndarray, "N"],
     documents: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any] | None]:
@@ -76,7 +96,7 @@ def selectivity(
     that lies in the group, `base` the group's share of their rows. As the best of many groups is taken, chance alone
     gives an AUROC of about 0.6.
     """
-    best: list[dict[str, Any] | None] = [None] * len(maximum_CN)
+    best: list[dict[str, Any] | None] = [None] * maximum_CN.shape[0]
     by_label: dict[str, list[DocumentGroup]] = {}
     for group in document_groups(documents, rows_N > 0):
         by_label.setdefault(group.label, []).append(group)
@@ -84,8 +104,8 @@ def selectivity(
         has_N = groups[0].has_N
         of_GN = np.stack([group.of_N[has_N] for group in groups])
         auroc_CG = auroc(maximum_CN[:, has_N], of_GN)
-        mass_CG = mass_CN[:, has_N].astype(np.float64) @ of_GN.T
-        total_C = mass_CN[:, has_N].sum(1, dtype=np.float64)
+        own_CN = mass_CN[:, has_N].astype(np.float64)
+        mass_CG, total_C = own_CN @ of_GN.T.astype(np.float64), own_CN.sum(1)
         base_G = of_GN @ rows_N[has_N] / rows_N[has_N].sum()
         for place, g in enumerate(np.nan_to_num(auroc_CG, nan=-1.0).argmax(1).tolist()):
             found, present = float(auroc_CG[place, g]), best[place]

@@ -1,6 +1,7 @@
 """Token ids as strings that a person can read. Knows tokenizers by their methods alone; imports no library."""
 
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 SHOWN_AS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
@@ -30,6 +31,11 @@ class TokenText:
         if token_id not in self._known:
             self._known[token_id] = visible(self._text(token_id))
         return self._known[token_id]
+
+    def each(self, token_ids: Iterable[int]) -> list[str]:
+        """The text of each token."""
+        known = self._known
+        return [known[token_id] if token_id in known else self(token_id) for token_id in token_ids]
 
     def _text(self, token_id: int) -> str:
         piece = self._tokenizer.convert_ids_to_tokens(token_id)

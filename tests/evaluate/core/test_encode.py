@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hafs_evaluate.core import encode
-from hafs_evaluate.core.encode import batch_rows, encode_rows, encode_store
+from hafs_evaluate.core.encode import PairEncoder, batch_rows, encode_rows, encode_store
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.reader import Store
 from tests.support.stores import write_store
@@ -67,6 +67,19 @@ def test_rows_of_an_array_are_encoded_batch_by_batch(sae, monkeypatch):
     np.testing.assert_allclose(encode_rows(sae, acts_ND), expected, rtol=1e-5, atol=1e-6)
     assert encode_rows(sae, acts_ND[:0]).shape == (0, F)
     assert encode_rows(sae, acts_ND).dtype == np.float32
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "standard", "topk"])
+def test_pairs_have_the_activations_that_the_whole_rows_give(monkeypatch, architecture):
+    sae, random = random_sae(D, F, architecture), np.random.default_rng(1)
+    acts_ND = random.normal(size=(20, D)).astype(np.float32)
+    expected = sae.encode(torch.from_numpy(acts_ND)).numpy()
+    monkeypatch.setattr(encode, "PAIRS", 7)
+    row, latent = np.divmod(random.permutation(20 * F), F)
+    found = PairEncoder(sae)(acts_ND, row, latent)
+    assert 20 < (found > 0).sum() < 20 * F
+    np.testing.assert_allclose(found, expected[row, latent], rtol=1e-5, atol=1e-6)
+    assert PairEncoder(sae)(acts_ND, row[:0], latent[:0]).shape == (0,)
 
 
 def test_an_sae_computes_in_its_own_dtype_and_keeps_no_gradient(store):

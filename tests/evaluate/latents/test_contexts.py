@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hafs_evaluate.core import encode
+from hafs_evaluate.core.fired import FiredRows
 from hafs_evaluate.latents.contexts import read_contexts
 from hafs_evaluate.latents.firing import scan
 from tests.support.shuffled_store import LENGTH, D, F, everything, shuffled_store
@@ -20,16 +21,18 @@ def sae():
     return random_sae(D, F, "jumprelu", seed=3)
 
 
-def test_contexts_encode_only_the_rows_that_they_show(store, sae, monkeypatch):
-    encoded, original = [], sae.encode
-    monkeypatch.setattr(sae, "encode", lambda acts: (encoded.append(len(acts)), original(acts))[1])
+@pytest.mark.parametrize("architecture", ["jumprelu", "standard", "topk"])
+def test_contexts_encode_only_the_rows_that_they_show(store, monkeypatch, architecture):
+    sae = random_sae(D, F, architecture, seed=3)
+    encoded, original = [], sae.process_sae_in
+    monkeypatch.setattr(sae, "process_sae_in", lambda acts: (encoded.append(len(acts)), original(acts))[1])
     contexts = read_contexts(sae, store, np.array([2]), np.array([[0]]), 1, 1)
-    assert sum(encoded) <= len(contexts[0][0].values) == 3
+    assert 1 <= sum(encoded) <= len(contexts[0][0].values) == 3
 
 
 def test_max_rows_caps_the_scan_and_not_the_contexts(store, sae):
     values_NF, rows = everything(store, sae)
-    found = scan(sae, store, 43, examples=2)  # into the second shard
+    found = scan(FiredRows(sae, store, 43), examples=2)  # into the second shard
     assert found.rows == 43
     np.testing.assert_allclose(found.density_F, (values_NF[:43] > 0).mean(0))
     chosen = np.flatnonzero(found.density_F > 0)
@@ -51,7 +54,7 @@ def test_max_rows_caps_the_scan_and_not_the_contexts(store, sae):
 def test_contexts_hold_the_latents_value_on_every_token(store, sae, monkeypatch, before, after, batch_rows):
     values_NF, rows = everything(store, sae)
     at = {(int(row["context"]), int(row["position"])): number for number, row in enumerate(rows)}
-    found = scan(sae, store, 10**9, examples=3)
+    found = scan(FiredRows(sae, store, 10**9), examples=3)
     monkeypatch.setattr(encode, "BATCH_FLOATS", batch_rows * (D + 2 * F))
     chosen = np.array([10, 2, 7])
     contexts = read_contexts(sae, store, chosen, found.top_rows_FN[chosen], before, after)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from hafs_evaluate.core.fired import FiredRows
 from hafs_evaluate.latents import attribution
 from hafs_evaluate.latents.attribution import attributions, random_effect
 from hafs_evaluate.latents.dashboards import LatentsConfig, show_latents, write_latents
@@ -46,7 +47,7 @@ def test_the_file_holds_what_the_parts_say(store, sae, tmp_path):
     assert json.loads(path.read_text()) == values
     assert (values["run"], values["rows_scanned"]) == ("run", len(store))
     assert len(values["density"]) == len(values["max_activation"]) == len(values["nearest_cosine"]) == F
-    found = scan(sae, store, 10**9, 3)
+    found = scan(FiredRows(sae, store, 10**9), 3)
     values_NF, rows = everything(store, sae)
     for latent in values["latents"]:
         index = latent["index"]

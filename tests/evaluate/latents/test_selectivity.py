@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 from sklearn.metrics import roc_auc_score
 
 from hafs_evaluate.latents.selectivity import auroc, document_groups, selectivity
 
 
-def test_auroc_is_sklearns(monkeypatch):
-    monkeypatch.setattr("hafs_evaluate.latents.selectivity.CHUNK_FLOATS", 60)
+def test_auroc_is_sklearns():
     random = np.random.default_rng(0)
     score = random.integers(0, 4, (5, 40)).astype(np.float32)  # ties
     groups = random.random((3, 40)) < 0.3
@@ -39,11 +39,11 @@ def test_selectivity_finds_the_planted_topic_and_says_its_share():
     is_b = np.array([text["source"] == "b" for text in texts])
     maximum = np.stack([is_physics * 3.0, is_b * random.random(n), np.zeros(n), random.random(n)]).astype(np.float32)
     rows = random.integers(1, 5, n)
-    found = selectivity(maximum, maximum * rows, rows, texts)
+    found = selectivity(csr_array(maximum), csr_array(maximum * rows), rows, texts)
     assert (found[0]["label"], found[0]["value"], found[0]["auroc"], found[0]["share"]) == ("topic", "Physics", 1, 1)
     has = np.array(["topic" in text["labels"] for text in texts])
     assert found[0]["base"] == pytest.approx(rows[is_physics].sum() / rows[has].sum(), rel=1e-4)
     assert (found[1]["label"], found[1]["value"], found[1]["auroc"]) == ("source", "b", 1)
     assert found[2] is None
     assert found[3]["auroc"] < 0.65
-    assert selectivity(maximum, maximum, rows, [{"source": "a"}] * n) == [None] * 4
+    assert selectivity(csr_array(maximum), csr_array(maximum), rows, [{"source": "a"}] * n) == [None] * 4
