@@ -11,6 +11,7 @@ from hafs_jax import __version__
 from hafs_jax.base import plugins
 from hafs_jax.base.errors import UserError, one_line_errors
 from hafs_jax.base.options import did_you_mean
+from hafs_jax.base.process import children, signals
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     Plugins are imported before the command, so that what they add is known to it.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:  # the process is this command
+        signals.of_a_command()
+        children.end_with_parent()
+        try:
+            return _run(sys.argv[1:])
+        finally:
+            signals.done()
+    return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(_help())
@@ -75,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     # On busy cores, OpenMP threads that spin while they wait cost more than they save. torch reads it at its import.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # a pickle runs code: no library opens one, ours or another's
     with one_line_errors():
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; `hafs --help` lists them")

@@ -9,7 +9,7 @@ best/            the checkpoint of the best held-out FVU, where that is measured
 run.json         a `RunSummary`; written last, when training has finished
 sae/             the SAELens folder, once the run has been exported
 
-Beside it lie the file .<name>.lock, while a training is at work, and .<name>.old, while `--force` removes that folder.
+Beside it lie .locks/<name>, which says who is at work on it, and .<name>.old, while `--force` removes that folder.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from typing import Any
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.base.files import read_json, read_jsonl, write_figures, write_json, write_text
 from hafs_jax.base.options import did_you_mean, from_dict, to_dict
-from hafs_jax.base.places import locked
+from hafs_jax.base.process.locks import locked
 from hafs_jax.config import TrainConfig, arm_name
 from hafs_jax.presets import preset
 from hafs_jax.store.manifest import Manifest, read_manifest
@@ -107,10 +107,20 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Locks the run for a training in this process; `UserError` where another one is at work on it."""
-        with locked(self.folder.parent, "training", f".{self.folder.name}.lock", self.folder):
+        """Locks the run for a training; `UserError` where another process trains it or holds it."""
+        with locked(self._lock, "a training", self.folder):
             self._remove_leftovers()
             yield
+
+    @contextmanager
+    def held(self, work: str) -> Iterator[None]:
+        """Holds the run as it is for `work` ("an evaluation"); `UserError` where a training is at work on it."""
+        with locked(self._lock, work, self.folder, shared=True):
+            yield
+
+    @property
+    def _lock(self) -> Path:
+        return self.folder.parent / ".locks" / self.folder.name
 
     def remove(self) -> None:
         """Removes the folder. It loses its name first, so that a kill leaves no half of it under that name.
@@ -320,6 +330,10 @@ def profile_folder(out: Path, profile: str) -> Path:
                 f"profile auto: expected {noted}, found none; run `hafs extract`, or name the {arg('profile')}"
             )
         profile = read_json(noted, "the profile that was extracted last").get("profile", "")
+        if profile and not is_inside(profile):
+            raise UserError(f"{noted}: expected the name of a folder in {out}, found profile {profile!r}; correct it")
+    if profile and not is_inside(profile):
+        raise UserError(f"{arg('profile', profile)}: expected the name of a folder in {out}")
     folder = out / profile
     if not profile or not folder.is_dir():
         known = sorted(path.parent.name for path in out.glob("*/store"))
@@ -329,6 +343,14 @@ def profile_folder(out: Path, profile: str) -> Path:
             f"{arg('profile')}"
         )
     return folder
+
+
+def is_inside(name: Any) -> bool:
+    """Whether `name` names a folder below the one that it is joined to: no way out of it, no name of that itself."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    path = Path(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def baseline_tau(runs: Path, config: TrainConfig, fingerprint: str) -> tuple[float, str]:

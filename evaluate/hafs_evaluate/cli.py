@@ -22,6 +22,7 @@ from hafs_jax.base.files import read_json
 from hafs_jax.base.flags import Parser, add_flags, with_flags
 from hafs_jax.base.log import shown
 from hafs_jax.base.options import did_you_mean
+from hafs_jax.base.process.locks import locked
 from hafs_jax.runs import find_run
 
 FORMATS = ("saelens", "dictionary_learning")
@@ -368,5 +369,6 @@ def _imported(workspace: Workspace, source: Path, name: str | None) -> FinishedR
 def _write_report(workspace: Workspace) -> None:
     from hafs_evaluate.report.report import write_report
 
-    write_report(workspace.folder)
+    with locked(workspace.lock("report"), "a report", workspace.report):
+        write_report(workspace.folder)
     print(workspace.report / "index.html")

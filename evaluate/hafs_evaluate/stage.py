@@ -6,9 +6,10 @@ fingerprint still matches is left as it is. The fingerprint is written after the
 
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,8 @@ from hafs_extract.hub.presence import go_offline, hub_problem, model_file
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_figures, write_json
 from hafs_jax.base.options import to_dict
+from hafs_jax.runs import Run
+from hafs_jax.store.holding import reading
 from hafs_jax.store.manifest import Manifest
 from hafs_jax.store.reader import Store
 
@@ -135,6 +138,7 @@ class Evaluation:
 
         `UserError` where the workspace has no held-out store.
         """
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # sae-probes opens caches as pickles, which run code
         self.workspace = workspace
         self.manifest: Manifest = workspace.heldout.manifest
         self.config = resolved(config, self.manifest.profile)
@@ -143,7 +147,23 @@ class Evaluation:
         self._loaded: tuple[str, Any] | None = None
 
     def run(self, stages: Sequence[Stage], runs: Sequence[FinishedRun]) -> None:
-        """Measures `runs`, one stage after the other, and writes their results under O/eval."""
+        """Measures `runs`, one stage after the other, and writes their results under O/eval.
+
+        `UserError` where another process evaluates or trains one of them, or replaces the store.
+        """
+        with ExitStack() as locks:
+            self._hold(runs, locks)
+            self._measure(stages, runs)
+
+    def _hold(self, runs: Sequence[FinishedRun], locks: ExitStack) -> None:
+        """Locks the runs and the store against changes, and the runs' results against another evaluation."""
+        locks.enter_context(reading([self.workspace.heldout], "an evaluation"))
+        for run in runs:
+            locks.enter_context(self.workspace.locked(run.name, "an evaluation"))
+            if not run.is_exported:
+                locks.enter_context(Run(run.folder).held("an evaluation"))
+
+    def _measure(self, stages: Sequence[Stage], runs: Sequence[FinishedRun]) -> None:
         if not self.manifest.has_tokens and any(stage.needs_tokens for stage in stages):
             stages = [stage for stage in stages if not stage.needs_tokens]
             names = ", ".join(stage.name for stage in stages)
@@ -219,10 +239,10 @@ class Evaluation:
 
     def _compute_all(self, stage: Stage, compute: Callable[["Evaluation"], Values | None]) -> None:
         path = self.workspace.eval / stage.file
-        with self.timed(stage.name):
+        with self.timed(stage.name), self.workspace.locked(stage.name, "an evaluation", wait=True):
             values = compute(self)
-        if values is not None and values != read_result(path):
-            write_figures(path, values)
+            if values is not None and values != read_result(path):
+                write_figures(path, values)
         if stage.line and values:
             self.say(f"{stage.name}: {stage.line(values)}")
 
@@ -240,7 +260,7 @@ class Evaluation:
             return
         shared = None
         if stage.prepare is not None:
-            with self.timed(stage.name):
+            with self._alone(), self.timed(stage.name):
                 shared = stage.prepare(self, jobs)
         if llm is not None and llm.comes_first:
             self._of_language_model(stage, llm, llm_mark, shared)
@@ -268,11 +288,18 @@ class Evaluation:
         self.say(f"{job.run.name}: {said}")
 
     def _of_language_model(self, stage: Stage, llm: OfLanguageModel, mark: str, shared: Any) -> None:
-        with self.timed(f"{stage.name}/{LANGUAGE_MODEL}"):
-            values = llm.compute(self, shared)
-            if values is not None:
-                write_figures(self.workspace.result(LANGUAGE_MODEL, stage.file), values)
-        self._done(LANGUAGE_MODEL, {stage.name: mark})
+        with self._alone():
+            if self._is_done(LANGUAGE_MODEL, stage, mark, llm.other_files):
+                return  # by an evaluation of other runs, meanwhile
+            with self.timed(f"{stage.name}/{LANGUAGE_MODEL}"):
+                values = llm.compute(self, shared)
+                if values is not None:
+                    write_figures(self.workspace.result(LANGUAGE_MODEL, stage.file), values)
+            self._done(LANGUAGE_MODEL, {stage.name: mark})
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Waits for other evaluations of this workspace: what all runs share is made once."""
+        return self.workspace.locked(LANGUAGE_MODEL, "an evaluation", wait=True)
 
     def _is_done(self, owner: str, stage: Stage, mark: str, other_files: Sequence[str] = ()) -> bool:
         files = [self.workspace.result(owner, name) for name in (stage.file, *other_files)]

@@ -8,7 +8,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of, write_json
 from hafs_jax.base.options import did_you_mean
+from hafs_jax.base.process.locks import locked
 from hafs_jax.runs import Run, all_runs, profile_folder
 from hafs_jax.store.reader import Store
 
@@ -74,8 +76,22 @@ class Workspace:
 
     def add_seconds(self, what: str, seconds: float) -> None:
         """Records in `eval/seconds.json` what a stage took. A stage that was skipped keeps its earlier figure."""
-        known = read_json(self.seconds, "the evaluation's timing") if self.seconds.exists() else {}
-        write_json(self.seconds, {**known, what: round(seconds, 3)})
+        with self.locked("seconds", "an evaluation", wait=True):
+            known = read_json(self.seconds, "the evaluation's timing") if self.seconds.exists() else {}
+            write_json(self.seconds, {**known, what: round(seconds, 3)})
+
+    @contextmanager
+    def locked(self, name: str, work: str, wait: bool = False) -> Iterator[None]:
+        """Locks eval/<name>, the results of a run or what all runs share; `UserError` where another process has it.
+
+        With `wait` it waits for that.
+        """
+        with locked(self.lock(f"eval-{name}"), work, self.eval / name, wait=wait):
+            yield
+
+    def lock(self, name: str) -> Path:
+        """The file that locks what `name` stands for."""
+        return self.folder / ".locks" / name
 
 
 @dataclass(frozen=True)

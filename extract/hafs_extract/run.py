@@ -34,7 +34,8 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import from_dict, to_dict
-from hafs_jax.base.places import locked, put_in_place
+from hafs_jax.base.places import put_in_place
+from hafs_jax.store.holding import replacing
 from hafs_jax.store.manifest import TIMING, Manifest, ModelInfo, write_manifest
 from hafs_jax.store.shuffle import Spill
 
@@ -53,7 +54,8 @@ def extract(config: ExtractConfig, resolved: Resolved, out: Path, force: bool = 
     discards its unfinished work.
     """
     folders, root = store_folders(config, out), work_root(config, out)
-    with locked(root):
+    stores = {folder.parent for splits in folders.values() for folder in splits.values()}
+    with replacing({root, *stores}, "an extraction"):
         config = with_dtype(config, out, force)
         if not force and is_complete(config, out):
             shutil.rmtree(root / WORK, ignore_errors=True)

@@ -8,6 +8,7 @@ memory     the memory of this process
 options    configs: their bounds, checks, JSON and fields by name
 flags      command lines: the parser, its help, flags of a config
 tensors    arrays of any library as numpy's
-places     folders that are locked, and that a finished result replaces
+places     folders that a finished result replaces
 plugins    modules from outside that add to the project
+process/   a command as a process among others: locks, signals, children
 """

@@ -12,8 +12,11 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from hafs_jax.base.process import signals
+
 _DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ESTALE, errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.EMFILE, errno.ENFILE),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
 }
 """The errors of reading and writing that a user can correct."""
@@ -89,17 +92,29 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {in_one_line(error.on_command_line(flags))}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
-        if error.errno not in _DISK or error.filename is None:
+        if error.errno not in _DISK:
             raise
-        path = str(error.filename)
+        path = "the disk" if error.filename is None else str(error.filename)
         shown = path if len(path) <= 300 else f"{path[:140]}...{path[-140:]}"
         print(f"error: {in_one_line(shown)}: {error.strerror}; put that right, or give another path", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        print(signals.LINE, file=sys.stderr)
+        signals.said()
+        raise SystemExit(128 + (stop.number if isinstance(stop, signals.Stopped) else 2)) from None
     finally:
         _FLAGS.reset(token)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Around the use of a file that is open: what the disk refuses then names no file, and names `path` after this."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager

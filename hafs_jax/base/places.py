@@ -1,54 +1,100 @@
-"""Locking a folder for one process, and putting a finished folder in its place. Standard library only."""
+"""Folders that last: put in their places whole, on disk before anything relies on it, without leftovers.
+
+A rename is on disk once the folder that holds the name was synced (fsync). Standard library only.
+"""
 
 import contextlib
+import errno
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from hafs_jax.base.errors import UserError
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
 
 
-@contextlib.contextmanager
-def locked(folder: Path, work: str = "extraction", name: str = ".lock", place: Path | None = None) -> Iterator[None]:
-    """Makes `folder` and locks it for this process; `UserError` where another process has locked it.
-
-    The lock is the file `name` in the folder. The system frees it when its process ends, however it ends. The error
-    says that another `work` is at work in `place`, which is the folder unless another is given.
-    """
+def make_folder(folder: Path) -> None:
+    """Makes the folder and those above it; the new names are on disk when it returns."""
+    missing = []
+    above = folder
+    while not above.exists() and above != above.parent:
+        missing.append(above)
+        above = above.parent
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    while True:
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"another {work} is at work in {place or folder}; wait for it, or choose another folder"
-                ) from None
-            if not _is_at(path, file.fileno()):
-                continue  # its owner removed this file, at the end of its work, after it was opened here
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)  # before it is unlocked: who has opened it already sees that it is gone
-            return
+    for made in missing:
+        sync_folder(made.parent)
 
 
-def _is_at(path: Path, number: int) -> bool:
-    """Whether the open file `number` is the one at `path`."""
+def sync_folder(folder: Path) -> None:
+    """Puts the names in the folder on disk; nothing where the file system has no such thing."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return os.path.samestat(os.stat(path), os.fstat(number))
-    except FileNotFoundError:
-        return False
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            error.filename = str(folder)
+            raise
+    finally:
+        os.close(number)
+
+
+def sync_tree(folder: Path) -> None:
+    """Puts a folder with all that is in it on disk."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(place) / name
+            if not path.is_symlink():
+                with open(path, "rb") as file:
+                    try:
+                        os.fsync(file.fileno())
+                    except OSError as error:
+                        error.filename = str(path)
+                        raise
+        sync_folder(Path(place))
 
 
 def put_in_place(made: Path, place: Path, old: Path) -> None:
-    """Renames the folder `made` to `place`. A folder that is there already becomes `old`, in place of an older one."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+    """Renames the folder `made` to `place`. A folder that is there already becomes `old`, in place of an older one.
+
+    What is in it is on disk before, and its name after.
+    """
+    sync_tree(made)
+    make_folder(place.parent)
     if place.exists():
         shutil.rmtree(old, ignore_errors=True)
-        old.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(old.parent)
         place.rename(old)
+        sync_folder(old.parent)
     made.rename(place)
+    sync_folder(place.parent)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder `parent`/<prefix>..., which is removed at the end, with those that killed processes have left."""
+    make_folder(parent)
+    for left in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), _locked_folder(left):
+            shutil.rmtree(left)
+    folder = parent / f"{prefix}{secrets.token_hex(6)}"
+    folder.mkdir(mode=0o700)
+    try:
+        with contextlib.ExitStack() as lock:
+            with contextlib.suppress(OSError):  # a file system without: what is left there stays
+                lock.enter_context(_locked_folder(folder))
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Locks a folder itself; `BlockingIOError` where another process has."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(number)

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 from hafs_jax.base.errors import UserError, note_flags
 from hafs_jax.base.files import read_json
+from hafs_jax.base.process import children, signals
 from hafs_jax.commands.flags import chosen_config, run_config, sweep_parser, synth_parser, train_parser
 from hafs_jax.config import ALIASES, TrainConfig
 from hafs_jax.health import dead_latents
@@ -46,9 +46,8 @@ def synth(arguments: list[str]) -> None:
     profile = f"synth-{parsed.world}"
 
     def run(*command: str) -> None:
-        code = subprocess.run([sys.executable, "-m", "hafs_jax", *command], check=False).returncode
-        if code:
-            raise SystemExit(code)
+        if code := children.run(command):
+            raise SystemExit(code if code > 0 else 128 - code)
 
     place = ("--out", str(parsed.out))
     run("synth-world", *place, "--world", parsed.world, "--samples", str(parsed.samples))
@@ -175,6 +174,7 @@ def _stops() -> Iterator[None]:
         yield
     except Terminated as stop:
         print("stopped and checkpointed; run the same command again to go on", file=sys.stderr)
+        signals.said()
         raise SystemExit(128 + stop.args[0]) from None
     except TrainingStopped as stop:
         print(f"error: {stop}", file=sys.stderr)

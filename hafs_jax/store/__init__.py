@@ -8,6 +8,7 @@
     arrays        makes a store of any array (`hafs import`)
     npy           the arrays and npy files that a user gives for that
     stream        activations from an iterator, which are not stored
+    holding       locks: readers of a store, and who replaces it
     given         what a user gives as data in Python
     descriptions  which split and document each of their rows belongs to
 

@@ -26,8 +26,10 @@ import numpy as np
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.base.files import sha256_of
 from hafs_jax.base.options import check, option, to_dict
-from hafs_jax.base.places import locked, put_in_place
+from hafs_jax.base.places import put_in_place
+from hafs_jax.base.process.locks import locked
 from hafs_jax.store.descriptions import FILES, Descriptions, Grouping
+from hafs_jax.store.holding import LOCK, replacing
 from hafs_jax.store.manifest import (
     CONTEXT,
     DISK_DTYPES,
@@ -159,11 +161,16 @@ class ArrayImport:
     def make(self, force: bool, progress: Progress) -> bool:
         """Makes the stores and puts them in their places, the training store last. False where they were there already.
 
-        Unless `force`, raises `UserError` where there are stores of other rows or an unfinished extraction.
+        Unless `force`, raises `UserError` where there are stores of other rows or an unfinished extraction. Stores that
+        are there may be in use meanwhile.
         """
         root = self.folder / "store"
         work, unfinished = root / WORK, root / ".work"
-        with locked(root):
+        if not (force or work.exists() or unfinished.exists()):
+            with locked(root / LOCK, "an import", root, shared=True):
+                if self._is_complete(progress):
+                    return False
+        with replacing((self.folder / place for place in self._places()), "an import"):
             if unfinished.exists() and not force:
                 raise UserError(
                     f"{root} holds an unfinished extraction; pass {arg('force', True)} to discard it, or "
@@ -176,14 +183,19 @@ class ArrayImport:
             work.mkdir(parents=True)
             self._make(work, progress)
             shutil.rmtree(unfinished, ignore_errors=True)
-            if "target" not in self.inputs and (self.folder / "target").exists():  # of other rows
-                (self.folder / "target").rename(work / "old-target")
+            for split in SPLITS:
+                if "target" not in self.inputs and (old := self.folder / "target" / split).exists():  # of other rows
+                    old.rename(work / f"old-target-{split}")
             for place in reversed(self.inputs):
                 for split in reversed(SPLITS):
                     old = work / f"old-{place}-{split}"
                     put_in_place(work / place / split, self.folder / place / split, old)
             shutil.rmtree(work)
         return True
+
+    def _places(self) -> list[str]:
+        """The folders of stores that are made or removed."""
+        return [*self.inputs, *(["target"] if (self.folder / "target").exists() else [])]
 
     def _is_complete(self, progress: Progress) -> bool:
         """Whether all stores are there and made of these very arrays; `UserError` where one is made of others."""

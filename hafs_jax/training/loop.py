@@ -1,8 +1,6 @@
 """The training loop: it feeds the compiled step, logs, measures on held-out rows and checkpoints; one SAE or many."""
 
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,11 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.memory import give_back_memory
+from hafs_jax.base.process.signals import deferred
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.penalties import coherence
 from hafs_jax.method.sae import InputScale
 from hafs_jax.runs import Run, RunSummary
 from hafs_jax.saelens_format import read_start
+from hafs_jax.store.holding import reading
 from hafs_jax.store.manifest import MANIFEST
 from hafs_jax.store.reader import Store
 from hafs_jax.store.stream import Stream
@@ -63,6 +63,12 @@ class Stores:
     @property
     def d_out(self) -> int:
         return (self.target or self.train).manifest.d_model
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds the stores: `UserError` where a process replaces one, or has replaced it since it was opened."""
+        with reading((store for store in (self.train, self.target) if isinstance(store, Store)), "a training"):
+            yield
 
     def heldout(self, rows: int) -> tuple[np.ndarray, ...] | None:
         """The first `rows` rows of the stores' `heldout` siblings, or of a stream's head; None where there are none."""
@@ -136,21 +142,23 @@ class _Fit:
         scale = jax.device_put(scale, everywhere)  # a checkpoint's comes back to where this one is
         with ExitStack() as stack:
             checkpoints = stack.enter_context(Checkpoints(self.folder, state=joined))
-            stopped = stack.enter_context(_stop_signals())
             if checkpoints.latest_step() is not None:
                 joined, scale = checkpoints.restore(joined, scale)
             state = how.for_program(joined, len(self.members))
             del joined  # else it stays beside what training makes of it
             program = compile_steps(spread, how.members)
-            self._train(state, scale, how.hyper(hypers), program, checkpoints, stopped)
+            self._train(state, scale, how.hyper(hypers), program, checkpoints, stack)
         if how.members is not None:
             shutil.rmtree(self.folder)
         return list(self.failed.values())
 
     def _train(
-        self, state: Any, scale: InputScale, hyper: Any, program: Any, checkpoints: Checkpoints, stopped: list[int]
+        self, state: Any, scale: InputScale, hyper: Any, program: Any, checkpoints: Checkpoints, stack: ExitStack
     ) -> None:
-        """Runs the program over the batches from the state's step on, to the end of training."""
+        """Runs the program over the batches from the state's step on, to the end of training.
+
+        From the first step on there is state to save: `stack` then holds signals back, until it is saved.
+        """
         config, how = self.config, self.how
         own = [how.one(state, index) for index in range(len(self.members))]
         step, bad = int(own[0].step), [int(one.gate.bad) for one in own]
@@ -163,6 +171,7 @@ class _Fit:
             self.batches.dispatches(step, config.steps, config.steps_per_dispatch), NamedSharding(self.mesh, BATCHES)
         )
         compiled: set[int] = set()  # numbers of steps in a call
+        stopped: list[int] | None = None
         try:
             for block in blocks:
                 if (steps := len(jax.tree.leaves(block)[0])) not in compiled:
@@ -170,6 +179,7 @@ class _Fit:
                     program.lower(state, block, scale, hyper, config).compile()
                     give_back_memory()  # compiling took hundreds of MB, which would stay
                     compiled.add(steps)
+                stopped = stack.enter_context(deferred()) if stopped is None else stopped
                 state, stacked = program(state, block, scale, hyper, config)
                 metrics = {name: value.reshape(len(value), -1) for name, value in jax.device_get(stacked).items()}
                 before, step = step, int(metrics["step"][-1, 0])
@@ -307,22 +317,3 @@ def _passed(before: int, now: int, every: int) -> bool:
 
 
 _coherence = jax.jit(coherence, static_argnames="most")
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """While inside, SIGTERM and SIGINT append their number to the list instead of ending the process.
-
-    Python lets only the main thread do so: a training in another thread ends as the process does.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
-    try:
-        yield received
-    finally:
-        for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(number, handler)

@@ -147,6 +147,7 @@ def sweep(
             )
     check_devices()
     with ExitStack() as locks:
+        locks.enter_context(stores.held())
         for config in configs:
             locks.enter_context(locked_unless_finished(config, runs, force))
         return _trained(configs, stores, runs, together, force, most, on_metrics, progress)

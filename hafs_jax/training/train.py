@@ -186,13 +186,13 @@ def train(
     default it is shown where the logger "hafs_jax" takes INFO.
 
     Raises `UserError` for data that cannot be trained on, a config that does not fit the data, the devices or the
-    memory, for a folder that holds another run, and where another process trains this run;
+    memory, for a folder that holds another run, and where another process trains this run or replaces the store;
     `Terminated` after SIGTERM or SIGINT (checkpointed), `TrainingStopped` when too many batches were not finite.
     """
     check_devices()
     folder = Path(runs) if runs is not None else _default_runs(data)
     stores = _stores_of(config, data, target, folder)
-    with locked_unless_finished(config, folder, force):
+    with stores.held(), locked_unless_finished(config, folder, force):
         config, notes = resolve(config, stores.train, folder, stores.target, force)
         member, finished = prepare(config, stores, folder, force)
         if not finished:

@@ -19,6 +19,8 @@ from hafs_evaluate.stages import STAGES
 from hafs_evaluate.workspace import Workspace, fingerprint, finished_runs, hashed_export, open_workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import to_dict
+from hafs_jax.runs import Run
+from hafs_jax.store.holding import replacing
 from hafs_jax.store.manifest import write_manifest
 from tests.support.torch_saes import saved_sae
 from tests.support.workspaces import CONFIG, HOOK, TASK, D, F, run
@@ -92,6 +94,39 @@ def test_all_stages_write_what_the_report_reads_and_are_not_done_twice(workspace
     forbid(monkeypatch, *WORK)
     run(workspace)
     assert written(workspace) == before
+
+
+def test_one_evaluation_of_a_run_at_a_time_on_a_run_and_a_store_that_stay(workspace):
+    """Another run is evaluated meanwhile; what all runs share is made once."""
+    skip = ("probing", "hierarchy", "tokens", "latents", "domains")
+    with workspace.locked("strict-s0", "an evaluation"):
+        with pytest.raises(UserError, match="eval/strict-s0: an evaluation is at work on it"):
+            run(workspace, skip=skip)
+        run(workspace, skip=skip, names=["baseline-s0"])
+    with Run(workspace.runs / "strict-s0").locked(), pytest.raises(UserError, match="a training is at work on it"):
+        run(workspace, skip=skip)
+    refused = pytest.raises(UserError, match="an extraction is at work on it")
+    with replacing([workspace.folder / "store"], "an extraction"), refused:
+        run(workspace, skip=skip)
+    run(workspace, skip=skip)
+
+
+def test_a_run_and_a_store_are_held_until_the_end_of_an_evaluation(workspace, monkeypatch):
+    found = []
+
+    def core(job):
+        for refused in (
+            Run(workspace.runs / job.run.name).locked(),
+            replacing([workspace.folder / "store"], "an import"),
+        ):
+            with pytest.raises(UserError, match="an evaluation is at work on it"):
+                refused.__enter__()
+            found.append(job.run.name)
+        return {"reconstruction": {"fvu": 0.5}, "sparsity": {"l0": 1.0}}
+
+    monkeypatch.setitem(STAGES, "core", dataclasses.replace(STAGES["core"], compute=core, line=None))
+    run(workspace, skip=[name for name in STAGES if name != "core"])
+    assert sorted(found) == ["baseline-s0"] * 2 + ["strict-s0"] * 2
 
 
 def test_what_is_done_is_marked_as_the_versions_before_marked_it(workspace):

@@ -24,8 +24,9 @@ from hafs_extract.models import load_for_manifest, load_model
 from hafs_extract.profiles import PYTHIA70M, resolve
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of
-from hafs_jax.base.places import locked
+from hafs_jax.base.process.locks import locked
 from hafs_jax.store import shards
+from hafs_jax.store.holding import reading
 from hafs_jax.store.manifest import read_manifest
 from hafs_jax.store.reader import Store
 from hafs_jax.store.shuffle import shuffle_keys
@@ -107,12 +108,12 @@ def _all(store: Store) -> tuple[np.ndarray, np.ndarray]:
 
 def _digests(root: Path) -> dict[str, str]:
     """The checksum of every file of both stores but what time it took."""
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != "timing.json")
+    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name not in ("timing.json", ".lock"))
     return {str(path.relative_to(root)): sha256_of(path) for path in files}
 
 
 def test_both_stores_verify_and_nothing_else_is_left(made: Path) -> None:
-    assert sorted(path.name for path in made.iterdir()) == ["heldout", "train"]
+    assert sorted(path.name for path in made.iterdir()) == [".lock", "heldout", "train"]
     for split in SPLITS:
         assert verify(made / split) == []
         manifest = read_manifest(made / split)
@@ -267,7 +268,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(
             assert not (place / split).exists() or verify(place / split) == []
         assert (place / "heldout").exists() or not (place / "train").exists()
     assert attempt > 1 and _digests(root) == _digests(made)
-    assert sorted(path.name for path in root.iterdir()) == ["heldout", "train"]
+    assert sorted(path.name for path in root.iterdir()) == [".lock", "heldout", "train"]
 
 
 CHILD = """
@@ -347,11 +348,17 @@ def test_unfinished_work_of_another_config_is_kept_unless_forced(
 
 
 def test_two_extractions_do_not_share_a_folder(inputs: Inputs, tmp_path: Path) -> None:
-    with (
-        locked(tmp_path / "pythia70m" / "store"),
-        pytest.raises(UserError, match="another extraction is at work in"),
-    ):
+    root = tmp_path / "pythia70m" / "store"
+    with locked(root / ".lock", "an extraction", root), pytest.raises(UserError, match="an extraction is at work on"):
         _extract(inputs.config(), tmp_path)
+
+
+def test_a_store_that_is_read_is_not_replaced(inputs: Inputs, tmp_path: Path) -> None:
+    root = _extract(inputs.config(), tmp_path)
+    refused = pytest.raises(UserError, match=f"{root}: a training is at work on it .*; wait for it")
+    with reading([Store(root / "train")], "a training"), refused:
+        _extract(inputs.config(seed=1), tmp_path, force=True)
+    assert _extract(inputs.config(seed=1), tmp_path, force=True) == root
 
 
 def test_too_little_space_is_said_before_the_model_runs(

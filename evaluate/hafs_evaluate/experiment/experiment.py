@@ -10,8 +10,6 @@ The stages run `hafs` commands, which skip what is done: a killed experiment goe
 
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +25,8 @@ from hafs_evaluate.workspace import Workspace, open_workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import finite, write_atomic, write_json, write_text
 from hafs_jax.base.log import bar_options
-from hafs_jax.base.places import locked
+from hafs_jax.base.process import children
+from hafs_jax.base.process.locks import locked
 from hafs_jax.runs import Run
 
 LOG = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ STAGES = ("extract", "train", "evaluate", "table")
 def run_experiment(config: ExperimentConfig, out: Path, workers: int, stages: Sequence[str] = STAGES) -> Workspace:
     """Runs `stages` of the experiment, `workers` commands at a time, and returns the workspace that holds all of it."""
     root = out / config.name
-    with locked(root, "experiment"):
+    with locked(root / ".lock", "an experiment", root):
         if "extract" in stages:
             command = ["extract", "--out", str(root), "--profile", config.profile, *config.extract]
             _command(command, root / "extract.log", cores=None)
@@ -139,7 +138,7 @@ def _run_all(commands: dict[str, list[str]], workspace: Workspace, workers: int,
         finally:
             cores.put(share)
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(max(1, workers)) as pool, children.stopping():
         started = [pool.submit(run, name, command) for name, command in commands.items()]
         for future in started:
             future.result()
@@ -167,15 +166,8 @@ def _command(command: list[str], log: Path, cores: set[int] | None) -> None:
     environment = dict(os.environ)
     if cores is not None:
         environment |= {"OMP_NUM_THREADS": str(len(cores)), "OMP_WAIT_POLICY": "PASSIVE"}
-    with (
-        open(log, "a", encoding="utf-8") as file,
-        subprocess.Popen(
-            [sys.executable, "-m", "hafs_jax", *command], stdout=file, stderr=file, env=environment
-        ) as process,
-    ):
-        if cores is not None:
-            os.sched_setaffinity(process.pid, cores)  # the threads that it will start inherit it
-        code = process.wait()
+    with open(log, "a", encoding="utf-8") as file:
+        code = children.run(command, cores, stdout=file, stderr=file, env=environment)
     if code:
         last = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()[-1:]
         raise UserError(f"`hafs {command[0]}` failed with exit code {code}: {''.join(last)} (see {log})")

@@ -34,4 +34,4 @@ class _Server(uvicorn.Server):
         """A pass of the model in the other thread cannot be interrupted, and a clean exit would wait for it."""
         print("\nexplorer stopped", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(128 + sig)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from hafs_evaluate.results.results import build_results
 from hafs_evaluate.workspace import Workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.log import bar_options
+from hafs_jax.base.process.locks import locked
 
 LOG = logging.getLogger(__name__)
 
@@ -38,6 +40,13 @@ def label_runs(
     label is added, and may be edited meanwhile.
     """
     path = workspace.folder / LABELS
+    with locked(workspace.lock("labels"), "a labelling", path):
+        return _label_all(workspace, path, runs, model, latents, scored)
+
+
+def _label_all(
+    workspace: Workspace, path: Path, runs: Sequence[str], model: Model, latents: int, scored: bool
+) -> tuple[int, int]:
     names, todo = _names(workspace), []
     read_labels(path, names)
     for run in runs:

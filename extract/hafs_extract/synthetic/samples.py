@@ -36,7 +36,8 @@ from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, 
 from hafs_jax.base.flags import Parser, add_flags, with_flags
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import check, option, to_dict
-from hafs_jax.base.places import locked
+from hafs_jax.base.places import put_in_place, sync_folder
+from hafs_jax.store.holding import replacing
 from hafs_jax.store.manifest import (
     CONTEXT,
     FORMAT_VERSION,
@@ -118,7 +119,9 @@ def generate(config: SyntheticConfig, out: Path, force: bool = False) -> Path:
     `force` replaces those of another config, and makes those of this one again. Memory does not grow with `samples`.
     """
     folder = out / config.profile
-    with locked(folder / "store"):
+    if not force and is_made(config, out):
+        return folder
+    with replacing([folder / "store"], "a sampling of a world"):
         if force or not is_made(config, out):
             work = folder / "store" / _WORK
             shutil.rmtree(work, ignore_errors=True)
@@ -127,10 +130,10 @@ def generate(config: SyntheticConfig, out: Path, force: bool = False) -> Path:
             _make(config, work)
             (folder / TRUTH).unlink(missing_ok=True)
             for split in _SPLITS:
-                shutil.rmtree(folder / "store" / split, ignore_errors=True)
-                (work / split).rename(folder / "store" / split)
+                put_in_place(work / split, folder / "store" / split, work / f"old-{split}")
             for name in (TRUTH_ARRAYS, TRUTH):
                 (work / name).replace(folder / name)
+            sync_folder(folder)
             shutil.rmtree(work)
     return folder
 

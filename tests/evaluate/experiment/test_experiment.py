@@ -21,7 +21,7 @@ from hafs_evaluate.results.paired import Difference
 from hafs_evaluate.workspace import Workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
-from hafs_jax.base.places import locked
+from hafs_jax.base.process.locks import locked
 from hafs_jax.cli import main
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
@@ -355,5 +355,9 @@ def test_what_an_experiment_may_not_say_is_refused(fields: dict[str, Any], messa
 def test_a_folder_for_a_file_and_a_second_experiment_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"expected an experiment's TOML file at {tmp_path}, found a folder"):
         read_experiment(tmp_path)
-    with locked(tmp_path / "e", "experiment"), pytest.raises(UserError, match="another experiment is at work in"):
+    root = tmp_path / "e"
+    with (
+        locked(root / ".lock", "an experiment", root),
+        pytest.raises(UserError, match="an experiment is at work on it"),
+    ):
         run_experiment(ExperimentConfig(name="e", profile="nowhere"), tmp_path, 1)

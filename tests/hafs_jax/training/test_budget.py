@@ -113,7 +113,7 @@ def test_a_training_that_does_not_fit_is_refused_before_it_leaves_anything(
     monkeypatch.setattr("hafs_jax.training.train.fit", lambda *_: pytest.fail("trained"))
     with pytest.raises(UserError, match=r"relu F=48 with batch_size=64 needs about .* found .* free on .*lower batch"):
         train(config_of(), stores.train.folder, tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("[!.]*"))
     monkeypatch.setattr("hafs_jax.training.sweeps.fit", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(module, "available_bytes", lambda: needed)
     seeds = [dataclasses.replace(config_of(), seed=seed) for seed in range(2)]

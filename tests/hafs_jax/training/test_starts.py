@@ -20,6 +20,8 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.runs import Run, all_runs
 from hafs_jax.saelens import export_saelens
+from hafs_jax.store.arrays import write_array_store
+from hafs_jax.store.holding import replacing
 from hafs_jax.training import checkpoint
 from hafs_jax.training.state import seed_key
 from hafs_jax.training.sweeps import sweep
@@ -67,7 +69,7 @@ def test_a_refused_start_leaves_the_folder_free(
     monkeypatch.setattr("hafs_jax.training.runlog.find_spec", lambda name: None)
     with pytest.raises(UserError, match=message):
         train(small(**fields), store, tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("[!.]*"))
     assert train(small(), store, tmp_path).finished()
 
 
@@ -129,15 +131,45 @@ def test_a_full_disk_is_one_line(store: Path, tmp_path: Path, monkeypatch: pytes
 def test_two_trainings_of_one_run_are_refused(store: Path, tmp_path: Path) -> None:
     where = tmp_path / "baseline-s0"
     with Run(where).locked():
-        with pytest.raises(UserError, match=f"another training is at work in {where}; wait for it"):
+        with pytest.raises(UserError, match=f"{where}: a training is at work on it .*; wait for it"):
             train(small(), store, tmp_path)
-        with pytest.raises(UserError, match=f"another training is at work in {where}; wait for it"):
+        with pytest.raises(UserError, match=f"{where}: a training is at work on it .*; wait for it"):
             sweep([small(seed=1), small()], open_stores(store), tmp_path, "map")
         assert train(small(seed=2), store, tmp_path).finished()
     run = train(small(), store, tmp_path)
     with run.locked():  # a finished run is left as it is, and may be so by many
         assert train(small(), store, tmp_path) == run
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["baseline-s0", "baseline-s2"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["baseline-s0", "baseline-s2"]
+
+
+def test_a_run_that_is_evaluated_is_not_replaced(store: Path, tmp_path: Path) -> None:
+    run = train(small(), store, tmp_path)
+    refused = pytest.raises(UserError, match=f"{run.folder}: an evaluation is at work on it .*; an evaluation is")
+    with run.held("an evaluation"), run.held("an evaluation"), refused:
+        train(small(), store, tmp_path, force=True)
+    assert run.finished()
+
+
+def test_a_store_is_not_replaced_while_it_is_trained_on(store: Path, tmp_path: Path) -> None:
+    """Nor trained on while it is replaced; one that was replaced after it was opened is not trained on."""
+    acts = np.random.default_rng(0).normal(size=(400, 5)).astype(np.float32)
+    made = write_array_store(tmp_path / "p", acts)
+    found: list[str] = []
+
+    def replace(step: int, _: object) -> None:
+        if not found:
+            with pytest.raises(UserError) as caught:
+                write_array_store(tmp_path / "p", acts + 1, force=True)
+            found.append(str(caught.value))
+
+    assert train(small(), made["train"], tmp_path / "runs", on_metrics=replace).finished()
+    assert "a training is at work on it" in found[0]
+    opened = open_stores(made["train"])
+    write_array_store(tmp_path / "p", acts + 1, force=True)
+    with pytest.raises(UserError, match="was replaced since it was opened"):
+        sweep([small(seed=1)], opened, tmp_path / "runs", "map")
+    with replacing([made["train"].parent], "an import"), pytest.raises(UserError, match="an import is at work on it"):
+        train(small(seed=1), made["train"], tmp_path / "runs")
 
 
 def test_a_second_command_is_one_line_and_exit_code_2(store: Path, capsys: pytest.CaptureFixture) -> None:
@@ -147,7 +179,7 @@ def test_a_second_command_is_one_line_and_exit_code_2(store: Path, capsys: pytes
         with pytest.raises(SystemExit) as exited:
             main(arguments)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert exited.value.code == 2 and error.startswith("error: another training is at work in ")
+    assert exited.value.code == 2 and ": a training is at work on it (pid " in error
 
 
 def test_a_removal_that_was_killed_leaves_no_half_of_a_run(
@@ -165,7 +197,7 @@ def test_a_removal_that_was_killed_leaves_no_half_of_a_run(
             train(small(sae={"k": 3}), store, tmp_path, force=True)
     assert not run.folder.exists() and all_runs(tmp_path) == []
     assert train(small(sae={"k": 3}), store, tmp_path).summary().k == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["baseline-s0"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".locks", "baseline-s0"]
 
 
 def test_force_on_a_link_leaves_what_it_points_to(store: Path, tmp_path: Path) -> None:

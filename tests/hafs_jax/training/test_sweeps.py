@@ -181,7 +181,7 @@ def test_the_command_line_trains_a_grid_and_prints_one_table(
     main(["sweep", "--out", str(out), "--grid", "variant=baseline,strict seed=0..1 k=2,3", *flags])
     shown = capsys.readouterr().out
     assert shown.count("2 together") == 4 and shown.count("strict-s1-k=3") == 2
-    assert len(list((out / "tiny" / "runs").iterdir())) == 8 and (out / "tiny" / "sweep.csv").exists()
+    assert len(list((out / "tiny" / "runs").glob("[!.]*"))) == 8 and (out / "tiny" / "sweep.csv").exists()
     run = Run(out / "tiny" / "runs" / "strict-s1-k=3")
     assert run.config().sae.k == 3 and (run.summary().arm, run.summary().k, run.summary().tag) == ("strict", 3, "k=3")
     main(["sweep", "--out", str(out), "--grid", "lam=1", "--variant", "strict", "--sae.k", "2", *flags])
