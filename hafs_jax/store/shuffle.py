@@ -6,6 +6,8 @@ after another and sorts it. The result is the order of one sort over all rows. I
 buckets nor on when a run was interrupted.
 """
 
+import contextlib
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import IO
 
 import numpy as np
 
-from hafs_jax.base.errors import UserError, arg
+from hafs_jax.base.errors import UserError, arg, naming
+from hafs_jax.base.places import make_folder, sync_folder
 from hafs_jax.store.manifest import DISK_DTYPES, ROW, from_float32, to_float32
 
 BUCKET_BYTES = 96 << 20
@@ -90,7 +93,8 @@ class Spill:
 
         Zeros begin anew.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        self._is_named = False
         self.record, self.counts, self.kinds = record, list(counts), record["norm"].shape[0]
         self._paths = [folder / f"bucket-{index:04d}.bin" for index in range(len(counts))]
         self._norms_path = folder / "norms.bin"
@@ -110,29 +114,40 @@ class Spill:
         ends = np.cumsum(np.bincount(bucket, minlength=len(self.counts)))
         for index, (start, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             if stop > start:
-                self._files[index].write(ordered[start:stop].view(np.uint8).data)
+                with naming(self._paths[index]):
+                    self._files[index].write(ordered[start:stop].view(np.uint8).data)
                 self.counts[index] += int(stop - start)
-        self._norms.write(np.ascontiguousarray(records["norm"]).tobytes())
+        with naming(self._norms_path):
+            self._norms.write(np.ascontiguousarray(records["norm"]).tobytes())
 
     def flush(self) -> None:
         """Hands everything appended to the operating system, so that it can be read."""
         for file in (*self._files, self._norms):
-            file.flush()
+            with naming(Path(file.name)):
+                file.flush()
 
     def sync(self) -> None:
-        """Puts everything appended on disk (fsync)."""
+        """Puts everything appended on disk (fsync), and at the first call the files' names."""
         self.flush()
         for file in (*self._files, self._norms):
-            os.fsync(file.fileno())
+            with naming(Path(file.name)):
+                os.fsync(file.fileno())
+        if not self._is_named:
+            sync_folder(self._norms_path.parent)
+            self._is_named = True
 
     def close(self) -> None:
+        """Closes the files. What could not be written was said by `flush`."""
         for file in (*self._files, self._norms):
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()
 
     def shuffled(self) -> Iterator[np.ndarray]:
         """All rows in the order of their keys, a bucket at a time."""
         for path, count in zip(self._paths, self.counts, strict=True):
             records = np.fromfile(path, self.record, count)
+            if len(records) != count:  # numpy does not say that the disk has failed
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
             records = take_rows(records, np.argsort(records["key"]))
             yield records
             del records  # frees its memory before the next bucket is read
@@ -172,6 +187,8 @@ def exact_median(path: Path, column: int = 0, columns: int = 1) -> float:
     for bits in _bits(path, column, columns):
         upper += np.bincount(bits >> 16, minlength=1 << 16)
     ends = np.cumsum(upper)
+    if ends[-1] != count:  # numpy does not say that the disk has failed
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
     middle = []
     for rank in ((count - 1) // 2, count // 2):
         high = int(np.searchsorted(ends, rank, side="right"))

@@ -13,6 +13,7 @@ STATISTICS_TOLERANCE = 1e-9
 """Relative. The writer also sums in float64, but in another order."""
 
 _ROWS_AT_ONCE = 4096
+_MOST_LINES = 50
 
 
 def verify(folder: Path | str) -> list[str]:
@@ -27,10 +28,14 @@ def verify(folder: Path | str) -> list[str]:
     store = object.__new__(Store)  # Store() raises at the first problem, and all are wanted here
     store.folder, store.manifest = Path(folder), manifest
     problems = store.shape_problems() or _checksum_problems(store)
-    return problems or _context_problems(store) or _row_problems(store)
+    problems = problems or _context_problems(store) or _row_problems(store)
+    more = len(problems) - _MOST_LINES
+    return problems if more <= 0 else [*problems[:_MOST_LINES], f"and {more:,} more"]
 
 
 def _checksum_problems(store: Store) -> list[str]:
+    if strangers := set(store.manifest.files_sha256) - {"contexts.npy", "tokens.npy", "documents.jsonl"}:
+        return [f"{store.folder / MANIFEST}: files_sha256 names {sorted(strangers)[0]!r}, which is no file of a store"]
     named = dict(store.manifest.files_sha256)
     for index, shard in enumerate(store.manifest.shards):
         named |= {shard_name(index): shard.sha256, rows_name(index): shard.rows_sha256}

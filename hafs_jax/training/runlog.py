@@ -4,6 +4,7 @@ A sink is TensorBoard, Weights & Biases or a user's callable. It gets what the s
 training is the same with and without it.
 """
 
+import contextlib
 import json
 import logging
 import secrets
@@ -16,7 +17,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-from hafs_jax.base.errors import UserError, arg
+from hafs_jax.base.errors import UserError, arg, naming
 from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import to_dict
@@ -66,6 +67,7 @@ class RunLog:
             self._sinks.append(_TensorBoard(run.folder / "tensorboard"))
         if config.wandb is not None:
             self._sinks.append(_Wandb(config, run))
+        self._path = run.metrics_path
         self._file: IO[str] = open(run.metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self.last: dict[str, Any] = kept[-1] if kept else {}
 
@@ -83,8 +85,9 @@ class RunLog:
         rows = (step - int(self.last.get("step", 0))) * self._batch_size
         record |= {name: _number(np.float64(value)) for name, value in extra.items()}
         record.update(tokens=step * self._batch_size, seconds=now, tokens_per_second=rows / max(since, 1e-9))
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         self.last = record
         for sink in self._sinks:
             sink.write(step, record)
@@ -92,7 +95,8 @@ class RunLog:
             self._on_metrics(self._name, step, dict(record))
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was said before
+            self._file.close()
         for sink in self._sinks:
             sink.close()
 

@@ -25,7 +25,7 @@ from hafs_evaluate.exchange.dictionary_classes import CLASSES, COUNTS, MATRICES,
 from hafs_evaluate.exchange.plain_files import copy_file, plain_file
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_json
-from hafs_jax.base.foreign import refuse_pointer
+from hafs_jax.base.foreign import refuse_pointer, refuse_special
 from hafs_jax.base.options import did_you_mean
 
 LOG = logging.getLogger(__name__)
@@ -215,6 +215,7 @@ def _ae_file(source: Path) -> Path:
 
 
 def _load(path: Path) -> Arrays:
+    refuse_special(path, "a state_dict")
     try:
         with warnings.catch_warnings(action="ignore"):  # of the pickle's protocol
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hafs_evaluate.exchange.plain_files import copy_file, plain_file
-from hafs_evaluate.report.markdown import table
+from hafs_evaluate.report.markdown import code, escape, table
 from hafs_evaluate.results.measures import find_measure, sentence_name
 from hafs_evaluate.results.readings import read_results, run_figures, weights_of
 from hafs_jax.base.errors import UserError
@@ -28,8 +28,8 @@ _CARD = """\
 
 # {title}
 
-A sparse autoencoder on the activations of {model} at `{hook}`: {d_sae:,} latents over {d_in} dimensions, architecture
-`{architecture}`, variant `{variant}`, seed {seed}, trained with {project} on {tokens:,} activations.
+A sparse autoencoder on the activations of {model} at {hook}: {d_sae:,} latents over {d_in} dimensions, architecture
+{architecture}, variant {variant}, seed {seed}, trained with {project} on {tokens:,} activations.
 {origin}
 
 ## Load it
@@ -123,14 +123,14 @@ def model_card(run_folder: Path, sae: Path, repo_id: str, licence: str | None = 
     settings = [[name, str(_at(config, name))] for name in _TRAINING if _at(config, name) is not None]
     return _CARD.format(
         front_matter="\n".join(front),
-        title=f"{repo_id.split('/')[1]}: {run}",
-        model=known.get("model_name"),
-        hook=known.get("hook_name"),
+        title=escape(f"{repo_id.split('/')[1]}: {run}"),
+        model=escape(str(known.get("model_name"))),
+        hook=code(known.get("hook_name")),
         d_sae=cfg["d_sae"],
         d_in=cfg["d_in"],
-        architecture=known.get("training_architecture"),
-        variant=known.get("variant"),
-        seed=known.get("seed"),
+        architecture=code(known.get("training_architecture")),
+        variant=code(known.get("variant")),
+        seed=escape(str(known.get("seed"))),
         project=_project(),
         origin=_origin(wheel, known.get("dataset_paths") or []),
         tokens=summary.tokens,
@@ -167,8 +167,8 @@ def _wheel(source: Any) -> str:
 
 def _origin(wheel: str, datasets: list[str]) -> str:
     """What the activations are of: a paragraph, empty where nothing is known."""
-    said = [f"The activations are those of a quantised copy of the model, in the wheel `{wheel}`."] if wheel else []
-    said += [f"Texts: {', '.join(f'`{dataset}`' for dataset in datasets)}."] if datasets else []
+    said = [f"The activations are those of a quantised copy of the model, in the wheel {code(wheel)}."] if wheel else []
+    said += [f"Texts: {', '.join(map(code, datasets))}."] if datasets else []
     return f"\n{' '.join(said)}\n" if said else ""
 
 

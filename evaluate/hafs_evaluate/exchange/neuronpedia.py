@@ -23,6 +23,7 @@ from typing import Any
 from hafs_evaluate.workspace import Workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_text
+from hafs_jax.runs import is_inside
 from hafs_jax.store.manifest import Manifest
 
 EMPTY = (
@@ -58,9 +59,15 @@ def write_neuronpedia(
     if any("promoted_logits" not in latent for latent in values["latents"]):
         raise UserError(f"run {run_folder.name}: {path} is of an earlier version; run `make eval` again")
     batch = dashboard_batch(values, manifest, set_name or run_folder.name)
+    name = f"{batch['layer']}-{batch['sae_set']}"
+    if Path(name).name != name or not is_inside(batch["model_id"]):
+        raise UserError(
+            f"expected a set and a model whose names are folders' below {out}, found set {batch['sae_set']!r} and "
+            f"model {batch['model_id']!r}; give another --set"
+        )
     write_text(out / "sae_dashboard" / "batch-0.json", _line(batch))
     tables = bundle(batch, manifest, creator, (created or datetime.now(UTC)).isoformat())
-    folder = out / batch["model_id"] / f"{batch['layer']}-{batch['sae_set']}"
+    folder = out / batch["model_id"] / name
     for name, rows in tables.items():
         data = gzip.compress("".join(map(_line, rows)).encode(), compresslevel=6, mtime=0)
         write_atomic(folder / f"{name}.jsonl.gz", partial(_write, data))

@@ -167,6 +167,11 @@ def escape(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def code(text: Any) -> str:
+    """`text` as a code span, in which Markdown shows everything but backticks literally; these become apostrophes."""
+    return f"`{visible(str(text)).replace('`', chr(39))}`"
+
+
 def context_line(context: dict[str, Any]) -> str:
     """One context with its peak token in bold. The spaces of that token stay outside of the asterisks."""
     tokens, peak = context["tokens"], context["peak"]
