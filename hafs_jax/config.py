@@ -358,6 +358,13 @@ class TrainConfig:
         "one that was measured to be faster on such a machine; the choice is saved with the run",
         ("auto", "dense", "sparse"),
     )
+    kernels: str = option(
+        "auto",
+        "compute sparse products by this package's own kernels (on; NVIDIA GPUs from Hopper on, or a CPU for tests, "
+        "where it is slow) or by XLA alone (off); auto: off, until they have been measured on a GPU. Sums round "
+        "differently; a run may go on with another",
+        ("auto", "on", "off"),
+    )
     dictionary_shards: int = option(
         1, "number of devices that split the latents; if there are more devices, the others split the batch", least=1
     )

@@ -11,7 +11,9 @@ Here these are sums over the active entries. There are B k of them, or with ReLU
 gradients are those of the dense form, in bfloat16 up to its rounding; tests hold them to it.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,13 @@ def active_latents(
     form = form_of(config.sae)
     select = form.select
     assert select is not None
+
+    if plan.kernels != "off" and form.takes_top_k:
+        from hafs_jax.fast.kernels.top import largest
+
+        select = partial(
+            cast(Callable[..., Entries], select), top_k=partial(largest, interpret=plan.kernels == "interpreted")
+        )
 
     centre_D, bias_F = centre(params, config.sae), params["b_enc"]
     W_FD = params["W_enc"].astype(config.sae.compute_dtype)  # here, lest it is cast for each block of rows
@@ -149,6 +158,9 @@ def _onto_rows(
 ) -> Float[Array, "B D"]:
     """For each of B = `rows` rows, the sum over its active latents of the value times the latent's row of `source`."""
     into_N, from_N, k = latents.rows_N, latents.latents_N, latents.per_row
+    if plan.kernels != "off":
+        per_row = k if k is not None and len(into_N) == rows * k else None
+        return _by_kernels(into_N, latents.values_N, from_N, source_FD, rows, latents.count, dtype, plan, per_row)
     if k is not None and not plan.on_cpu and len(into_N) == rows * k:
         weights_BK = latents.values_N.astype(dtype).astype(jnp.float32).reshape(rows, k)
         picked_BKD = source_FD.astype(dtype)[from_N.reshape(rows, k)].astype(jnp.float32)
@@ -167,6 +179,10 @@ def _onto_latents(
 
 def _onto_biases(latents: SparseLatents, F: int, plan: Plan) -> Float[Array, " F"]:
     """For each of F latents, the sum of its values."""
+    if plan.kernels != "off":
+        into_N, ones = latents.latents_N, jnp.ones((1, 1))
+        nowhere_N = jnp.zeros_like(into_N)
+        return _by_kernels(into_N, latents.values_N, nowhere_N, ones, F, latents.count, "float32", plan)[:, 0]
     if plan.on_cpu:
         return jnp.zeros(F).at[latents.latents_N].add(latents.values_N)
     # XLA adds single numbers by compare-and-swap on a GPU, and four in a row by one instruction.
@@ -189,6 +205,8 @@ def _gather_add(
     On a CPU rows are added one after the other: XLA's scatter takes three times as long there, and it first writes all
     addends to memory.
     """
+    if plan.kernels != "off":
+        return _by_kernels(into_N, weights_N, from_N, source, size, count, dtype, plan)
     weights_N, source = weights_N.astype(dtype).astype(jnp.float32), source.astype(dtype)
     zero = jnp.minimum(jnp.abs(weights_N[0]), 0.0)  # of a constant XLA would fill one array and then copy it
     out = jnp.full((size, source.shape[1]), zero)
@@ -206,6 +224,25 @@ def _gather_add(
     return jax.lax.fori_loop(0, -(-count // _UNROLLED), add, out)
 
 
+def _by_kernels(
+    into_N: Int[Array, " N"],
+    weights_N: Float[Array, " N"],
+    from_N: Int[Array, " N"],
+    source: Float[Array, "M D"],
+    size: int,
+    count: Int[Array, ""],
+    dtype: str,
+    plan: Plan,
+    per_output: int | None = None,
+) -> Float[Array, "size D"]:
+    """`_gather_add` without atomics. `per_output`: the entries of each output, where they lie together."""
+    from hafs_jax.fast.kernels.sums import equal_segments, segment_sums, sorted_by
+
+    segments = sorted_by(into_N, size, count) if per_output is None else equal_segments(into_N, per_output)
+    weights_N, source = weights_N.astype(dtype).astype(jnp.float32), source.astype(dtype)
+    return segment_sums(segments, weights_N, from_N, source, plan.kernels == "interpreted", per_output)
+
+
 def _dots(
     latents: SparseLatents, of_rows: Float[Array, "B D"], of_latents: Float[Array, "F D"], dtype: str, plan: Plan
 ) -> Float[Array, " N"]:
@@ -215,6 +252,11 @@ def _dots(
     as long.
     """
     of_rows, of_latents = of_rows.astype(dtype), of_latents.astype(dtype)
+    if plan.kernels != "off":
+        from hafs_jax.fast.kernels.dots import entry_dots
+
+        interpret = plan.kernels == "interpreted"
+        return entry_dots(latents.rows_N, latents.latents_N, latents.count, of_rows, of_latents, interpret)
     if not plan.on_cpu:
         left_ND, right_ND = of_rows[latents.rows_N], of_latents[latents.latents_N]
         found_N = jnp.sum(left_ND.astype(jnp.float32) * right_ND.astype(jnp.float32), axis=1)

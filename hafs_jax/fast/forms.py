@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float, Int
 
 from hafs_jax.config import SAEConfig
-from hafs_jax.ops.selection import Entries, largest_of_all, largest_of_rows, positive
+from hafs_jax.ops.selection import Entries, TopK, largest_of_all, largest_of_rows, positive
 
 Select = Callable[[Float[Array, "B F"], Float[Array, " F"], SAEConfig, Int[Array, ""] | int], Entries]
 """(product_BF, bias_F, config, k) -> the active entries of `activate(product + bias)`, padded to B * `capacity`."""
@@ -23,10 +23,13 @@ class Form:
     select: Select | None = None  # finds the active entries; None: all products are dense
     any_number: bool = False  # the number of active entries varies, so it may exceed the capacity
     by_row: bool = False  # the latents of a row do not depend on the other rows of the batch
+    takes_top_k: bool = False  # `select` takes `top_k`, the form of `jax.lax.top_k` by which it finds them
 
 
-def _top_of_rows(product_BF: Array, bias_F: Array, config: SAEConfig, k: Array | int) -> Entries:
-    return largest_of_rows(product_BF, bias_F, config.largest_k, k)
+def _top_of_rows(
+    product_BF: Array, bias_F: Array, config: SAEConfig, k: Array | int, top_k: TopK | None = None
+) -> Entries:
+    return largest_of_rows(product_BF, bias_F, config.largest_k, k, top_k)
 
 
 def _top_of_batch(product_BF: Array, bias_F: Array, config: SAEConfig, k: Array | int) -> Entries:
@@ -40,8 +43,8 @@ def _positive(product_BF: Array, bias_F: Array, config: SAEConfig, k: Array | in
 
 FORMS: dict[str, Form] = {
     "batchtopk": Form(_top_of_batch),
-    "topk": Form(_top_of_rows, by_row=True),
-    "hierarchical_topk": Form(_top_of_rows, by_row=True),
+    "topk": Form(_top_of_rows, by_row=True, takes_top_k=True),
+    "hierarchical_topk": Form(_top_of_rows, by_row=True, takes_top_k=True),
     "relu": Form(_positive, any_number=True, by_row=True),
     "gated": Form(by_row=True),
     "matryoshka": Form(_top_of_batch),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 
+from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.forms import capacity, form_of
 
@@ -30,6 +31,12 @@ class Machine:
     cores: int  # CPU cores that this process may use
     has_amx: bool  # the processor has AMX, which multiplies tiles of bfloat16
     adds_rows: bool = False  # a GPU that adds four float32 in one atomic instruction: of compute capability 9.0 on
+    devices: int = 1
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether `hafs_jax.fast.kernels` can run here: on a CPU step by step, for tests."""
+        return self.platform == "cpu" or self.adds_rows
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Plan:
     platform: str
     products: str  # dense or sparse
     block_bytes: int  # largest size of a float32 array [rows per block, F] if a batch is taken in blocks of rows
+    kernels: str = "off"  # of sparse products: off, compiled, or on a CPU interpreted
 
     @property
     def on_cpu(self) -> bool:
@@ -53,14 +61,29 @@ def target(platform: str | None = None) -> str:
 def this_machine(platform: str | None = None) -> Machine:
     """The machine that this process runs on, with `platform` as its platform if one is given."""
     where = target(platform)
-    return Machine(where, _cores(), _has_amx(), where == "gpu" and _compute_capability() >= 9)
+    return Machine(where, _cores(), _has_amx(), where == "gpu" and _compute_capability() >= 9, jax.device_count())
 
 
 def choose(config: TrainConfig, platform: str | None = None) -> Plan:
     """The plan of a program for `platform` (None: where JAX runs). `products=auto` is dense until it is resolved."""
     where = target(platform)
     sparse = config.products == "sparse" and has_sparse_form(config)
-    return Plan(where, "sparse" if sparse else "dense", _BLOCK_BYTES.get(where, _BLOCK_BYTES_ELSEWHERE))
+    kernels = "off" if config.kernels != "on" else "interpreted" if where == "cpu" else "compiled"
+    return Plan(where, "sparse" if sparse else "dense", _BLOCK_BYTES.get(where, _BLOCK_BYTES_ELSEWHERE), kernels)
+
+
+def check_kernels(config: TrainConfig, machine: Machine) -> None:
+    """Raises `UserError` where the config asks for kernels that the machine cannot run."""
+    if config.kernels != "on":
+        return
+    asked, instead = arg("kernels", "on"), f"leave it out, or say {arg('kernels', 'off')}"
+    if not machine.runs_kernels:
+        found = "an earlier GPU" if machine.platform == "gpu" else f"a {machine.platform.upper()}"
+        raise UserError(
+            f"{asked}: expected an NVIDIA GPU of compute capability 9.0 (Hopper) or later, found {found}; {instead}"
+        )
+    if machine.devices > 1:
+        raise UserError(f"{asked}: expected one device, found {machine.devices}; {instead}")
 
 
 def has_sparse_form(config: TrainConfig) -> bool:

@@ -1,5 +1,6 @@
 """Selection of the largest entries of an array without sorting it. Pure functions."""
 
+from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -17,6 +18,10 @@ _TINY = np.float32(np.finfo(np.float32).tiny)
 _TOP = np.float32(np.finfo(np.float32).max)
 
 
+TopK = Callable[[Float[Array, "B F"], int], tuple[Float[Array, "B K"], Int[Array, "B K"]]]
+"""(values_BF, K) -> each row's K largest entries, falling, and their columns: `jax.lax.top_k` or another form of it."""
+
+
 class Entries(struct.PyTreeNode):
     """A list of N selected entries of an array [B, F], row by row."""
 
@@ -27,13 +32,17 @@ class Entries(struct.PyTreeNode):
 
 
 def largest_of_rows(
-    values_BF: Float[Array, "B F"], offset_F: Float[Array, " F"], most: int, count: Int[Array, ""] | int
+    values_BF: Float[Array, "B F"],
+    offset_F: Float[Array, " F"],
+    most: int,
+    count: Int[Array, ""] | int,
+    top_k: TopK | None = None,
 ) -> Entries:
     """The `count` largest positive entries of each row of values + offset, with `count` <= `most` and N = B * most.
 
-    Among equal entries the first ones are taken.
+    Among equal entries the first ones are taken. `top_k` is another form of `jax.lax.top_k` than that of the platform.
     """
-    largest_BK, columns_BK = top_of_rows(values_BF, most, offset_F)
+    largest_BK, columns_BK = top_of_rows(values_BF, most, offset_F, top_k)
     return Entries(
         rows_N=jnp.repeat(jnp.arange(len(values_BF), dtype=jnp.int32), most),
         columns_N=columns_BK.astype(jnp.int32).reshape(-1),
@@ -43,22 +52,25 @@ def largest_of_rows(
 
 
 def top_of_rows(
-    values_BF: Float[Array, "B F"], most: int, offset_F: Float[Array, " F"] | None = None
+    values_BF: Float[Array, "B F"],
+    most: int,
+    offset_F: Float[Array, " F"] | None = None,
+    top_k: TopK | None = None,
 ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
     """`jax.lax.top_k` of values + offset with K = `most`: each row's largest entries, falling, and their columns.
 
     These entries lie in the `most` groups of neighbours with the largest maxima. One pass over all values finds the
     groups. The selection then reads only the 16 entries of each group, and values + offset is never written out.
     """
-    B, F = values_BF.shape
+    (B, F), top_k = values_BF.shape, top_k or _top_k
     offset_F = jnp.zeros(F, values_BF.dtype) if offset_F is None else offset_F
     if 4 * _GROUP * most > F:
-        return _top_k(values_BF + offset_F[None], most)
+        return top_k(values_BF + offset_F[None], most)
     maxima_BT = jnp.max(_grouped(values_BF) + _grouped(offset_F)[None], axis=2)
-    _, groups_BK = _top_k(maxima_BT, most)
+    _, groups_BK = top_k(maxima_BT, most)
     near_BKG = jnp.take_along_axis(_grouped(values_BF), groups_BK[:, :, None], axis=1)
     near_BKG += _grouped(offset_F)[groups_BK]
-    largest_BK, at_BK = _top_k(near_BKG.reshape(B, -1), most)
+    largest_BK, at_BK = top_k(near_BKG.reshape(B, -1), most)
     return largest_BK, jnp.take_along_axis(groups_BK, at_BK // _GROUP, axis=1) * _GROUP + at_BK % _GROUP
 
 
@@ -75,22 +87,24 @@ def _top_k(values_BF: Float[Array, "B F"], most: int) -> tuple[Float[Array, "B K
     return cast(tuple[Array, Array], jax.lax.platform_dependent(values_BF, cpu=on_cpu, default=elsewhere))
 
 
-def top_of_groups(values_BF: Float[Array, "B F"], most: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
+def top_of_groups(
+    values_BF: Float[Array, "B F"], most: int, top_k: TopK | None = None
+) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
     """`jax.lax.top_k`, found among groups, whose maxima are found among groups of groups, and so on.
 
     So no row of more than `_WIDEST` entries is sorted, except where `most` is over half of that. Among equal entries
-    the first ones are taken, as the chosen groups are put in order.
+    the first ones are taken, as the chosen groups are put in order. `top_k` is another form of `jax.lax.top_k`.
     """
-    B, F = values_BF.shape
+    (B, F), top_k = values_BF.shape, top_k or jax.lax.top_k
     size = min(_GROUP, _WIDEST // most)
     if F <= _WIDEST or size < 2:
-        values_BK, columns_BK = jax.lax.top_k(values_BF, most)
+        values_BK, columns_BK = top_k(values_BF, most)
         return values_BK, columns_BK.astype(jnp.int32)
     groups_BTG = _grouped(values_BF, size)
-    _, chosen_BK = top_of_groups(jnp.max(groups_BTG, axis=2), most)
+    _, chosen_BK = top_of_groups(jnp.max(groups_BTG, axis=2), most, top_k)
     chosen_BK = jnp.sort(chosen_BK, axis=1)
     near_BN = jnp.take_along_axis(groups_BTG, chosen_BK[:, :, None], axis=1).reshape(B, -1)
-    values_BK, at_BK = jax.lax.top_k(near_BN, most)
+    values_BK, at_BK = top_k(near_BN, most)
     columns_BK = jnp.take_along_axis(chosen_BK, at_BK // size, axis=1) * size + at_BK % size
     return values_BK, columns_BK.astype(jnp.int32)
 

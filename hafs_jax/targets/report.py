@@ -4,7 +4,7 @@ import dataclasses
 from collections import defaultdict
 
 from hafs_jax.config import TrainConfig
-from hafs_jax.fast.plan import resolve_products
+from hafs_jax.fast.plan import check_kernels, resolve_products
 from hafs_jax.store.manifest import DISK_DTYPES
 from hafs_jax.targets.cost import Branch, Kernel, Loop, Part, schedule
 from hafs_jax.targets.deviceless import NoCompiler, arguments_on, compiled_for, devices_of
@@ -20,6 +20,7 @@ def described(
 ) -> list[str]:
     """What a step of the config needs and costs on each of `devices` GPUs, in lines."""
     config = _for_target(config, d_model, on)
+    check_kernels(config, dataclasses.replace(on.machine, devices=devices))
     try:
         places = devices_of(on, devices)
     except NoCompiler as error:

@@ -10,7 +10,7 @@ from typing import Any
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.adam import check_optimizer
-from hafs_jax.fast.plan import resolve_products, this_machine
+from hafs_jax.fast.plan import check_kernels, resolve_products, this_machine
 from hafs_jax.health import checks
 from hafs_jax.method.penalties import PENALTIES
 from hafs_jax.ops.devices import check_devices
@@ -54,6 +54,7 @@ def resolve(
         config = dataclasses.replace(config, sae=dataclasses.replace(config.sae, n_latents=F))
     config = dataclasses.replace(config, sae=dataclasses.replace(config.sae, transcode=target is not None))
     config = dataclasses.replace(config, products=_products(config, run, force))
+    check_kernels(config, this_machine())
     penalty = config.penalty
     if penalty.kind != "none" and PENALTIES[penalty.kind].has_margin and penalty.mu0 is None:
         d_out = (target or store).manifest.d_model

@@ -136,7 +136,7 @@ def test_a_run_is_another_where_anything_but_its_arm_and_sinks_differs(run: Run)
         run.check_same(config_of(sae={"k": 4, "n_latents": 24}), run.store_record())
     with pytest.raises(UserError, match=r"was trained on another store \(def, now other\)"):
         run.check_same(config_of(), {**run.store_record(), "target": {"folder": "", "fingerprint": "other"}})
-    assert identity(config_of(arm="a")) == identity(config_of()) != identity(config_of(seed=3))
+    assert identity(config_of(arm="a", kernels="on")) == identity(config_of()) != identity(config_of(seed=3))
 
 
 def test_of_a_step_logged_again_the_last_counts(run: Run) -> None:
