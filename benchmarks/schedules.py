@@ -30,17 +30,26 @@ class Case:
     architecture: str
     variant: str
     latents: int
+    kernels: bool = False  # sparse products by this package's own kernels
 
     def __str__(self) -> str:
-        return f"{self.target}: {self.architecture}, {self.variant}, F={self.latents:,}"
+        kernels = ", kernels" if self.kernels else ""
+        return f"{self.target}: {self.architecture}, {self.variant}, F={self.latents:,}{kernels}"
 
 
 def cases(targets: list[str], architectures: list[str], variants: list[str], latents: list[int]) -> Iterator[Case]:
-    """Every combination."""
+    """Every combination, and with kernels those that can have them."""
+    from hafs_jax.fast.forms import FORMS
+    from hafs_jax.targets.gpus import GPUS
+
+    form = {name: FORMS.get(name) for name in architectures}
     for target in targets:
         for F in latents:
             for architecture in architectures:
                 yield from (Case(target, architecture, variant, F) for variant in variants)
+                sparse = (found := form[architecture]) is not None and found.select is not None
+                if sparse and GPUS[target].machine.runs_kernels:
+                    yield from (Case(target, architecture, variant, F, kernels=True) for variant in variants)
 
 
 def stated(text: str) -> dict[str, tuple[float, float, float, int]]:
@@ -48,7 +57,7 @@ def stated(text: str) -> dict[str, tuple[float, float, float, int]]:
     section = text.partition(_HEADING)[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()]
     found = {}
-    for name, *numbers in (row for row in rows if re.fullmatch(r"\w+: \w+, \w+, F=[\d,]+", row[0])):
+    for name, *numbers in (row for row in rows if re.fullmatch(r"\w+: \w+, \w+, F=[\d,]+(, kernels)?", row[0])):
         gigabytes, temporary, milliseconds, reads = numbers[-4:]
         found[name] = float(gigabytes), float(temporary), float(milliseconds), int(reads)
     return found
@@ -64,12 +73,16 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help="the architectures [all]")
     parser.add_argument("--variant", nargs="+", default=["baseline", "adaptive"], help="[baseline adaptive]")
     parser.add_argument("--latents", nargs="+", type=int, default=[32_768, 131_072], help="F [32768 131072]")
+    parser.add_argument(
+        "--kernels", nargs="+", default=["off", "on"], choices=["off", "on"], help="without our kernels, and with them"
+    )
     parser.add_argument("--here", help=argparse.SUPPRESS)  # the folder of XLA's dumps: one program, in this process
     asked = parser.parse_args()
     if importlib.util.find_spec("jax_plugins") is None or ptxas() is None:
         print("skipped: JAX's CUDA wheels are not installed; pip install 'hafs-jax[gpu-check]' (5.6 GB, no GPU needed)")
         return 0
-    programs = list(cases(asked.target, asked.arch, asked.variant, asked.latents))
+    every = cases(asked.target, asked.arch, asked.variant, asked.latents)
+    programs = [case for case in every if ("on" if case.kernels else "off") in asked.kernels]
     if asked.here is not None:
         return int(not check(programs[0], stated(_README.read_text(encoding="utf-8")), Path(asked.here)))
     return int(any([_in_its_own_process(case) for case in programs]))
@@ -80,13 +93,19 @@ def _in_its_own_process(case: Case) -> int:
     with tempfile.TemporaryDirectory(prefix="hafs-ptx-") as folder:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment["MOSAIC_GPU_DUMP_TO"] = folder  # our kernels, which XLA does not dump
         one = ["--target", case.target, "--arch", case.architecture, "--variant", case.variant]
-        command = [sys.executable, "-m", "benchmarks.schedules", *one, "--latents", str(case.latents), "--here", folder]
-        return subprocess.run(command, env=environment, check=False).returncode
+        one += ["--latents", str(case.latents), "--kernels", "on" if case.kernels else "off"]
+        command = [sys.executable, "-m", "benchmarks.schedules", *one, "--here", folder]
+        done = subprocess.run(command, env=environment, check=False, stderr=subprocess.PIPE, text=True)
+        missing = "nvdisasm invocation failed"  # a tool for one of the dumps, which is not asked for
+        print(*(line for line in done.stderr.splitlines() if missing not in line), sep="\n", end="", file=sys.stderr)
+        return done.returncode
 
 
 def check(case: Case, limits: dict[str, tuple[float, float, float, int]], folder: Path) -> bool:
     """Whether a program keeps to the rules and its limits; prints a line on it and one on each fault."""
+    from hafs_jax.fast.kernels.calls import PREFIX
     from hafs_jax.targets.cost import schedule
     from hafs_jax.targets.deviceless import arguments_on, compiled_for, devices_of
     from hafs_jax.targets.gpus import gpu
@@ -97,13 +116,16 @@ def check(case: Case, limits: dict[str, tuple[float, float, float, int]], folder
     places = devices_of(on)
     config = config_of(case)
     compiled = compiled_for(places, arguments_on(places, config, D))
-    texts = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.ptx"))]
+    texts, own = dumped(folder, "module_*.ptx"), dumped(folder, f"{PREFIX}*.ptx")
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    spilled = max((spills(text, on.architecture) for text in texts), default=0)
+    counts = [spills(text, on.architecture) for text in texts]
+    counts += map(spilled_bytes, dumped(folder, f"{PREFIX}*.ptxas"))
     parts = schedule(parse(compiled.as_text()), on.cache)
-    found = facts(parts, on, temporary, block_entries(config), "\n".join(texts), spilled)
+    found = facts(parts, on, temporary, block_entries(config), "\n".join(texts + own), max(counts, default=0))
     limit = limits.get(str(case))
-    said = problems(found, None if limit is None else Limits(*limit))
+    said = problems(found, None if limit is None else Limits(*limit), any_order=not case.kernels)
+    if bool(own) != case.kernels:
+        said.append(f"found {len(own)} kernels of our own; expected {'some' if case.kernels else 'none'}")
     print(
         f"{case} ({config.products}): {found.gigabytes:.1f} GB, {found.temporary:.2f} GB temporary, "
         f"{found.milliseconds:.1f} ms by roofline, {found.launches:,} kernels, {found.most_reads} reads of an array of "
@@ -115,8 +137,13 @@ def check(case: Case, limits: dict[str, tuple[float, float, float, int]], folder
     return not said
 
 
+def dumped(folder: Path, pattern: str) -> list[str]:
+    """The texts of a folder's files."""
+    return [file.read_text(encoding="utf-8") for file in sorted(folder.glob(pattern))]
+
+
 def config_of(case: Case):  # type: ignore[no-untyped-def]  # TrainConfig, imported inside
-    """The config of a program, with `products` as `auto` chooses them for a GPU."""
+    """The config of a program, with `products` as `auto` chooses them for a GPU, and sparse ones for kernels."""
     import dataclasses
 
     from hafs_jax.fast.plan import resolve_products
@@ -125,6 +152,8 @@ def config_of(case: Case):  # type: ignore[no-untyped-def]  # TrainConfig, impor
 
     sae = {"n_latents": case.latents, "k": K, "compute_dtype": "bfloat16", "encoder_scale": 1.0}
     config = with_fields(preset(case.variant, case.architecture), {"sae": sae, "batch_size": B, "tokens": 1000 * B})
+    if case.kernels:
+        return dataclasses.replace(config, products="sparse", kernels="on")
     return dataclasses.replace(config, products=resolve_products(config, gpu(case.target).machine))
 
 

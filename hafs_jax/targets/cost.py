@@ -16,6 +16,7 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
     "replica-id", "copy-done", "async-done", "async-update", "domain", "add-dependency",
 }  # fmt: skip
+_MOSAIC, _PIECES = 'custom_call_target="mosaic_gpu', "segment_pieces"
 _SLICES = {"slice", "dynamic-slice"}
 Array = tuple[str, str, int]
 """An array: the computation, the instruction and the number of its output that made it."""
@@ -113,7 +114,10 @@ class _Walk:
             source = computation.instructions.get(operand)
             if source is None:
                 continue
-            streamed, gathered = self._taken(instruction, index, source.bytes)
+            if _MOSAIC in instruction.attributes:
+                streamed, gathered = self._taken_by_kernel(computation, instruction, source)
+            else:
+                streamed, gathered = self._taken(instruction, index, source.bytes)
             read += streamed + gathered
             if streamed >= source.bytes > 0:
                 array = _origin(computation, operand)
@@ -144,6 +148,22 @@ class _Walk:
         if opcode in ("dynamic-update-slice", "scatter") and index == 0:
             return 0, 0
         return size, 0
+
+    def _taken_by_kernel(self, computation: Computation, kernel: Instruction, operand: Instruction) -> tuple[int, int]:
+        """The same for a kernel of this package. If it takes rows of tables, the list of entries is before the first.
+
+        A kernel of pieces adds what a latent has beyond its first entries. The rows that it takes are among those of
+        the kernel of the sums, which is charged for all.
+        """
+        size, shape = operand.bytes, operand.shapes[0]
+        shapes = [computation.instructions[name].shapes[0] for name in kernel.operands]
+        table = next((number for number, one in enumerate(shapes) if len(one.dims) == 2), 0)
+        if len(shape.dims) < 2 or table == 0:
+            return size, 0
+        if _PIECES in kernel.source:
+            return 0, 0
+        gathered = shapes[table - 1].size * size // shape.dims[0]
+        return 0, min(size, gathered) if size <= self.cache else gathered
 
     def _used(self, computation: Computation, name: str, size: int) -> tuple[int, int]:
         """The bytes that the users of a fusion's parameter read of it: in order, and row by row."""

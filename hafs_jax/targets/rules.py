@@ -27,6 +27,7 @@ class Facts:
     most_reads: int  # of one float32 array as large as [rows, F]
     open_loops: tuple[str, ...]  # of trips that nobody knows, outside the dead latents' branch
     swaps: int  # compare-and-swap atomics
+    unordered: int  # atomics that add floating-point numbers, in whatever order they come
     without_matrix_units: tuple[str, ...]  # large products
     spilled: int  # bytes, of the kernel that spills most
 
@@ -46,6 +47,8 @@ def facts(
         most_reads=max(reads(schedule, rows_by_latents).values(), default=0),
         open_loops=tuple(loop.source or loop.name for loop in _open(schedule.parts)),
         swaps=len(re.findall(r"\batom\.[\w.]*cas\b", ptx)),
+        unordered=len(re.findall(r"\b(?:atom|red)\.[\w.:]*add[\w.:]*\.b?f\d", ptx))
+        + len(re.findall(r"\b(?:atom|red)\.[\w.:]*f\d+[\w.]*\.add\b", ptx)),
         without_matrix_units=tuple(_slow_products(schedule, ptx)) if ptx else (),
         spilled=spilled,
     )
@@ -101,13 +104,18 @@ class Limits:
     reads: int
 
 
-def problems(found: Facts, limits: Limits | None) -> list[str]:
-    """What is against the rules or over the limits, in words; none where all is well."""
+def problems(found: Facts, limits: Limits | None, any_order: bool = True) -> list[str]:
+    """What is against the rules or over the limits, in words; none where all is well.
+
+    `any_order`: floating-point numbers may be added in any order, so that a second training may round differently.
+    """
     said = []
     if found.widest_sort > WIDEST_SORT:
         said.append(f"sorts rows of {found.widest_sort:,}; expected at most {WIDEST_SORT:,}")
     if found.swaps:
         said.append(f"{found.swaps} compare-and-swap atomics; expected none")
+    if found.unordered and not any_order:
+        said.append(f"{found.unordered} atomics that add floating-point numbers in any order; expected none")
     if found.open_loops:
         said.append(f"loops whose trips depend on data outside the dead latents' branch: {', '.join(found.open_loops)}")
     if found.without_matrix_units:

@@ -18,6 +18,13 @@ def test_every_limit_that_the_readme_states_is_of_a_program_that_is_checked() ->
     assert str(Case("h100", "topk", "baseline", 131_072)) == "h100: topk, baseline, F=131,072"
 
 
+def test_kernels_are_checked_where_they_run() -> None:
+    found = list(cases(["h100", "a100"], ["topk", "gated"], ["baseline"], [32_768]))
+    assert [str(case) for case in found if case.kernels] == ["h100: topk, baseline, F=32,768, kernels"]
+    config = schedules.config_of(Case("h100", "topk", "baseline", 32_768, kernels=True))
+    assert (config.products, config.kernels) == ("sparse", "on")
+
+
 def test_limits_are_the_last_numbers_of_a_row() -> None:
     row = "| h100: topk, baseline, F=131,072 | 9 | 1 | 2.5 | 3 | 4 |"
     text = f"## Schedules for GPUs\n| program | a | GB | x | ms | reads |\n{row}\n## Other\n| a: b | 1 | 1 | 1 | 1 |"

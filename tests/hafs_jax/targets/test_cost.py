@@ -121,6 +121,50 @@ def test_what_is_against_the_rules_is_said(small: Schedule) -> None:
     assert problems(clean, Limits(1, 1, 1, 3)) == []
 
 
+KERNEL = """
+ENTRY %main (starts: s32[10], ends: s32[10], weights: f32[50], from: s32[50], table: bf16[20,8]) -> f32[10,8] {
+  %starts = s32[10]{0} parameter(0)
+  %ends = s32[10]{0} parameter(1)
+  %weights = f32[50]{0} parameter(2)
+  %from = s32[50]{0} parameter(3)
+  %table = bf16[20,8]{1,0} parameter(4)
+  ROOT %out = f32[10,8]{1,0} custom-call(%starts, %ends, %weights, %from, %table), KERNEL
+}
+"""
+KERNEL = KERNEL.replace(
+    "KERNEL",
+    'custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/hafs_segment_sums/pallas_call"}, '
+    'backend_config={module = "(\\00{"}',
+)
+
+
+def test_a_kernel_of_ours_is_charged_for_the_rows_that_it_takes() -> None:
+    lists = 4 * (10 + 10 + 50 + 50)
+
+    def read(text: str, cache: int) -> int:
+        (kernel,) = schedule(parse(text), cache).parts
+        assert isinstance(kernel, Kernel) and kernel.written == 4 * 10 * 8
+        return kernel.read
+
+    assert read(KERNEL, cache=0) == lists + 50 * 2 * 8  # each entry's row
+    assert read(KERNEL, cache=2 * 20 * 8) == lists + 2 * 20 * 8  # the table once: it stays in the cache
+    assert read(KERNEL.replace("segment_sums", "segment_pieces"), cache=0) == lists
+
+
+def test_atomics_that_add_in_any_order_are_against_the_rules_of_kernels() -> None:
+    clean = "atom.relaxed.sys.global.add.u32 %r, [%p], 1; ld.shared.f32 %f; red.shared.add.s32 [%p], 1;"
+    for ptx, count in (
+        (clean, 0),
+        ("red.global.add.f32 [%p], %f;", 1),
+        ("atom.global.v4.f32.add {%f}, [%p], {%f};", 1),
+        ("atom.relaxed.sys.global.add.noftz.f16x2 %r; red.global.add.bf16x2 [%p], %r;", 2),
+    ):
+        found = facts(schedule(parse(KERNEL)), H100, 0, 10**9, clean + ptx)
+        assert found.unordered == count
+        assert problems(found, None) == []
+        assert len(problems(found, None, any_order=False)) == (count > 0)
+
+
 def test_a_large_product_without_matrix_units_is_named() -> None:
     text = (
         SMALL.replace("bf16[4,8]", "bf16[4096,8192]")
