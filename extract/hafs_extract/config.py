@@ -83,6 +83,12 @@ class ExtractConfig:
         3.0, "rows whose norm is above this multiple of the median are dropped; none: no row", above=0
     )
     shard_rows: int = option(65_536, "rows in a shard", least=1, most=2**31 - 1)
+    window_gb: float | None = option(
+        None,
+        "GB of disk for the training rows; if they need more, they are made in windows ahead of a training, which "
+        "removes them; none: all are stored",
+        above=0,
+    )
     batch_tokens: int = option(4_096, "tokens in a forward pass, padding included", least=1, most=2**31 - 1)
     compile: str = option(
         "auto", "torch.compile for the model's blocks; auto: from a million tokens on", choices=("auto", "on", "off")
@@ -97,6 +103,8 @@ class ExtractConfig:
         points = self.hook_points
         if not all(points) or any(point != point.strip() for point in points) or len(set(points)) < len(points):
             raise UserError(f"hook_point={self.hook_point!r}: expected different names divided by commas alone")
+        if self.window_gb is not None and len(points) > 1:
+            raise UserError(f"window_gb={self.window_gb:g}: expected one hook point beside it, found {len(points)}")
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise UserError(f"sources {', '.join(names)}: two have one name; say --text NAME=PATH")

@@ -85,17 +85,19 @@ def spill_rows(
     save: Callable[[int, list[int]], None],
     save_seconds: float,
     bar: tqdm,
+    first_row: int = 0,
 ) -> Spill:
     """Pass 1: runs the model over the split's batches from `batches_done` on and appends every row to its bucket.
 
-    `save(batches done, rows by bucket)` is called every `save_seconds` and at the end (see `Saver`).
+    `save(batches done, rows by bucket)` is called every `save_seconds` and at the end (see `Saver`). `first_row` is the
+    number of the split's first row, where it is a window of a longer one.
     """
     counts = counts or [0] * n_buckets(split.rows, split.record)
     stream = SPLITS.index(split.name)
 
     def store(index: int, batch: _Batch) -> None:
         records = _records(split, config, batch)
-        records["key"] = shuffle_keys(config.seed, stream, spill.rows, len(records))
+        records["key"] = shuffle_keys(config.seed, stream, first_row + spill.rows, len(records))
         spill.append(records)
         bar.update(len(records))
         saver.appended(index + 1)

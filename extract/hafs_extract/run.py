@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hafs_extract.compiling import compile_blocks
 from hafs_extract.config import ExtractConfig, SourceConfig, difference
 from hafs_extract.contexts import SPLITS, write_contexts
 from hafs_extract.hub.files import Fetch, plan_dataset, plan_model
@@ -30,6 +31,7 @@ from hafs_extract.journal import (
 from hafs_extract.models import LanguageModel, check_same_model, load_model, pick_dtype
 from hafs_extract.passes import Split, open_split, spill_rows, write_stores
 from hafs_extract.profiles import Resolved
+from hafs_extract.windows import Windows, cut_text
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
 from hafs_jax.base.log import bar_options
@@ -37,13 +39,14 @@ from hafs_jax.base.options import from_dict, to_dict
 from hafs_jax.base.places import put_in_place
 from hafs_jax.store.holding import replacing
 from hafs_jax.store.manifest import TIMING, Manifest, ModelInfo, write_manifest
+from hafs_jax.store.rolling import FOLDER as ROLLING
+from hafs_jax.store.rolling import Ledger, read_ledger, rolling_at, text_folder, window_rows, write_ledger
 from hafs_jax.store.shuffle import Spill
 
 LOG = logging.getLogger(__name__)
 
 WORK = ".work"
 JOURNAL_SECONDS = 2.0  # a kill loses this time, and that of a sync
-COMPILED_FROM_TOKENS = 1_000_000  # on two cores, compiling takes 20 s once and saves 30 s per million tokens
 SPARE_BYTES = 64 << 20  # of disk space, for what is not activations
 
 
@@ -51,16 +54,20 @@ def extract(config: ExtractConfig, resolved: Resolved, out: Path, force: bool = 
     """Makes the stores of `config` under `out` and returns their folders by hook point and split.
 
     Goes on where an earlier run of the same config was stopped. `force` replaces stores of another config, and
-    discards its unfinished work.
+    discards its unfinished work. Where the rows need more disk than the config's `window_gb`, the store is the first
+    window, and the others are made as long as a training asks for them (see `hafs_jax.store.rolling`).
     """
     folders, root = store_folders(config, out), work_root(config, out)
+    model: LanguageModel | None = None
     stores = {folder.parent for splits in folders.values() for folder in splits.values()}
     with replacing({root, *stores}, "an extraction"):
         config = with_dtype(config, out, force)
         if not force and is_complete(config, out):
             shutil.rmtree(root / WORK, ignore_errors=True)
         else:
-            _Extraction(config, resolved, root / WORK, force).run(folders)
+            model = _Extraction(config, resolved, root / WORK, force).run(folders)
+    if (rolling := rolling_at(folders[config.hook_points[0]]["train"])) is not None:
+        Windows(config, rolling, model).run()
     return folders
 
 
@@ -95,22 +102,30 @@ class _Extraction:
         self.journal = dataclasses.replace(journal, attempts=journal.attempts + 1)
         self._note()
 
-    def run(self, folders: dict[str, dict[str, Path]]) -> None:
-        """Makes the stores, as far as they are not made yet, and puts them in their places."""
-        if not self.journal.made:
-            self._make()
+    def run(self, folders: dict[str, dict[str, Path]]) -> LanguageModel | None:
+        """Makes the stores, as far as they are not made yet, and puts them in their places.
+
+        Returns the language model, where it was needed.
+        """
+        model = None if self.journal.made else self._make()
+        windows, place = self.work / ROLLING, self.work.parent / ROLLING
+        if windows.exists():
+            put_in_place(windows, place, self.work / "old" / ROLLING)
         for split in reversed(SPLITS):  # train last: where it is in place, all are
             for hook_point, places in folders.items():
                 made = self._made(hook_point, split)
                 if made.exists():
                     put_in_place(made, places[split], self.work / "old" / hook_point / split)
+        if place.exists() and rolling_at(folders[self.config.hook_points[0]]["train"]) is None:
+            shutil.rmtree(place)  # of the stores before
         shutil.rmtree(self.work)
+        return model
 
     def _made(self, hook_point: str, split: str) -> Path:
         """The folder in which a store is made."""
         return self.work / "stores" / hook_point / split
 
-    def _make(self) -> None:
+    def _make(self) -> LanguageModel:
         config, started = self.config, time.monotonic()
         begun = from_dict(ModelInfo, self.journal.model, "journal") if self.journal.model else None
         revision = begun.revision if begun and begun.origin == "hub" else config.revision  # the same commit as before
@@ -130,13 +145,28 @@ class _Extraction:
             bos = model.bos_token_id if model.prepend_bos else None
             reading = dataclasses.replace(config, sources=sources)
             notes = write_contexts(reading, model.tokenize, bos, self.work, model.chat)
+            notes += self._cut(open_split("train", self.work / "train", config, model, widths))
             self._note("text", started, notes=tuple(notes))
         for note in self.journal.notes or ():
             LOG.info(note)
-        splits = [open_split(name, self.work / name, config, model, widths) for name in SPLITS]
+        window = text_folder(self.work / ROLLING, 0)
+        texts = {name: self.work / name for name in SPLITS} | ({"train": window} if window.exists() else {})
+        splits = [open_split(name, texts[name], config, model, widths) for name in SPLITS]
         self._check_space(splits)
         self._compile(splits, model)
         self._write(splits, self._run_model(splits, model), model)
+        return model
+
+    def _cut(self, train: Split) -> list[str]:
+        """Cuts the training split into windows where it does not fit `window_gb`; returns a line for the user."""
+        folder, gigabytes = self.work / ROLLING, self.config.window_gb
+        shutil.rmtree(folder, ignore_errors=True)
+        sizes = window_rows(gigabytes, train.rows, train.record.itemsize)
+        if len(sizes) == 1 or len(rows := cut_text(train, folder, sizes)) == 1:
+            shutil.rmtree(folder, ignore_errors=True)
+            return []
+        write_ledger(folder, Ledger("", tuple(rows)))
+        return [f"{train.rows:,} training rows in {len(rows)} windows, to fit {gigabytes:g} GB"]
 
     def _fetch(self, revision: str | None) -> tuple[tuple[SourceConfig, ...], str | None]:
         """Fetches all that comes from the hub. Returns the sources and the model's revision, pinned to commits.
@@ -172,22 +202,10 @@ class _Extraction:
         config, started = self.config, time.monotonic()
         if all(self.journal.progress(split.name).batches == len(split.batches) for split in splits):
             return
-        few = sum(split.rows for split in splits) < COMPILED_FROM_TOKENS
-        if config.compile == "off" or (config.compile == "auto" and few):
-            return
-        shape = config.batch_tokens // config.context_length, config.context_length
-        try:
-            if not model.compiles(config.hook_points):
-                raise UserError(f"hook point {config.hook_point} is not of the residual stream")
-            if shape[0] < 2:
-                raise UserError(f"batch_tokens={config.batch_tokens} is less than two contexts of {shape[1]} tokens")
-            LOG.info("compiling the model's blocks (--compile off leaves them as they are)")
-            model.compile_blocks(config.hook_points, shape)
-        except UserError as error:
-            if config.compile == "on":
-                raise UserError(f"compile=on: {error}; pass --compile auto, and --force to begin anew") from error
-            LOG.info(f"the model's blocks are not compiled: {error}")
-        else:
+        rows = sum(split.rows for split in splits)
+        if (windows := self._windows()) is not None:
+            rows += sum(windows.rows[1:])
+        if compile_blocks(config, model, rows):
             self._note("compile", started)
 
     def _run_model(self, splits: list[Split], model: LanguageModel) -> list[Spill]:
@@ -246,12 +264,24 @@ class _Extraction:
         for folder, manifest in manifests.items():
             sources = (dataclasses.replace(source, revision=commits.get(source.name)) for source in manifest.sources)
             write_json(folder / TIMING, timing)
-            write_manifest(folder, dataclasses.replace(manifest, sources=tuple(sources)))
+            manifests[folder] = dataclasses.replace(manifest, sources=tuple(sources))
+            write_manifest(folder, manifests[folder])
+        if (windows := self._windows()) is not None:
+            first = manifests[self._made(self.config.hook_points[0], "train")]
+            kept = {"0": first.rows}
+            write_ledger(self.work / ROLLING, Ledger(first.fingerprint, windows.rows, kept))
         self._note(made=True)
+
+    def _windows(self) -> Ledger | None:
+        """The windows that the training split was cut into; None where it is one store."""
+        folder = self.work / ROLLING
+        return read_ledger(folder) if folder.exists() else None
 
     def _check_space(self, splits: list[Split]) -> None:
         spilled = sum(path.stat().st_size for path in self.work.glob("*-rows/*"))
         needed = sum(split.bytes_needed for split in splits) + SPARE_BYTES - spilled
+        if self._windows() is not None and self.config.window_gb is not None:
+            needed += int(self.config.window_gb * 1e9)
         free = shutil.disk_usage(self.work).free
         if free < needed:
             raise UserError(

@@ -10,7 +10,7 @@ import queue
 import sys
 import threading
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -21,13 +21,14 @@ import numpy as np
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.method.sae import InputScale
 from hafs_jax.store.reader import Store, check_aligned
-from hafs_jax.store.stream import Stream, StreamBatches
+from hafs_jax.store.stream import Stream
 from hafs_jax.training.step import Batch
 
 Rows = tuple[np.ndarray, ...]
 """Rows of the store, and for a transcoder the same rows of its target's store."""
 
 _POPULATE_READ = 22  # Linux's MADV_POPULATE_READ, which the module mmap has no name for
+_WAITING_SECONDS = 0.5
 _THREADS = min(4, os.cpu_count() or 1)  # that gather rows
 
 
@@ -62,7 +63,7 @@ class Batches:
         blocks: Rows = ()  # of the dispatch being filled, `filled` of its rows
         filled, memory = 0, _Memory()
         with ThreadPoolExecutor(_THREADS, "rows") as pool:
-            for shards, order in self._rows(start, stop):
+            for shards, order in self.rows(start, stop):
                 while len(order):
                     if not blocks:
                         rows = min(size * B, left)
@@ -75,7 +76,7 @@ class Batches:
                         yield tuple(block.reshape(-1, B, block.shape[1]) for block in blocks)
                         blocks, filled, left = (), 0, left - rows
 
-    def _rows(self, start: int, stop: int) -> Iterator[tuple[Rows, np.ndarray]]:
+    def rows(self, start: int, stop: int) -> Iterator[tuple[Rows, np.ndarray]]:
         """The shards of steps `start` to `stop` as they lie on disk, each with the numbers of its rows, in order."""
         B, per_pass = self.batch_size, self.steps_per_pass
         step = start
@@ -103,15 +104,6 @@ class Batches:
 
     def _random(self, number: int, stream: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=[self.seed, (number << 32) + stream]))
-
-
-def batches_of(
-    source: Store | Stream, batch_size: int, seed: int, target: Store | None = None
-) -> Batches | StreamBatches:
-    """The batches of a training on a store, in an order that the seed gives, or on a stream, in its own order."""
-    return (
-        StreamBatches(source, batch_size) if isinstance(source, Stream) else Batches(source, batch_size, seed, target)
-    )
 
 
 def mapped_shard(store: Store, shard: int) -> np.ndarray:
@@ -202,10 +194,13 @@ def geometric_median(acts_ND: np.ndarray, iterations: int = 30) -> np.ndarray:
     return point_D
 
 
-def prefetch(blocks: Iterator[Rows], sharding: jax.sharding.Sharding, depth: int = 2) -> Generator[Batch, None, None]:
+def prefetch(
+    blocks: Iterator[Rows], sharding: jax.sharding.Sharding, depth: int = 2, waiting: Callable[[], None] = lambda: None
+) -> Generator[Batch, None, None]:
     """`blocks` as device arrays (pairs for a transcoder), read and transferred by a thread that stays `depth` ahead.
 
-    An exception of the reading thread is raised here. Closing the iterator stops the thread.
+    An exception of the reading thread is raised here. Closing the iterator stops the thread. `waiting()` is called now
+    and then while no block is ready, and may raise.
     """
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -231,7 +226,14 @@ def prefetch(blocks: Iterator[Rows], sharding: jax.sharding.Sharding, depth: int
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
-        while (item := ready.get()) is not None:
+        while True:
+            try:
+                item = ready.get(timeout=_WAITING_SECONDS)
+            except queue.Empty:
+                waiting()
+                continue
+            if item is None:
+                return
             if isinstance(item, Exception):
                 raise item
             yield item

@@ -25,9 +25,10 @@ from hafs_jax.store.manifest import MANIFEST
 from hafs_jax.store.reader import Store
 from hafs_jax.store.stream import Stream
 from hafs_jax.training.checkpoint import Checkpoints
-from hafs_jax.training.data import batches_of, first_rows, geometric_median, input_scale, prefetch
+from hafs_jax.training.data import first_rows, geometric_median, input_scale, prefetch
 from hafs_jax.training.heldout import Heldout
 from hafs_jax.training.programs import TOGETHER, compile_steps
+from hafs_jax.training.rolling import RollingBatches, batches_of
 from hafs_jax.training.runlog import OnRunMetrics, Progress, RunLog
 from hafs_jax.training.state import (
     BATCHES,
@@ -123,7 +124,8 @@ class _Fit:
         self.config = shared_config(members[0].config)
         self.mesh = mesh_for(self.config)
         seed = members[0].config.seed if self.config.data_seed is None else self.config.data_seed
-        self.batches = batches_of(stores.train, self.config.batch_size, seed, stores.target)
+        self.batches = batches_of(stores.train, self.config.batch_size, seed, stores.target, self.config.steps)
+        self.rolling = self.batches if isinstance(self.batches, RollingBatches) else None
         self.failed: dict[int, str] = {}
 
     def run(self) -> list[str]:
@@ -167,8 +169,16 @@ class _Fit:
         logs = [RunLog(member.run, member.config, step, self.on_metrics) for member in self.members]
         label = self.members[0].run.name if how.members is None else f"{len(self.members)} SAEs"
         progress = Progress(label, config.steps, config.batch_size, step, self.progress)
+
+        def waiting() -> None:
+            if stopped:
+                checkpoints.save(how.for_checkpoint(state), scale)
+                raise Terminated(stopped[0])
+
         blocks = prefetch(
-            self.batches.dispatches(step, config.steps, config.steps_per_dispatch), NamedSharding(self.mesh, BATCHES)
+            self.batches.dispatches(step, config.steps, config.steps_per_dispatch),
+            NamedSharding(self.mesh, BATCHES),
+            waiting=waiting,
         )
         compiled: set[int] = set()  # numbers of steps in a call
         stopped: list[int] | None = None
@@ -191,10 +201,16 @@ class _Fit:
                     break
                 if _passed(before, step, config.checkpoint_every_steps) or stopped:
                     checkpoints.save(how.for_checkpoint(state), scale)
+                    if self.rolling is not None:
+                        self.rolling.saved(step)
                 if stopped:
                     raise Terminated(stopped[0])
             self._finish(state, scale, logs, heldout, checkpoints)
+            if self.rolling is not None:
+                self.rolling.finished()
         finally:
+            if self.rolling is not None:
+                self.rolling.close()
             blocks.close()
             progress.close()
             for log in logs:

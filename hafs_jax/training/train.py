@@ -17,12 +17,14 @@ from hafs_jax.ops.devices import check_devices
 from hafs_jax.runs import Run, baseline_tau, store_record
 from hafs_jax.store import given
 from hafs_jax.store.reader import Store
+from hafs_jax.store.rolling import rolling_at
 from hafs_jax.store.stream import Stream
 from hafs_jax.training.budget import budget, check_memory
 from hafs_jax.training.checkpoint import check_path
-from hafs_jax.training.data import batches_of, input_scale
+from hafs_jax.training.data import input_scale
 from hafs_jax.training.heldout import heldout_rows
 from hafs_jax.training.loop import Member, Stores, Terminated, TrainingStopped, first_state, fit
+from hafs_jax.training.rolling import batches_of
 from hafs_jax.training.runlog import OnMetrics, check_sinks
 from hafs_jax.training.state import hyperparameters, mesh_for
 from hafs_jax.training.step import margin
@@ -46,7 +48,7 @@ def resolve(
     notes = []
     if config.tokens is None:
         config = _with_tokens(config, store)
-        notes.append(f"{config.passes:g} passes over {len(store):,} rows")
+        notes.append(f"{config.passes:g} passes: {config.tokens:,} rows")
     if config.steps >= 2**31:
         raise UserError(f"{arg('tokens', config.tokens)}: expected fewer than 2^31 steps, found {config.steps:,}")
     if config.sae.n_latents is None:
@@ -71,10 +73,12 @@ def _with_tokens(config: TrainConfig, store: Store | Stream) -> TrainConfig:
     """The config with the rows that its passes over the store are; `UserError` where they fill no batch."""
     if isinstance(store, Stream):
         raise UserError(f"expected {arg('tokens')}, the rows to train on: an iterator does not say how many it has")
-    tokens = int(config.passes * len(store))
+    rolling = rolling_at(store.folder)
+    rows = len(store) if rolling is None else rolling.rows
+    tokens = int(config.passes * rows)
     if tokens < config.batch_size:
         raise UserError(
-            f"store {store.folder} holds {len(store):,} rows, and {arg('passes', config.passes)} over it are fewer "
+            f"store {store.folder} holds {rows:,} rows, and {arg('passes', config.passes)} over it are fewer "
             f"than {arg('batch_size', config.batch_size)}; give more rows or set a smaller {arg('batch_size')}"
         )
     return dataclasses.replace(config, tokens=tokens)
@@ -129,6 +133,8 @@ def prepare(config: TrainConfig, stores: Stores, runs: Path, force: bool = False
 
 def check_start(config: TrainConfig, stores: Stores, run: Run) -> None:
     """Raises `UserError` where a training of the resolved config could not start; it writes nothing."""
+    if stores.target is not None and rolling_at(stores.train.folder) is not None:
+        raise UserError(f"{stores.train.folder}: a store in windows has no target; extract it without window_gb")
     check_path(run.checkpoints)
     check_sinks(config)
     check_optimizer(config)
