@@ -67,6 +67,7 @@ help:  ## show this list
 	@echo "  EXPERIMENT  The file of make experiment. [experiments/reduced.toml]"
 	@echo "  ACCEL       What make setup installs JAX and torch for: cpu, cuda12, cuda13, or auto, which asks the NVIDIA driver. [auto]"
 	@echo "  CONFIRM     yes: make clean and make distclean remove without asking. [ask]"
+	@echo "  STREAM      For make train: flags of hafs extract, which then runs beside it, such as STREAM='--window-gb 50'. [none]"
 	@echo "  ARGS        Flags for the command behind a target; make train ARGS=--help lists them. [none]"
 
 setup: $(STAMP)  ## create the environment in .venv; does nothing when up to date
@@ -111,7 +112,7 @@ extract: setup  ## text -> activation store
 	$(HAFS) extract $(PLACE) $(ARGS)
 
 train: setup  ## activation store -> SAE (VARIANT, ARCH, SEED)
-	$(HAFS) train $(PLACE) --variant $(VARIANT) --arch $(ARCH) --seed $(SEED) $(ARGS)
+	$(HAFS) train $(PLACE) --variant $(VARIANT) --arch $(ARCH) --seed $(SEED) $(if $(STREAM),--stream "$(STREAM)") $(ARGS)
 
 sweep: setup  ## activation store -> many SAEs over one pass of the data (GRID)
 	$(HAFS) sweep $(PLACE) --grid "$(GRID)" $(ARGS)

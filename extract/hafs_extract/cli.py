@@ -15,6 +15,7 @@ from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.flags import Parser, add_flags, with_flags
 from hafs_jax.base.log import shown
 from hafs_jax.store.manifest import TIMING, read_manifest
+from hafs_jax.store.rolling import rolling_at
 from hafs_jax.store.verify import verify
 
 DESCRIPTION = """\
@@ -163,19 +164,25 @@ def _extract(arguments: list[str]) -> int:
     place = options.out / resolved.resolved / "store"
     said = f"profile {resolved.resolved} ({resolved.reason}): store {place}, device {config.device}"
     print(said, file=sys.stderr, flush=True)
+
+    def placed() -> None:
+        """The stores are there: says so, and notes the profile for later commands."""
+        first, *_ = profile_names(config).values()
+        _note_profile(options.out, dataclasses.replace(resolved, resolved=first))
+        for folders in store_folders(config, options.out).values():
+            _report(folders)
+        _report_timing(folders)
+
     if not options.force and is_complete(config, options.out):
         print("the stores are there already, from this very config", file=sys.stderr)
-    else:
-        prepare_hub(config)
-        from hafs_extract.run import extract  # torch, and the hub libraries
+        if all(rolling_at(folders["train"]) is None for folders in store_folders(config, options.out).values()):
+            placed()
+            return 0
+    prepare_hub(config)
+    from hafs_extract.run import extract  # torch, and the hub libraries
 
-        with disk_errors(options.out):
-            extract(config, resolved, options.out, options.force)
-    first, *_ = profile_names(config).values()
-    _note_profile(options.out, dataclasses.replace(resolved, resolved=first))
-    for folders in store_folders(config, options.out).values():
-        _report(folders)
-    _report_timing(folders)
+    with disk_errors(options.out):
+        extract(config, resolved, options.out, options.force, placed)
     return 0
 
 

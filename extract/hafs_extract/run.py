@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,19 @@ JOURNAL_SECONDS = 2.0  # a kill loses this time, and that of a sync
 SPARE_BYTES = 64 << 20  # of disk space, for what is not activations
 
 
-def extract(config: ExtractConfig, resolved: Resolved, out: Path, force: bool = False) -> dict[str, dict[str, Path]]:
+def extract(
+    config: ExtractConfig,
+    resolved: Resolved,
+    out: Path,
+    force: bool = False,
+    placed: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, Path]]:
     """Makes the stores of `config` under `out` and returns their folders by hook point and split.
 
     Goes on where an earlier run of the same config was stopped. `force` replaces stores of another config, and
     discards its unfinished work. Where the rows need more disk than the config's `window_gb`, the store is the first
-    window, and the others are made as long as a training asks for them (see `hafs_jax.store.rolling`).
+    window, and the others are made as long as a training asks for them (see `hafs_jax.store.rolling`). `placed()` is
+    called when the stores are there.
     """
     folders, root = store_folders(config, out), work_root(config, out)
     model: LanguageModel | None = None
@@ -66,6 +74,7 @@ def extract(config: ExtractConfig, resolved: Resolved, out: Path, force: bool = 
             shutil.rmtree(root / WORK, ignore_errors=True)
         else:
             model = _Extraction(config, resolved, root / WORK, force).run(folders)
+    placed()
     if (rolling := rolling_at(folders[config.hook_points[0]]["train"])) is not None:
         Windows(config, rolling, model).run()
     return folders

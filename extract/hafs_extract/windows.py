@@ -120,7 +120,7 @@ class Windows:
             progress = SplitProgress(batches, tuple(counts))
             write_json(journal, to_dict(_Progress(window, to_dict(progress))))
 
-        options = {"unit": "tok", "unit_scale": True, **bar_options(LOG)}
+        options = {"unit": "tok", "unit_scale": True, "delay": 1, **bar_options(LOG)}
         with tqdm(total=2 * split.rows, desc=f"window {window} of {rolling.windows - 1}", **options) as bar:
             bar.update(sum(done.buckets))
             spill = spill_rows(

@@ -57,6 +57,11 @@ def train_parser(arguments: list[str]) -> Parser:
     _add_run_flags(parser, arguments, first, place)
     add_place(place)
     _add_data(place)
+    place.add_argument(
+        "--stream",
+        metavar="FLAGS",
+        help="extract beside the training, by `hafs extract FLAGS`; with --window-gb no more than that is stored",
+    )
     return parser
 
 

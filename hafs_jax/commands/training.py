@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,27 @@ def train(arguments: list[str]) -> None:
     config = chosen_config(parsed)
     if config.sae.transcode and parsed.target is None:
         raise UserError(f"--config {parsed.config} is that of a transcoder: give its --target, too")
-    store, runs = _places(parsed)
+    with _extraction_beside(parsed):
+        store, runs = _places(parsed)
 
-    from hafs_jax.training.train import train
+        from hafs_jax.training.train import train
 
-    config = _started_from(config, parsed)
-    _say_where(store, runs)
-    with _stops():
-        run = train(config, store, runs, parsed.force, parsed.target)
+        config = _started_from(config, parsed)
+        _say_where(store, runs)
+        with _stops():
+            run = train(config, store, runs, parsed.force, parsed.target)
     print(_result(run))
+
+
+def _extraction_beside(parsed: argparse.Namespace) -> AbstractContextManager[None]:
+    """The extraction that --stream asks for; nothing without it."""
+    if parsed.stream is None:
+        return nullcontext()
+    if parsed.store is not None or parsed.target is not None:
+        raise UserError("--stream: expected neither --store nor --target beside it: it extracts the store itself")
+    from hafs_jax.commands.streaming import extraction
+
+    return extraction(parsed.out, parsed.profile, parsed.stream)
 
 
 def sweep(arguments: list[str]) -> None:

@@ -28,7 +28,7 @@ from hafs_jax.training.checkpoint import Checkpoints
 from hafs_jax.training.data import first_rows, geometric_median, input_scale, prefetch
 from hafs_jax.training.heldout import Heldout
 from hafs_jax.training.programs import TOGETHER, compile_steps
-from hafs_jax.training.rolling import RollingBatches, batches_of
+from hafs_jax.training.rows.rolling import RollingBatches, batches_of
 from hafs_jax.training.runlog import OnRunMetrics, Progress, RunLog
 from hafs_jax.training.state import (
     BATCHES,

@@ -24,7 +24,7 @@ from hafs_jax.training.checkpoint import check_path
 from hafs_jax.training.data import input_scale
 from hafs_jax.training.heldout import heldout_rows
 from hafs_jax.training.loop import Member, Stores, Terminated, TrainingStopped, first_state, fit
-from hafs_jax.training.rolling import batches_of
+from hafs_jax.training.rows.rolling import batches_of
 from hafs_jax.training.runlog import OnMetrics, check_sinks
 from hafs_jax.training.state import hyperparameters, mesh_for
 from hafs_jax.training.step import margin

@@ -2,7 +2,10 @@
 
 import dataclasses
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,9 +27,9 @@ from hafs_jax.store.reader import Store
 from hafs_jax.store.rolling import Rolling, Wanted, rolling_at, window_rows
 from hafs_jax.store.shuffle import spill_record
 from hafs_jax.store.verify import verify
-from hafs_jax.training import rolling as batches_module
 from hafs_jax.training.checkpoint import load_checkpoint
-from hafs_jax.training.rolling import RollingBatches
+from hafs_jax.training.rows import rolling as batches_module
+from hafs_jax.training.rows.rolling import RollingBatches
 from hafs_jax.training.train import train
 from tests.support.tiny_models import save_model, save_wikitext
 
@@ -250,3 +253,29 @@ def test_sizes_of_windows() -> None:
 def test_several_hook_points_have_no_windows(config: ExtractConfig) -> None:
     with pytest.raises(UserError, match="one hook point"):
         dataclasses.replace(config, window_gb=1, hook_point="blocks.1.hook_resid_post,blocks.2.hook_resid_post")
+
+
+def test_one_command_extracts_and_trains(config: ExtractConfig, stored: Path, tmp_path: Path) -> None:
+    """`hafs train --stream`: the store is too large for its windows; the child ends with the training."""
+    source, gigabytes = config.sources[0].path, _in_windows(config, stored).window_gb
+    flags = f"--model {config.model} --text wikitext={source} --context-length 17 --shard-rows 200 --batch-tokens 256"
+    flags += f" --dtype float32 --heldout-fraction 0.2 --norm-multiple 1.1 --window-gb {gigabytes}"
+    sae = ["--arch", "topk", "--sae.k", "3", "--sae.n-latents", "16", "--batch-size", str(B), "--seed", "1"]
+    place = ["--out", str(tmp_path / "out"), "--profile", "pythia70m"]
+    command = [sys.executable, "-m", "hafs_jax", "train", *place, *sae, "--passes", "1.6", "--stream", flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "training rows in" in ended.stderr and "window 1 of" not in ended.stderr
+    runs = tmp_path / "out" / "pythia70m" / "runs"
+    assert ended.stdout.strip().splitlines()[-1].endswith(str(runs / "baseline-topk-s1"))
+    rolling = rolling_at(runs.parent / "store" / "train")
+    assert rolling is not None and rolling.wanted().finished and rolling.on_disk() == []
+    failed = subprocess.run(
+        [*command[:-1], flags.replace("--window-gb", "--window")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert failed.returncode == 2 and "unknown argument" in failed.stderr and "Traceback" not in failed.stderr
