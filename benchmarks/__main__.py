@@ -26,6 +26,7 @@ SUITES = (
     "sweeping",
     "loading",
     "extraction",
+    "streaming",
     "evaluation",
     "memory",
     "startup",
