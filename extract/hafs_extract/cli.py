@@ -15,7 +15,7 @@ from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.flags import Parser, add_flags, with_flags
 from hafs_jax.base.log import shown
 from hafs_jax.store.manifest import TIMING, read_manifest
-from hafs_jax.store.rolling import rolling_at
+from hafs_jax.store.rolling.windows import rolling_at
 from hafs_jax.store.verify import verify
 
 DESCRIPTION = """\

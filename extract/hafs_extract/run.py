@@ -40,8 +40,8 @@ from hafs_jax.base.options import from_dict, to_dict
 from hafs_jax.base.places import put_in_place
 from hafs_jax.store.holding import replacing
 from hafs_jax.store.manifest import TIMING, Manifest, ModelInfo, write_manifest
-from hafs_jax.store.rolling import FOLDER as ROLLING
-from hafs_jax.store.rolling import Ledger, read_ledger, rolling_at, text_folder, window_rows, write_ledger
+from hafs_jax.store.rolling.windows import FOLDER as ROLLING
+from hafs_jax.store.rolling.windows import Ledger, read_ledger, rolling_at, text_folder, window_rows, write_ledger
 from hafs_jax.store.shuffle import Spill
 
 LOG = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ def extract(
 
     Goes on where an earlier run of the same config was stopped. `force` replaces stores of another config, and
     discards its unfinished work. Where the rows need more disk than the config's `window_gb`, the store is the first
-    window, and the others are made as long as a training asks for them (see `hafs_jax.store.rolling`). `placed()` is
-    called when the stores are there.
+    window, and the others are made as long as a training asks for them (`hafs_jax.store.rolling.windows`). `placed()`
+    is called when the stores are there.
     """
     folders, root = store_folders(config, out), work_root(config, out)
     model: LanguageModel | None = None

@@ -1,4 +1,4 @@
-"""Windows of a rolling store (`hafs_jax.store.rolling`): their text, and the rows of one window after another."""
+"""Windows of a rolling store (`hafs_jax.store.rolling.windows`): their text, and their rows, one after another."""
 
 import contextlib
 import dataclasses
@@ -22,10 +22,10 @@ from hafs_extract.passes import Split, open_split, spill_rows, write_stores
 from hafs_jax.base.files import read_json, write_atomic, write_json, write_npy
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import from_dict, option, to_dict
-from hafs_jax.base.places import locked
+from hafs_jax.base.process.locks import locked
 from hafs_jax.store.manifest import read_manifest, write_manifest
 from hafs_jax.store.reader import Contexts
-from hafs_jax.store.rolling import LOCK, Rolling, Wanted, text_folder
+from hafs_jax.store.rolling.windows import LOCK, Rolling, Wanted, text_folder
 
 LOG = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Windows:
 
     def run(self) -> None:
         """Makes what is asked for; waits while nothing is; returns once the training says that it has ended."""
-        with locked(self.rolling.folder, "extraction of windows", LOCK):
+        with locked(self.rolling.folder / LOCK, "an extraction of windows", self.rolling.folder, wait=True):
             if self.rolling.wanted().finished:  # of an earlier training
                 self.rolling.ask(Wanted())
             said = None

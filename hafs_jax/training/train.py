@@ -17,7 +17,7 @@ from hafs_jax.ops.devices import check_devices
 from hafs_jax.runs import Run, baseline_tau, store_record
 from hafs_jax.store import given
 from hafs_jax.store.reader import Store
-from hafs_jax.store.rolling import rolling_at
+from hafs_jax.store.rolling.windows import rolling_at
 from hafs_jax.store.stream import Stream
 from hafs_jax.training.budget import budget, check_memory
 from hafs_jax.training.checkpoint import check_path

@@ -24,7 +24,7 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.store.reader import Store
-from hafs_jax.store.rolling import Rolling, Wanted, rolling_at, window_rows
+from hafs_jax.store.rolling.windows import Rolling, Wanted, rolling_at, window_rows
 from hafs_jax.store.shuffle import spill_record
 from hafs_jax.store.verify import verify
 from hafs_jax.training.checkpoint import load_checkpoint

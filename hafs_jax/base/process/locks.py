@@ -59,6 +59,18 @@ def locked(path: Path, work: str, of: Path, *, shared: bool = False, wait: bool 
         yield
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock now. Who takes it at that very moment must be one that waits."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
 def _opened(path: Path, shared: bool) -> IO[bytes] | None:
     """The lock's file, made where it is missing; None where it is missing and can't be made by a reader."""
     try:

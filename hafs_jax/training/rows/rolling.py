@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.places import is_locked, locked
+from hafs_jax.base.process.locks import is_held, locked
 from hafs_jax.store.reader import Store
-from hafs_jax.store.rolling import LOCK, TRAINING_LOCK, Rolling, Wanted, rolling_at
+from hafs_jax.store.rolling.windows import LOCK, TRAINING_LOCK, Rolling, Wanted, rolling_at
 from hafs_jax.store.stream import Stream, StreamBatches
 from hafs_jax.training.data import Batches, Rows
 
@@ -48,7 +48,7 @@ class RollingBatches(Batches):
         self._closed = threading.Event()
 
     def dispatches(self, start: int, stop: int, size: int) -> Iterator[Rows]:
-        with locked(self.rolling.folder, "training", TRAINING_LOCK, self.rolling.train.parent):
+        with locked(self.rolling.folder / TRAINING_LOCK, "a training", self.rolling.folder):
             yield from super().dispatches(start, stop, size)
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[Rows, np.ndarray]]:
@@ -120,7 +120,7 @@ class RollingBatches(Batches):
         while not self.rolling.is_made(window):
             if self._closed.wait(_POLL_SECONDS):
                 raise UserError("the training ended while it waited for activations")
-            if is_locked(self.rolling.folder, LOCK):
+            if is_held(self.rolling.folder / LOCK):
                 seen = time.monotonic()
             elif time.monotonic() - seen > _PATIENCE_SECONDS:
                 raise UserError(

@@ -23,6 +23,7 @@ from typing import Any
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.options import from_dict, option, to_dict
+from hafs_jax.base.places import put_in_place
 from hafs_jax.store.manifest import MANIFEST, read_manifest
 
 FOLDER = "rolling"
@@ -95,15 +96,19 @@ class Rolling:
         """Puts a window that was made, of so many rows, in its place. Only for who has locked `LOCK`."""
         ledger = read_ledger(self.folder)
         write_ledger(self.folder, Ledger(ledger.fingerprint, ledger.rows, {**ledger.kept, str(window): rows}))
-        made.rename(self.place(window))
+        put_in_place(made, self.place(window), self._old(window))
 
     def remove(self, window: int) -> None:
         """Removes a window's store, never the first. It loses its name first."""
         if window and (place := self.place(window)).exists():
-            old = self.folder / f".old-{window:05d}"
+            old = self._old(window)
             shutil.rmtree(old, ignore_errors=True)
             place.rename(old)
             shutil.rmtree(old)
+
+    def _old(self, window: int) -> Path:
+        """Where a window is while it is removed."""
+        return self.folder / f".old-{window:05d}"
 
     def wanted(self) -> Wanted:
         """What the training asks for; without one, the window after the first."""

@@ -1,0 +1,1 @@
+"""A store that is larger than its disk, as windows of rows."""
