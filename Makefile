@@ -49,7 +49,7 @@ case $$answer in y|Y|yes) rm -rf $$found;; *) echo "nothing is removed";; esac
 endef
 
 .PHONY: help setup constraints demo test gpu-check lint docs extract train sweep synth eval experiment report explore bench bench-quick clean
-.PHONY: distclean
+.PHONY: distclean torture
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
@@ -101,6 +101,9 @@ test: setup  ## all tests, on the CPU and without a model hub
 
 gpu-check: setup  ## every step compiled for GPUs without one, against limits (needs the extra gpu-check, 5.6 GB)
 	JAX_PLATFORMS=cpu $(PY) -m benchmarks.schedules $(ARGS)
+
+torture: setup  ## kills, signals, failing disks and power losses at hundreds of places (ARGS=--help)
+	JAX_PLATFORMS=cpu $(PY) -m tests.torture $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

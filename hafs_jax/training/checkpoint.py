@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hafs_jax.base.errors import UserError, arg
+from hafs_jax.base.process.saving import saving
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.sae import InputScale
 from hafs_jax.training.state import TrainState, hyperparameters, init_state
@@ -61,16 +62,9 @@ class Checkpoints:
         if self._manager.latest_step() == step:
             return
         plain = _plain(state, scale)
-        try:
+        with saving(Path(self._manager.directory), step):
             self._manager.save(step, args=ocp.args.StandardSave(plain))
             self._manager.wait_until_finished()
-        except ValueError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"{self._manager.directory}: no space left on the disk for checkpoint {step}; free some and repeat the "
-                "command"
-            ) from error
         self._check_shapes(
             step, plain, f"checkpoint {step} in {self._manager.directory} was written and cannot be read"
         )

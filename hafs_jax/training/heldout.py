@@ -1,6 +1,8 @@
 """Held-out FVU and L0 during training, the best checkpoint, and when to stop early."""
 
 import functools
+import shutil
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -64,7 +66,8 @@ class Heldout:
             squares, active = squares + float(more[0]), active + float(more[1])
         rows = len(self._rows[0])
         fvu = squares / rows / float(variance)
-        if self._note(int(state.step), fvu):
+        if self._note(step := int(state.step), fvu):
+            _drop_later(self._run.best, step)
             with Checkpoints(self._run.best, keep=1, state=state) as checkpoints:
                 checkpoints.save(state, scale)
         return {"heldout_fvu": fvu, "heldout_l0": active / rows}
@@ -76,6 +79,13 @@ class Heldout:
         if is_best:
             self.best = {"step": step, "heldout_fvu": fvu}
         return is_best
+
+
+def _drop_later(folder: Path, step: int) -> None:
+    """Removes checkpoints of later steps, which an attempt that was killed left: Orbax would keep them instead."""
+    for path in folder.glob("[0-9]*"):
+        if path.name.isdigit() and int(path.name) > step:
+            shutil.rmtree(path)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -200,6 +200,8 @@ class _Fit:
                 if step == config.steps or all(measure.hopeless for measure in heldout):
                     break
                 if _passed(before, step, config.checkpoint_every_steps) or stopped:
+                    for log in logs:
+                        log.sync()  # what a checkpoint goes on from is on disk before it
                     checkpoints.save(how.for_checkpoint(state), scale)
                     if self.rolling is not None:
                         self.rolling.saved(step)
@@ -252,6 +254,7 @@ class _Fit:
             if index in self.failed:
                 continue
             own = self.how.one(state, index)
+            log.sync()
             if self.how.members is None:
                 checkpoints.save(own, scale)
             else:

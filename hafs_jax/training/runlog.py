@@ -7,6 +7,7 @@ training is the same with and without it.
 import contextlib
 import json
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable
@@ -93,6 +94,11 @@ class RunLog:
             sink.write(step, record)
         if self._on_metrics is not None:
             self._on_metrics(self._name, step, dict(record))
+
+    def sync(self) -> None:
+        """Puts the lines on disk."""
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what could not be written was said before

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -314,6 +315,17 @@ def with_heldout(tmp_path: Path) -> Path:
     acts = planted(4000, D, 20, 3)[0]
     write_store(tmp_path / "store" / "heldout", acts[3500:], "float16", shard_rows=200)
     return write_store(tmp_path / "store" / "train", acts[:3500], "float16", shard_rows=700)
+
+
+def test_a_best_checkpoint_of_a_later_step_than_the_last_one_does_not_stop_a_resume(tmp_path: Path) -> None:
+    """A kill between the two leaves it; Orbax would keep it and remove the one that is saved."""
+    config = small(evaluate_every_steps=16, heldout_rows=300)
+    run = train(config, store := with_heldout(tmp_path), tmp_path / "runs")
+    assert (expected := run.result()["best"])["step"] > 16
+    run.result_path.unlink()
+    shutil.rmtree(run.checkpoints)
+    assert train(config, store, tmp_path / "runs").result()["best"] == expected
+    assert [path.name for path in run.best.iterdir() if path.name.isdigit()] == [str(expected["step"])]
 
 
 def test_heldout_measurements_keep_the_best_checkpoint_and_stop_early(tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""The commands that are tortured, each in a fork of this process, and what of their results must be equal."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.torture import layer
+
+TRAIN = ["--tokens", "1280", "--batch-size", "64", "--steps-per-dispatch", "2", "--checkpoint-every-steps", "4"]
+TRAIN += ["--log-every-steps", "2", "--sae.n-latents", "16", "--k", "3", "--evaluate-every-steps", "6"]
+PLACE = ["--out", "OUT", "--profile", "p"]
+COMMANDS: dict[str, list[list[str]]] = {
+    "import": [["import", "ACTS", *PLACE, "--shard-rows", "200"]],
+    "replace": [["import", "ACTS", *PLACE, "--shard-rows", "150", "--force"]],
+    "train": [["train", *PLACE, *TRAIN]],
+    "retrain": [["train", *PLACE, *TRAIN, "--force"]],
+    "sweep": [["sweep", *PLACE, *TRAIN, "--grid", "seed=1..2"]],
+    "export": [["export", "baseline-s0", *PLACE]],
+}
+"""Each job by name. It starts from what the jobs before it have left; `replace` and `retrain` from all of them."""
+START = {"import": "", "replace": "export", "train": "import", "retrain": "export", "sweep": "train", "export": "train"}
+VOLATILE = {"seconds", "tokens_per_second", "checksum"}
+_SKIPPED = (".lock", ".locks", "checkpoints", "best", "auto.json")
+LIMIT_SECONDS = 120
+
+
+@dataclass
+class Torture:
+    """A folder with the results of every job undisturbed, from which cases start."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        acts = np.random.default_rng(0).normal(size=(700, 6)).astype(np.float32)
+        np.save(self.folder / "acts.npy", acts)
+        self.events: dict[str, int] = {}
+        self.essences: dict[str, dict[str, str]] = {}
+        for job in ("import", "train", "export", "sweep", "replace", "retrain"):
+            out = self.fresh(job, f"of-{job}")
+            code, said = self.run(job, out, after=lambda: (self.folder / "count").write_text(str(layer.events())))
+            assert code == 0, f"{job} fails undisturbed: {said}"
+            self.events[job] = int((self.folder / "count").read_text())
+            self.essences[job] = essence(out)
+
+    def fresh(self, job: str, name: str = "case") -> Path:
+        """A new OUT as the job finds it."""
+        out = self.folder / name
+        shutil.rmtree(out, ignore_errors=True)
+        if START[job]:
+            shutil.copytree(self.folder / f"of-{START[job]}", out, symlinks=True)
+        out.mkdir(exist_ok=True)
+        return out
+
+    def run(
+        self,
+        job: str,
+        out: Path,
+        at: int = 0,
+        action: int = 0,
+        log: Path | None = None,
+        after: Callable[[], Any] | None = None,
+        meanwhile: Callable[[int], Any] | None = None,
+    ) -> tuple[int, str]:
+        """Runs the job's commands in a fork: its exit code (minus a signal that ended it), and what it said on stderr.
+
+        `after` is called in the fork at the end, `meanwhile(pid)` here.
+        """
+        said = self.folder / "stderr"
+        pid = os.fork()
+        if pid == 0:
+            os._exit(self._child(job, out, at, action, log, after, said))
+        if meanwhile is not None:
+            meanwhile(pid)
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return 124, "hangs"
+            time.sleep(0.02)
+        return os.waitstatus_to_exitcode(done[1]), said.read_text(errors="replace")
+
+    def _child(self, job: str, out: Path, at: int, action: int, log: Path | None, after: Any, said: Path) -> int:
+        import sys
+        import traceback
+
+        from hafs_jax import cli
+
+        with open(said, "w") as err, open(os.devnull, "w") as null:
+            os.dup2(err.fileno(), 2)
+            os.dup2(null.fileno(), 1)
+        sys.stderr, sys.stdout = open(2, "w", closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+        layer.arm(out, at, action, log)
+        code = 0
+        try:
+            for command in COMMANDS[job]:
+                words = {"OUT": str(out), "ACTS": str(self.folder / "acts.npy")}
+                sys.argv = ["hafs", *(words.get(word, word) for word in command)]
+                code = cli.main() or 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        if after is not None:
+            after()
+        sys.stderr.flush()
+        return code
+
+    def problem(self, job: str, out: Path) -> str | None:
+        """What is wrong after the same command was given again, undisturbed; None where all is as it should be."""
+        code, said = self.run(job, out)
+        if code:
+            return f"the same command again ends with {code}: {said.strip()[-300:]}"
+        found, expected = essence(out), self.essences[job]
+        if found == expected:
+            return None
+        differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        return f"another result: {', '.join(differing[:5])}"
+
+
+def one_line(said: str) -> bool:
+    """Whether an error was said in one line, after what is said of the work."""
+    return (
+        "Traceback" not in said and said.strip().splitlines()[-1:][0].startswith("error: ") if said.strip() else False
+    )
+
+
+def essence(out: Path) -> dict[str, str]:
+    """{file: hash of what does not differ from run to run}."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        relative = path.relative_to(out)
+        if path.is_dir() or any(part in _SKIPPED for part in relative.parts):
+            continue
+        data = path.read_bytes()
+        if path.suffix in (".json", ".jsonl") and path.name != "manifest.json":
+            lines = data.decode().splitlines() if path.suffix == ".jsonl" else [data.decode()]
+            data = "\n".join(json.dumps(_plain(json.loads(line)), sort_keys=True) for line in lines).encode()
+        found[str(relative)] = hashlib.sha256(data).hexdigest()[:16]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if key not in VOLATILE}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
