@@ -94,12 +94,16 @@ def _variant(arguments: list[str]) -> str:
 
 
 def _trained(configs: list[TrainConfig], stores: Any, runs: Path, parsed: argparse.Namespace) -> None:
-    """Trains and prints the table; exit code 1 where SAEs failed."""
+    """Trains, warns of SAEs that look ill, and prints the table; exit code 1 where SAEs failed."""
     from hafs_jax.training.sweeps import automatic, sweep, write_table
+    from hafs_jax.training.train import warn
 
     together = automatic() if parsed.together == "auto" else parsed.together
     with _stops():
         done, failures = sweep(configs, stores, runs, together, getattr(parsed, "force", False), parsed.most_together)
+    for run in done:
+        if run.finished():
+            warn(run)
     rows = write_table(done, runs.parent / "sweep.csv")
     if rows:
         widths = {name: max(len(name), *(len(_cell(row[name])) for row in rows)) for name in rows[0]}

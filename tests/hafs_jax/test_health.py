@@ -55,6 +55,23 @@ def test_a_baseline_without_heldout_rows_has_fewer_checks() -> None:
     assert len(health(dataclasses.replace(preset()), [record])) == 4
 
 
+def test_a_sweep_warns_of_the_runs_that_look_ill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for seed, changes in enumerate([{}, {"dead_fraction": 0.2}, {"dead_fraction": 0.9}]):
+        changed = {"seed": seed, "penalty.tau": 0.3, "sae.n_latents": 200}
+        run = finished_run(tmp_path / "runs" / f"adaptive-s{seed}", with_fields(preset("adaptive"), changed))
+        run.metrics_path.write_text("".join(json.dumps({**GOOD, **changes}) + "\n" for _ in range(40)))
+        runs.append(run)
+    (runs[2].folder / "run.json").unlink()  # it failed
+    monkeypatch.setattr("hafs_jax.training.sweeps.sweep", lambda *_: (runs, []))
+    store = write_store(tmp_path / "store" / "train", planted(64, 5, 11, 2, seed=0)[0])
+    main(["sweep", "--grid", "seed=0..2", "--store", str(store), "--out", str(tmp_path)])
+    looks = [line for line in capsys.readouterr().err.splitlines() if "LOOK" in line]
+    assert looks == ["LOOK adaptive-s1: 20.0% of latents dead: silent on the last 100,000 training rows"]
+
+
 def test_an_l1_of_the_unscaled_activations_kills_and_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
