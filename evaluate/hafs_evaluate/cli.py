@@ -55,9 +55,12 @@ def evaluate(arguments: list[str]) -> int:
         runs = finished_runs(workspace, options.runs)
 
     what = f"{len(runs)} SAE{'s' if len(runs) > 1 else ''} on store {workspace.folder / 'store'}"
-    print(f"profile {workspace.profile}: {what}, device {config.device}", file=sys.stderr, flush=True)
 
     from hafs_evaluate.stages import evaluate
+    from hafs_extract.models import pick_device  # torch
+
+    said = f"profile {workspace.profile}: {what}, device {pick_device(config.device)}"
+    print(said, file=sys.stderr, flush=True)
 
     modes = {stage.name: getattr(options, stage.name) for stage in STAGES.values() if stage.modes}
     evaluate(workspace, config, runs, options.skip, {name: mode for name, mode in modes.items() if mode})

@@ -162,8 +162,8 @@ def _extract(arguments: list[str]) -> int:
     resolved = resolve(options.requested, wanted)
     config = _config(PROFILES[resolved.resolved].config, options)
     place = options.out / resolved.resolved / "store"
-    said = f"profile {resolved.resolved} ({resolved.reason}): store {place}, device {config.device}"
-    print(said, file=sys.stderr, flush=True)
+    said = f"profile {resolved.resolved} ({resolved.reason}): store {place}"
+    there = "the stores are there already, from this very config"
 
     def placed() -> None:
         """The stores are there: says so, and notes the profile for later commands."""
@@ -173,11 +173,18 @@ def _extract(arguments: list[str]) -> int:
             _report(folders)
         _report_timing(folders)
 
-    if not options.force and is_complete(config, options.out):
-        print("the stores are there already, from this very config", file=sys.stderr)
-        if all(rolling_at(folders["train"]) is None for folders in store_folders(config, options.out).values()):
-            placed()
-            return 0
+    is_there = not options.force and is_complete(config, options.out)
+    if is_there and all(
+        rolling_at(folders["train"]) is None for folders in store_folders(config, options.out).values()
+    ):
+        print(f"{said}\n{there}", file=sys.stderr)
+        placed()
+        return 0
+    from hafs_extract.models import pick_device  # torch
+
+    print(f"{said}, device {pick_device(config.device)}", file=sys.stderr, flush=True)
+    if is_there:
+        print(there, file=sys.stderr)
     prepare_hub(config)
     from hafs_extract.run import extract  # torch, and the hub libraries
 

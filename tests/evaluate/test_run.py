@@ -17,6 +17,7 @@ from hafs_evaluate.latents.dashboards import LatentsConfig
 from hafs_evaluate.stage import Evaluation
 from hafs_evaluate.stages import STAGES
 from hafs_evaluate.workspace import Workspace, fingerprint, finished_runs, hashed_export, open_workspace
+from hafs_extract.models import pick_device
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import to_dict
 from hafs_jax.runs import Run
@@ -334,6 +335,17 @@ def test_the_command_line_runs(workspace, tmp_path, capsys):
     assert core(workspace, "strict-s0")["rows"] == 50
     assert main(["export", str(workspace.runs / "strict-s0")]) == 0
     assert capsys.readouterr().out.strip().endswith("strict-s0/sae")
+
+
+def test_the_first_line_names_the_device_that_auto_is(workspace, monkeypatch, capsys):
+    monkeypatch.setattr("hafs_evaluate.stages.evaluate", lambda *_: None)
+    place = ["--out", str(workspace.folder.parent), "--profile", workspace.profile]
+    assert main(["evaluate", *place]) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith(f"profile {workspace.profile}: ") and first.endswith(f", device {pick_device('auto')}")
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", *place, "--device", "none"])
+    assert capsys.readouterr().err.splitlines()[0].startswith("error: device 'none' cannot be used")
 
 
 def test_help_is_complete_and_our_package_is_the_one_that_runs():

@@ -19,6 +19,7 @@ import hafs_extract
 from hafs_extract.cli import main
 from hafs_extract.hub import presence as hub
 from hafs_extract.hub.presence import hub_needs, missing_from_cache, prepare_hub
+from hafs_extract.models import pick_device
 from hafs_extract.profiles import DATASETS, OFFLINE, PROFILES, PYTHIA70M, Resolved, resolve
 from hafs_jax.base.files import read_json
 from hafs_jax.store.manifest import read_manifest
@@ -159,6 +160,7 @@ def test_auto_is_recorded_and_a_second_run_has_nothing_to_do(
     said = capsys.readouterr()
     reason = "HF_HUB_OFFLINE is set, and the hub's cache does not serve"
     assert said.err.startswith(f"profile offline ({reason}): store {tmp_path}")
+    assert said.err.splitlines()[0].endswith(f", device {pick_device('auto')}")
     assert read_json(tmp_path / "out" / "auto.json", "auto") == {"profile": "offline", "reason": reason}
     store = tmp_path / "out" / "offline" / "store"
     expected = {"requested": "auto", "resolved": "offline", "reason": reason, "suite": "sae_probes"}
