@@ -179,6 +179,7 @@ def unpacked(page: Page, number: int = 0) -> list[dict[str, list[dict[str, Any]]
     return found
 
 
+NODE_TEXTS = {"people": 1000, "people/arts": 600, "people/arts/actor": 400, "people/sport": 300}
 NODES = {"people": None, "people/arts": "people", "people/arts/actor": "people/arts", "people/sport": "people"}
 
 
@@ -197,7 +198,8 @@ def write_hierarchy(folder: Path, run: str, accuracy: float, columns: tuple[str,
         }
         is_parent = path in NODES.values()
         nodes[path] = {
-            "level": path.count("/") + 1, "parent": parent, "label": path.split("/")[-1], "texts": 1200,
+            "level": path.count("/") + 1, "parent": parent, "label": path.split("/")[-1],
+            "texts": NODE_TEXTS[path],
             "contrasts": {"rest": scores, "siblings": scores if parent else None},
             "absorption": {"fraction": 1 - accuracy, "full": 0.1, "mains": 2, "dead_fraction": 0.0, "texts": 100},
             "hole": 0.3 if is_parent else None,

@@ -11,7 +11,7 @@ A text is represented by the mean over its tokens of its activations, or of an S
 Imports torch, not jax.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from hafs_evaluate.hierarchy.probes import (
     tree_data,
 )
 from hafs_evaluate.hierarchy.text_activations import TextActivations, cache_key, fill_text_cache
+from hafs_evaluate.hierarchy.tree_means import with_means
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_jsonl
 from hafs_jax.store.reader import Store
@@ -177,55 +178,12 @@ class TreeProbing:
         known = {texts.tree for texts in self.texts}
         reason = "under two leaves outside the training documents"
         skipped = {tree.name: reason for tree in self.trees if tree.name not in known}
-        return {
-            "trees": trees,
-            "macro": mean_over_trees([tree["macro"] for tree in trees.values()]),
-            "skipped": skipped,
-        }
+        return with_means({"trees": trees, "skipped": skipped})
 
 
 def answer_key(tree: str, node: str) -> str:
     """The name of a node's array in hierarchy_answers.npz."""
     return f"{tree}|{node}"
-
-
-def macro(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over the nodes of a tree's result, each node with the same weight; None where no node has the figure.
-
-    - level_1, level_2, ...: scores of each probe against the rest of the tree, over the nodes of that level;
-    - siblings_2, ...: scores of each probe against the siblings, given the parent, over the nodes of that level;
-    - parents_top_1: balanced accuracy of top_1 against the rest, over the nodes that have children;
-    - hole, absorption_fraction, absorption_full: over the nodes that have them.
-    """
-    values: dict[str, Any] = {}
-    for kind, prefix in (("rest", "level"), ("siblings", "siblings")):
-        for level in sorted({node["level"] for node in nodes.values()}):
-            of_level = [node["contrasts"][kind] for node in nodes.values() if node["level"] == level]
-            if known := [scores for scores in of_level if scores]:
-                values[f"{prefix}_{level}"] = {
-                    probe: {
-                        name: float(np.mean([scores[probe][name] for scores in known]))
-                        for name in ("balanced_accuracy", "auroc")
-                    }
-                    for probe in known[0]
-                }
-    parents = {node["parent"] for node in nodes.values()} - {None}
-    top_1 = [(nodes[parent]["contrasts"]["rest"] or {}).get("top_1") for parent in sorted(parents)]
-    values["parents_top_1"] = _mean([scores["balanced_accuracy"] for scores in top_1 if scores])
-    values["hole"] = _mean([node.get("hole") for node in nodes.values()])
-    for name in ("fraction", "full"):
-        values[f"absorption_{name}"] = _mean([(node.get("absorption") or {}).get(name) for node in nodes.values()])
-    return values
-
-
-def mean_over_trees(macros: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The trees' `macro`s, averaged key by key over the trees that have the figure."""
-    keys = dict.fromkeys(key for values in macros for key in values)
-    found: dict[str, Any] = {}
-    for key in keys:
-        known = [values[key] for values in macros if values.get(key) is not None]
-        found[key] = mean_over_trees(known) if known and isinstance(known[0], dict) else _mean(known)
-    return found
 
 
 def _tree(texts: LabelledTexts, data: TreeData, scores: Scores, absorbed: Mapping[str, Absorption]) -> dict[str, Any]:
@@ -253,10 +211,4 @@ def _tree(texts: LabelledTexts, data: TreeData, scores: Scores, absorbed: Mappin
         "ambiguous": texts.ambiguous,
         "dropped": texts.dropped,
         "nodes": nodes,
-        "macro": macro(nodes),
     }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

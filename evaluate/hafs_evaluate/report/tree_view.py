@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hafs_evaluate.hierarchy.tree_means import complements, left_out, only_children
 from hafs_evaluate.results.arms import estimate
 from hafs_evaluate.results.probing_means import top_k
 
@@ -69,31 +70,33 @@ def tree_notes(results: dict[str, Any]) -> list[str]:
             parts.append(f"classes with too few texts: {', '.join(path or 'background' for path in tree['dropped'])}")
         if parts:
             notes.append(f"Left out of {name}: {'; '.join(parts)}.")
-        notes += [f"{name}: {sentence}" for sentence in same_figures(tree["nodes"], tree.get("texts"))]
+        if same := same_figures(tree["nodes"], tree.get("texts")):
+            notes.append(f"Means of {name}{_left_out(tree)}: {' '.join(same)}")
     if skipped:
         notes.append(f"Trees left out: {'; '.join(f'{tree} ({why})' for tree, why in skipped.items())}.")
     return notes
 
 
 def same_figures(nodes: dict[str, dict[str, Any]], texts: int | None) -> list[str]:
-    """Sentences that name the classes of a tree that repeat one another's figures, so that means count them twice.
-
-    A class with a single child of as many texts is that child. Two classes of the first level that share out all texts
-    of the tree are complements: to tell one from the rest is to tell the other.
-    """
-    children: dict[str | None, list[str]] = {}
-    for path, node in nodes.items():
-        children.setdefault(node.get("parent"), []).append(path)
-    found = []
-    for parent, own in children.items():
-        if parent is not None and len(own) == 1 and nodes[parent].get("texts") == nodes[own[0]].get("texts"):
-            found.append(f"{_label(nodes, parent)} has {_label(nodes, own[0])} as its only child, of the same texts.")
-    top = children.get(None, [])
-    if len(top) == 2 and sum(nodes[path].get("texts") or 0 for path in top) == texts:
+    """Sentences that name the classes of a tree that repeat another's figures, and what is left out of means for it."""
+    found = [
+        f"{_label(nodes, parent)} has {_label(nodes, child)} as its only child, of the same texts, and is left out."
+        for parent, child in only_children(nodes).items()
+    ]
+    for path, first in complements(nodes, texts).items():
+        where = "" if nodes[path].get("parent") is None else f" in {_label(nodes, nodes[path]['parent'])}"
         found.append(
-            f"{' and '.join(_label(nodes, path) for path in top)} are complements, so their figures are equal."
+            f"{_label(nodes, first)} and {_label(nodes, path)} are complements{where}, so their probes are equal and"
+            f" count once."
         )
-    return [f"{sentence} Means over parents count them twice." for sentence in found]
+    return found
+
+
+def _left_out(tree: dict[str, Any]) -> str:
+    """How many of a tree's parents its means over parents are without."""
+    parents = {node.get("parent") for node in tree["nodes"].values()} - {None}
+    out = left_out(tree["nodes"], tree.get("texts"))
+    return f" leave out {len(out)} of {len(parents)} parents" if out else ""
 
 
 def _label(nodes: dict[str, dict[str, Any]], path: str) -> str:

@@ -165,7 +165,7 @@ for _measure in (
     Measure(
         "hierarchy_parent_top_1", HIERARCHY, "parent probing",
         "Balanced accuracy of a probe on one latent that tells a parent class of a label tree from all other texts:"
-        " 5-fold cross-validation, mean over parents and trees.",
+        " 5-fold cross-validation, mean over parents and trees. A class that repeats another one's texts is left out.",
         path="macro.parents_top_1", per_dataset=f"{_PARENTS}.contrasts.rest.top_1.balanced_accuracy", better="higher",
         title="top-1 probing of parents (balanced accuracy)", over=PARENTS,
     ),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hafs_evaluate.hierarchy.tree_means import counted, with_means
 from hafs_evaluate.results.measures import FIRST_LETTER, HIERARCHY, MEASURES, PROBING, K, Measure
 from hafs_evaluate.results.probing_means import mean_over_shared, sae_probing
 from hafs_jax.base.files import read_json
@@ -21,7 +22,8 @@ LATENTS = "latents.json"  # of single latents: no measure reads it, the report a
 def read_result(folder: Path, name: str) -> dict[str, Any]:
     """The result file `name` of the run whose folder in eval/ is `folder`; empty where its stage did not run."""
     path = folder / name
-    return read_json(path, "an evaluation's result") if path.exists() else {}
+    values = read_json(path, "an evaluation's result") if path.exists() else {}
+    return with_means(values) if name == HIERARCHY and values else values
 
 
 def weights_of(result: dict[str, Any]) -> str | None:
@@ -102,8 +104,12 @@ def _walk(values: Any, path: Sequence[str], k: str = "", datasets: tuple[str, ..
 
 
 def _hierarchy(values: dict[str, Any]) -> dict[str, Any]:
-    """With each tree's classes as `nodes`, those of them that have children as `parents`, the others as `children`."""
-    nodes = {tree: found["nodes"] for tree, found in (values.get("trees") or {}).items()}
+    """With each tree's classes as `nodes`, those of them that have children as `parents`, the others as `children`.
+
+    Figures that a mean would count twice are left out.
+    """
+    trees = (values.get("trees") or {}).items()
+    nodes = {tree: counted(found["nodes"], found.get("texts")) for tree, found in trees}
     parents = {tree: {node["parent"] for node in found.values()} for tree, found in nodes.items()}
 
     def those(are_parents: bool) -> dict[str, Any]:

@@ -5,29 +5,10 @@ import json
 
 import pytest
 
-from hafs_evaluate.hierarchy.tree_results import macro, mean_over_trees
 from hafs_jax.base.errors import UserError
 from tests.support.workspaces import CONFIG, run
 
 SKIP = ("splice", "probing", "latents")
-
-
-def test_macro_averages_nodes_and_trees():
-    def scores(value):
-        return {"top_1": {"balanced_accuracy": value, "auroc": value}}
-
-    def node(level, parent, rest, siblings=None, hole=None):
-        contrasts = {"rest": scores(rest), "siblings": siblings and scores(siblings)}
-        return {"level": level, "parent": parent, "contrasts": contrasts, "hole": hole, "absorption": None}
-
-    found = macro({"a": node(1, None, 0.9, hole=0.2), "b": node(1, None, 0.7), "a/x": node(2, "a", 0.6, 0.5)})
-    assert found["level_1"]["top_1"]["balanced_accuracy"] == pytest.approx(0.8)
-    assert found["parents_top_1"] == pytest.approx(0.9)
-    assert (found["hole"], found["absorption_full"]) == (0.2, None)
-    assert found["siblings_2"]["top_1"]["auroc"] == 0.5
-    both = mean_over_trees([found, {"hole": 0.4, "level_1": scores(0.6)}])
-    assert both["hole"] == pytest.approx(0.3)
-    assert both["level_1"]["top_1"]["auroc"] == pytest.approx(0.7)
 
 
 def read(workspace, name):
@@ -51,6 +32,10 @@ def test_the_stage_writes_the_schema_and_is_not_done_twice(workspace, monkeypatc
     assert set(parent["absorption"]) == {"fraction", "full", "mains", "texts"}
     assert isinstance(parent["hole"], float)
     assert set(found["macro"]) == set(tree["macro"])
+    assert tree["left_out"] == ["wet"]  # whatever is not dry
+    for values in (found, llm):
+        nodes, means = values["trees"]["words"]["nodes"], values["macro"]
+        assert means["parents_top_1"] == nodes["dry"]["contrasts"]["rest"]["top_1"]["balanced_accuracy"]
     full = llm["trees"]["words"]["nodes"]["wet"]["contrasts"]["rest"]
     assert set(full) == {"full", *names, *(name.replace("top", "pca") for name in names)}
     assert full["full"]["balanced_accuracy"] > 0.9  # the words themselves say it

@@ -15,7 +15,6 @@ from hafs_evaluate.report.figures.styles import styles_of
 from hafs_evaluate.report.markdown import context_line, escape
 from hafs_evaluate.report.page import script_json
 from hafs_evaluate.report.report import write_report
-from hafs_evaluate.report.tree_view import same_figures
 from hafs_evaluate.report.verdict import findings, verdict
 from hafs_evaluate.results.probing_means import mean_probing
 from hafs_evaluate.results.results import build_results
@@ -480,23 +479,26 @@ def test_each_property_of_tokens_has_a_row(tmp_path):
     assert re.search(r"digits\s*0\.781F1 0\.500\s*0\.823F1 0\.500", table)
 
 
-def test_classes_that_repeat_anothers_figures_are_noted(tmp_path):
-    def node(parent: str | None, texts: int) -> dict[str, object]:
-        return {"parent": parent, "texts": texts}
-
-    language = {
-        "germanic": node(None, 150), "germanic/english": node("germanic", 150), "romance": node(None, 300),
-        "romance/french": node("romance", 150), "romance/italian": node("romance", 150),
-    }  # fmt: skip
-    assert same_figures(language, 450) == [
-        "germanic has english as its only child, of the same texts. Means over parents count them twice.",
-        "germanic and romance are complements, so their figures are equal. Means over parents count them twice.",
-    ]
-    assert same_figures(language, 700) == same_figures(language, 450)[:1]  # there is a background
-    assert same_figures({**language, "germanic": node(None, 200)}, 450) == []  # texts of no child
+def test_classes_that_repeat_anothers_figures_are_noted_and_counted(tmp_path):
     folder = make_workspace(tmp_path, ("baseline-s0",))
     write_hierarchy(folder, "baseline-s0", 0.7)
-    assert "professions: arts has actor as its only child" in "".join(page_of_written(folder).texts)
+    path = folder / "eval" / "baseline-s0" / "hierarchy.json"
+    values = json.loads(path.read_text())
+    nodes = values["trees"]["professions"]["nodes"]
+    nodes["people/arts"]["texts"] = nodes["people/arts/actor"]["texts"]
+    nodes["people/arts"]["contrasts"]["rest"]["top_1"]["balanced_accuracy"] = 0.1
+    nodes["people/sport"]["texts"] = 600
+    path.write_text(json.dumps(values))
+    write_report(folder)
+    note = (
+        "Means of professions leave out 1 of 2 parents: arts has actor as its only child, of the same texts, and is"
+        " left out. sport and arts are complements in people, so their probes are equal and count once."
+    )
+    assert note in "".join(page_of(folder).texts)
+    assert note in (folder / "report" / "report.md").read_text()
+    results = json.loads((folder / "report" / "results.json").read_text())
+    assert results["variants"]["baseline"]["measures"]["hierarchy_parent_top_1"] == pytest.approx(0.7)
+    assert results["variants"]["baseline"]["hierarchy"]["trees"]["professions"]["left_out"] == ["people/arts"]
 
 
 def test_a_bad_file_of_labels_is_one_error(tmp_path):
