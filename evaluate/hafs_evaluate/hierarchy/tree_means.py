@@ -59,7 +59,7 @@ def left_out(nodes: Nodes, texts: int | None) -> list[str]:
     """The parents that are left out of means over parents of probes against the rest of the tree, by path."""
     parents = {node.get("parent") for node in nodes.values()} - {None}
     twice = only_children(nodes).keys() | {path for path in complements(nodes, texts) if nodes[path]["parent"] is None}
-    return sorted(parents & twice)
+    return sorted(path for path in twice if path in parents)
 
 
 def macro(nodes: Nodes, texts: int | None) -> dict[str, Any]:
