@@ -226,7 +226,7 @@ def _density_panel(densities: Arrays, rows: int, prefix: str) -> Panel:
     return Panel(
         prefix + "density",
         "Latent density",
-        "share of tokens on which it fires (log10)",
+        "share of tokens on which it fires (log scale)",
         "share of latents",
         series,
         x_log=True,
