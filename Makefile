@@ -61,6 +61,7 @@ help:  ## show this list
 	@echo "  ARCH        The architecture: batchtopk, topk, hierarchical_topk, relu, jumprelu, gated, matryoshka or"
 	@echo "              matryoshka_relu. [batchtopk]"
 	@echo "  SEED        The seed of weights and data order. [0]"
+	@echo "  MESH        How devices share a step: data=2,latent=4. [all devices split the batch]"
 	@echo "  OUT         The folder of stores, runs and reports. [artifacts]"
 	@echo "  GRID        The SAEs of a sweep, such as GRID='variant=baseline,adaptive k=20,40'. [seed=0..3]"
 	@echo "  WORLD       The synthetic world of make synth. [toy-0]"
@@ -114,8 +115,8 @@ docs: setup  ## this documentation as a site, in build/site
 extract: setup  ## text -> activation store
 	$(HAFS) extract $(PLACE) $(ARGS)
 
-train: setup  ## activation store -> SAE (VARIANT, ARCH, SEED)
-	$(HAFS) train $(PLACE) --variant $(VARIANT) --arch $(ARCH) --seed $(SEED) $(if $(STREAM),--stream "$(STREAM)") $(ARGS)
+train: setup  ## activation store -> SAE (VARIANT, ARCH, SEED, MESH)
+	$(HAFS) train $(PLACE) --variant $(VARIANT) --arch $(ARCH) --seed $(SEED) $(if $(STREAM),--stream "$(STREAM)") $(if $(MESH),--mesh $(MESH)) $(ARGS)
 
 sweep: setup  ## activation store -> many SAEs over one pass of the data (GRID)
 	$(HAFS) sweep $(PLACE) --grid "$(GRID)" $(ARGS)

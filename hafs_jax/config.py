@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.base.options import check, option
@@ -315,6 +316,8 @@ class OptimizerConfig:
 class TrainConfig:
     """One training run. A variant is a named preset of these fields (see `hafs_jax.presets`)."""
 
+    FORMER: ClassVar = ("dictionary_shards",)  # keys of config.json that earlier versions wrote
+
     variant: str = option("baseline", "the preset that this run's penalty came from")
     seed: int = option(
         0,
@@ -365,8 +368,10 @@ class TrainConfig:
         "differently; a run may go on with another",
         ("auto", "on", "off"),
     )
-    dictionary_shards: int = option(
-        1, "number of devices that split the latents; if there are more devices, the others split the batch", least=1
+    mesh: str = option(
+        "",
+        "how devices share a step, such as data=2,latent=4: 2 groups split the batch, in each of them 4 devices the "
+        "latents. One of the two may be left out; empty: all devices split the batch. A run may go on with another",
     )
     evaluate_every_steps: int = option(
         0, "steps between measurements of FVU on held-out rows; the best checkpoint is kept; 0: never", least=0

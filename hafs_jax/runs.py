@@ -310,7 +310,8 @@ def store_record(folder: Path, manifest: Manifest, run: Run) -> dict[str, Any]:
     return {"folder": relative, "fingerprint": manifest.fingerprint, "manifest": to_dict(described)}
 
 
-_NOT_IDENTITY = ("arm", "tensorboard", "wandb", "kernels")  # a name, where metrics are shown, how sums are computed
+_NOT_IDENTITY = ("arm", "tensorboard", "wandb", "kernels", "mesh")
+# a name, where metrics are shown, how sums are computed, who computes
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

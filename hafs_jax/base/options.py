@@ -122,12 +122,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[C], values: Any, where: str) -> C:
     """A `cls` from plain JSON values. `where` names the file or flag in errors.
 
+    Keys that `cls.FORMER` lists, of earlier versions, are left out.
     Raises `UserError` for an unknown key (with the nearest known one), a missing one and a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected an object with {cls.__name__}'s keys, found {values!r}")
+    former = getattr(cls, "FORMER", ())
+    values = {key: value for key, value in values.items() if key not in former}
     for key in values:
         if key not in fields:
             raise UserError(f"{where}: unknown key {key!r}{did_you_mean(key, fields)}")

@@ -6,8 +6,10 @@ parameters each in one of their own, so that XLA does. Optimizers other than Ada
 Elsewhere, and under `vmap`, which turns branches into selections, we use `jnp.where`.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import jax
@@ -21,12 +23,13 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.fast.plan import Plan
 from hafs_jax.method.latent_axes import latent_axis
 from hafs_jax.method.sae import unit_rows
+from hafs_jax.ops.axes import Axes
 from hafs_jax.ops.products import Params
 
 Tree = TypeVar("Tree")
 
 
-def optimizer(config: TrainConfig, d_out: int) -> optax.GradientTransformation:
+def optimizer(config: TrainConfig, d_out: int, axes: Axes = Axes()) -> optax.GradientTransformation:
     """Gradient clipping and the named optax optimizer, at a learning rate of 1: the step multiplies by the rate.
 
     The loss is in units of FVU, a squared error over `d_out`. So the gradient is clipped at `clip_norm` over `d_out`.
@@ -45,14 +48,27 @@ def optimizer(config: TrainConfig, d_out: int) -> optax.GradientTransformation:
     update = make(1.0, **{name: value for name, value in given.items() if name in takes})
     if settings.clip_norm is None:
         return update
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm / d_out), update)
+    return optax.chain(_clipping(settings.clip_norm / d_out, axes), update)
 
 
-def check_optimizer(config: TrainConfig) -> None:
+def _clipping(limit: float, axes: Axes) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`; on several devices, each with the gradients that it owns, by the norm of all."""
+    plain = optax.clip_by_global_norm(limit)
+    if axes.devices == 1:
+        return plain
+
+    def clipped(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return optax.tree.scale(jnp.minimum(1.0, limit / axes.norm(grads)), grads), state
+
+    return optax.GradientTransformation(plain.init, clipped)
+
+
+def check_optimizer(config: TrainConfig, devices: int = 1) -> None:
     """Raises `UserError` where the optimizer cannot do what a step asks of it: an update from gradients alone.
 
     Some of optax's need more, such as the loss (`lbfgs`, `polyak_sgd`), or keep arrays that are not of the parameters'
-    shapes (`adafactor`). It is tried on a few numbers.
+    shapes (`adafactor`). On several devices each updates the latents that it owns, so the update of a latent must not
+    depend on the others (as with `lamb`). It is tried on a few numbers.
     """
     name = config.optimizer.name
     if name == "adam":  # `update` has a form of its own for it
@@ -82,6 +98,20 @@ def check_optimizer(config: TrainConfig) -> None:
             raise refuse(f"it keeps an array of shape {shape}, which is no parameter's")
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(changes)):
         raise refuse("its update is not finite")
+    if devices > 1 and not _by_number(config):
+        raise refuse(f"its update of a number depends on others, which {devices} devices would have to tell each other")
+
+
+def _by_number(config: TrainConfig) -> bool:
+    """Whether the optimizer, apart from clipping, updates parts of an array as it updates the whole."""
+    made = optimizer(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, clip_norm=None)), 3)
+    whole = {"W_dec": jnp.arange(1.0, 13.0).reshape(4, 3)}
+    parts = [{"W_dec": whole["W_dec"][:1]}, {"W_dec": whole["W_dec"][1:]}]
+
+    def changes(params: Params) -> Array:
+        return made.update({"W_dec": 0.1 * params["W_dec"] ** 2}, made.init(params), params)[0]["W_dec"]
+
+    return bool(jnp.allclose(jnp.concatenate(list(map(changes, parts))), changes(whole), rtol=1e-5))
 
 
 def _kind(leaf: Any) -> tuple[Any, ...]:
@@ -106,15 +136,21 @@ def update(
         params, opt_state = _adam(params, opt_state, grads, gradient_norm, learning_rate, ok, config, plan)
     else:
         old = (params, opt_state)
-        params, opt_state = _if_ok(ok, lambda: plain_update(*old, grads, learning_rate, config), old, plan)
+        new = partial(plain_update, *old, grads, learning_rate, config, plan.axes)
+        params, opt_state = _if_ok(ok, new, old, plan)
     return params, opt_state
 
 
 def plain_update(
-    params: Params, opt_state: optax.OptState, grads: Params, learning_rate: Float[Array, ""], config: TrainConfig
+    params: Params,
+    opt_state: optax.OptState,
+    grads: Params,
+    learning_rate: Float[Array, ""],
+    config: TrainConfig,
+    axes: Axes = Axes(),
 ) -> tuple[Params, optax.OptState]:
     """The same as `update`, for any optimizer, by optax's own update."""
-    changes, opt_state = optimizer(config, params["W_dec"].shape[-1]).update(grads, opt_state, params)
+    changes, opt_state = optimizer(config, params["W_dec"].shape[-1], axes).update(grads, opt_state, params)
     return _within_bounds(params, cast(Params, changes), learning_rate, config), opt_state
 
 

@@ -58,7 +58,7 @@ def active_latents(
 
     If a row's latents do not depend on the other rows, a large batch is taken in blocks of rows.
     """
-    form = form_of(config.sae)
+    form, axes = form_of(config.sae), plan.axes
     select = form.select
     assert select is not None
 
@@ -71,27 +71,36 @@ def active_latents(
 
     centre_D, bias_F = centre(params, config.sae), params["b_enc"]
     W_FD = params["W_enc"].astype(config.sae.compute_dtype)  # here, lest it is cast for each block of rows
-    per_row = capacity(config.sae) if form.by_row and not form.any_number else None
+    per_row = capacity(config.sae) if form.by_row and not form.any_number and axes.latent == 1 else None
 
     def of_rows(acts_ND: Array) -> SparseLatents:
         product_NF = by_rows(acts_ND - centre_D[None], W_FD, config.sae.compute_dtype)
-        entries: Entries = select(product_NF, bias_F, config.sae, k)
+        entries: Entries = select(product_NF, bias_F, config.sae, k, axes)
         values_N = product_NF[entries.rows_N, entries.columns_N] + bias_F[entries.columns_N]
         values_N = jnp.where(entries.real_N, values_N, 0.0)
         count = jnp.max(jnp.where(entries.real_N, jnp.arange(1, len(values_N) + 1, dtype=jnp.int32), 0))
         return SparseLatents(values_N, entries.rows_N, entries.columns_N, count, entries.complete, per_row)
 
-    P = blocks_of(len(acts_BD), config.sae.F, plan.block_bytes) if form.by_row else 1
+    P = blocks_of(len(acts_BD), len(bias_F), plan.block_bytes) if form.by_row else 1
     if P == 1:
-        return of_rows(acts_BD)
+        found = of_rows(acts_BD)
+        return _without_gaps(found) if axes.latent > 1 and form.by_row else found
     blocks = jax.lax.map(of_rows, row_blocks(acts_BD, P))
     rows_N = (blocks.rows_N * P + jnp.arange(P, dtype=jnp.int32)[:, None]).reshape(-1)
     values_N, latents_N, complete = blocks.values_N.reshape(-1), blocks.latents_N.reshape(-1), jnp.all(blocks.complete)
-    if form.any_number:  # each block ends in padding, which has to follow the entries of all blocks
-        order_N, count = where_true(values_N > 0, len(values_N)), jnp.sum(values_N > 0, dtype=jnp.int32)
-        in_order_N = jnp.where(jnp.arange(len(order_N)) < count, values_N[order_N], 0.0)
-        return SparseLatents(in_order_N, rows_N[order_N], latents_N[order_N], count, complete)
-    return SparseLatents(values_N, rows_N, latents_N, jnp.int32(len(values_N)), complete, per_row)
+    found = SparseLatents(values_N, rows_N, latents_N, jnp.int32(len(values_N)), complete, per_row)
+    return _without_gaps(found) if form.any_number or axes.latent > 1 else found
+
+
+def _without_gaps(latents: SparseLatents) -> SparseLatents:
+    """The same entries, with all padding after them.
+
+    A block of rows ends in padding, and of a row's k largest entries most may lie on other devices.
+    """
+    values_N = latents.values_N
+    order_N, count = where_true(values_N > 0, len(values_N)), jnp.sum(values_N > 0, dtype=jnp.int32)
+    in_order_N = jnp.where(jnp.arange(len(order_N)) < count, values_N[order_N], 0.0)
+    return SparseLatents(in_order_N, latents.rows_N[order_N], latents.latents_N[order_N], count, latents.complete)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -113,12 +122,13 @@ def _encode_backward(
 ) -> tuple[None, None, dict[str, Array | None]]:
     latents, acts_BD, params = saved
     gradient = latents.replace(values_N=jnp.where(latents.values_N > 0, cotangent.values_N, 0.0))
-    onto_bias_F = _onto_biases(gradient, config.F, plan)
+    F = len(params["b_enc"])
+    onto_bias_F = _onto_biases(gradient, F, plan)
     grads: dict[str, Array | None] = {**dict.fromkeys(params), "b_enc": onto_bias_F}  # None means zero
     if not config.transcode:
-        grads["b_dec"] = -(onto_bias_F @ params["W_enc"])
+        grads["b_dec"] = -plan.axes.sum_of_latents(onto_bias_F @ params["W_enc"])
     rows_BD = acts_BD - centre(params, config)[None]
-    grads["W_enc"] = _onto_latents(gradient, rows_BD, config.F, config.compute_dtype, plan)
+    grads["W_enc"] = _onto_latents(gradient, rows_BD, F, config.compute_dtype, plan)
     return None, None, grads
 
 

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float, Int
 
 from hafs_jax.config import SAEConfig
+from hafs_jax.ops.axes import Axes
 from hafs_jax.ops.selection import Entries, TopK, largest_of_all, largest_of_rows, positive
 
-Select = Callable[[Float[Array, "B F"], Float[Array, " F"], SAEConfig, Int[Array, ""] | int], Entries]
-"""(product_BF, bias_F, config, k) -> the active entries of `activate(product + bias)`, padded to B * `capacity`."""
+Select = Callable[[Float[Array, "B F"], Float[Array, " F"], SAEConfig, Int[Array, ""] | int, Axes], Entries]
+"""(product_BF, bias_F, config, k, axes) -> the active entries of `activate(product + bias)`, padded to a fixed number.
+
+On one device that is B * `capacity`.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,18 +31,19 @@ class Form:
 
 
 def _top_of_rows(
-    product_BF: Array, bias_F: Array, config: SAEConfig, k: Array | int, top_k: TopK | None = None
+    product_BF: Array, bias_F: Array, config: SAEConfig, k: Array | int, axes: Axes, top_k: TopK | None = None
 ) -> Entries:
-    return largest_of_rows(product_BF, bias_F, config.largest_k, k, top_k)
+    return largest_of_rows(product_BF, bias_F, config.largest_k, k, axes, top_k)
 
 
-def _top_of_batch(product_BF: Array, bias_F: Array, config: SAEConfig, k: Array | int) -> Entries:
-    B = len(product_BF)
-    return largest_of_all(product_BF, bias_F, B * config.largest_k, B * k)
+def _top_of_batch(product_BF: Array, bias_F: Array, config: SAEConfig, k: Array | int, axes: Axes) -> Entries:
+    B, own = len(product_BF) * axes.data, len(product_BF) * min(3 * config.largest_k // 2, product_BF.shape[1])
+    here = None if axes.devices == 1 else own  # a device's rows may have more than their share of the batch's entries
+    return largest_of_all(product_BF, bias_F, B * config.largest_k, B * k, axes, here)
 
 
-def _positive(product_BF: Array, bias_F: Array, config: SAEConfig, k: Array | int) -> Entries:
-    return positive(product_BF, bias_F, len(product_BF) * capacity(config))
+def _positive(product_BF: Array, bias_F: Array, config: SAEConfig, k: Array | int, axes: Axes) -> Entries:
+    return positive(product_BF, bias_F, len(product_BF) * min(capacity(config), product_BF.shape[1]))
 
 
 FORMS: dict[str, Form] = {

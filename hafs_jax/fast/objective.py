@@ -25,6 +25,7 @@ from hafs_jax.method.budgets import budget_bands
 from hafs_jax.method.loss import Forward, Weights, forward, total
 from hafs_jax.method.matryoshka import prefix_ends, prefix_errors, prefix_shares
 from hafs_jax.method.revival import auxiliary_error, auxiliary_weight
+from hafs_jax.ops.axes import Axes
 from hafs_jax.ops.members import largest_of_members
 from hafs_jax.ops.products import Params, blocks_of, joined_rows, row_blocks
 
@@ -45,13 +46,18 @@ def loss_and_gradients(
     """The value of `hafs_jax.method.loss.loss` with what its forward pass returned, and its gradient.
 
     `plan` chooses between dense and sparse products. `key` samples the prefixes of a Matryoshka SAE. `axis` names the
-    mapped axis of SAEs that are trained together.
+    mapped axis of SAEs that are trained together. On several devices the gradient is this device's: of its own rows,
+    for its own latents. All else is of the whole batch, but for the residual.
     """
-    rows = (acts_BD, target_BD)
+    rows, axes = (acts_BD, target_BD), plan.axes
 
     def dense() -> tuple[tuple[Array, Forward], Params]:
         return _in_blocks(
-            partial(forward, weights=weights, variance=variance, key=key, config=config), params, rows, config, plan
+            partial(forward, weights=weights, variance=variance, key=key, config=config, axes=axes),
+            params,
+            rows,
+            config,
+            plan,
         )
 
     if plan.products == "dense":
@@ -64,15 +70,25 @@ def loss_and_gradients(
             run = partial(_forward_sparse, latents=latents, weights=weights, variance=variance, key=key)
             return jax.value_and_grad(total, has_aux=True)(params, partial(run, config=config, plan=plan), *rows)
 
-        if form_of(config.sae).any_number:
-            (loss, found), grads = jax.lax.cond(largest_of_members(~latents.complete, axis), dense, sparse)
+        form = form_of(config.sae)
+        if form.any_number or (axes.devices > 1 and not form.by_row):
+            complete = axes.everywhere(latents.complete)
+            (loss, found), grads = jax.lax.cond(largest_of_members(~complete, axis), dense, sparse)
         else:
             (loss, found), grads = sparse()
     if config.sparsity.aux > 0:
         aux, grads = add_auxiliary(grads, params, acts_BD, found.residual_BD, weights.is_dead_F, config, plan, axis)
         found.parts["loss_aux"] += aux
         loss += aux
-    return (loss, found), grads
+    return _of_all_rows(loss, found, axes), grads
+
+
+def _of_all_rows(loss: Float[Array, ""], found: Forward, axes: Axes) -> tuple[Float[Array, ""], Forward]:
+    """The loss and what was found in the whole batch, from what each device found in its rows."""
+    means = axes.over_rows(jnp.stack([loss, *found.parts.values()])) if axes.data > 1 else [loss, *found.parts.values()]
+    parts = dict(zip(found.parts, means[1:], strict=True))
+    firing_F, smallest = axes.sum_of_rows(found.firing_F), axes.least(found.smallest)
+    return means[0], found.replace(parts=parts, firing_F=firing_F, smallest=smallest)
 
 
 def _in_blocks(
@@ -108,9 +124,9 @@ def _in_blocks(
 
 
 def blocks_of_rows(config: TrainConfig, batch_size: int, plan: Plan) -> int:
-    """The number of blocks of rows in which a dense step takes a batch."""
+    """The number of blocks of rows in which a dense step takes a device's `batch_size` rows."""
     apart = form_of(config.sae).by_row and config.penalty.sharing != "cofiring"
-    return blocks_of(batch_size, config.sae.F, plan.block_bytes) if apart else 1
+    return blocks_of(batch_size, config.sae.F // plan.axes.latent, plan.block_bytes) if apart else 1
 
 
 def _forward_sparse(
@@ -126,26 +142,30 @@ def _forward_sparse(
 ) -> Forward:
     """The same as `forward` for an architecture with a sparse form, by products with its active latents alone."""
     architecture, W_dec, dtype = ARCHITECTURES[config.sae.architecture], params["W_dec"], config.sae.compute_dtype
-    latents = entries.encode(latents, acts_BD, params, config.sae, plan)
+    latents, axes, F = entries.encode(latents, acts_BD, params, config.sae, plan), plan.axes, len(W_dec)
     if architecture.nested:
         ends_G = prefix_ends(config.sae, key)
-        band_N = jnp.searchsorted(ends_G, latents.latents_N, side="right")
+        band_N = jnp.searchsorted(ends_G, axes.first_latent(F) + latents.latents_N, side="right")
         changes = _changes_by_band(latents, W_dec, band_N, len(ends_G), len(acts_BD), dtype, plan)
     elif architecture.budgets:
         band_N = budget_bands(len(latents.values_N), config.sae, weights.k)
         changes = _changes_by_band(latents, W_dec, band_N, len(config.sae.budgets), len(acts_BD), dtype, plan)
     else:
         changes = [entries.decode(latents, W_dec, len(acts_BD), dtype, plan)]
+    changes = [axes.over_latents(change_BD) for change_BD in changes]
     errors_G, residual_BD = prefix_errors(changes, target_BD, params["b_dec"])
     parts = {"fvu": errors_G[-1] / variance, "loss_reconstruction": jnp.mean(errors_G) / variance}
     assert architecture.cost in (None, l1)
     if architecture.cost is not None:
-        costs_N = latents.values_N * (prefix_shares(config.sae, key)[latents.latents_N] if architecture.nested else 1.0)
-        parts["loss_sparsity"] = weights.coefficient * jnp.sum(costs_N) / len(acts_BD) / variance
+        costs_N = latents.values_N
+        if architecture.nested:
+            costs_N = costs_N * axes.own_of_all(prefix_shares(config.sae, key))[latents.latents_N]
+        cost = axes.over_latents(jnp.sum(costs_N))
+        parts["loss_sparsity"] = weights.coefficient * cost / len(acts_BD) / variance
     return Forward(
         residual_BD,
         parts,
-        firing_F=latents.firing(config.sae.F),
+        firing_F=latents.firing(F),
         smallest=jnp.min(jnp.where(latents.values_N > 0, latents.values_N, jnp.inf)),
         encoding=None,
     )
@@ -186,12 +206,12 @@ def add_auxiliary(
     `_capacities`. A large batch is taken in blocks of rows. SAEs that are trained together along `axis` all use the
     capacity that the one with the most dead latents needs.
     """
-    F = len(is_dead_F)
-    dead = jnp.sum(is_dead_F)
-    weight = auxiliary_weight(residual_BD, is_dead_F, config.sparsity.aux)
+    F, axes = len(is_dead_F), plan.axes
+    dead = axes.largest(jnp.sum(is_dead_F))  # all devices take the same branches, since they sum in them
+    weight = auxiliary_weight(residual_BD, is_dead_F, config.sparsity.aux, axes)
 
     def revived(params: Params, is_dead_M: Array, acts_ND: Array, target_ND: Array) -> Array:
-        return weight * auxiliary_error(params, is_dead_M, acts_ND, target_ND, config.sparsity.aux_k, config.sae)
+        return weight * auxiliary_error(params, is_dead_M, acts_ND, target_ND, config.sparsity.aux_k, config.sae, axes)
 
     def add(
         sums: tuple[Array, Params], capacity: int, is_dead_F: Array, params: Params, *rows: Array

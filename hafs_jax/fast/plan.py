@@ -15,6 +15,8 @@ import jax
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.forms import capacity, form_of
+from hafs_jax.method.architectures import ARCHITECTURES
+from hafs_jax.ops.axes import Axes
 
 # Sparse products are faster if F / capacity is at least this times (cores + 1).
 _LEAST_RATIO, _LEAST_RATIO_AMX = 11, 85
@@ -47,6 +49,7 @@ class Plan:
     products: str  # dense or sparse
     block_bytes: int  # largest size of a float32 array [rows per block, F] if a batch is taken in blocks of rows
     kernels: str = "off"  # of sparse products: off, compiled, or on a CPU interpreted
+    axes: Axes = Axes()  # the devices over which rows and latents are split
 
     @property
     def on_cpu(self) -> bool:
@@ -64,12 +67,17 @@ def this_machine(platform: str | None = None) -> Machine:
     return Machine(where, _cores(), _has_amx(), where == "gpu" and _compute_capability() >= 9, jax.device_count())
 
 
-def choose(config: TrainConfig, platform: str | None = None) -> Plan:
-    """The plan of a program for `platform` (None: where JAX runs). `products=auto` is dense until it is resolved."""
+def choose(config: TrainConfig, platform: str | None = None, axes: Axes = Axes()) -> Plan:
+    """The plan of a program for `platform` (None: where JAX runs). `products=auto` is dense until it is resolved.
+
+    If latents are split, an SAE with several budgets has dense products: its entries would have to know their ranks.
+    """
     where = target(platform)
     sparse = config.products == "sparse" and has_sparse_form(config)
+    sparse &= axes.latent == 1 or not ARCHITECTURES[config.sae.architecture].budgets
     kernels = "off" if config.kernels != "on" else "interpreted" if where == "cpu" else "compiled"
-    return Plan(where, "sparse" if sparse else "dense", _BLOCK_BYTES.get(where, _BLOCK_BYTES_ELSEWHERE), kernels)
+    block_bytes = _BLOCK_BYTES.get(where, _BLOCK_BYTES_ELSEWHERE)
+    return Plan(where, "sparse" if sparse else "dense", block_bytes, kernels, axes)
 
 
 def check_kernels(config: TrainConfig, machine: Machine) -> None:
@@ -89,12 +97,11 @@ def check_kernels(config: TrainConfig, machine: Machine) -> None:
 def has_sparse_form(config: TrainConfig) -> bool:
     """Whether the config's step can multiply by the active latents alone. It cannot if
 
-    - the architecture has no such form,
-    - a term of the loss needs all pre-activations, or
-    - the latents are split over devices.
+    - the architecture has no such form, or
+    - a term of the loss needs all pre-activations.
     """
     needs_all = config.penalty.sharing == "cofiring" or config.sparsity.pre_activation > 0
-    return form_of(config.sae).select is not None and not needs_all and config.dictionary_shards == 1
+    return form_of(config.sae).select is not None and not needs_all
 
 
 def resolve_products(config: TrainConfig, machine: Machine) -> str:

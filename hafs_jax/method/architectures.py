@@ -19,8 +19,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from hafs_jax.config import SAEConfig
+from hafs_jax.ops.axes import Axes
 from hafs_jax.ops.products import Params, matmul
-from hafs_jax.ops.selection import batch_threshold, top_of_rows
+from hafs_jax.ops.selection import batch_threshold, largest_values
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -30,13 +31,15 @@ class OperatingPoint(struct.PyTreeNode):
 
     k: Int[Array, ""] | int
     threshold: Float[Array, ""] | None = None  # None in training
+    axes: Axes = struct.field(pytree_node=False, default=Axes())  # the devices that rows and latents are split over
 
 
 class Encoding(struct.PyTreeNode):
-    """The output of the encoder: pre-activations and latents."""
+    """The output of the encoder: pre-activations and latents; on several devices those of this device's latents."""
 
     pre_BF: Float[Array, "B F"]
     latents_BF: Float[Array, "B F"]
+    axes: Axes = struct.field(pytree_node=False, default=Axes())  # as in `OperatingPoint`
 
 
 Activate = Callable[[Float[Array, "B F"], Params, SAEConfig, OperatingPoint], Float[Array, "B F"]]
@@ -71,6 +74,7 @@ class Architecture:
     starts_dense: bool = False  # with zero biases about half of the latents are active
     nested: bool = False  # the loss is the mean over nested prefixes of the dictionary
     budgets: bool = False  # the loss is the mean over several numbers of a row's largest latents
+    splits: bool = False  # its functions are right on some of the latents: what they need of others they ask `axes` for
     saelens: SAELensForm | None = None  # None: the SAE trains and loads here, but cannot be exported
 
 
@@ -86,7 +90,7 @@ def topk(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: Ope
     Source: Gao et al. 2024 (arXiv 2406.04093).
     """
     positive_BF = jax.nn.relu(pre_BF)
-    largest_BK, _ = top_of_rows(jax.lax.stop_gradient(positive_BF), config.largest_k)
+    largest_BK = largest_values(jax.lax.stop_gradient(positive_BF), config.largest_k, at.axes)
     smallest_B1 = jax.lax.dynamic_slice_in_dim(largest_BK, at.k - 1, 1, axis=1)
     return jnp.where(positive_BF >= jnp.maximum(smallest_B1, _TINY), positive_BF, 0.0)
 
@@ -102,8 +106,8 @@ def batchtopk(
     positive_BF = jax.nn.relu(pre_BF)
     if at.threshold is not None:
         return jnp.where(pre_BF > at.threshold, positive_BF, 0.0)
-    B = len(pre_BF)
-    smallest = batch_threshold(jax.lax.stop_gradient(positive_BF), B * config.largest_k, B * at.k)
+    B = len(pre_BF) * at.axes.data
+    smallest = batch_threshold(jax.lax.stop_gradient(positive_BF), B * config.largest_k, B * at.k, at.axes)
     return jnp.where(positive_BF >= jnp.maximum(smallest, _TINY), positive_BF, 0.0)
 
 
@@ -134,12 +138,12 @@ def gated(pre_BF: Float[Array, "B F"], params: Params, config: SAEConfig, at: Op
 
 def l1(encoding: Encoding, params: Params, config: SAEConfig) -> Float[Array, " B"]:
     """The sum of each row's latents. It equals L1 x decoder norm, since the decoder's rows have unit norm."""
-    return jnp.sum(encoding.latents_BF, axis=1)
+    return encoding.axes.over_latents(jnp.sum(encoding.latents_BF, axis=1))
 
 
 def gate_l1(encoding: Encoding, params: Params, config: SAEConfig) -> Float[Array, " B"]:
     """The sum of each row's relu(pre): L1 of the gate's positive pre-activations."""
-    return jnp.sum(jax.nn.relu(encoding.pre_BF), axis=1)
+    return encoding.axes.over_latents(jnp.sum(jax.nn.relu(encoding.pre_BF), axis=1))
 
 
 def l0(encoding: Encoding, params: Params, config: SAEConfig) -> Float[Array, " B"]:
@@ -154,16 +158,18 @@ def l0(encoding: Encoding, params: Params, config: SAEConfig) -> Float[Array, " 
     follow a coefficient, and reconstruction alone drives L0 below k early in training. The gradient of n is the
     straight-through estimate of `jumprelu` without its factor theta.
     """
+    axes = encoding.axes
     if config.l0_loss == "tanh":
-        return jnp.sum(jnp.tanh(4.0 * encoding.latents_BF), axis=1)
+        return axes.over_latents(jnp.sum(jnp.tanh(4.0 * encoding.latents_BF), axis=1))
     threshold_F = params["threshold"]
     active_BF = jnp.where(encoding.pre_BF > threshold_F[None], 1.0, 0.0)
     active_B = jnp.sum(active_BF + _step_estimator(encoding.pre_BF, threshold_F, config), axis=1)
+    active_B = axes.over_latents(active_B)
     if config.l0_loss == "quadratic":
         return 2.0 / config.k * (active_B - config.k) ** 2
     if config.l0_loss == "step":
         return active_B
-    return jnp.broadcast_to(config.k * (jnp.mean(active_B) / config.k - 1.0) ** 2, active_B.shape)
+    return jnp.broadcast_to(config.k * (axes.over_rows(jnp.mean(active_B)) / config.k - 1.0) ** 2, active_B.shape)
 
 
 def gate_reconstruction(
@@ -174,7 +180,8 @@ def gate_reconstruction(
     The decoder is a constant here: it gets no gradient.
     """
     fixed = jax.lax.stop_gradient({"W_dec": params["W_dec"], "b_dec": params["b_dec"]})
-    recon_BD = matmul(jax.nn.relu(encoding.pre_BF), fixed["W_dec"], config.compute_dtype) + fixed["b_dec"][None]
+    product_BD = matmul(jax.nn.relu(encoding.pre_BF), fixed["W_dec"], config.compute_dtype)
+    recon_BD = encoding.axes.over_latents(product_BD) + fixed["b_dec"][None]
     return jnp.mean(jnp.sum((target_BD - recon_BD) ** 2, axis=1))
 
 
@@ -214,14 +221,15 @@ _STANDARD = SAELensForm("standard", "transcoder")
 _ONE_THRESHOLD = SAELensForm("jumprelu", "jumprelu_transcoder", repeats_threshold=True)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "batchtopk": Architecture(batchtopk, learns_threshold=True, saelens=_ONE_THRESHOLD),
-    "topk": Architecture(topk, saelens=_TOPK),
-    "hierarchical_topk": Architecture(topk, budgets=True, saelens=_TOPK),
-    "relu": Architecture(relu, cost=l1, starts_dense=True, saelens=_STANDARD),
+    "batchtopk": Architecture(batchtopk, learns_threshold=True, splits=True, saelens=_ONE_THRESHOLD),
+    "topk": Architecture(topk, splits=True, saelens=_TOPK),
+    "hierarchical_topk": Architecture(topk, budgets=True, splits=True, saelens=_TOPK),
+    "relu": Architecture(relu, cost=l1, starts_dense=True, splits=True, saelens=_STANDARD),
     "jumprelu": Architecture(
         jumprelu,
         cost=l0,
         params={"threshold": _first_threshold},
+        splits=True,
         saelens=SAELensForm("jumprelu", "jumprelu_transcoder"),
     ),
     "gated": Architecture(
@@ -230,9 +238,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         extra=gate_reconstruction,
         params={"r_mag": _zero, "b_mag": _zero},
         starts_dense=True,
+        splits=True,
         saelens=SAELensForm("gated", renamed={"b_enc": "b_gate"}),
     ),
-    "matryoshka": Architecture(batchtopk, learns_threshold=True, nested=True, saelens=_ONE_THRESHOLD),
-    "matryoshka_relu": Architecture(relu, cost=l1, starts_dense=True, nested=True, saelens=_STANDARD),
+    "matryoshka": Architecture(batchtopk, learns_threshold=True, nested=True, splits=True, saelens=_ONE_THRESHOLD),
+    "matryoshka_relu": Architecture(relu, cost=l1, starts_dense=True, nested=True, splits=True, saelens=_STANDARD),
 }
 """Every architecture, by its name. `hafs_jax.register_architecture` adds one."""

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hafs_jax.config import SAEConfig
+from hafs_jax.ops.axes import Axes
 from hafs_jax.ops.products import Params, matmul
-from hafs_jax.ops.selection import top_of_rows
+from hafs_jax.ops.selection import largest_values
 
 
 def budget_counts(config: SAEConfig, k: Int[Array, ""] | int) -> Int[Array, " G"]:
@@ -20,18 +21,22 @@ def budget_counts(config: SAEConfig, k: Int[Array, ""] | int) -> Int[Array, " G"
 
 
 def budget_changes(
-    latents_BF: Float[Array, "B F"], params: Params, config: SAEConfig, k: Int[Array, ""] | int
+    latents_BF: Float[Array, "B F"],
+    params: Params,
+    config: SAEConfig,
+    k: Int[Array, ""] | int,
+    axes: Axes = Axes(),
 ) -> list[Float[Array, "B D"]]:
     """What each band adds to the reconstruction, at one decoder product a band.
 
     Of entries that tie at the end of a band, all belong to it.
     """
-    largest_BK, _ = top_of_rows(jax.lax.stop_gradient(latents_BF), config.largest_k)
+    largest_BK = largest_values(jax.lax.stop_gradient(latents_BF), config.largest_k, axes)
     changes, before_B1 = [], jnp.full((len(latents_BF), 1), jnp.inf)
     for count in budget_counts(config, k):
         smallest_B1 = jax.lax.dynamic_slice_in_dim(largest_BK, count - 1, 1, axis=1)
         band_BF = jnp.where((latents_BF >= smallest_B1) & (latents_BF < before_B1), latents_BF, 0.0)
-        changes.append(matmul(band_BF, params["W_dec"], config.compute_dtype))
+        changes.append(axes.over_latents(matmul(band_BF, params["W_dec"], config.compute_dtype)))
         before_B1 = smallest_B1
     return changes
 

@@ -21,7 +21,8 @@ from hafs_jax.method.architectures import ARCHITECTURES, Encoding, OperatingPoin
 from hafs_jax.method.budgets import budget_changes
 from hafs_jax.method.matryoshka import prefix_changes, prefix_errors, prefix_shares
 from hafs_jax.method.revival import auxiliary_error, auxiliary_weight, pre_activation_loss
-from hafs_jax.method.sae import SAE
+from hafs_jax.method.sae import encode
+from hafs_jax.ops.axes import Axes
 from hafs_jax.ops.products import Params, matmul
 
 Metrics = dict[str, Array]
@@ -55,22 +56,22 @@ def forward(
     variance: Array,
     key: Key[Array, ""],
     config: TrainConfig,
+    axes: Axes = Axes(),
 ) -> Forward:
     """The terms of any architecture's loss except the auxiliary loss, by products with all latents.
 
-    `key` samples the prefixes of a Matryoshka SAE.
+    `key` samples the prefixes of a Matryoshka SAE. On several devices means over rows and counts are of this device's
+    rows, `firing_F` of its latents, while sums over latents are of all.
     """
     architecture, settings = ARCHITECTURES[config.sae.architecture], config.sparsity
-    sae = SAE(config.sae, acts_BD.shape[1], target_BD.shape[1])
-    at = OperatingPoint(weights.k)
-    encoding = cast(Encoding, sae.apply({"params": params}, acts_BD, at, method="encode"))
+    encoding = encode(params, acts_BD, config.sae, OperatingPoint(weights.k, axes=axes))
     latents_BF, parts = encoding.latents_BF, cast(Metrics, {})
     if architecture.nested:
-        changes = prefix_changes(latents_BF, params, config.sae, key)
+        changes = prefix_changes(latents_BF, params, config.sae, key, axes)
     elif architecture.budgets:
-        changes = budget_changes(latents_BF, params, config.sae, weights.k)
+        changes = budget_changes(latents_BF, params, config.sae, weights.k, axes)
     else:
-        changes = [matmul(latents_BF, params["W_dec"], config.sae.compute_dtype)]
+        changes = [axes.over_latents(matmul(latents_BF, params["W_dec"], config.sae.compute_dtype))]
     errors_G, residual_BD = prefix_errors(changes, target_BD, params["b_dec"])
     parts["fvu"], parts["loss_reconstruction"] = errors_G[-1] / variance, jnp.mean(errors_G) / variance
     if architecture.extra is not None:
@@ -78,11 +79,12 @@ def forward(
     if architecture.cost is not None:
         counted = encoding
         if architecture.nested:
-            counted = encoding.replace(latents_BF=latents_BF * prefix_shares(config.sae, key)[None])
+            shares_F = axes.own_of_all(prefix_shares(config.sae, key))
+            counted = encoding.replace(latents_BF=latents_BF * shares_F[None])
         cost = jnp.mean(architecture.cost(counted, params, config.sae))
         parts["loss_sparsity"] = weights.coefficient * cost / variance
     if settings.pre_activation > 0:
-        revival = pre_activation_loss(params, encoding.pre_BF, weights.is_dead_F)
+        revival = pre_activation_loss(params, encoding.pre_BF, weights.is_dead_F, axes)
         parts["loss_aux"] = settings.pre_activation * revival / variance
     active_BF = latents_BF > 0
     return Forward(

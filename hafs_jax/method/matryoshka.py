@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from hafs_jax.config import SAEConfig
+from hafs_jax.ops.axes import Axes
 from hafs_jax.ops.products import Params, matmul
 
 _PARETO = 0.5  # shape of the distribution of sampled lengths: short prefixes are more frequent
@@ -52,18 +53,19 @@ def bands(config: SAEConfig) -> Int[Array, " F"]:
 
 
 def prefix_changes(
-    latents_BF: Float[Array, "B F"], params: Params, config: SAEConfig, key: Key[Array, ""]
+    latents_BF: Float[Array, "B F"], params: Params, config: SAEConfig, key: Key[Array, ""], axes: Axes = Axes()
 ) -> list[Float[Array, "B D"]]:
     """What each band of latents adds to the reconstruction.
 
     Bands of fixed prefixes are slices, which together cost one decoder product. Bands of sampled prefixes cost one
-    decoder product each.
+    decoder product each, and so do fixed ones if the latents are split over devices: those run one program, and the
+    slices of each would be others.
     """
-    if config.sampled_prefixes:
-        ends_G = prefix_ends(config, key)
-        band_F = jnp.searchsorted(ends_G, jnp.arange(config.F), side="right")
-        parts = [jnp.where((band_F == g)[None], latents_BF, 0.0) for g in range(config.sampled_prefixes)]
-        return [matmul(part, params["W_dec"], config.compute_dtype) for part in parts]
+    if config.sampled_prefixes or axes.latent > 1:
+        ends_G, count = prefix_ends(config, key), latents_BF.shape[1]
+        band_F = jnp.searchsorted(ends_G, axes.first_latent(count) + jnp.arange(count), side="right")
+        parts = [jnp.where((band_F == g)[None], latents_BF, 0.0) for g in range(len(ends_G))]
+        return [axes.over_latents(matmul(part, params["W_dec"], config.compute_dtype)) for part in parts]
     ends = fixed_ends(config)
     slices = [slice(start, end) for start, end in zip((0, *ends), ends, strict=False)]
     return [matmul(latents_BF[:, s], params["W_dec"][s], config.compute_dtype) for s in slices]

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from hafs_jax.config import PenaltyConfig, SAEConfig
 from hafs_jax.method.matryoshka import bands
 from hafs_jax.method.sae import unit_rows
+from hafs_jax.ops.axes import Axes
 
 
 class Structure(struct.PyTreeNode):
@@ -24,6 +25,7 @@ class Structure(struct.PyTreeNode):
     groups_F: Int[Array, " F"]  # group numbers; latents of one group may share direction under alpha
     rate_F: Float[Array, " F"]  # fraction of recent rows in which each latent fires
     active_BF: Bool[Array, "B F"] | None = None  # which latents fire in this batch; only `cofiring` reads it
+    axes: Axes = struct.field(pytree_node=False, default=Axes())  # the devices that have other rows of the batch
 
 
 def first_groups(config: PenaltyConfig, sae: SAEConfig) -> Int[Array, " F"]:
@@ -41,16 +43,17 @@ def first_groups(config: PenaltyConfig, sae: SAEConfig) -> Int[Array, " F"]:
     return jnp.zeros(sae.F, jnp.int32)
 
 
-def assign_parents(W_dec: Float[Array, "F D"], parents: int) -> Int[Array, " F"]:
+def assign_parents(W_dec: Float[Array, "O D"], parents: int, axes: Axes = Axes()) -> Int[Array, " O"]:
     """The number of each latent's parent: the one of the first `parents` latents with the largest cosine.
 
-    These first latents are their own parents.
+    These first latents are their own parents. On several devices each has the rows of the latents that it owns.
     """
-    units_FD = unit_rows(W_dec)
-    parents = min(parents, W_dec.shape[0])
-    nearest_F = jnp.argmax(units_FD @ units_FD[:parents].T, axis=1).astype(jnp.int32)
-    ids_F = jnp.arange(W_dec.shape[0], dtype=jnp.int32)
-    return jnp.where(ids_F < parents, ids_F, nearest_F)
+    units_OD, count = unit_rows(W_dec), len(W_dec)
+    parents = min(parents, count * axes.devices)
+    first_PD = axes.rows_of_owned(units_OD, jnp.arange(parents))
+    nearest_O = jnp.argmax(units_OD @ first_PD.T, axis=1).astype(jnp.int32)
+    ids_O = axes.first_owned(count) + jnp.arange(count, dtype=jnp.int32)
+    return jnp.where(ids_O < parents, ids_O, nearest_O)
 
 
 def sharing_weights(
@@ -68,8 +71,8 @@ def sharing_weights(
     if config.sharing == "cofiring":
         assert structure.active_BF is not None
         active_BCM = structure.active_BF.astype(jnp.float32)[:, ids_CM]
-        both_CMM = jnp.einsum("bci,bcj->cij", active_BCM, active_BCM)
-        counts_CM = jnp.sum(active_BCM, axis=0)
+        both_CMM = structure.axes.sum_of_rows(jnp.einsum("bci,bcj->cij", active_BCM, active_BCM))
+        counts_CM = structure.axes.sum_of_rows(jnp.sum(active_BCM, axis=0))
         rarer_CMM = jnp.minimum(counts_CM[:, :, None], counts_CM[:, None, :])
         return both_CMM / jnp.maximum(rarer_CMM, 1.0)
     groups_CM = structure.groups_F[ids_CM]
@@ -230,7 +233,9 @@ def noise_floor_margin(n_latents: int, d_model: int, floor: float) -> float:
     return high
 
 
-def coherence(W_dec: Float[Array, "F D"], most: int | None = None, chunk: int = 256) -> dict[str, Float[Array, ""]]:
+def coherence(
+    W_dec: Float[Array, "O D"], most: int | None = None, chunk: int = 256, axes: Axes = Axes()
+) -> dict[str, Float[Array, ""]]:
     """Measures of how far dictionary vectors share direction, by name.
 
     - coherence_mean: mean_i max_{j != i} u_i . u_j, the cosine of a latent with its nearest other latent.
@@ -239,20 +244,21 @@ def coherence(W_dec: Float[Array, "F D"], most: int | None = None, chunk: int = 
       for random rows.
 
     If there are more than `most` latents, the first two are over `most` evenly spaced latents i. Over all latents they
-    cost as much as F / (5 B) dense steps. Cosines are computed in pieces [`chunk`, F].
+    cost as much as F / (5 B) dense steps. Cosines are computed in pieces [`chunk`, F]. On several devices each has the
+    rows of the latents that it owns.
     """
-    F, D = W_dec.shape
-    units_FD = unit_rows(W_dec)
+    (own, D), units_OD = W_dec.shape, unit_rows(W_dec)
+    F, own_O = own * axes.devices, axes.first_owned(own) + jnp.arange(own)
     count = F if most is None else min(most, F)
     chunks = -(-count // chunk)
     ids_CM = jnp.asarray(np.minimum(np.arange(chunks * chunk), count - 1) * F // count).reshape(chunks, chunk)
 
     def nearest(ids_M: Int[Array, " M"]) -> Float[Array, " M"]:
-        cosines_MF = units_FD[ids_M] @ units_FD.T
-        return jnp.max(jnp.where(ids_M[:, None] == jnp.arange(F)[None], -jnp.inf, cosines_MF), axis=1)
+        cosines_MO = axes.rows_of_owned(units_OD, ids_M) @ units_OD.T
+        return axes.largest(jnp.max(jnp.where(ids_M[:, None] == own_O[None], -jnp.inf, cosines_MO), axis=1))
 
     nearest_N = jax.lax.map(nearest, ids_CM).reshape(-1)[:count]
-    squares = jnp.sum((units_FD.T @ units_FD) ** 2)
+    squares = jnp.sum(axes.sum_of_all(units_OD.T @ units_OD) ** 2)
     return {
         "coherence_mean": jnp.mean(nearest_N),
         "coherence_max": jnp.max(nearest_N),

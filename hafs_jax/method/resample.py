@@ -14,6 +14,7 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.method.latent_axes import latent_axis
 from hafs_jax.method.sae import unit_rows
+from hafs_jax.ops.axes import Axes
 from hafs_jax.ops.members import largest_of_members
 from hafs_jax.ops.products import Params
 
@@ -30,6 +31,7 @@ def resample(
     key: Key[Array, ""],
     config: TrainConfig,
     axis: str | None = None,
+    axes: Axes = Axes(),
 ) -> tuple[Params, optax.OptState, Int[Array, " F"]]:
     """The parameters, optimizer state and counters with all dead latents reset if `now`, else unchanged.
 
@@ -40,28 +42,34 @@ def resample(
       mean norm of the live rows;
     - its bias becomes 0, and the architecture's own parameters get their initial values;
     - its moments and its counter become 0.
+
+    On several devices the parameters and moments are those of the latents that this device owns; the counters are of
+    all its latents, and the rows its own.
     """
 
     def renew(params: Params, opt_state: Any, since_F: Array) -> tuple[Params, Any, Array]:
         acts_BD, residual_BD = rows
         is_dead_F = (since_F >= dead_steps) & now
-        error_B = jnp.sum(residual_BD**2, axis=1)
-        drawn_F = jax.random.categorical(key, 2.0 * jnp.log(error_B + 1e-20), shape=since_F.shape)
-        decoder_FD = unit_rows(residual_BD[drawn_F])
-        encoder_FD = unit_rows(acts_BD[drawn_F]) if config.sae.transcode else decoder_FD
-        norm_F = jnp.linalg.norm(params["W_enc"], axis=1)
-        live = jnp.sum(jnp.where(is_dead_F, 0.0, norm_F)) / jnp.maximum(jnp.sum(~is_dead_F), 1)
-        fresh = {"W_dec": decoder_FD, "W_enc": _ENCODER_SHARE * live * encoder_FD, "b_enc": jnp.zeros_like(norm_F)}
+        is_dead_O = axes.owned(is_dead_F)
+        error_B = axes.all_rows(jnp.sum(residual_BD**2, axis=1))
+        drawn = jax.random.categorical(key, 2.0 * jnp.log(error_B + 1e-20), shape=(config.sae.F,))
+        drawn_F = axes.own_of_all(drawn)
+        decoder_OD = unit_rows(axes.rows_for_owned(residual_BD, drawn_F))
+        encoder_OD = unit_rows(axes.rows_for_owned(acts_BD, drawn_F)) if config.sae.transcode else decoder_OD
+        norm_O = jnp.linalg.norm(params["W_enc"], axis=1)
+        norms = axes.sum_of_all(jnp.sum(jnp.where(is_dead_O, 0.0, norm_O)))
+        live = norms / jnp.maximum(axes.sum_of_all(jnp.sum(~is_dead_O)), 1)
+        fresh = {"W_dec": decoder_OD, "W_enc": _ENCODER_SHARE * live * encoder_OD, "b_enc": jnp.zeros_like(norm_O)}
         for name, first in ARCHITECTURES[config.sae.architecture].params.items():
-            fresh[name] = jnp.full_like(norm_F, first(config.sae))
+            fresh[name] = jnp.full_like(norm_O, first(config.sae))
         params = {
-            name: jnp.where(_along(is_dead_F, _axis(name), value.ndim), fresh[name], value) if name in fresh else value
+            name: jnp.where(_along(is_dead_O, _axis(name), value.ndim), fresh[name], value) if name in fresh else value
             for name, value in params.items()
         }
 
         def without_dead(path: tuple, leaf: Array) -> Array:
             axis = latent_axis(path)
-            return leaf if axis is None else jnp.where(_along(is_dead_F, axis, leaf.ndim), 0, leaf)
+            return leaf if axis is None else jnp.where(_along(is_dead_O, axis, leaf.ndim), 0, leaf)
 
         moments = jax.tree_util.tree_map_with_path(without_dead, opt_state)
         return params, moments, jnp.where(is_dead_F, 0, since_F)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from hafs_jax.config import SAEConfig
 from hafs_jax.method.architectures import ARCHITECTURES, Encoding, OperatingPoint
+from hafs_jax.ops.axes import Axes
 from hafs_jax.ops.products import Params, affine, matmul
 
 
@@ -59,10 +60,7 @@ class SAE(nn.Module):
 
     def encode(self, acts_BD: Float[Array, "B D"], at: OperatingPoint) -> Encoding:
         """The pre-activations and latents of scaled activations."""
-        params = dict(self.params)
-        pre_BF = pre_activations(params, acts_BD, self.config)
-        activate = ARCHITECTURES[self.config.architecture].activate
-        return Encoding(pre_BF, activate(pre_BF, params, self.config, at))
+        return encode(dict(self.params), acts_BD, self.config, at)
 
     def decode(self, latents_BF: Float[Array, "B F"]) -> Float[Array, "B D_out"]:
         """The reconstruction, in scaled units."""
@@ -74,9 +72,18 @@ class SAE(nn.Module):
         return encoding, self.decode(encoding.latents_BF)
 
 
-def pre_activations(params: Params, acts_BD: Float[Array, "B D"], config: SAEConfig) -> Float[Array, "B F"]:
+def encode(params: Params, acts_BD: Float[Array, "B D"], config: SAEConfig, at: OperatingPoint) -> Encoding:
+    """The pre-activations and latents of scaled activations; on several devices those of this device's latents."""
+    pre_BF = pre_activations(params, acts_BD, config, at.axes)
+    activate = ARCHITECTURES[config.architecture].activate
+    return Encoding(pre_BF, activate(pre_BF, params, config, at), at.axes)
+
+
+def pre_activations(
+    params: Params, acts_BD: Float[Array, "B D"], config: SAEConfig, axes: Axes = Axes()
+) -> Float[Array, "B F"]:
     """(acts - b_dec) @ W_enc.T + b_enc; for a transcoder acts @ W_enc.T + b_enc."""
-    centre_D = centre(params, config)
+    centre_D = axes.to_latents(centre(params, config))
     return affine(acts_BD, centre_D, params["W_enc"], params["b_enc"], config.compute_dtype)
 
 

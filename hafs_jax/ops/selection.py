@@ -9,6 +9,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from hafs_jax.ops.axes import Axes
+
 _SAMPLE = 4_096  # entries that are sorted to bracket the threshold
 _GROUP = 16  # neighbouring entries of a row, represented by their maximum
 _WIDEST = 1_024  # entries of a row that an accelerator sorts without passing them through memory several times
@@ -23,7 +25,7 @@ TopK = Callable[[Float[Array, "B F"], int], tuple[Float[Array, "B K"], Int[Array
 
 
 class Entries(struct.PyTreeNode):
-    """A list of N selected entries of an array [B, F], row by row."""
+    """A list of N selected entries of an array [B, F], row by row; on several devices of this device's part of it."""
 
     rows_N: Int[Array, " N"]
     columns_N: Int[Array, " N"]
@@ -36,19 +38,42 @@ def largest_of_rows(
     offset_F: Float[Array, " F"],
     most: int,
     count: Int[Array, ""] | int,
+    axes: Axes = Axes(),
     top_k: TopK | None = None,
 ) -> Entries:
     """The `count` largest positive entries of each row of values + offset, with `count` <= `most` and N = B * most.
 
-    Among equal entries the first ones are taken. `top_k` is another form of `jax.lax.top_k` than that of the platform.
+    Among equal entries the first ones are taken. N is smaller if this device has fewer than `most` latents. `top_k` is
+    another form of `jax.lax.top_k` than that of the platform.
     """
+    most = min(most, values_BF.shape[1])
     largest_BK, columns_BK = top_of_rows(values_BF, most, offset_F, top_k)
     return Entries(
         rows_N=jnp.repeat(jnp.arange(len(values_BF), dtype=jnp.int32), most),
         columns_N=columns_BK.astype(jnp.int32).reshape(-1),
-        real_N=((largest_BK > 0) & (jnp.arange(most) < count)[None]).reshape(-1),
+        real_N=((largest_BK > 0) & (_ranks(largest_BK, axes) < count)).reshape(-1),
         complete=jnp.bool_(True),
     )
+
+
+def _ranks(falling_BK: Float[Array, "B K"], axes: Axes) -> Int[Array, "#B K"]:
+    """The place, from 0, of each of the K largest entries of a row among those of all devices, falling.
+
+    Among equal entries the one of the smaller column comes first.
+    """
+    K = falling_BK.shape[1]
+    if axes.latent == 1:
+        return jnp.arange(K, dtype=jnp.int32)[None]
+    order_BN = jnp.argsort(axes.beside(falling_BK), axis=1, stable=True, descending=True)
+    places_BN = jnp.broadcast_to(jnp.arange(order_BN.shape[1], dtype=jnp.int32)[None], order_BN.shape)
+    ranks_BN = jnp.put_along_axis(jnp.zeros_like(places_BN), order_BN, places_BN, axis=1, inplace=False)
+    return jax.lax.dynamic_slice_in_dim(ranks_BN, axes.first_latent(K), K, axis=1)
+
+
+def largest_values(values_BF: Float[Array, "B F"], most: int, axes: Axes = Axes()) -> Float[Array, "B K"]:
+    """Each row's K = `most` largest values over all latents, falling."""
+    largest_BN, _ = top_of_rows(values_BF, min(most, values_BF.shape[1]))
+    return largest_BN if axes.latent == 1 else _top_k(axes.beside(largest_BN), most)[0]
 
 
 def top_of_rows(
@@ -78,8 +103,11 @@ def _top_k(values_BF: Float[Array, "B F"], most: int) -> tuple[Float[Array, "B K
     """`jax.lax.top_k`; elsewhere than on a CPU without sorting wide rows."""
 
     def on_cpu(values_BF: Array) -> tuple[Array, Array]:
-        # Without the barrier, if only a part of the result is used, XLA sorts entire rows, ten times slower.
-        return cast(tuple[Array, Array], tuple(jax.lax.optimization_barrier(jax.lax.top_k(values_BF, most))))
+        # Without the barrier, if only a part of the result is used, XLA sorts entire rows, ten times slower. A barrier
+        # right behind the operation ends the process where XLA compiles for several devices: so the minimum.
+        values_BK, columns_BK = jax.lax.top_k(values_BF, most)
+        columns_BK = jnp.minimum(columns_BK, values_BF.shape[1] - 1)
+        return cast(tuple[Array, Array], tuple(jax.lax.optimization_barrier((values_BK, columns_BK))))
 
     def elsewhere(values_BF: Array) -> tuple[Array, Array]:
         return top_of_groups(values_BF, most)
@@ -109,7 +137,7 @@ def top_of_groups(
     return values_BK, columns_BK.astype(jnp.int32)
 
 
-def kth_largest_of_rows(values_BF: Float[Array, "B F"], k: int) -> Float[Array, " B"]:
+def kth_largest_of_rows(values_BF: Float[Array, "B F"], k: int, axes: Axes = Axes()) -> Float[Array, " B"]:
     """The `k`-th largest entry of each row, by bisection of its 31 bits. No entry may be negative.
 
     Use it for a k in the hundreds. For smaller k, `top_of_rows` is faster.
@@ -118,22 +146,30 @@ def kth_largest_of_rows(values_BF: Float[Array, "B F"], k: int) -> Float[Array, 
 
     def narrow(step: Array, low_B: Array) -> Array:
         tried_B = low_B | (1 << (30 - step))
-        return jnp.where(jnp.sum(bits_BF >= tried_B[:, None], axis=1) >= k, tried_B, low_B)
+        reach_B = axes.sum_of_latents(jnp.sum(bits_BF >= tried_B[:, None], axis=1))
+        return jnp.where(reach_B >= k, tried_B, low_B)
 
     kth_B = jax.lax.fori_loop(0, 31, narrow, jnp.zeros(len(values_BF), jnp.int32))
     return jax.lax.bitcast_convert_type(kth_B, jnp.float32)
 
 
 def largest_of_all(
-    values_BF: Float[Array, "B F"], offset_F: Float[Array, " F"], most: int, count: Int[Array, ""] | int
+    values_BF: Float[Array, "B F"],
+    offset_F: Float[Array, " F"],
+    most: int,
+    count: Int[Array, ""] | int,
+    axes: Axes = Axes(),
+    here: int | None = None,
 ) -> Entries:
     """The `count` largest positive entries of values + offset, with `count` <= `most` = N.
 
-    They are found in groups of neighbours, as in `top_of_rows`.
+    They are found in groups of neighbours, as in `top_of_rows`. On several devices `most` and `count` are of all
+    entries, and N = `here` for this device's. They are not `complete` if it has more.
     """
     groups_NG, numbers_N = largest_groups(values_BF, offset_F, most)
-    kept_NG = groups_NG >= jnp.maximum(count_threshold(groups_NG, count), _TINY)
-    return _entries(kept_NG, numbers_N, most, values_BF.shape[1], jnp.bool_(True))
+    kept_NG = groups_NG >= jnp.maximum(count_threshold(groups_NG, count, axes), _TINY)
+    complete = jnp.bool_(True) if here is None else jnp.sum(kept_NG) <= here
+    return _entries(kept_NG, numbers_N, most if here is None else here, values_BF.shape[1], complete)
 
 
 def positive(values_BF: Float[Array, "B F"], offset_F: Float[Array, " F"], most: int) -> Entries:
@@ -163,13 +199,16 @@ def _entries(
     )
 
 
-def batch_threshold(values_BF: Float[Array, "B F"], most: int, count: Int[Array, ""] | int) -> Float[Array, ""]:
+def batch_threshold(
+    values_BF: Float[Array, "B F"], most: int, count: Int[Array, ""] | int, axes: Axes = Axes()
+) -> Float[Array, ""]:
     """`count_threshold` of a large array of which only a few entries are selected: `count` <= `most`."""
     if values_BF.size < 2 * _GROUP * most:
-        return count_threshold(values_BF, count)
+        return count_threshold(values_BF, count, axes)
     groups_NG, _ = largest_groups(values_BF, jnp.zeros(values_BF.shape[1]), most)
-    kept_NG = groups_NG >= count_threshold(groups_NG, count)
-    return jnp.min(jnp.where(kept_NG, groups_NG, jnp.inf))  # exact: the next smaller value may lie in another group
+    kept_NG = groups_NG >= count_threshold(groups_NG, count, axes)
+    least = jnp.min(jnp.where(kept_NG, groups_NG, jnp.inf))  # exact: the next smaller value may lie in another group
+    return axes.least(least)
 
 
 def largest_groups(
@@ -234,16 +273,19 @@ def _ones(words: UInt32[Array, "..."]) -> Int[Array, "..."]:
     return jax.lax.population_count(words).astype(jnp.int32)
 
 
-def count_threshold(values: Float[Array, "..."], count: Int[Array, ""] | int) -> Float[Array, ""]:
+def count_threshold(values: Float[Array, "..."], count: Int[Array, ""] | int, axes: Axes = Axes()) -> Float[Array, ""]:
     """A threshold t with exactly `count` entries >= t, or more of them if entries tie at t; 0 if there are fewer.
 
-    `values` must be finite and not negative. Their float32 bit patterns then have the same order as they do.
+    `values` must be finite and not negative. Their float32 bit patterns then have the same order as they do. On several
+    devices `count` is of the entries of all of them.
     """
     flat, count = values.astype(jnp.float32).reshape(-1), jnp.asarray(count, jnp.int32)
+    if axes.devices > 1:  # the number of passes must not depend on what one device has
+        return threshold_by_digits(flat, count, axes)
     return cast(Array, jax.lax.platform_dependent(flat, count, cpu=_by_interpolation, default=threshold_by_digits))
 
 
-def threshold_by_digits(flat: Float[Array, " n"], count: Int[Array, ""]) -> Float[Array, ""]:
+def threshold_by_digits(flat: Float[Array, " n"], count: Int[Array, ""], axes: Axes = Axes()) -> Float[Array, ""]:
     """`count_threshold` in 11 passes over the values, whatever they are: the `count`-th largest of them.
 
     Each pass finds 3 of the 31 bits, the first one 1, by counting the values above 7 numbers. XLA counts for so many in
@@ -255,11 +297,12 @@ def threshold_by_digits(flat: Float[Array, " n"], count: Int[Array, ""]) -> Floa
         shift = _DIGIT * (passes - 1 - turn)
         fits = digits <= (jnp.int32(_MOST) - low) >> shift  # the first pass has fewer bits
         tries = low | (jnp.where(fits, digits, 0) << shift)
-        found = jnp.stack([jnp.sum(bits_n >= tries[n], dtype=jnp.int32) for n in range(len(digits))]) >= count
+        reach = jnp.stack([jnp.sum(bits_n >= tries[n], dtype=jnp.int32) for n in range(len(digits))])
+        found = axes.sum_of_all(reach) >= count
         return low | (jnp.sum(found & fits, dtype=jnp.int32) << shift)
 
     low = jax.lax.fori_loop(0, passes, narrow, jnp.int32(0))
-    return jnp.where(count >= flat.size, 0.0, jax.lax.bitcast_convert_type(low, jnp.float32))
+    return jnp.where(count >= flat.size * axes.devices, 0.0, jax.lax.bitcast_convert_type(low, jnp.float32))
 
 
 def _by_interpolation(flat: Float[Array, " n"], count: Int[Array, ""]) -> Float[Array, ""]:

@@ -5,15 +5,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
+from hafs_jax.fast.mesh import BATCHES, mesh_for, state_shardings
 from hafs_jax.method.sae import InputScale
 from hafs_jax.presets import with_fields
 from hafs_jax.targets.gpus import Gpu
 from hafs_jax.training.programs import compile_steps
-from hafs_jax.training.state import BATCHES, hyperparameters, init_state, shared_config, state_shardings
+from hafs_jax.training.state import hyperparameters, init_state, shared_config
 
 _ANY = 0.1  # for numbers that a training resolves from data, which no program depends on
 
@@ -50,10 +51,9 @@ def arguments_on(
     dtype: str = "bfloat16",
 ) -> Arguments:
     """The arguments of `steps` steps on `devices`, whose rows are of `dtype` in the store."""
-    config = shared_config(_resolved(config))
+    config = _resolved(config)
+    mesh, config = mesh_for(config, devices), shared_config(config)
     hyper = hyperparameters(config)
-    shards = config.dictionary_shards
-    mesh = Mesh(np.array(devices).reshape(-1, shards), ("data", "dictionary"), axis_types=(AxisType.Auto,) * 2)
     state = jax.eval_shape(lambda: init_state(config, d_model, jax.random.key(0), hyper, d_out))
     state = jax.tree.map(_placed, state, state_shardings(state, mesh))
     widths = [d_model] if d_out is None else [d_model, d_out]

@@ -10,6 +10,7 @@ import numpy as np
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.forms import form_of
+from hafs_jax.fast.mesh import all_devices, parse
 from hafs_jax.fast.objective import blocks_of_rows
 from hafs_jax.fast.plan import choose, target
 from hafs_jax.ops.products import blocks_of
@@ -77,23 +78,26 @@ def estimate(
     state = jax.eval_shape(lambda: init_state(config, d_model, jax.random.key(0), hyper, d_out))
     parameters = _bytes(state.params)
     at_once = members if together == "vmap" else 1
-    shards, devices = config.dictionary_shards, jax.device_count() if devices is None else devices
-    whole = 4 * B * config.sae.F // devices
+    axes = parse(config.mesh, len(all_devices()) if devices is None else devices)
+    whole = 4 * B * config.sae.F // axes.devices
     arrays = _DENSE_ARRAYS.get(config.sae.architecture, _OTHERS)
-    plan = choose(config, platform)
+    plan = choose(config, platform, axes)
     if plan.products == "sparse" and not form_of(config.sae).any_number:
         arrays = _SPARSE_ARRAYS
-    activations = arrays * whole // blocks_of_rows(config, B, plan)
+    activations = arrays * whole // blocks_of_rows(config, B // axes.data, plan)
     if config.sparsity.aux > 0:
-        activations = max(activations, _AUX_ARRAYS * whole // blocks_of(B, config.sae.F, plan.block_bytes))
+        activations = max(
+            activations, _AUX_ARRAYS * whole // blocks_of(B // axes.data, config.sae.F // axes.latent, plan.block_bytes)
+        )
     copies = _COPIES if together == "vmap" or config.optimizer.name != "adam" else 0.0
-    gradients = round((_GRADIENTS + _PENALTY * (config.penalty.kind != "none") + copies) * parameters)
+    gathered = axes.data > 1  # the parameters of all latents along `data`
+    gradients = round((_GRADIENTS + gathered + _PENALTY * (config.penalty.kind != "none") + copies) * parameters)
     batches = _DISPATCHES * config.steps_per_dispatch * B * row_bytes
     return Budget(
-        parameters=members * parameters // shards,
-        optimizer=members * (_bytes(state) - parameters) // shards,
-        step=at_once * (gradients // shards + activations),
-        batches=batches * shards // devices,
+        parameters=members * parameters // axes.devices,
+        optimizer=members * (_bytes(state) - parameters) // axes.devices,
+        step=at_once * (gradients // axes.latent + activations),
+        batches=batches // axes.data,
     )
 
 
@@ -108,7 +112,7 @@ def check_memory(config: TrainConfig, stores: Stores, members: int = 1, together
             f"{needed}; "
             f"found {size(free)} free on {jax.local_devices()[0]}; lower {fewer}"
             f"{arg('batch_size')}, {arg('sae.expansion')} or {arg('sae.n_latents')}, or split the "
-            f"latents over more devices with {arg('dictionary_shards')}{_more_of_the_pool()}"
+            f"latents over more devices with {arg('mesh')}{_more_of_the_pool()}"
         )
 
 

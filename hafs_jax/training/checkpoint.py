@@ -36,7 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 2, state: Any = None) -> None:
-        sizes = [leaf.nbytes for leaf in jax.tree.leaves(state)]
+        sizes = [leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state) if _is_plain(leaf)]
         limit = {"save_concurrent_gb": (max(sizes) + 1) / 1e9} if sizes else {}  # to be above the largest array
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
         handler = ocp.StandardCheckpointHandler(**limit)
@@ -156,6 +156,10 @@ def _plain(state: TrainState, scale: InputScale) -> dict[str, Any]:
     if held := fields.pop("held_penalty"):
         fields["pull"] = held
     return {"state": fields | {"key": _key_data(state.key)}, "scale": scale, "format": np.array([FORMAT], np.int32)}
+
+
+def _is_plain(leaf: Any) -> bool:
+    return not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _is_encoder(path: tuple) -> bool:

@@ -8,12 +8,15 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
+from hafs_jax.fast.mesh import EVERYWHERE, axes_of, split, state_shardings
 from hafs_jax.method.architectures import OperatingPoint
-from hafs_jax.method.sae import SAE, InputScale
+from hafs_jax.method.sae import InputScale, encode
+from hafs_jax.ops.products import Params, matmul
 from hafs_jax.runs import Run
 from hafs_jax.training.checkpoint import Checkpoints
 from hafs_jax.training.state import TrainState
@@ -55,14 +58,14 @@ class Heldout:
         """Whether `patience` measurements in a row were no better than the best."""
         return self._patience is not None and self._since_best >= self._patience
 
-    def measure(self, state: TrainState, scale: InputScale, config: TrainConfig) -> dict[str, float]:
+    def measure(self, state: TrainState, scale: InputScale, config: TrainConfig, mesh: Mesh) -> dict[str, float]:
         """{"heldout_fvu", "heldout_l0"} of the SAE at inference; the best is checkpointed in the run's `best`."""
         assert self._rows is not None
         squares = active = 0.0
         variance = scale.variance if scale.target is None else scale.target.variance
         for start in range(0, len(self._rows[0]), _ROWS_AT_ONCE):
             parts = tuple(jnp.asarray(rows[start : start + _ROWS_AT_ONCE]) for rows in self._rows)
-            more = _sums(state, parts if len(parts) > 1 else parts[0], scale, config)
+            more = _sums(state, parts if len(parts) > 1 else parts[0], scale, config, mesh)
             squares, active = squares + float(more[0]), active + float(more[1])
         rows = len(self._rows[0])
         fvu = squares / rows / float(variance)
@@ -88,14 +91,27 @@ def _drop_later(folder: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _sums(
-    state: TrainState, batch: Batch, scale: InputScale, config: TrainConfig
+    state: TrainState, batch: Batch, scale: InputScale, config: TrainConfig, mesh: Mesh
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The summed squared residual and number of active latents of a batch, at inference."""
-    acts_BD = scale(batch[0] if isinstance(batch, tuple) else batch)
-    target_BD = scale.target(batch[1]) if isinstance(batch, tuple) and scale.target is not None else acts_BD
-    at = OperatingPoint(config.sae.k, state.threshold(config.sparsity.threshold_decay))
-    sae = SAE(config.sae, acts_BD.shape[1], target_BD.shape[1])
-    encoding, recon_BD = cast(tuple, sae.apply({"params": state.weights()}, acts_BD, at))
-    return jnp.sum((target_BD - recon_BD) ** 2), jnp.sum(encoding.latents_BF > 0, dtype=jnp.float32)
+    """The summed squared residual and number of active latents of a batch, at inference.
+
+    On several devices each has all rows.
+    """
+    axes, sae = axes_of(mesh), config.sae
+
+    def of_device(weights: Params, threshold: Array, batch: Batch, scale: InputScale) -> tuple[Array, Array]:
+        acts_BD = scale(batch[0] if isinstance(batch, tuple) else batch)
+        target_BD = scale.target(batch[1]) if isinstance(batch, tuple) and scale.target is not None else acts_BD
+        params = axes.shared_params(weights, sae.compute_dtype)
+        latents_BF = encode(params, acts_BD, sae, OperatingPoint(sae.k, threshold, axes)).latents_BF
+        change_BD = axes.over_latents(matmul(latents_BF, params["W_dec"], sae.compute_dtype))
+        active = axes.sum_of_latents(jnp.sum(latents_BF > 0, dtype=jnp.float32))
+        return jnp.sum((target_BD - (change_BD + params["b_dec"][None])) ** 2), active
+
+    weights = state.weights()
+    own = jax.tree.map(lambda of: of.spec, state_shardings({"params": weights}, mesh)["params"])
+    whole = split(of_device, mesh, (own, EVERYWHERE, EVERYWHERE, EVERYWHERE), EVERYWHERE)
+    threshold = state.threshold(config.sparsity.threshold_decay)
+    return cast(tuple[Array, Array], whole(weights, threshold, batch, scale))

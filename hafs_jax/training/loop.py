@@ -4,20 +4,23 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.memory import give_back_memory
 from hafs_jax.base.process.signals import deferred
 from hafs_jax.config import TrainConfig
+from hafs_jax.fast.mesh import BATCHES, EVERYWHERE, OWNED, axes_of, mesh_for, split, state_shardings
 from hafs_jax.method.penalties import coherence
 from hafs_jax.method.sae import InputScale
+from hafs_jax.ops.products import Params
 from hafs_jax.runs import Run, RunSummary
 from hafs_jax.saelens_format import read_start
 from hafs_jax.store.holding import reading
@@ -30,17 +33,7 @@ from hafs_jax.training.heldout import Heldout
 from hafs_jax.training.programs import TOGETHER, compile_steps
 from hafs_jax.training.rows.rolling import RollingBatches, batches_of
 from hafs_jax.training.runlog import OnRunMetrics, Progress, RunLog
-from hafs_jax.training.state import (
-    BATCHES,
-    TrainState,
-    hyperparameters,
-    init_state,
-    mesh_for,
-    seed_key,
-    shared_config,
-    state_of,
-    state_shardings,
-)
+from hafs_jax.training.state import TrainState, hyperparameters, init_state, seed_key, shared_config, state_of
 
 _MEDIAN_ROWS = 16_384  # for the geometric median
 _COHERENCE_LATENTS = 4_096  # of which coherence is measured while training
@@ -122,7 +115,7 @@ class _Fit:
         self.members, self.stores, self.folder, self.how = members, stores, folder, TOGETHER[together]
         self.on_metrics, self.progress = on_metrics, progress
         self.config = shared_config(members[0].config)
-        self.mesh = mesh_for(self.config)
+        self.mesh = mesh_for(members[0].config)
         seed = members[0].config.seed if self.config.data_seed is None else self.config.data_seed
         self.batches = batches_of(stores.train, self.config.batch_size, seed, stores.target, self.config.steps)
         self.rolling = self.batches if isinstance(self.batches, RollingBatches) else None
@@ -132,23 +125,23 @@ class _Fit:
         how = self.how
         scale = input_scale(self.stores.train, self.stores.target)
         hypers = [hyperparameters(member.config) for member in self.members]
-        joined = how.join(
-            [
-                first_state(member.config, self.stores, scale, hyper)
-                for member, hyper in zip(self.members, hypers, strict=True)
-            ]
-        )
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        spread = state_shardings(joined, self.mesh) if how.members is None else None
-        joined = jax.device_put(joined, everywhere if spread is None else spread)
-        scale = jax.device_put(scale, everywhere)  # a checkpoint's comes back to where this one is
+        of_one = jax.eval_shape(lambda: _fresh(self.members[0].config, self.stores, hypers[0]))
+        like = of_one if how.members is None else jax.tree.map(partial(_stacked, len(self.members)), of_one)
+        spread = state_shardings(like, self.mesh, stacked=how.members is not None)
+        like = jax.tree.map(_placed, like, spread)
+        scale = jax.device_put(scale, NamedSharding(self.mesh, EVERYWHERE))  # where a checkpoint's comes back to
         with ExitStack() as stack:
-            checkpoints = stack.enter_context(Checkpoints(self.folder, state=joined))
+            checkpoints = stack.enter_context(Checkpoints(self.folder, state=like))
             if checkpoints.latest_step() is not None:
-                joined, scale = checkpoints.restore(joined, scale)
+                joined, scale = checkpoints.restore(like, scale)
+            else:
+                each = zip([member.config for member in self.members], hypers, strict=True)
+                first = [first_state(config, self.stores, scale, hyper, self.mesh) for config, hyper in each]
+                joined = jax.device_put(how.join(first), spread)
+                del first
             state = how.for_program(joined, len(self.members))
             del joined  # else it stays beside what training makes of it
-            program = compile_steps(spread, how.members)
+            program = compile_steps(state_shardings(of_one, self.mesh) if how.members == "map" else spread, how.members)
             self._train(state, scale, how.hyper(hypers), program, checkpoints, stack)
         if how.members is not None:
             shutil.rmtree(self.folder)
@@ -237,10 +230,10 @@ class _Fit:
             if (measured or held) and index not in self.failed:
                 own = self.how.one(state, index)
                 if measured:
-                    found = _coherence(own.params["W_dec"], None if at_end else _COHERENCE_LATENTS)
+                    found = _coherence(own.params["W_dec"], None if at_end else _COHERENCE_LATENTS, self.mesh)
                     extra |= {name: float(value) for name, value in found.items()}
                 if held:
-                    extra |= heldout[index].measure(own, scale, member.config)
+                    extra |= heldout[index].measure(own, scale, member.config, self.mesh)
             own_metrics = {name: values[:, index] for name, values in metrics.items()}
             for row, at in enumerate(own_metrics["step"]):
                 if at % config.log_every_steps == 0 or (at == step and (at_end or held)):
@@ -305,34 +298,66 @@ class _Fit:
         )
 
 
-def first_state(config: TrainConfig, stores: Stores, scale: InputScale, hyper: Any) -> TrainState:
-    """The state at the start of training: fresh, or from the SAELens folder that `config.init_from` names."""
-    d_model, key = stores.train.manifest.d_model, seed_key(config.seed)
-    state = init_state(config, d_model, key, hyper, stores.d_out)
+def first_state(
+    config: TrainConfig, stores: Stores, scale: InputScale, hyper: Any, mesh: Mesh | None = None
+) -> TrainState:
+    """The state at the start of training: fresh, or from the SAELens folder that `config.init_from` names.
+
+    On a mesh of several devices no array is whole on one of them.
+    """
+    given = given_params(config, stores, scale)
+    if mesh is None or mesh.size == 1:
+        return _fresh(config, stores, hyper, {name: jnp.asarray(value) for name, value in given.items()})
+    start = partial(_fresh, config, stores, hyper)
+    shape = jax.eval_shape(start)
+    spread = state_shardings(shape, mesh)
+    on_devices = {name: jax.device_put(value, spread.params[name]) for name, value in given.items()}
+    return cast(TrainState, jax.jit(start, out_shardings=spread)(on_devices))
+
+
+def _fresh(config: TrainConfig, stores: Stores, hyper: Any, given: Params | None = None) -> TrainState:
+    """A new state, with the parameters that are `given`."""
+    state = init_state(config, stores.train.manifest.d_model, seed_key(config.seed), hyper, stores.d_out)
+    return state_of(config, {**state.params, **given}, state.key, hyper) if given else state
+
+
+def given_params(config: TrainConfig, stores: Stores, scale: InputScale) -> dict[str, np.ndarray]:
+    """The first parameters that are not made of the seed; `UserError` where those of `config.init_from` do not fit."""
+    d_model = stores.train.manifest.d_model
     if config.init_from is not None:
         source, architecture = Path(config.init_from), config.sae.architecture
         params, _ = read_start(source, architecture, d_model, config.sae.F, scale)
-        return state_of(config, fitting({**state.params, **params}, state.params, config.init_from), state.key, hyper)
+        shapes = jax.eval_shape(lambda: _fresh(config, stores, hyperparameters(config))).params
+        for name, value in params.items():
+            expected = shapes[name].shape if name in shapes else None
+            if value.shape != expected:
+                raise UserError(
+                    f"{config.init_from}: expected {name} of shape {expected} for this config, found {value.shape}"
+                )
+        return params
     target, into = stores.target or stores.train, scale.target or scale
+    mean_D = np.asarray(into.mean_D)
     if config.sae.centre == "origin":
-        state.params["b_dec"] = -into.mean_D * into.scale
+        return {"b_dec": -mean_D * np.asarray(into.scale)}
     if config.sae.centre == "geometric_median":
-        median_D = geometric_median(first_rows(target, _MEDIAN_ROWS))
-        state.params["b_dec"] = (jnp.asarray(median_D, jnp.float32) - into.mean_D) * into.scale
-    return state_of(config, state.params, state.key, hyper)
+        median_D = geometric_median(first_rows(target, _MEDIAN_ROWS)).astype(np.float32)
+        return {"b_dec": (median_D - mean_D) * np.asarray(into.scale)}
+    return {}
 
 
-def fitting(params: dict, like: dict, source: str) -> dict:
-    """`params` as arrays of the names and shapes of `like`; `UserError` where they are others."""
-    for name, value in like.items():
-        found = None if name not in params else tuple(params[name].shape)
-        if found != value.shape:
-            raise UserError(f"{source}: expected {name} of shape {value.shape} for this config, found {found}")
-    return {name: jnp.asarray(params[name], jnp.float32) for name in like}
+def _stacked(count: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _passed(before: int, now: int, every: int) -> bool:
     return before // every < now // every
 
 
-_coherence = jax.jit(coherence, static_argnames="most")
+@partial(jax.jit, static_argnames=("most", "mesh"))
+def _coherence(W_dec: jax.Array, most: int | None, mesh: Mesh) -> dict[str, jax.Array]:
+    of_device = partial(coherence, most=most, axes=axes_of(mesh))
+    return cast(dict[str, jax.Array], split(of_device, mesh, OWNED, EVERYWHERE)(W_dec))

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from hafs_jax.config import TrainConfig
+from hafs_jax.fast.mesh import BATCHES, EVERYWHERE, axes_of, split
 from hafs_jax.method.loss import Metrics
 from hafs_jax.method.sae import InputScale
+from hafs_jax.ops.axes import Axes
 from hafs_jax.training.state import Hyperparameters, TrainState
 from hafs_jax.training.step import Batch, train_step
 
@@ -112,7 +114,8 @@ def compile_steps(
     """The compiled program: (state, batches, scale, hyper, config) -> (state, metrics of [S]), S steps in one call.
 
     `batches` are a Batch with a leading axis of S. The state is donated. Its shardings are pinned to `state_shardings`,
-    so that the state that comes out fits the program that it goes back into, and nothing compiles twice.
+    so that the state that comes out fits the program that it goes back into, and nothing compiles twice. Their mesh is
+    that of the devices, each of which runs the step on its part. Without shardings there is one device.
 
     `members` says how SAEs are trained together on the same batches. Their metrics are of [S, members]. "vmap" batches
     their products: state and hyper have a leading axis. "map" runs the program for each of a tuple of them in turn.
@@ -121,19 +124,30 @@ def compile_steps(
     that has none.
     """
     axis = "members" if members == "vmap" else None
+    mesh = None if state_shardings is None else jax.tree.leaves(state_shardings)[0].mesh
+    axes = Axes() if mesh is None else axes_of(mesh)
 
     def train_steps(
         state: TrainState, batches: Batch, scale: InputScale, hyper: Hyperparameters, config: TrainConfig
     ) -> tuple[TrainState, Metrics]:
-        def run(state: TrainState, hyper: Hyperparameters) -> tuple[TrainState, Metrics]:
-            def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-                return train_step(state, batch, scale, hyper, config, axis, platform)
+        def of_device(
+            state: TrainState, batches: Batch, scale: InputScale, hyper: Hyperparameters
+        ) -> tuple[TrainState, Metrics]:
+            def run(state: TrainState, hyper: Hyperparameters) -> tuple[TrainState, Metrics]:
+                def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+                    return train_step(state, batch, scale, hyper, config, axis, platform, axes)
 
-            return cast(tuple[TrainState, Metrics], jax.lax.scan(cast(Any, body), state, batches))
+                return cast(tuple[TrainState, Metrics], jax.lax.scan(cast(Any, body), state, batches))
 
-        if members == "vmap":
-            return cast(tuple[TrainState, Metrics], jax.vmap(run, out_axes=(0, 1), axis_name=axis)(state, hyper))
-        return run(state, hyper)
+            if members == "vmap":
+                return cast(tuple[TrainState, Metrics], jax.vmap(run, out_axes=(0, 1), axis_name=axis)(state, hyper))
+            return run(state, hyper)
+
+        if mesh is None:
+            return of_device(state, batches, scale, hyper)
+        specs = jax.tree.map(lambda of: of.spec, state_shardings)
+        whole = split(of_device, mesh, (specs, BATCHES, EVERYWHERE, EVERYWHERE), (specs, EVERYWHERE))
+        return cast(tuple[TrainState, Metrics], whole(state, batches, scale, hyper))
 
     out: dict[str, Any] = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
     program = jax.jit(train_steps, static_argnames="config", donate_argnames="state", **out)

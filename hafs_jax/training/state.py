@@ -1,32 +1,22 @@
-"""The one pytree that holds everything that changes during training, and where its arrays live on several devices.
-
-Rows of a batch are split over the mesh's axis `data`, latents over its axis `dictionary`; everything else is
-replicated. On one device both axes have size 1 and nothing is split. The step is written as if for one device: the
-compiler inserts the communication.
+"""The one pytree that holds everything that changes during training.
 
 Scalars are written `...`: under `vmap` over many SAEs every leaf has one leading axis more.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.adam import optimizer
 from hafs_jax.method.controllers import ErrorGate, SparsityControl, init_gate, init_sparsity
-from hafs_jax.method.latent_axes import latent_axis
 from hafs_jax.method.penalties import first_groups
 from hafs_jax.method.sae import init_params, unit_rows
 from hafs_jax.ops.products import Params
-
-BATCHES = PartitionSpec(None, "data", None)  # [S, B, D]
 
 
 class Hyperparameters(struct.PyTreeNode):
@@ -80,6 +70,7 @@ def shared_config(config: TrainConfig) -> TrainConfig:
         tensorboard=False,
         wandb=None,
         arm="",
+        mesh="",
         penalty=penalty,
         sparsity=dataclasses.replace(config.sparsity, coefficient=1.0),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0),
@@ -131,38 +122,3 @@ def state_of(config: TrainConfig, params: Params, key: Key[Array, ""], hyper: Hy
         sparsity=init_sparsity(hyper.coefficient, config.sae.k),
         key=key,
     )
-
-
-def mesh_for(config: TrainConfig) -> Mesh:
-    """The mesh of a training; `UserError` where the devices do not divide the batch or the latents."""
-    mesh = make_mesh(config.dictionary_shards)
-    data, shards = mesh.shape["data"], mesh.shape["dictionary"]
-    if config.batch_size % data:
-        raise UserError(f"{arg('batch_size', config.batch_size)}: expected a multiple of the {data} data shards")
-    if config.sae.F % shards:
-        raise UserError(
-            f"{arg('sae.n_latents', config.sae.F)}: expected a multiple of the {shards} dictionary shards; set "
-            f"{arg('sae.n_latents', -(-config.sae.F // shards) * shards)}, or another "
-            f"{arg('dictionary_shards')}"
-        )
-    return mesh
-
-
-def make_mesh(dictionary_shards: int) -> Mesh:
-    """A mesh of all devices, `dictionary_shards` of them along the latents, the rest along the batch."""
-    devices = jax.device_count()
-    if devices % dictionary_shards:
-        raise UserError(f"{arg('dictionary_shards', dictionary_shards)}: expected a divisor of the {devices} devices")
-    shape, names = (devices // dictionary_shards, dictionary_shards), ("data", "dictionary")
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto, AxisType.Auto))
-
-
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """A sharding for every leaf of the training state, by the leaf's name; Adam's moments follow their parameter."""
-
-    def of(path: tuple, leaf: Any) -> NamedSharding:
-        axis = latent_axis(path)
-        spec = PartitionSpec() if axis is None else PartitionSpec(*([None] * axis), "dictionary")
-        return NamedSharding(mesh, spec)
-
-    return jax.tree_util.tree_map_with_path(of, state)

@@ -8,7 +8,6 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int, Key
 
 from hafs_jax.config import TrainConfig
@@ -29,6 +28,7 @@ from hafs_jax.method.schedules import (
     learning_rate_schedule,
     settled_step,
 )
+from hafs_jax.ops.axes import Axes
 from hafs_jax.ops.members import largest_of_members
 from hafs_jax.ops.products import Params
 from hafs_jax.training.state import Hyperparameters, TrainState
@@ -57,14 +57,16 @@ def train_step(
     config: TrainConfig,
     axis: str | None = None,
     platform: str | None = None,
+    axes: Axes = Axes(),
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update on a batch of raw activations; and the step's metrics.
 
     A batch whose loss or gradient is not finite changes nothing but the counters and lambda (halved). `axis` names the
     mapped axis of SAEs that are trained together, where there is one. `platform` is what the step is to run on (none:
-    where JAX runs).
+    where JAX runs). With `axes` it is the step of one of several devices: `batch` has its rows, the state its latents'
+    counters and the parameters and moments of the latents that it owns.
     """
-    plan = choose(config, platform)
+    plan = choose(config, platform, axes)
     step, settings = state.step, config.sparsity
     architecture = ARCHITECTURES[config.sae.architecture]
     acts_BD, target_BD = _scaled(batch, scale)
@@ -73,10 +75,11 @@ def train_step(
     weights = _weights(state, dead_steps, config)
     chunk_key = jax.random.fold_in(state.key, step)
     prefix_key, row_key = jax.random.fold_in(chunk_key, 1), jax.random.fold_in(chunk_key, 2)
+    params = axes.shared_params(state.params, config.sae.compute_dtype)
     (loss, forward), grads = loss_and_gradients(
-        state.params, acts_BD, target_BD, weights, variance, prefix_key, config, plan, axis
+        params, acts_BD, target_BD, weights, variance, prefix_key, config, plan, axis
     )
-    B = len(acts_BD)
+    grads, B = axes.shared_gradients(grads), len(acts_BD) * axes.data
     rate_F = _RATE_DECAY * state.rate_F + (1 - _RATE_DECAY) * forward.firing_F / B
 
     # A unit row can only turn. What points along it would be undone by `unit_rows`, but would stay in Adam's moments.
@@ -85,13 +88,13 @@ def train_step(
     penalised = _with_penalty(grads["W_dec"], state, forward, rate_F, alpha, config, plan, chunk_key, axis)
     grads["W_dec"], held, groups_F, penalty = penalised
     loss += penalty["loss_orthogonality"]
-    gradient_norm = optax.global_norm(grads)
+    gradient_norm = axes.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
     learning_rate = hyper.learning_rate * learning_rate_schedule(config.optimizer, config.steps)(step)
     params, opt_state = update(state.params, state.opt_state, grads, gradient_norm, learning_rate, ok, config, plan)
 
-    l0 = jnp.sum(forward.firing_F) / B
+    l0 = axes.sum_of_latents(jnp.sum(forward.firing_F)) / B
     since_F = jnp.where(ok & (forward.firing_F > 0), 0, jnp.minimum(state.steps_since_fired_F + 1, _NEVER))
     threshold_ema, gate, sparsity = _controls(state, forward, l0, weights.k, ok, hyper, config)
     if config.frozen == "everything" and architecture.cost is not None:
@@ -101,7 +104,8 @@ def train_step(
         now = (step + 1) % settings.resample_every_steps == 0
         now &= ok & (step < round(settings.resample_until * config.steps))
         rows = (acts_BD, forward.residual_BD)
-        params, opt_state, since_F = resample(params, opt_state, since_F, dead_steps, rows, now, row_key, config, axis)
+        found = resample(params, opt_state, since_F, dead_steps, rows, now, row_key, config, axis, axes)
+        params, opt_state, since_F = found
 
     metrics = {
         "step": step + 1,
@@ -111,7 +115,7 @@ def train_step(
         "fvu_ema": gate.error(config.penalty.ema_decay),
         "l0": l0,
         "k": weights.k,
-        "dead_fraction": jnp.mean(since_F >= dead_steps),
+        "dead_fraction": axes.sum_of_latents(jnp.mean(since_F >= dead_steps)) / axes.latent,
         "alpha": alpha,
         "lambda": state.gate.lam,
         "tau_reached": gate.reached,
@@ -145,7 +149,7 @@ def _weights(state: TrainState, dead_steps: int, config: TrainConfig) -> Weights
 
 
 def _with_penalty(
-    grad_FD: Float[Array, "F D"],
+    grad_FD: Float[Array, "O D"],
     state: TrainState,
     forward: Forward,
     rate_F: Float[Array, " F"],
@@ -154,16 +158,17 @@ def _with_penalty(
     plan: Plan,
     key: Key[Array, ""],
     axis: str | None,
-) -> tuple[Float[Array, "F D"], Params, Int[Array, " F"], Metrics]:
+) -> tuple[Float[Array, "O D"], Params, Int[Array, " F"], Metrics]:
     """`_penalised`, with the groups of latents; unchanged and zeros where there is no penalty."""
     groups_F = state.groups_F
     if config.penalty.kind == "none":
         names = ("penalty", "loss_orthogonality", "penalty_gradient_share")
         return grad_FD, state.held_penalty, groups_F, {name: jnp.zeros(()) for name in names}
     if config.penalty.sharing == "parent":
-        groups_F = _regrouped(state, config, axis)
+        groups_F = _regrouped(state, config, plan.axes, axis)
     active_BF = None if forward.encoding is None else forward.encoding.latents_BF > 0
-    structure = Structure(groups_F, rate_F, active_BF)
+    axes = plan.axes
+    structure = Structure(axes.all_latents(groups_F), axes.all_latents(rate_F), active_BF, axes)
     grad_FD, held, metrics = _penalised(grad_FD, state, alpha, structure, config, plan, key, axis)
     return grad_FD, held, groups_F, metrics
 
@@ -239,7 +244,8 @@ def _penalised(
 
     def anew(_: Params) -> Params:
         value, penalty_FD = penalty_and_gradient(W_dec, alpha, structure, mu0, config.penalty, key, plan)
-        size, rest = state.gate.lam * optax.global_norm(penalty_FD), optax.global_norm(grad_FD)
+        size, rest = (plan.axes.norm({"W_dec": of_FD}) for of_FD in (penalty_FD, grad_FD))
+        size *= state.gate.lam
         return {"W_dec": penalty_FD, "value": value, "share": size / jnp.maximum(size + rest, 1e-30)}
 
     if every == 1:
@@ -255,11 +261,11 @@ def _penalised(
     return grad_FD + state.gate.lam * found["W_dec"], found if state.held_penalty else {}, metrics
 
 
-def _regrouped(state: TrainState, config: TrainConfig, axis: str | None) -> Int[Array, " F"]:
+def _regrouped(state: TrainState, config: TrainConfig, axes: Axes, axis: str | None) -> Int[Array, " F"]:
     """Children assigned to parents anew, every `regroup_every_steps` steps."""
     settings = config.penalty
     return jax.lax.cond(
         largest_of_members(state.step % settings.regroup_every_steps == 0, axis),
-        lambda: assign_parents(state.params["W_dec"], settings.parents),
+        lambda: axes.of_owners(assign_parents(state.params["W_dec"], settings.parents, axes)),
         lambda: state.groups_F,
     )

@@ -10,6 +10,7 @@ from typing import Any
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.adam import check_optimizer
+from hafs_jax.fast.mesh import mesh_for
 from hafs_jax.fast.plan import check_kernels, resolve_products, this_machine
 from hafs_jax.health import checks
 from hafs_jax.method.penalties import PENALTIES
@@ -23,10 +24,9 @@ from hafs_jax.training.budget import budget, check_memory
 from hafs_jax.training.checkpoint import check_path
 from hafs_jax.training.data import input_scale
 from hafs_jax.training.heldout import heldout_rows
-from hafs_jax.training.loop import Member, Stores, Terminated, TrainingStopped, first_state, fit
+from hafs_jax.training.loop import Member, Stores, Terminated, TrainingStopped, fit, given_params
 from hafs_jax.training.rows.rolling import batches_of
 from hafs_jax.training.runlog import OnMetrics, check_sinks
-from hafs_jax.training.state import hyperparameters, mesh_for
 from hafs_jax.training.step import margin
 
 LOG = logging.getLogger(__name__)
@@ -137,15 +137,14 @@ def check_start(config: TrainConfig, stores: Stores, run: Run) -> None:
         raise UserError(f"{stores.train.folder}: a store in windows has no target; extract it without window_gb")
     check_path(run.checkpoints)
     check_sinks(config)
-    check_optimizer(config)
-    mesh_for(config)
+    check_optimizer(config, mesh_for(config).size)
     batches_of(stores.train, config.batch_size, 0, stores.target)
     scale = input_scale(stores.train, stores.target)
     if config.evaluate_every_steps:
         heldout_rows(config, stores, rows=1)
     check_memory(config, stores)
     if config.init_from is not None:
-        first_state(config, stores, scale, hyperparameters(config))
+        given_params(config, stores, scale)
 
 
 @contextmanager

@@ -90,7 +90,7 @@ ELSEWHERE = {
     "tensorboard": "test_runlog: sinks do not change training",
     "wandb": "test_runlog: sinks do not change training",
     "max_bad_fraction": "test_train: a run on bad data stops",
-    "dictionary_shards": "test_devices: a sharded step",
+    "mesh": "test_devices: steps on meshes, and a run that goes on with another",
     "products": "test_entries: the sparse step is the dense one",
     "kernels": "test_kernels: a training step with kernels is the plain one",
     "passes": "below",
@@ -248,3 +248,10 @@ def test_whole_dispatches_only() -> None:
 def test_a_bad_value_is_refused_at_construction(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_the_config_of_an_earlier_version_is_read_without_its_number_of_shards() -> None:
+    values = to_dict(TrainConfig())
+    assert from_dict(TrainConfig, {**values, "dictionary_shards": 4}, "config.json") == TrainConfig()
+    with pytest.raises(UserError, match="unknown key 'dictionary_shard'"):
+        from_dict(TrainConfig, {**values, "dictionary_shard": 4}, "config.json")

@@ -73,7 +73,6 @@ def test_what_has_no_sparse_form_is_dense_whatever_is_asked_for() -> None:
     for config in (
         config_of("gated", n_latents=5000, k=10),
         with_fields(config_of("relu", n_latents=5000, k=10), {"sparsity": {"pre_activation": 0.1}}),
-        with_fields(config_of("topk", n_latents=5000, k=10), {"dictionary_shards": 2}),
     ):
         asked = dataclasses.replace(config, products="sparse")
         assert resolve_products(asked, machine) == "dense" and choose(asked, "cpu").products == "dense"

@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hafs_jax.base.errors import UserError
+from hafs_jax.fast.mesh import mesh_for, state_shardings
 from hafs_jax.training import checkpoint
 from hafs_jax.training.checkpoint import Checkpoints, load_checkpoint
-from hafs_jax.training.state import TrainState, mesh_for, state_shardings
+from hafs_jax.training.state import TrainState
 from tests.support.steps import D, F, batch, fresh, one_step, small
 
 ENCODERS = 4  # W_enc, its average and its two moments

@@ -17,6 +17,9 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of
 from hafs_jax.cli import main
 from hafs_jax.config import TrainConfig
+from hafs_jax.fast.adam import check_optimizer
+from hafs_jax.fast.mesh import mesh_for
+from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.runs import Run, all_runs
 from hafs_jax.saelens import export_saelens
@@ -56,7 +59,9 @@ def test_every_bit_of_a_seed_is_used(store: Path, tmp_path: Path) -> None:
         ({"batch_size": 500, "tokens": 500}, "holds 400 rows, fewer than batch_size=500"),
         ({"evaluate_every_steps": 4}, "expected a held-out store beside"),
         ({"init_from": "nowhere"}, "expected a SAELens folder's cfg.json at nowhere/cfg.json"),
-        ({"dictionary_shards": 3}, "dictionary_shards=3: expected a divisor of the 1 devices"),
+        ({"mesh": "latent=3"}, "mesh='latent=3': expected a divisor of the 1 devices, found 3"),
+        ({"mesh": "data=2,latent=2"}, "mesh='data=2,latent=2': expected 1 devices, as there are, found 2 x 2"),
+        ({"mesh": "rows=2"}, "mesh='rows=2': expected sizes of its axes such as data=2,latent=4, found 'rows=2'"),
         ({"optimizer": {"name": "lbfgs"}}, "optimizer.name=lbfgs: expected an optimizer of optax that updates from"),
         ({"optimizer": {"name": "adafactor"}}, r"keeps an array of shape \(1,\), which is no parameter's"),
         ({"optimizer": {"name": "adan_"}}, "that takes a learning rate; did you mean 'adan'"),
@@ -89,16 +94,37 @@ def test_a_start_that_fails_later_leaves_the_folder_free(
     assert train(small(sae={"k": 3}), store, tmp_path).summary().k == 3
 
 
-def test_the_latents_must_fit_the_devices() -> None:
-    script = (
-        "from hafs_jax.training.state import mesh_for; from hafs_jax.presets import preset, with_fields\n"
-        "config = with_fields(preset(), {'dictionary_shards': 4, 'sae': {'n_latents': 42}, 'batch_size': 40})\n"
-        "try: mesh_for(config)\nexcept Exception as error: print(repr(error))"
-    )
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    run = [sys.executable, "-c", script]
-    done = subprocess.run(run, env=dict(os.environ) | devices, capture_output=True, text=True, check=True, timeout=100)
-    assert "sae.n_latents=42: expected a multiple of the 4 dictionary shards; set sae.n_latents=44" in done.stdout
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sae": {"n_latents": 42}}, "sae.n_latents=42: expected a multiple of 4, .*; set sae.n_latents=44"),
+        ({"batch_size": 42}, "batch_size=42: expected a multiple of 4, by which mesh='data=4' divides the batch"),
+        ({"mesh": "data=2", "batch_size": 41}, "batch_size=41: expected a multiple of 2"),
+        ({"mesh": "data=3,latent=1"}, "mesh='data=3,latent=1': expected 4 devices, as there are, found 3 x 1"),
+        ({"mesh": "latent=3"}, "expected a divisor of the 4 devices, found 3"),
+        ({"mesh": "latent=4", "penalty": {"kind": "hinge", "sharing": "cofiring"}}, "reads all latents of a row; set"),
+    ],
+)
+def test_a_mesh_must_divide_devices_batch_and_latents(fields: dict[str, Any], message: str) -> None:
+    config = with_fields(preset(), {"batch_size": 40, "sae": {"n_latents": 44}})
+    with pytest.raises(UserError, match=message):
+        mesh_for(with_fields(config, fields), [None] * 4)
+
+
+def test_several_devices_need_an_optimizer_that_takes_each_latent_alone() -> None:
+    config = with_fields(preset(), {"optimizer": {"name": "lamb"}})
+    check_optimizer(config, devices=1)
+    check_optimizer(with_fields(config, {"optimizer": {"name": "adamw"}}), devices=4)
+    with pytest.raises(UserError, match=r"optimizer.name=lamb: .* depends on others, which 4 devices"):
+        check_optimizer(config, devices=4)
+
+
+def test_an_architecture_says_whether_its_latents_may_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "relu", dataclasses.replace(ARCHITECTURES["relu"], splits=False))
+    config = with_fields(preset("baseline", "relu"), {"batch_size": 40, "sae": {"n_latents": 44}})
+    assert mesh_for(with_fields(config, {"mesh": "data=4"}), [None] * 4).shape["data"] == 4
+    with pytest.raises(UserError, match="architecture relu is not declared to work on a part of the latents"):
+        mesh_for(with_fields(config, {"mesh": "latent=2"}), [None] * 4)
 
 
 @pytest.mark.parametrize("sign", ["[x]", "a*", "a?", "\\"])
