@@ -120,8 +120,8 @@ class Windows:
             progress = SplitProgress(batches, tuple(counts))
             write_json(journal, to_dict(_Progress(window, to_dict(progress))))
 
-        options = {"unit": "tok", "unit_scale": True, "delay": 1, **bar_options(LOG)}
-        with tqdm(total=2 * split.rows, desc=f"window {window} of {rolling.windows - 1}", **options) as bar:
+        said = f"window {window} of {rolling.windows - 1}"
+        with tqdm(total=2 * split.rows, desc=said, unit="tok", unit_scale=True, delay=1, **bar_options(LOG)) as bar:
             bar.update(sum(done.buckets))
             spill = spill_rows(
                 split, model, config, self.making / "rows", done.batches, list(done.buckets), save, 2.0, bar, first_row

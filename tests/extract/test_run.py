@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel
 
-from hafs_extract import passes, run
+from hafs_extract import compiling, passes, run
 from hafs_extract.cli import main
 from hafs_extract.config import ExtractConfig, parse_source
 from hafs_extract.contexts import plan_batches
@@ -378,7 +378,7 @@ def test_blocks_are_compiled_where_it_is_asked_for_or_pays(
     inputs: Inputs, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, least: int, calls: int
 ) -> None:
     found: list[tuple] = []
-    monkeypatch.setattr(run, "COMPILED_FROM_TOKENS", least)
+    monkeypatch.setattr(compiling, "COMPILED_FROM_TOKENS", least)
     monkeypatch.setattr(run.LanguageModel, "compile_blocks", lambda _, *asked: found.append(asked))
     root = _extract(inputs.config(compile=asked), tmp_path)
     assert found == [(("blocks.3.hook_resid_post",), (15, 17))] * calls  # 256 tokens in contexts of 17
@@ -394,7 +394,7 @@ def test_what_cannot_be_compiled_is_an_error_only_where_it_was_asked_for(
     def fail(*_: object) -> None:
         raise UserError("no compiler")
 
-    monkeypatch.setattr(run, "COMPILED_FROM_TOKENS", 1)
+    monkeypatch.setattr(compiling, "COMPILED_FROM_TOKENS", 1)
     monkeypatch.setattr(run.LanguageModel, "compile_blocks", fail)
     with pytest.raises(UserError, match="compile=on: no compiler; pass --compile auto"):
         _extract(inputs.config(compile="on"), tmp_path / "asked")

@@ -18,6 +18,7 @@ PRINTERS = {
     "hafs_jax.commands.training": None,
     "hafs_jax.commands.runs": None,
     "hafs_jax.commands.plan": None,
+    "hafs_jax.commands.streaming": {"_pass_on"},
     "hafs_jax.base.errors": {"one_line_errors"},
     "hafs_jax.base.flags": {"error"},
     "hafs_jax.base.log": {"emit"},
