@@ -1,6 +1,8 @@
 """Fixtures that several of the evaluate room's tests share."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,3 +26,12 @@ def workspace(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("hafs_evaluate.hierarchy.label_trees.FOLDER", write_tree(tmp_path / "trees"))
     monkeypatch.setattr("hafs_jax.saelens.export_saelens", lambda folder, k=None: folder / "sae")
     return make_workspace(tmp_path, load_model(str(model_folder), "float32", device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    from tests.support.browser import launched
+
+    with launched() as chromium:
+        yield chromium

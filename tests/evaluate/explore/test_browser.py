@@ -1,9 +1,5 @@
-"""The explorer's page in a real headless Chromium, with a tiny model behind it.
+"""The explorer's page in a real headless Chromium, with a tiny model behind it."""
 
-Needs the `playwright` package and a Chromium of the system's (`apt install chromium`); skipped without.
-"""
-
-import shutil
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,19 +11,12 @@ from hafs_evaluate.explore.ports import HOST, listening_socket
 from hafs_evaluate.explore.reading import latents_of
 from hafs_evaluate.explore.requests import ReadRequest
 from tests.evaluate.explore.conftest import RUNS
+from tests.support.browser import NEEDS_CHROMIUM, OVERFLOW, PHONE, visiting
 
-api = pytest.importorskip("playwright.sync_api", reason="the browser's tests need playwright: pip install playwright")
 uvicorn = pytest.importorskip("uvicorn", reason="the explorer's tests need its extra: pip install 'hafs-jax[explore]'")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the browser's tests need Chromium: apt install chromium")
+pytestmark = NEEDS_CHROMIUM
 
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1440, "height": 900}
-OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 TEXT = "rivers carried salt and iron"
 NASTY = "</script><script>alert(1)</script> <img src=x onerror=alert(2)> & \u202e שלום 😀 <|endoftext|>"
 
@@ -76,14 +65,6 @@ class Held:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
 def server(explorer: Explorer) -> Iterator[Running]:
     for name in RUNS:
         explorer.read(ReadRequest(TEXT, (name,)))
@@ -94,31 +75,19 @@ def server(explorer: Explorer) -> Iterator[Running]:
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Any]:
-    """`visit(address)` opens the page; none may have complained or asked for anything of another place."""
-    complaints: list[str] = []
-    contexts = []
+    """See `visiting`; the page asks its own server alone."""
 
-    def open_page(url: str, complains: bool = False, **options: Any) -> Any:
-        context = browser.new_context(**{"viewport": DESKTOP, "reduced_motion": "reduce", **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(10_000)
-        said = [] if complains else complaints
-        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: complaints.append(dialog.message))
-        page.on(
-            "request",
-            lambda request: request.url.startswith((url.partition("#")[0], "data:")) or complaints.append(request.url),
-        )
-        page.goto(url)
-        page.locator("#shown input").first.wait_for(state="attached")
-        return page
+    def is_own(url: str, asked: str) -> bool:
+        return asked.startswith((url.partition("#")[0], "data:"))
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
+    with visiting(browser, DESKTOP, is_own) as open_page:
+
+        def open_explorer(url: str, complains: bool = False, **options: Any) -> Any:
+            page = open_page(url, complains, **options)
+            page.locator("#shown input").first.wait_for(state="attached")
+            return page
+
+        yield open_explorer
 
 
 def read(page: Any, text: str = TEXT) -> None:

@@ -1,12 +1,8 @@
-"""The report's page in a real headless Chromium: loads silently, sorts, searches, opens, goes back, fits a phone.
-
-Needs the `playwright` package and a Chromium of the system's (`apt install chromium`); skipped without.
-"""
+"""The report's page in a real headless Chromium: loads silently, sorts, searches, opens, goes back, fits a phone."""
 
 import csv
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,30 +11,15 @@ from urllib.parse import urlencode
 import pytest
 
 from hafs_evaluate.report.report import write_report
+from tests.support.browser import NEEDS_CHROMIUM, OVERFLOW, PHONE, api, visiting
 from tests.support.report_workspace import make_experiment, make_workspace, write_hierarchy, write_many_latents
 
-api = pytest.importorskip("playwright.sync_api", reason="the browser's tests need playwright: pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the browser's tests need Chromium: apt install chromium")
+pytestmark = NEEDS_CHROMIUM
 
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 RUNS = ("baseline-s0", "strict-s0", "adaptive-s0", "baseline-relu-s0")
 LATENTS = 300
-PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
 SEEN = "all => all.filter(one => one.getClientRects().length).length"  # a level line has a box, though without height
-OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +52,9 @@ def address(folder: Path) -> str:
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Any]:
-    """`visit(address, **context)` opens a page; at the end no page may have complained or asked for anything."""
-    complaints: list[str] = []
-    contexts = []
-
-    def open_page(url: str, **options: Any) -> Any:
-        context = browser.new_context(**{"viewport": DESKTOP, "reduced_motion": "reduce", **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(10_000)
-        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or complaints.append(request.url))
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
+    """See `visiting`; the page's files lie beside it."""
+    with visiting(browser, DESKTOP, lambda _, asked: asked.startswith(("file:", "data:"))) as open_page:
+        yield open_page
 
 
 def explore(page: Any) -> None:
