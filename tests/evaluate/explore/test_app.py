@@ -141,6 +141,12 @@ def test_another_host_is_refused(client: TestClient, fake: Fake, host: str) -> N
     assert client.get("/", headers={"Host": f"localhost:{PORT}"}).status_code == 200
 
 
+@pytest.mark.parametrize("second", ["evil.example", f"127.0.0.1:{PORT}"])
+def test_a_second_host_is_refused(client: TestClient, second: str) -> None:
+    answer = client.get("/", headers=[("Host", f"127.0.0.1:{PORT}"), ("Host", second)])
+    assert answer.status_code == 403 and "Host" in answer.json()["error"]
+
+
 @pytest.mark.parametrize(
     "origin",
     [
@@ -172,6 +178,8 @@ def test_only_json_is_taken(client: TestClient, fake: Fake, kind: str) -> None:
 def test_other_methods_are_refused(client: TestClient) -> None:
     assert {client.request(method, "/api/read").status_code for method in ("GET", "PUT", "DELETE", "OPTIONS")} == {405}
     assert client.options("/api/read", headers={"Origin": OWN}).status_code == 405  # a preflight finds no permission
+    for path in ("/", "/api/read", "/nowhere"):  # by the guard, whatever the path
+        assert client.request("PUT", path).json()["error"] == "expected GET or POST"
 
 
 @pytest.mark.parametrize(
