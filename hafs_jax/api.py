@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.tensors import check_dtype, host_array
-from hafs_jax.config import TrainConfig
+from hafs_jax.config import SAEConfig, TrainConfig
 from hafs_jax.method.architectures import ARCHITECTURES, OperatingPoint
 from hafs_jax.method.sae import SAE, InputScale
 from hafs_jax.ops.devices import check_devices
@@ -102,7 +102,7 @@ class TrainedSAE:
         """
 
         def rows(acts_BD: Array) -> Array:
-            return _encode(self.params, acts_BD, self.scale, self.scaled_threshold, self.config)
+            return _encode(self.params, acts_BD, self.scale, self.scaled_threshold, self.config.sae)
 
         return _by_row(rows, acts, self.d_model, f"activations [..., D] with this SAE's D={self.d_model}")
 
@@ -113,7 +113,7 @@ class TrainedSAE:
         """
 
         def rows(latents_BF: Array) -> Array:
-            return _decode(self.params, latents_BF, self.scale, self.config)
+            return _decode(self.params, latents_BF, self.scale, self.config.sae)
 
         return _by_row(rows, latents, self.n_latents, f"latents [..., F] with this SAE's F={self.n_latents}")
 
@@ -216,15 +216,15 @@ def _float_array(values: Any, what: str) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _encode(params: Params, acts_BD: Array, scale: InputScale, threshold: Array, config: TrainConfig) -> Array:
-    sae = SAE(config.sae, acts_BD.shape[1], params["W_dec"].shape[1])
-    at = OperatingPoint(config.sae.k, threshold)
+def _encode(params: Params, acts_BD: Array, scale: InputScale, threshold: Array, config: SAEConfig) -> Array:
+    sae = SAE(config, acts_BD.shape[1], params["W_dec"].shape[1])
+    at = OperatingPoint(config.k, threshold)
     return cast(Any, sae.apply({"params": params}, scale(acts_BD), at, method="encode")).latents_BF / scale.scale
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _decode(params: Params, latents_BF: Array, scale: InputScale, config: TrainConfig) -> Array:
+def _decode(params: Params, latents_BF: Array, scale: InputScale, config: SAEConfig) -> Array:
     into = scale if scale.target is None else scale.target
-    sae = SAE(config.sae, params["W_enc"].shape[1], params["W_dec"].shape[1])
+    sae = SAE(config, params["W_enc"].shape[1], params["W_dec"].shape[1])
     recon_BD = cast(Array, sae.apply({"params": params}, latents_BF * scale.scale, method="decode"))
     return recon_BD / into.scale + into.mean_D[None]

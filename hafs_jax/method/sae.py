@@ -106,10 +106,10 @@ def encoder_scale(config: SAEConfig, d_model: int) -> float:
 def init_params(config: SAEConfig, d_model: int, key: Key[Array, ""], d_out: int | None = None) -> Params:
     """Initial parameters: random unit rows W_dec, W_enc the same (or others) times `encoder_scale()`, zero biases.
 
-    Scaled activations have mean 0, so b_dec = 0 is the mean of the store.
+    Scaled activations have mean 0, so b_dec = 0 is the mean of the store. Nothing is encoded: outside of a program, a
+    selection's loops would be compiled anew at each call, and kept.
     """
-    rows_1D = jnp.zeros((1, d_model), jnp.float32)
-    return SAE(config, d_model, d_out).init(key, rows_1D, OperatingPoint(config.k))["params"]
+    return SAE(config, d_model, d_out).init(key, method=lambda sae: sae.params["b_dec"])["params"]
 
 
 def unit_rows(matrix: Float[Array, "F D"]) -> Float[Array, "F D"]:

@@ -19,7 +19,7 @@ from hafs_jax.method.sae import InputScale, encode
 from hafs_jax.ops.products import Params, matmul
 from hafs_jax.runs import Run
 from hafs_jax.training.checkpoint import Checkpoints
-from hafs_jax.training.state import TrainState
+from hafs_jax.training.state import TrainState, shared_config
 from hafs_jax.training.step import Batch
 
 _ROWS_AT_ONCE = 2048
@@ -65,7 +65,7 @@ class Heldout:
         variance = scale.variance if scale.target is None else scale.target.variance
         for start in range(0, len(self._rows[0]), _ROWS_AT_ONCE):
             parts = tuple(jnp.asarray(rows[start : start + _ROWS_AT_ONCE]) for rows in self._rows)
-            more = _sums(state, parts if len(parts) > 1 else parts[0], scale, config, mesh)
+            more = _sums(state, parts if len(parts) > 1 else parts[0], scale, shared_config(config), mesh)
             squares, active = squares + float(more[0]), active + float(more[1])
         rows = len(self._rows[0])
         fvu = squares / rows / float(variance)

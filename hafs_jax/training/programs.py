@@ -4,6 +4,7 @@ One SAE is trained alone. Several that differ in swept numbers alone are trained
 products ("vmap"), or by the one program in turn ("map").
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from hafs_jax.method.sae import InputScale
 from hafs_jax.ops.axes import Axes
 from hafs_jax.training.state import Hyperparameters, TrainState
 from hafs_jax.training.step import Batch, train_step
+
+
+_KEPT = 4  # kinds of programs: by shardings, way of sharing, platform
 
 
 class Together(ABC):
@@ -122,7 +126,16 @@ def compile_steps(
 
     `platform` is what the program is for (none: where JAX runs). With "gpu" it can be lowered for a GPU on a machine
     that has none.
+
+    Trainings of one kind share a program, whose keys are the shapes and the config. The last few kinds are kept.
     """
+    leaves, tree = jax.tree.flatten(state_shardings)
+    return _program(tuple(leaves), tree, members, platform)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _program(shardings: tuple[Any, ...], tree: Any, members: str | None, platform: str | None) -> Callable[..., Any]:
+    state_shardings = jax.tree.unflatten(tree, shardings)
     axis = "members" if members == "vmap" else None
     mesh = None if state_shardings is None else jax.tree.leaves(state_shardings)[0].mesh
     axes = Axes() if mesh is None else axes_of(mesh)
