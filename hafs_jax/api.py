@@ -150,7 +150,8 @@ def load(source: Path | str, which: str = "last", k: int | None = None) -> Train
         raise UserError(f"{folder}: expected a run's config.json or a SAELens folder's {CFG}, found neither")
     run = Run(folder)
     config, (d_model, d_out) = run.config(), run.widths()
-    state, scale = load_checkpoint(run.best if which == "best" else run.checkpoints, config, d_model, d_out)
+    folder, step = run.checkpoint(which)
+    state, scale = load_checkpoint(folder, config, d_model, d_out, step)
     threshold = state.threshold(config.sparsity.threshold_decay)
     if k is not None:
         config = _with_k(config, k, run.folder)

@@ -13,8 +13,8 @@ Beside it lie .locks/<name>, which says who is at work on it, and .<name>.old, w
 """
 
 import dataclasses
+import hashlib
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,13 +23,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hafs_jax.base.checksums.checked import check_folder
+from hafs_jax.base.checksums.sealed import sealed_line
 from hafs_jax.base.errors import UserError, arg
-from hafs_jax.base.files import read_json, read_jsonl, write_figures, write_json, write_text
+from hafs_jax.base.files import read_json, read_jsonl, sha256_of, write_figures, write_record, write_text
 from hafs_jax.base.options import did_you_mean, from_dict, to_dict
 from hafs_jax.base.process.locks import locked
 from hafs_jax.config import TrainConfig, arm_name
 from hafs_jax.presets import preset
 from hafs_jax.store.manifest import Manifest, read_manifest
+
+EXPORT_FORMAT = 1  # raise it when a run's export would be another
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,11 @@ class RunSummary:
     best: dict[str, Any] | None  # {"step", "heldout_fvu"}, None where it was not measured
     final: dict[str, Any]  # the last logged step
     store_fingerprint: str
+    logged_steps: int | None = None  # in metrics.jsonl; None where that is not known
 
 
-_NOT_YET = {"stopped_early": False, "trained_together": 1, "tau": None, "tau_reached": None, "best": None}
+_NOT_YET = {"stopped_early": False, "trained_together": 1, "tau": None, "tau_reached": None, "best": None,
+            "logged_steps": None}  # fmt: skip
 """What holds for a run whose run.json is from before there was such a key."""
 
 
@@ -145,6 +151,23 @@ class Run:
         """run.json as it stands there; `UserError` where the run has not finished."""
         return read_json(self.result_path, "a finished run's run.json")
 
+    def checkpoint(self, which: str = "last") -> tuple[Path, int | None]:
+        """The folder of the `last` checkpoints or of the `best` one, and the step of it that a finished run names."""
+        folder = self.best if which == "best" else self.checkpoints
+        if not self.finished():
+            return folder, None
+        result = self.result()
+        return folder, result.get("steps") if which == "last" else (result.get("best") or {}).get("step")
+
+    def state(self) -> str:
+        """A hash of config.json and run.json, which an export notes: it is current as long as they are the same."""
+        digests = [sha256_of(path) for path in (self.config_path, self.result_path)]
+        return f"{EXPORT_FORMAT} " + hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+    def is_exported(self) -> bool:
+        """Whether `sae` holds the export of this finished run, whole; `UserError` where it holds a damaged one."""
+        return check_folder(self.sae, "an exported SAE's file", "it is exported again").get("of") == self.state()
+
     def summary(self) -> RunSummary:
         """run.json, typed; `UserError` where the run has not finished.
 
@@ -163,14 +186,27 @@ class Run:
         return from_dict(RunSummary, found, str(self.result_path))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged steps so far, ascending; of a step that was logged again after a resume, the last."""
-        by_step = {record["step"]: record for record in read_jsonl(self.metrics_path)}
+        """The logged steps so far, ascending; of a step that was logged again after a resume, the last.
+
+        Raises `UserError` for a line that is damaged, and where a finished run has not all steps that it logged.
+        """
+        by_step: dict[int, dict[str, Any]] = {}
+        for record in read_jsonl(self.metrics_path):
+            if not isinstance(record.get("step"), int):
+                raise UserError(f"{self.metrics_path}: expected a step in each line, found one without; remove it")
+            by_step[record["step"]] = record
+        logged = self.result().get("logged_steps") if self.finished() else None
+        if logged is not None and logged != len(by_step):
+            raise UserError(
+                f"{self.metrics_path}: expected the {logged} steps that the finished run logged, found {len(by_step)}; "
+                "restore the file"
+            )
         return [by_step[step] for step in sorted(by_step)]
 
     def drop_metrics(self, after: int) -> list[dict[str, Any]]:
         """Rewrites metrics.jsonl without the steps after step `after`, and returns what it has left."""
         kept = [record for record in self.metrics() if record["step"] <= after]
-        write_text(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(self.metrics_path, "".join(map(sealed_line, kept)))
         return kept
 
     def config(self) -> TrainConfig:
@@ -226,7 +262,7 @@ class Run:
 
     def write_config(self, config: TrainConfig, store: dict[str, Any]) -> None:
         names = {"variant": config.variant, "architecture": config.sae.architecture, "seed": config.seed}
-        write_json(self.config_path, {**names, "config": to_dict(config), "store": store})
+        write_record(self.config_path, {**names, "config": to_dict(config), "store": store})
 
     def write_result(self, summary: RunSummary) -> None:
         """Writes run.json: the run has finished."""

@@ -78,5 +78,5 @@ def export_saelens(run_folder: Path | str, k: int | None = None) -> Path:
         metadata["budgets"] = sorted({int(count) for count in budget_counts(config.sae, config.sae.k)})
     tensors = saelens_tensors(sae.params, config.sae, sae.scale, sae.scaled_threshold)
     folder = run.sae if k is None else run.folder / f"{run.sae.name}-k{k}"
-    write_saelens(folder, tensors, saelens_config(sae.config.sae, kind, manifest, target, metadata))
+    write_saelens(folder, tensors, saelens_config(sae.config.sae, kind, manifest, target, metadata), of=run.state())
     return folder

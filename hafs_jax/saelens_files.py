@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from hafs_jax.base.checksums.checked import CHECKSUMS, check_folder, write_checksums
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_json
 from hafs_jax.base.foreign import refuse_pointer, refuse_special
@@ -41,6 +42,7 @@ def read_cfg(folder: Path) -> dict[str, Any]:
     value that decides the function is missing or of another type.
     """
     path = folder / CFG
+    check_folder(folder, "an SAE's file", "export or import it again")
     cfg = read_json(path, "a SAELens folder's cfg.json")
     if not isinstance(cfg, dict) or not {"d_in", "d_sae"} <= set(cfg):
         found = sorted(map(str, cfg))[:8] if isinstance(cfg, dict) else type(cfg).__name__
@@ -94,11 +96,16 @@ def read_safetensors(path: Path, what: str) -> Weights:
     return arrays
 
 
-def write_saelens(folder: Path, tensors: dict[str, np.ndarray], cfg: dict[str, Any]) -> None:
-    """Writes a SAELens folder, cfg.json last; equal tensors give equal bytes."""
+def write_saelens(folder: Path, tensors: dict[str, np.ndarray], cfg: dict[str, Any], **more: Any) -> None:
+    """Writes a SAELens folder, cfg.json last; equal tensors give equal bytes.
+
+    The files' checksums are written beside them, with what `more` says. Whoever reads the folder here compares them.
+    """
+    (folder / CHECKSUMS).unlink(missing_ok=True)
     weights = safetensors.numpy.save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
     write_atomic(folder / WEIGHTS, lambda file: file.write(weights) and None)
     write_json(folder / CFG, cfg)
+    write_checksums(folder, [WEIGHTS, CFG], more)
 
 
 def printable(name: str) -> str:

@@ -1,7 +1,8 @@
 """What a stage of an evaluation is, and how one is run. Torch comes with the first SAE that is loaded.
 
-`eval/<run>/done.json` holds, for each stage, a fingerprint of what its result was computed from. A stage whose
-fingerprint still matches is left as it is. The fingerprint is written after the result.
+A result file holds, in `marks`, a fingerprint of what each stage that wrote it computed it from, and in `files_sha256`
+the checksums of the files that belong to it. A stage whose fingerprint still matches is left as it is, unless one of
+its files is damaged. Results of earlier versions have their marks in `eval/<run>/done.json`.
 """
 
 import gc
@@ -23,11 +24,13 @@ from hafs_evaluate.workspace import (
     Workspace,
     export,
     fingerprint,
+    read_intact,
     read_result,
 )
 from hafs_extract.hub.presence import go_offline, hub_problem, model_file
+from hafs_jax.base.checksums.checked import check_file, sha256_once
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import write_figures, write_json
+from hafs_jax.base.files import sha256_of, write_figures, write_record
 from hafs_jax.base.options import to_dict
 from hafs_jax.runs import Run
 from hafs_jax.store.holding import reading
@@ -66,6 +69,8 @@ class Stage:
     """Called once before the first of the runs that are not done; `job.shared` is what it returns."""
     language_model: "OfLanguageModel | None" = None
     line: Callable[[Values], str] | None = None  # what is said of a run's result
+    reads: Callable[["Evaluation"], list[Path]] | None = None
+    """The files that `compute_all` reads and writes: while they are as it left them, it is not called again."""
     needs_tokens: bool = True  # left out on a store without tokens: an imported array, a synthetic world
     needs_hub: Callable[[EvalConfig], bool] = lambda config: False
     can_be_skipped: bool = True
@@ -79,6 +84,11 @@ class Stage:
     def __post_init__(self) -> None:
         if sum(function is not None for function in (self.compute, self.compute_together, self.compute_all)) != 1:
             raise UserError(f"stage {self.name!r}: expected one of compute, compute_together and compute_all")
+
+    @property
+    def own_files(self) -> tuple[str, ...]:
+        """The files that lie beside its result file and belong to it."""
+        return tuple(name for name in self.other_files if "/" not in name)
 
     @property
     def place(self) -> str:
@@ -239,10 +249,15 @@ class Evaluation:
 
     def _compute_all(self, stage: Stage, compute: Callable[["Evaluation"], Values | None]) -> None:
         path = self.workspace.eval / stage.file
+        done = self.workspace.eval / DONE
+        if stage.reads and read_intact(done, f"{stage.name} is measured again").get(stage.name) == _left(stage, self):
+            return
         with self.timed(stage.name), self.workspace.locked(stage.name, "an evaluation", wait=True):
             values = compute(self)
-            if values is not None and values != read_result(path):
+            if values is not None and values != read_intact(path, "it is written again"):
                 write_figures(path, values)
+            if stage.reads:
+                write_record(done, {**read_intact(done, "it is written again"), stage.name: _left(stage, self)})
         if stage.line and values:
             self.say(f"{stage.name}: {stage.line(values)}")
 
@@ -282,8 +297,9 @@ class Evaluation:
         stage = job.stage
         if values is not None:
             values = _identified(values, job)
-            write_figures(job.path, values)
-        self._done(job.run.name, {stage.name: job.mark, **dict.fromkeys(stage.replaces)})
+            write_figures(job.path, _marked(values, stage.name, job.mark, job.path, stage.own_files))
+        elif not read_result(job.path).get("marks"):  # it has written its file itself
+            self._done(job.run.name, {stage.name: job.mark, **dict.fromkeys(stage.replaces)})
         said = stage.line(values) if stage.line and values else f"{stage.name} done"
         self.say(f"{job.run.name}: {said}")
 
@@ -294,8 +310,10 @@ class Evaluation:
             with self.timed(f"{stage.name}/{LANGUAGE_MODEL}"):
                 values = llm.compute(self, shared)
                 if values is not None:
-                    write_figures(self.workspace.result(LANGUAGE_MODEL, stage.file), values)
-            self._done(LANGUAGE_MODEL, {stage.name: mark})
+                    path = self.workspace.result(LANGUAGE_MODEL, stage.file)
+                    write_figures(path, _marked(values, stage.name, mark, path, llm.other_files))
+            if values is None:
+                self._done(LANGUAGE_MODEL, {stage.name: mark})
 
     def _alone(self) -> AbstractContextManager[None]:
         """Waits for other evaluations of this workspace: what all runs share is made once."""
@@ -303,17 +321,42 @@ class Evaluation:
 
     def _is_done(self, owner: str, stage: Stage, mark: str, other_files: Sequence[str] = ()) -> bool:
         files = [self.workspace.result(owner, name) for name in (stage.file, *other_files)]
-        return all(path.exists() for path in files) and self._marks(owner).get(stage.name) == mark
+        if not all(path.exists() for path in files):
+            return False
+        again = f"{stage.name} is measured again"
+        found = read_intact(files[0], again)
+        if not found or (found.get("marks") or self._marks(owner)).get(stage.name) != mark:
+            return False
+        for name, sha256 in (found.get("files_sha256") or {}).items():
+            try:
+                check_file(files[0].with_name(name), sha256, "a result's file", again)
+            except UserError as error:
+                LOG.warning(str(error))
+                return False
+        return True
 
     def _marks(self, owner: str) -> Values:
-        return read_result(self.workspace.result(owner, DONE))
+        return read_intact(self.workspace.result(owner, DONE), "what it says is measured again")
 
     def _done(self, owner: str, marks: dict[str, str | None]) -> None:
-        write_json(self.workspace.result(owner, DONE), {**self._marks(owner), **marks})
+        write_record(self.workspace.result(owner, DONE), {**self._marks(owner), **marks})
+
+
+def _marked(values: Values, stage: str, mark: str, path: Path, own_files: Sequence[str]) -> Values:
+    """`values` with the stage's mark, and the checksums of the files beside `path` that belong to them."""
+    files = {name: sha256_of(path.with_name(name)) for name in own_files if path.with_name(name).exists()}
+    marked = {**values, "marks": {**(values.get("marks") or {}), stage: mark}}
+    return {**marked, "files_sha256": {**(values.get("files_sha256") or {}), **files}} if files else marked
 
 
 def _mark(run: Exported, inputs: list[Any]) -> str:
     return fingerprint([FORMAT, run.weights_sha256, run.cfg_sha256, *inputs])
+
+
+def _left(stage: Stage, evaluation: Evaluation) -> str:
+    """A fingerprint of the files that a stage of all runs reads and writes."""
+    assert stage.reads is not None
+    return fingerprint([FORMAT, [[str(path), sha256_once(path)] for path in stage.reads(evaluation) if path.exists()]])
 
 
 def _identified(values: Values, job: Job) -> Values:

@@ -4,6 +4,7 @@ A stage's own work is imported when it is done, since torch takes seconds.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,7 @@ def _token_transfer(job: Job) -> Values:
 
 
 def _latents_config() -> Any:
-    from hafs_evaluate.latents.dashboards import LatentsConfig
+    from hafs_evaluate.latents.settings import LatentsConfig
 
     return LatentsConfig()
 
@@ -174,11 +175,11 @@ def _latents(job: Job) -> None:
     sample = job.shared.get(job.run.name)
     found = show_latents(job.sae(model.device), job.train, model, _latents_config(), sample)
     write_latents(job.path.with_name(OTHERS), {"run": job.run.name, "latents": found.pop("others")})
-    write_latents(job.path, {"run": job.run.name, **found})
+    write_latents(job.path, {"run": job.run.name, "marks": {job.stage.name: job.mark}, **found})
 
 
 def _domains_config() -> Any:
-    from hafs_evaluate.latents.domains import DomainsConfig
+    from hafs_evaluate.latents.settings import DomainsConfig
 
     return DomainsConfig()
 
@@ -210,6 +211,15 @@ def _first_letter(job: Job) -> Values:
 
     model, root = job.shared, job.evaluation.workspace.cache / "first_letter"
     return first_letter(job.run.unique_name, job.sae(model.device), model, job.evaluation.manifest, root)
+
+
+def _compared(evaluation: Evaluation) -> list[Path]:
+    workspace = evaluation.workspace
+    names = (CORE, LATENT_ARRAYS, LATENTS, OTHERS)
+    files = [workspace.result(run.parent.name, name) for run in workspace.eval.glob(f"*/{CORE}") for name in names]
+    runs = [folder for place in (workspace.runs, workspace.folder / "imported") for folder in place.glob("*")]
+    of_runs = ("config.json", "run.json", "sae/sae_weights.safetensors")
+    return sorted([*files, *(run / name for run in runs for name in of_runs), workspace.eval / STABILITY])
 
 
 def _across(evaluation: Evaluation) -> Values | None:
@@ -338,6 +348,7 @@ for _stage in (
         "how alike the dictionaries of several seeds are; each latent's match in the other runs",
         STABILITY,
         compute_all=_across,
+        reads=_compared,
         needs_tokens=False,
         other_files=("eval/<run>/latents.json", "eval/<run>/latents_others.json"),
     ),

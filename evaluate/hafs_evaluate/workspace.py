@@ -15,8 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hafs_jax.base.checksums.checked import sha256_once
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, sha256_of, write_json
+from hafs_jax.base.files import read_json, sha256_of, write_record
 from hafs_jax.base.options import did_you_mean
 from hafs_jax.base.process.locks import locked
 from hafs_jax.runs import Run, all_runs, profile_folder
@@ -77,8 +78,8 @@ class Workspace:
     def add_seconds(self, what: str, seconds: float) -> None:
         """Records in `eval/seconds.json` what a stage took. A stage that was skipped keeps its earlier figure."""
         with self.locked("seconds", "an evaluation", wait=True):
-            known = read_json(self.seconds, "the evaluation's timing") if self.seconds.exists() else {}
-            write_json(self.seconds, {**known, what: round(seconds, 3)})
+            known = read_intact(self.seconds, "it begins anew")
+            write_record(self.seconds, {**known, what: round(seconds, 3)})
 
     @contextmanager
     def locked(self, name: str, work: str, wait: bool = False) -> Iterator[None]:
@@ -164,13 +165,18 @@ def export(run: FinishedRun) -> Exported:
     """
     if run.is_exported:
         return hashed_export(run.name, run.folder / "sae")
+    own = Run(run.folder)
+    try:
+        if own.is_exported():
+            return hashed_export(run.name, own.sae)
+    except UserError as error:
+        LOG.warning(str(error))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX must not claim a GPU that torch needs
     from hafs_jax.saelens import NoSAELensForm, export_saelens
 
     try:
         return hashed_export(run.name, export_saelens(run.folder))
     except NoSAELensForm:
-        own = Run(run.folder)
         LOG.info(f"{run.name}: SAELens has no form for this architecture; its own JAX functions are measured")
         return Exported(run.name, run.folder, sha256_of(own.result_path), sha256_of(own.config_path), is_own=True)
 
@@ -181,13 +187,22 @@ def hashed_export(name: str, folder: Path) -> Exported:
     for path in (weights, cfg):
         if not path.exists():
             raise UserError(f"run {name}: expected an exported SAE's {path}, found none; export it again")
-    return Exported(name, folder, sha256_of(weights), sha256_of(cfg))
+    return Exported(name, folder, sha256_once(weights), sha256_once(cfg))
 
 
 def fingerprint(values: Any) -> str:
     """16 hexadecimal digits that change when any of the JSON `values` does."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_intact(path: Path, otherwise: str) -> dict[str, Any]:
+    """What lies at `path`; empty where nothing does, and where it is damaged, which a line says with `otherwise`."""
+    try:
+        return read_result(path)
+    except UserError as error:
+        LOG.warning(f"{error}; {otherwise}")
+        return {}
 
 
 def read_result(path: Path) -> dict[str, Any]:

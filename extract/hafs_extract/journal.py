@@ -11,7 +11,7 @@ from hafs_extract.config import ExtractConfig, difference
 from hafs_extract.contexts import SPLITS
 from hafs_extract.loading.files import fingerprint
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, write_json
+from hafs_jax.base.files import read_json, write_record
 from hafs_jax.base.options import from_dict, option, to_dict
 from hafs_jax.store.manifest import MANIFEST, read_manifest
 
@@ -110,4 +110,4 @@ def read_journal(folder: Path) -> Journal | None:
 
 
 def write_journal(folder: Path, journal: Journal) -> None:
-    write_json(folder / JOURNAL, to_dict(journal))
+    write_record(folder / JOURNAL, to_dict(journal))

@@ -34,7 +34,7 @@ from hafs_extract.passes import Split, open_split, spill_rows, write_stores
 from hafs_extract.profiles import Resolved
 from hafs_extract.windows import Windows, cut_text
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import write_json
+from hafs_jax.base.files import write_record
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import from_dict, to_dict
 from hafs_jax.base.places import put_in_place
@@ -272,7 +272,7 @@ class _Extraction:
         commits = self.journal.commits
         for folder, manifest in manifests.items():
             sources = (dataclasses.replace(source, revision=commits.get(source.name)) for source in manifest.sources)
-            write_json(folder / TIMING, timing)
+            write_record(folder / TIMING, timing)
             manifests[folder] = dataclasses.replace(manifest, sources=tuple(sources))
             write_manifest(folder, manifests[folder])
         if (windows := self._windows()) is not None:

@@ -1,6 +1,7 @@
 """What all rooms share. Standard library and numpy only.
 
 errors     the exception for a user's mistake, and how it is shown
+checksums  of records, which carry their own, and of files, which are hashed before they are used
 files      atomic writing and checked reading of small files; checksums
 hub        requests to the model hub: bounded silence and retries, errors of one line
 log        notes and progress bars

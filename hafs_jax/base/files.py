@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from hafs_jax.base.checksums.sealed import KEY, sealed, unsealed, unsealed_line
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.foreign import parse_json, reading, reason, refuse_pointer, refuse_special
 from hafs_jax.base.places import make_folder, sync_folder
@@ -23,6 +24,8 @@ _DISK_ADVICE = "free space, put the disk right or choose another folder, and rep
 MOST_JSON_BYTES = 2 << 30  # of a file that is read as one value; the largest that is written is a run's latents.json
 _MOST_TOML_BYTES = 16 << 20
 _cleaned: set[tuple[int, str]] = set()
+
+_MEND = f"restore or remake the file, or remove the key {KEY} to use it as it is"
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -80,13 +83,18 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
+def write_record(path: Path, values: dict[str, Any], indent: int | None = 2) -> None:
+    """Writes `values` as JSON that carries its checksum, atomically (`checksums.sealed`); `read_json` checks it."""
+    write_atomic(path, lambda file: file.write(sealed(values, indent)))
+
+
 def write_figures(path: Path, values: dict[str, Any]) -> None:
-    """`write_json` of measured figures: one that is not finite becomes null, and `not_finite` says what it was.
+    """`write_record` of measured figures: one that is not finite becomes null, and `not_finite` says what it was.
 
     That key is added at the top only where there is such a figure: {"final.coherence_max": "-inf"}.
     """
     plain, odd = finite(values)
-    write_json(path, plain | {"not_finite": odd} if odd else plain)
+    write_record(path, plain | {"not_finite": odd} if odd else plain)
 
 
 def finite(value: Any, place: str = "") -> tuple[Any, dict[str, str]]:
@@ -113,13 +121,20 @@ def write_npy(path: Path, array: np.ndarray) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in the file at `path`; `what` names it in the error where there is none."""
+    """The JSON object in the file at `path`, without its checksum; `what` names it in the error where there is none.
+
+    Raises `UserError` too where it carries a checksum that is not its own.
+    """
     refuse_special(path, what, MOST_JSON_BYTES)
     with reading(path, what, ValueError, fault="is not JSON"):
-        value = parse_json(path.read_bytes())
+        data = path.read_bytes()
+        value = parse_json(data)
     if not isinstance(value, dict):
         raise UserError(f"expected {what} at {path}, found JSON that is no object but {json_type(value)}")
-    return value
+    try:
+        return unsealed(data, value)
+    except ValueError as error:
+        raise UserError(f"expected {what} at {path}, found a file with a fault: {error}; {_MEND}") from None
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -133,11 +148,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file that this project writes; none where there is no such file.
 
     A last line without its end is left out: the process was killed while writing it. Any other bad line is a
-    `UserError`.
+    `UserError`, and so is one that carries a checksum which is not its own.
     """
     if not path.exists():
         return []
-    return [record for _, record in jsonl_records(path, whole_lines=True)]
+    with reading(path, "JSON lines"), open(path, "rb") as file:
+        lines = file.readlines()
+    records = []
+    for number, record in json_lines(lines, path, whole_lines=True):
+        try:
+            records.append(unsealed_line(lines[number - 1], record))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}; restore the file, or remove the line") from None
+    return records
 
 
 def jsonl_records(path: Path, whole_lines: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -7,6 +7,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from hafs_jax.base.errors import UserError
+from hafs_jax.ops.compiled import check_entries, is_checked
 
 
 def check_devices() -> None:
@@ -39,9 +40,13 @@ def use_compilation_cache() -> None:
 
     All of them: a start compiles about a hundred small programs, which together take seconds. A folder that the user
     has given to JAX is kept, and so is what JAX_ENABLE_COMPILATION_CACHE=false says. Where the folder cannot be written
-    there is no cache.
+    there is no cache. Damaged entries are compiled anew (see `compiled`).
     """
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        if check_entries() and not is_checked():
+            compilation_cache.reset_cache()  # JAX remembers the one that it has used
+        return
+    if not check_entries():
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hafs-jax" / "jax"
     try:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, write_json
+from hafs_jax.base.files import read_json, write_record
 from hafs_jax.base.options import from_dict, to_dict
 
 FORMAT_VERSION = 1
@@ -173,7 +173,7 @@ def rows_name(index: int) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, which makes the folder a store. Everything else must be on disk already."""
-    write_json(folder / MANIFEST, to_dict(manifest))
+    write_record(folder / MANIFEST, to_dict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:

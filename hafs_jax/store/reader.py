@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
+from hafs_jax.base.checksums.checked import check_file
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import jsonl_records
 from hafs_jax.base.foreign import open_npy
@@ -46,8 +47,14 @@ class Batch(NamedTuple):
     rows_B: np.ndarray  # of ROW
 
 
+_MEND = "restore it, or extract the store again with --force (`hafs verify STORE` checks all of it)"
+
+
 class Store:
-    """A store opened for reading. Its files are memory-mapped; their shapes and sizes are checked, not their checksums.
+    """A store opened for reading. Its files are memory-mapped; their shapes and sizes are checked when it is opened.
+
+    A file's checksum is checked when it is first read, so that no more is hashed than is used. Where the file is then
+    replaced, by another extraction into the same folder, the next reading of it raises `UserError`.
 
     The store is shuffled as a whole: its first n rows are a random sample of all.
     """
@@ -66,11 +73,11 @@ class Store:
 
     def raw(self, shard: int) -> np.ndarray:
         """Shard `shard` as it lies on disk, memory-mapped, [rows, D] of DISK_DTYPES[dtype]."""
-        return open_npy(self.folder / shard_name(shard))
+        return self._checked(shard_name(shard), self.manifest.shards[shard].sha256)
 
     def rows(self, shard: int) -> np.ndarray:
         """The rows file of shard `shard`, memory-mapped, [rows] of ROW."""
-        return open_npy(self.folder / rows_name(shard))
+        return self._checked(rows_name(shard), self.manifest.shards[shard].rows_sha256)
 
     def read(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of shard `shard` as float32, [rows, D]."""
@@ -102,11 +109,27 @@ class Store:
 
     def contexts(self) -> Contexts:
         """The tokenised contexts, memory-mapped."""
-        return Contexts(open_npy(self.folder / "contexts.npy"), open_npy(self.folder / "tokens.npy"))
+        table, tokens = (self._checked(name, self._sha256(name)) for name in ("contexts.npy", "tokens.npy"))
+        return Contexts(table, tokens)
 
     def documents(self) -> list[dict[str, Any]]:
         """What is known of each document, in document order."""
-        return [record for _, record in jsonl_records(self.folder / "documents.jsonl")]
+        path = self.folder / "documents.jsonl"
+        check_file(path, self._sha256(path.name), "a store's documents", _MEND)
+        return [record for _, record in jsonl_records(path)]
+
+    def _checked(self, name: str, sha256: str) -> np.ndarray:
+        """The array in a file of the store, memory-mapped; `UserError` where it is not the manifest's."""
+        path = self.folder / name
+        array = open_npy(path)  # before it is hashed: what is replaced in between is noticed
+        check_file(path, sha256, "a store's file", _MEND)
+        return array
+
+    def _sha256(self, name: str) -> str:
+        """The checksum of a file that is no shard."""
+        if name not in self.manifest.files_sha256:
+            raise UserError(f"{self.folder / MANIFEST}: expected the checksum of {name}, found none; extract it again")
+        return self.manifest.files_sha256[name]
 
     def shape_problems(self) -> list[str]:
         """A line for each file that is missing, does not open, or has another shape or dtype than the manifest says."""

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hafs_jax.base.checksums.checked import sha256_once
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import sha256_of
 from hafs_jax.store.manifest import MANIFEST, read_manifest, rows_name, shard_name
 from hafs_jax.store.reader import Store
 
@@ -44,7 +44,7 @@ def _checksum_problems(store: Store) -> list[str]:
         path = store.folder / name
         if not path.exists():
             problems.append(f"{path}: missing")
-        elif (found := sha256_of(path)) != digest:
+        elif (found := sha256_once(path)) != digest:
             problems.append(f"{path}: sha256 is {found[:12]}..., the manifest says {digest[:12]}...")
     return problems
 

@@ -1,5 +1,13 @@
-"""Checkpoints with Orbax: the whole training state and the input scale, written atomically, two kept."""
+"""Checkpoints with Orbax: the whole training state and the input scale, written atomically, two kept.
 
+Each holds the SHA-256 of its arrays, as the array `sha256`, which a restore compares. Those of earlier versions hold
+none and are restored as they are.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +17,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hafs_jax.base.errors import UserError, arg
+from hafs_jax.base.foreign import reason
 from hafs_jax.base.process.saving import saving
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.sae import InputScale
 from hafs_jax.training.state import TrainState, hyperparameters, init_state
+
+LOG = logging.getLogger(__name__)
 
 FORMAT = 2  # 1, of versions up to 0.1.0, has no number in the file, and W_enc and its moments are [D, F]
 _PATTERN_SIGNS = "*?[\\"
@@ -62,6 +73,8 @@ class Checkpoints:
         if self._manager.latest_step() == step:
             return
         plain = _plain(state, scale)
+        if _has_whole_arrays():
+            plain["sha256"] = _checksums(plain)
         with saving(Path(self._manager.directory), step):
             self._manager.save(step, args=ocp.args.StandardSave(plain))
             self._manager.wait_until_finished()
@@ -69,71 +82,151 @@ class Checkpoints:
             step, plain, f"checkpoint {step} in {self._manager.directory} was written and cannot be read"
         )
 
-    def restore(self, like: TrainState, scale: InputScale) -> tuple[TrainState, InputScale]:
-        """The latest checkpoint, of this format or an earlier one, with the shapes, dtypes and shardings of `like`."""
-        step = self.latest_step()
+    def resume(self, like: TrainState, scale: InputScale) -> tuple[TrainState, InputScale]:
+        """The latest checkpoint that is whole, for a training to go on from.
+
+        A later one that is damaged is moved out of the way, and a line says so.
+        """
+        state, step = self._latest_whole(like, scale)
+        for later in [number for number in self._manager.all_steps() if number > step]:
+            folder = Path(self._manager.directory)
+            (folder / str(later)).rename(folder.with_name(f"{folder.name}.damaged-{later}"))
+        self._manager.reload()
+        return state
+
+    def restore(self, like: TrainState, scale: InputScale, step: int | None = None) -> tuple[TrainState, InputScale]:
+        """The checkpoint of `step` (none: the latest that is whole), of this format or an earlier one.
+
+        It has the shapes, dtypes and shardings of `like`. Raises `UserError` where it is missing or damaged.
+        """
         if step is None:
+            return self._latest_whole(like, scale)[0]
+        if step not in self._manager.all_steps():
+            found = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
+            raise UserError(f"expected checkpoint {step} in {self._manager.directory}, found {found}; {_AGAIN}")
+        try:
+            return self._restored(step, like, scale)
+        except UserError as error:
+            raise UserError(f"{error}; {_AGAIN}") from error
+
+    def _latest_whole(self, like: TrainState, scale: InputScale) -> tuple[tuple[TrainState, InputScale], int]:
+        """The latest checkpoint that can be restored, and its step; each that cannot is told in a line."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
             raise UserError(f"expected a checkpoint in {self._manager.directory}, found none; train the run first")
+        first: UserError | None = None
+        for step, before in zip(steps, [*steps[1:], None], strict=True):
+            try:
+                return self._restored(step, like, scale), step
+            except UserError as error:
+                first = first or error
+                if before is not None:
+                    LOG.warning(f"{error}; going back to checkpoint {before}")
+        raise UserError(f"{first}; train the run again with {arg('force', True)}") from first
+
+    def _restored(self, step: int, like: TrainState, scale: InputScale) -> tuple[TrainState, InputScale]:
+        """The checkpoint of `step`, whose arrays are those that were saved."""
+        where = f"checkpoint {step} in {self._manager.directory}"
+        unfit = f"{where} does not fit this config or is damaged"
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like, scale))
-        wanted = abstract["state"]
-        unfit = f"checkpoint {step} in {self._manager.directory} does not fit this config or is damaged"
-        if is_old := not self._has_format(step):
+        wanted, names = abstract["state"], self._names(step, unfit)
+        if is_old := "format" not in names:
             abstract["state"] = jax.tree_util.tree_map_with_path(_of_format_1, wanted)
             del abstract["format"]
-        self._check_shapes(step, abstract, unfit, f"; train the run again with {arg('force', True)}")
-        try:
+        if "sha256" in names:
+            abstract["sha256"] = jax.ShapeDtypeStruct((len(jax.tree.leaves(abstract)), 32), np.uint8)
+        self._check_shapes(step, abstract, unfit)
+        with _damaged(unfit):
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(
-                f"{unfit} ({str(error).splitlines()[0]}); train the run again with {arg('force', True)}"
-            ) from error
+        if (expected := restored.pop("sha256", None)) is not None:
+            _check_arrays(restored, np.asarray(expected), where)
         fields = dict(restored["state"])
         if is_old:
             fields = jax.tree_util.tree_map_with_path(_from_format_1, fields, wanted)
-        elif int(restored["format"][0]) != FORMAT:
+        elif (number := int(restored["format"][0])) != FORMAT:
             raise UserError(
-                f"checkpoint {step} in {self._manager.directory} has format {int(restored['format'][0])}, this version "
-                f"reads 1 to {FORMAT}; install a newer version of hafs-jax"
+                f"{where} has format {number}, this version reads 1 to {FORMAT}; install a newer version of hafs-jax"
             )
         if "pull" in fields:
             fields["held_penalty"] = fields.pop("pull")
         return like.replace(**fields | {"key": jax.random.wrap_key_data(fields["key"])}), restored["scale"]
 
-    def _has_format(self, step: int) -> bool:
-        """Whether the checkpoint says of which format it is. One that cannot be looked into is refused later."""
-        try:
+    def _names(self, step: int, unfit: str) -> set[str]:
+        """What the checkpoint holds beside arrays of the state: "format", "sha256"."""
+        with _damaged(unfit):
             saved = self._manager.item_metadata(step)
-        except (ValueError, KeyError, FileNotFoundError):
-            return True
-        return saved is None or saved.tree is None or "format" in saved.tree
+        if saved is None or not isinstance(saved.tree, dict):
+            raise UserError(f"{unfit} (it has no metadata)")
+        return set(saved.tree)
 
-    def _check_shapes(self, step: int, expected_tree: dict[str, Any], unfit: str, remedy: str = "") -> None:
+    def _check_shapes(self, step: int, expected_tree: dict[str, Any], unfit: str) -> None:
         """Compares shapes with the checkpoint's metadata. It takes 3 ms.
 
         It comes before a restore, since one that fails leaves reads running.
         """
-        try:
-            saved = self._manager.item_metadata(step)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(f"{unfit} ({str(error).splitlines()[0]}){remedy}") from error
-        if saved is None or saved.tree is None:
-            raise UserError(f"{unfit} (it has no metadata){remedy}")
-        found = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(saved.tree)}
+        with _damaged(unfit):
+            tree = self._manager.item_metadata(step).tree
+            found = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         expected = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected_tree)}
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
-                raise UserError(
-                    f"{unfit} ({name}: expected shape {expected.get(name)}, found {found.get(name)}){remedy}"
-                )
+                raise UserError(f"{unfit} ({name}: expected shape {expected.get(name)}, found {found.get(name)})")
+
+
+_AGAIN = (
+    "a finished SAE is not replaced by an earlier checkpoint: remove run.json and give the same `hafs train` to go on "
+    "from the one before, or train the run again with --force"
+)
+
+
+@contextmanager
+def _damaged(unfit: str) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise for files that are damaged, which is of any kind, into a `UserError`."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # no memory
+            raise
+        raise UserError(f"{unfit} ({reason(error)})") from error
+
+
+def _has_whole_arrays() -> bool:
+    """Whether this process has all of every array: of several hosts none has."""
+    return jax.process_count() == 1
+
+
+def _checksums(plain: dict[str, Any]) -> np.ndarray:
+    """The SHA-256 of each array's name, dtype, shape and bytes, [arrays, 32], by name."""
+    leaves = sorted((_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(plain))
+    found = []
+    for name, leaf in leaves:
+        value = np.ascontiguousarray(jax.device_get(leaf))
+        digest = hashlib.sha256(f"{name} {value.dtype} {leaf.shape} ".encode())
+        digest.update(value.reshape(-1).view(np.uint8))
+        found.append(np.frombuffer(digest.digest(), np.uint8))
+    return np.stack(found)
+
+
+def _check_arrays(plain: dict[str, Any], expected: np.ndarray, where: str) -> None:
+    names = sorted(_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(plain))
+    differ = (_checksums(plain) != expected).any(1)
+    if differ.any():
+        which = names[int(np.argmax(differ))]
+        raise UserError(f"{where} is damaged ({which} is not the array that was saved; its checksum differs)")
 
 
 def load_checkpoint(
-    folder: Path, config: TrainConfig, d_model: int, d_out: int | None = None
+    folder: Path, config: TrainConfig, d_model: int, d_out: int | None = None, step: int | None = None
 ) -> tuple[TrainState, InputScale]:
-    """The latest checkpoint of a run with `config`, on the default device. `d_out`: of a transcoder."""
+    """A checkpoint of a run with `config`, on the default device: that of `step`, or the latest that is whole.
+
+    `d_out`: of a transcoder.
+    """
     state, scale = blank(config, d_model, d_out)
     with Checkpoints(folder) as checkpoints:
-        return checkpoints.restore(state, scale)
+        return checkpoints.restore(state, scale, step)
 
 
 def blank(config: TrainConfig, d_model: int, d_out: int | None = None) -> tuple[TrainState, InputScale]:

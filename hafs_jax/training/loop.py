@@ -133,7 +133,7 @@ class _Fit:
         with ExitStack() as stack:
             checkpoints = stack.enter_context(Checkpoints(self.folder, state=like))
             if checkpoints.latest_step() is not None:
-                joined, scale = checkpoints.restore(like, scale)
+                joined, scale = checkpoints.resume(like, scale)
             else:
                 each = zip([member.config for member in self.members], hypers, strict=True)
                 first = [first_state(config, self.stores, scale, hyper, self.mesh) for config, hyper in each]
@@ -295,6 +295,7 @@ class _Fit:
             best=heldout.best,
             final=log.last,
             store_fingerprint=self.stores.train.manifest.fingerprint,
+            logged_steps=log.steps,
         )
 
 

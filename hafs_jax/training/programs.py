@@ -21,7 +21,6 @@ from hafs_jax.ops.axes import Axes
 from hafs_jax.training.state import Hyperparameters, TrainState
 from hafs_jax.training.step import Batch, train_step
 
-
 _KEPT = 4  # kinds of programs: by shardings, way of sharing, platform
 
 

@@ -5,7 +5,6 @@ training is the same with and without it.
 """
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -18,8 +17,9 @@ from typing import IO, Any, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
+from hafs_jax.base.checksums.sealed import sealed_line
 from hafs_jax.base.errors import UserError, arg, naming
-from hafs_jax.base.files import read_json, write_json
+from hafs_jax.base.files import read_json, write_record
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import to_dict
 from hafs_jax.config import TrainConfig
@@ -71,6 +71,8 @@ class RunLog:
         self._path = run.metrics_path
         self._file: IO[str] = open(run.metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self.last: dict[str, Any] = kept[-1] if kept else {}
+        self.steps = len(kept)
+        """How many steps are logged."""
 
     @property
     def seconds(self) -> float:
@@ -87,9 +89,10 @@ class RunLog:
         record |= {name: _number(np.float64(value)) for name, value in extra.items()}
         record.update(tokens=step * self._batch_size, seconds=now, tokens_per_second=rows / max(since, 1e-9))
         with naming(self._path):
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(sealed_line(record))
             self._file.flush()
         self.last = record
+        self.steps += 1
         for sink in self._sinks:
             sink.write(step, record)
         if self._on_metrics is not None:
@@ -144,7 +147,7 @@ class _Wandb:
 
         noted = run.folder / "wandb.json"
         if not noted.exists():
-            write_json(noted, {"id": secrets.token_hex(4)})
+            write_record(noted, {"id": secrets.token_hex(4)})
         try:
             self._run = wandb.init(
                 project=config.wandb,

@@ -231,12 +231,12 @@ def test_a_dataset_is_one_record(runs: Workspace, tmp_path: Path, monkeypatch: p
     rows = table[table.run == name].set_index(["measure", "dataset"]).value
     assert rows["top_1", "numbers"] == accuracy
 
-    done = json.loads(runs.result(name, "done.json").read_text())["probing"]
+    done = json.loads(runs.result(name, "probing.json").read_text())["marks"]["probing"]
     other = [("new text", "number"), *datasets.PROBING_DATASETS["numbers"].rows]
     changed = datasets.ProbingDataset("numbers", "with another text", lambda: other)
     monkeypatch.setitem(datasets.PROBING_DATASETS, "numbers", changed)
     evaluate(runs, config, finished_runs(runs, [name]), skip=skip)
-    assert json.loads(runs.result(name, "done.json").read_text())["probing"] != done
+    assert json.loads(runs.result(name, "probing.json").read_text())["marks"]["probing"] != done
 
 
 def test_a_stage_says_how_it_measures(tmp_path: Path) -> None:

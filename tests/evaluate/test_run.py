@@ -19,6 +19,7 @@ from hafs_evaluate.stages import STAGES
 from hafs_evaluate.workspace import Workspace, fingerprint, finished_runs, hashed_export, open_workspace
 from hafs_extract.models import pick_device
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.options import to_dict
 from hafs_jax.runs import Run
 from hafs_jax.store.holding import replacing
@@ -133,7 +134,12 @@ def test_a_run_and_a_store_are_held_until_the_end_of_an_evaluation(workspace, mo
 def test_what_is_done_is_marked_as_the_versions_before_marked_it(workspace):
     """So that an evaluation of theirs is gone on with: these are the values that version 0.1 hashed."""
     run(workspace, skip=("probing", "hierarchy"), names=["strict-s0"])
-    done = json.loads(workspace.result("strict-s0", "done.json").read_text())
+    files = ("core.json", "latents.json")
+    done = {
+        stage: mark
+        for name in files
+        for stage, mark in read_json(workspace.result("strict-s0", name), "a result")["marks"].items()
+    }
     sae = hashed_export("strict-s0", workspace.runs / "strict-s0" / "sae")
     heldout, train = workspace.heldout.manifest.fingerprint, workspace.train.manifest.fingerprint
     hashed = [1, sae.weights_sha256, sae.cfg_sha256]
@@ -358,3 +364,46 @@ def test_help_is_complete_and_our_package_is_the_one_that_runs():
         assert "--" + field.name.replace("_", "-") in shown
     for name in ("--out", "--profile", "--runs", "--skip", "62_wikidata_occupation_ispolitician", "fancyzhx/ag_news"):
         assert name in shown
+
+
+def test_a_result_carries_its_own_mark(workspace, monkeypatch):
+    """A result of other settings is measured again, whatever done.json says; one of an earlier version is kept."""
+    skip = [name for name in STAGES if name != "core"]
+    run(workspace, skip=skip)
+    path = workspace.result("strict-s0", "core.json")
+    whole, values = path.read_bytes(), read_json(path, "core metrics")
+    run(workspace, dataclasses.replace(CONFIG, heldout_rows=50), skip=skip)  # by another process, meanwhile
+    other = path.read_bytes()
+    assert other != whole
+    write_json(path.with_name("done.json"), values["marks"])
+    run(workspace, skip=skip)
+    assert path.read_bytes() == whole
+    old = {key: value for key, value in values.items() if key not in ("marks", "files_sha256")}
+    write_json(path, old)  # as an earlier version left it
+    forbid(monkeypatch, WORK[0])
+    run(workspace, skip=skip)
+    assert read_json(path, "core metrics") == old
+
+
+@pytest.mark.parametrize("name", ["core.json", "core_latents.npz"])
+def test_a_damaged_result_is_measured_again(workspace, name, caplog):
+    skip = [stage for stage in STAGES if stage != "core"]
+    run(workspace, skip=skip)
+    path = workspace.result("strict-s0", name)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    run(workspace, skip=skip)
+    assert path.read_bytes() == whole
+    assert f"{name}" in caplog.text and "core is measured again" in caplog.text
+
+
+def test_what_compares_all_runs_is_left_where_nothing_changed(workspace, monkeypatch):
+    skip = [name for name in STAGES if name not in ("core", "across")]
+    run(workspace, skip=skip)
+    forbid(monkeypatch, WORK[0])
+    monkeypatch.setitem(STAGES, "across", dataclasses.replace(STAGES["across"], compute_all=lambda _: 1 / 0))
+    run(workspace, skip=skip)
+    path = workspace.result("strict-s0", "core_latents.npz")
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises((ZeroDivisionError, AssertionError)):
+        run(workspace, skip=skip)

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hafs_jax.base.checksums.sealed import sealed_line
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import write_json
+from hafs_jax.base.files import read_json, write_json
 from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.runs import Run, RunSummary, all_runs, finished_runs, identity, profile_folder
+from tests.support.runs import finished_run
 from tests.support.stores import write_store
 
 NEW = {"arm", "k", "tag"}  # what run.json did not have before
@@ -61,7 +63,7 @@ def run(tmp_path: Path) -> Run:
 
 def made_old(run: Run, *further: str) -> None:
     """Rewrites the run's files as the version before left them: no arm, the k under another name."""
-    result, record = json.loads(run.result_path.read_text()), json.loads(run.config_path.read_text())
+    result, record = read_json(run.result_path, "a file"), read_json(run.config_path, "a file")
     result["k_or_target_l0"] = result["k"]
     write_json(run.result_path, {name: value for name, value in result.items() if name not in {*NEW, *further}})
     del record["config"]["arm"]
@@ -72,7 +74,7 @@ def test_a_summary_comes_back_as_it_was_written_and_needs_no_store(run: Run) -> 
     assert run.summary() == summary_of(run)
     assert run.name == "strict-relu-s2-lam=0.3,k=3" and run.finished() and run.is_transcoder
     assert run.widths() == (5, 7)
-    assert run.config() == config_of() and run.record() == json.loads(run.config_path.read_text())
+    assert run.config() == config_of() and run.record() == read_json(run.config_path, "a file")
 
 
 def test_a_run_of_the_version_before_is_read_from_its_config(run: Run) -> None:
@@ -111,7 +113,7 @@ def test_a_still_older_runs_widths_are_those_of_its_stores(run: Run) -> None:
     ],
 )
 def test_a_damaged_summary_is_one_line(run: Run, change: Any, message: str) -> None:
-    result = json.loads(run.result_path.read_text())
+    result = read_json(run.result_path, "a file")
     if isinstance(change, dict):
         result |= change
     else:
@@ -125,7 +127,7 @@ def test_a_damaged_summary_is_one_line(run: Run, change: Any, message: str) -> N
 
 
 def test_a_key_of_a_later_version_is_passed_over(run: Run) -> None:
-    write_json(run.result_path, {**json.loads(run.result_path.read_text()), "later": 1})
+    write_json(run.result_path, {**read_json(run.result_path, "a file"), "later": 1})
     assert run.summary() == summary_of(run)
 
 
@@ -171,3 +173,33 @@ def test_a_profile_is_the_one_extracted_last_and_nothing_is_guessed(tmp_path: Pa
     write_json(tmp_path / "auto.json", {"reason": "no name"})
     with pytest.raises(UserError, match=r"profile '': expected a folder"):
         profile_folder(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "metrics.jsonl"])
+def test_a_flipped_digit_is_noticed(tmp_path: Path, name: str) -> None:
+    run = finished_run(tmp_path / "baseline-s0", logged_steps=2)
+    run.metrics_path.write_text("".join(sealed_line({"step": step, "fvu": 0.25}) for step in (8, 16)))
+    readers = {"config.json": run.config, "run.json": run.summary, "metrics.jsonl": run.metrics}
+    readers[name]()
+    whole = (run.folder / name).read_text()
+    old, new = ("0.25", "0.26") if "0.25" in whole else ('"k": 3', '"k": 2')
+    (run.folder / name).write_text(whole.replace(old, new, 1))
+    with pytest.raises(UserError, match=f"{name}.* is damaged or was edited"):
+        readers[name]()
+    (run.folder / name).write_text(whole)
+    readers[name]()
+    run.metrics_path.write_text(run.metrics_path.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(UserError, match="expected the 2 steps that the finished run logged, found 1"):
+        run.metrics()
+
+
+def test_an_edited_record_is_read_once_its_checksum_is_removed(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "baseline-s0")
+    values = json.loads(run.config_path.read_text())
+    values["config"]["batch_size"] = 128
+    run.config_path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="remove the key sha256_of_above to use it as it is"):
+        run.config()
+    del values["sha256_of_above"]
+    run.config_path.write_text(json.dumps(values))
+    assert run.config().batch_size == 128

@@ -20,6 +20,7 @@ from hafs_jax.store.manifest import (
     SourceInfo,
     TokenizerInfo,
     from_float32,
+    read_manifest,
     rows_name,
     shard_name,
     to_float32,
@@ -118,3 +119,17 @@ def planted(rows: int, d_model: int, n_features: int, active: int, seed: int = 0
     for row in codes:
         row[random.choice(n_features, active, replace=False)] = random.uniform(1.0, 2.0, active)
     return (codes @ directions + 0.5).astype(np.float32), directions
+
+
+def resealed(folder: Path) -> Path:
+    """The store, whose files a test has changed, with the checksums that they now have."""
+    manifest = read_manifest(folder)
+    shards = tuple(
+        dataclasses.replace(
+            shard, sha256=sha256_of(folder / shard_name(index)), rows_sha256=sha256_of(folder / rows_name(index))
+        )
+        for index, shard in enumerate(manifest.shards)
+    )
+    files = {name: sha256_of(folder / name) for name in manifest.files_sha256}
+    write_manifest(folder, dataclasses.replace(manifest, shards=shards, files_sha256=files))
+    return folder

@@ -13,7 +13,7 @@ from hafs_extract.models import LanguageModel
 from hafs_jax.runs import Run
 from hafs_jax.store.manifest import TokenizerInfo
 from tests.support.runs import STORE, config_of, finished_run
-from tests.support.stores import write_store
+from tests.support.stores import resealed, write_store
 from tests.support.torch_saes import saved_sae
 
 D, F, HOOK = 20, 33, "blocks.2.hook_resid_post"
@@ -39,6 +39,7 @@ def make_workspace(out: Path, model: LanguageModel) -> Workspace:
             profile={"requested": "offline", "resolved": "offline", "reason": "a test"},
         )
         np.save(folder / "tokens.npy", tokens.flatten().numpy().astype(np.int32))
+        resealed(folder)
     for seed, name in enumerate(("baseline-s0", "strict-s0")):
         folder = out / "offline" / "runs" / name
         saved_sae(folder / "sae", D, F, seed=seed, hook=HOOK)

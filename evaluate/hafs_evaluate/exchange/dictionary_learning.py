@@ -23,6 +23,7 @@ from hafs_evaluate.core.encode import to_numpy
 from hafs_evaluate.core.loading import load_saelens
 from hafs_evaluate.exchange.dictionary_classes import CLASSES, COUNTS, MATRICES, SCALARS, Arrays, library_class
 from hafs_evaluate.exchange.plain_files import copy_file, plain_file
+from hafs_jax.base.checksums.checked import CHECKSUMS, check_folder, write_checksums
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_json
 from hafs_jax.base.foreign import refuse_pointer, refuse_special
@@ -73,8 +74,10 @@ def to_dictionary_learning(folder: Path, target: Path) -> Path:
     }
     buffer = {"d_submodule": cfg["d_in"], "io": "out", "ctx_len": known.get("context_size")}
     place = target / "trainer_0"
+    (place / CHECKSUMS).unlink(missing_ok=True)
     write_atomic(place / "ae.pt", lambda file: torch.save(state, file))
     write_json(place / "config.json", {"trainer": trainer, "buffer": buffer})
+    write_checksums(place, ["ae.pt", "config.json"])
     return place
 
 
@@ -133,6 +136,7 @@ def from_dictionary_learning(ae: Path, hook_point: str | None = None) -> tuple[A
     """
     from hafs_jax.saelens import SAELENS_VERSION  # JAX
 
+    check_folder(ae.parent, "an SAE's file", "export it again, or get it again")
     path = ae.with_name("config.json")
     config = read_json(path, "dictionary_learning's config.json") if path.exists() else {}
     trainer, buffer = _object(config, "trainer", path), _object(config, "buffer", path)
@@ -177,7 +181,7 @@ def from_dictionary_learning(ae: Path, hook_point: str | None = None) -> tuple[A
 
 
 def _clear(target: Path) -> None:
-    for stale in ("cfg.json", "sparsity.safetensors"):
+    for stale in (CHECKSUMS, "cfg.json", "sparsity.safetensors"):
         (target / stale).unlink(missing_ok=True)
 
 
@@ -190,6 +194,7 @@ def _copy(source: Path, target: Path, hook_point: str | None) -> None:
         holder = cfg if cfg.get("metadata") is None else cfg["metadata"]  # before version 6: at the top
         holder["hook_name"] = hook_point
     write_json(target / "cfg.json", _without_nan(cfg))
+    write_checksums(target, [name for name in FILES if (target / name).exists()])
 
 
 def _without_nan(value: Any) -> Any:

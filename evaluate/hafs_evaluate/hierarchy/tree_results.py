@@ -40,7 +40,6 @@ from hafs_evaluate.hierarchy.probes import (
 from hafs_evaluate.hierarchy.text_activations import TextActivations, cache_key, fill_text_cache
 from hafs_evaluate.hierarchy.tree_means import with_means
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_jsonl
 from hafs_jax.store.reader import Store
 
 FORMAT = 1  # raise it when results of the same inputs would differ
@@ -132,7 +131,7 @@ class TreeProbing:
     @cached_property
     def texts(self) -> list[LabelledTexts]:
         """The texts of each tree, without the training documents. A tree left with under two leaves is not there."""
-        trained_on = {record.get("sha256", "") for record in read_jsonl(self.train.folder / "documents.jsonl")}
+        trained_on = {record.get("sha256", "") for record in self.train.documents()}
         kept = []
         for tree in self.trees:
             texts = labelled_texts(tree, trained_on)

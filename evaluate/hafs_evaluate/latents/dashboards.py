@@ -4,9 +4,7 @@
 `neighbours`, `attribution` and `selectivity`. The language model is needed for the promoted tokens alone.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +19,14 @@ from hafs_evaluate.latents.firing import Firing, Scan, documents_of, observe, sc
 from hafs_evaluate.latents.neighbours import nearest, partners, rounded, sharing
 from hafs_evaluate.latents.sample import draw
 from hafs_evaluate.latents.selectivity import selectivity
+from hafs_evaluate.latents.settings import LatentsConfig
 from hafs_evaluate.latents.token_text import TokenText
-from hafs_jax.base.files import write_text
-from hafs_jax.base.options import check, option
+from hafs_jax.base.files import write_record
 from hafs_jax.store.reader import Store
 
 SHADE_DIGITS = 3  # significant digits of an activation in a context, which the page only shades by
 OBSERVED = 1 << 26  # most counts of pairs, and most maxima over documents, that are held at once: 256 MiB each
 OTHER_BEFORE, OTHER_AFTER = 12, 6  # tokens shown around the peak of a latent that is not shown in full
-
-
-@dataclass(frozen=True)
-class LatentsConfig:
-    """How many latents have a dashboard, and how much it shows of each."""
-
-    max_rows: int = option(
-        131_072, "rows read; the store is shuffled, so that its first rows are a random sample", least=1
-    )
-    latents: int = option(300, "latents shown in full, spread evenly over the density ranks [latents]", least=0)
-    others: int = option(16_384, "further latents shown in short; those that links lead to come first", least=0)
-    examples: int = option(20, "top contexts per latent, each from another document [contexts]", least=1)
-    random_examples: int = option(
-        10, "contexts per latent at even quantiles of its activation, each from another document [contexts]", least=0
-    )
-    other_examples: int = option(4, "top contexts of a latent shown in short [contexts]", least=0)
-    other_random_examples: int = option(3, "contexts at quantiles of a latent shown in short [contexts]", least=0)
-    seed: int = option(0, "seed of the draw of random contexts", least=0)
-    tokens_before: int = option(24, "tokens shown before the peak [tokens]", least=0)
-    tokens_after: int = option(12, "tokens shown after the peak [tokens]", least=0)
-    promoted: int = option(10, "promoted tokens per latent, and as many suppressed ones [tokens]", least=0)
-    neighbours: int = option(6, "nearest dictionary vectors per latent [latents]", least=1)
-    partners: int = option(5, "latents that it fires with, per latent [latents]", least=0)
-    partner_rows: int = option(10, "fewest rows on which a partner fires with it [rows]", least=1)
-    shares: int = option(5, "latents whose dictionary vectors share its direction, per latent [latents]", least=0)
-    shared_cosine: float = option(
-        0.2, "least cosine at which two dictionary vectors share a direction", above=0, most=1
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def show_latents(
@@ -217,7 +184,7 @@ class _Parts:
 
 def write_latents(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a latents.json, without the spaces and line breaks that would double its size."""
-    write_text(path, json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
+    write_record(path, dict(values), indent=None)
 
 
 def _commonest(store: Store, top_rows_FN: np.ndarray, text: TokenText) -> list[str | None]:

@@ -16,23 +16,8 @@ from hafs_evaluate.core.encode import TorchSAE, encode_store, to_numpy
 from hafs_evaluate.latents.firing import documents_of
 from hafs_evaluate.latents.neighbours import rounded
 from hafs_evaluate.latents.selectivity import auroc
-from hafs_jax.base.options import check, option
+from hafs_evaluate.latents.settings import DomainsConfig
 from hafs_jax.store.reader import Store
-
-
-@dataclass(frozen=True)
-class DomainsConfig:
-    """How latents are judged as detectors of a source."""
-
-    documents: int = option(4096, "held-out documents looked at, at most, drawn with the seed [documents]", least=4)
-    seed: int = option(0, "seed of that draw and of the halves of the documents", least=0)
-    precision: float = option(0.8, "least precision of a detector, by documents", least=0, most=1)
-    recall: float = option(0.2, "least recall of a detector, by documents", least=0, most=1)
-    union: int = option(5, "latents in a union, which fires where any of them does [latents]", least=1)
-    shown: int = option(50, "latents listed, of the highest F1 by documents [latents]", least=0)
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from hafs_evaluate.workspace import Workspace, read_result
-from hafs_jax.base.files import write_json
+from hafs_jax.base.files import write_record
 from hafs_jax.base.foreign import read_npz
 from hafs_jax.runs import Run
 
@@ -43,7 +43,7 @@ def shared_samples(workspace: Workspace, names: Sequence[str], latents: int) -> 
         indices = draw([member.density_F for member in own], latents)
         kept[group] = {"latents": latents, "runs": [member.name for member in own], "indices": indices.tolist()}
     if missing:
-        write_json(path, {"groups": kept})
+        write_record(path, {"groups": kept})
     return {name: np.array(kept[member.group]["indices"], np.int64) for name, member in wanted.items()}
 
 

@@ -27,7 +27,7 @@ from hafs_evaluate.latents.dashboards import write_latents
 from hafs_evaluate.latents.neighbours import rounded
 from hafs_evaluate.results.readings import OTHERS
 from hafs_evaluate.workspace import Workspace, fingerprint, hashed_export, read_result
-from hafs_jax.base.files import read_json, write_json
+from hafs_jax.base.files import read_json
 from hafs_jax.base.foreign import read_npz
 from hafs_jax.runs import Run, RunSummary
 
@@ -187,7 +187,7 @@ def write_matches(workspace: Workspace, runs: Sequence[EvaluatedRun]) -> int:
     shown = [run for run in runs if workspace.result(run.name, LATENTS).exists()]
     names = sorted((run.name, run.weights_sha256) for run in shown)
     marks = {run.name: fingerprint([MATCH_FORMAT, run.name, names]) for run in shown}
-    old = [run for run in shown if read_result(workspace.result(run.name, DONE)).get("matches") != marks[run.name]]
+    old = [run for run in shown if _matched_with(workspace.result(run.name, LATENTS)) != marks[run.name]]
     files = [
         _Matched(run, path)
         for run in old
@@ -199,12 +199,18 @@ def write_matches(workspace: Workspace, runs: Sequence[EvaluatedRun]) -> int:
         for file in files:
             if file.run.name != other.name and (file.path.name == LATENTS or _same_seed(file.run, other)):
                 file.match(other.name, unit_FD)
-    for file in files:
-        file.write()
-    for run in old:
-        done = workspace.result(run.name, DONE)
-        write_json(done, {**read_result(done), "matches": marks[run.name]})
+    for file in reversed(files):  # latents.json, which holds the mark, after the others
+        file.write(marks[file.run.name])
     return len(old)
+
+
+def _marks(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The marks of a latents.json; of one of an earlier version those in done.json."""
+    return values.get("marks") or read_result(path.with_name(DONE))
+
+
+def _matched_with(path: Path) -> str | None:
+    return _marks(path, read_result(path)).get("matches")
 
 
 class _Matched:
@@ -227,10 +233,13 @@ class _Matched:
             own += [{"index": index, "cosine": rounded(cosine)} for index, cosine in pairs]
         self.found[name] = own
 
-    def write(self) -> None:
+    def write(self, mark: str) -> None:
         values = read_json(self.path, "an SAE's latents")
         for place, latent in enumerate(values["latents"]):
             latent["matches"] = {name: own[place] for name, own in self.found.items()}
+        if self.path.name == LATENTS:
+            values = {"marks": {}, **values}
+            values["marks"] = {**_marks(self.path, values), "matches": mark}
         write_latents(self.path, values)
 
 

@@ -21,7 +21,7 @@ from hafs_extract.config import SourceConfig
 from hafs_extract.hub.presence import cached_repository, fetched_record, is_offline, prepared_folders
 from hafs_extract.loading.files import refuse_adapter, refuse_quantised
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, sha256_of, write_json
+from hafs_jax.base.files import read_json, sha256_of, write_record
 from hafs_jax.base.hub import connect, endpoint, hub_errors
 from hafs_jax.base.options import did_you_mean
 
@@ -88,7 +88,7 @@ class Fetch:
                 refuse_quantised(f"model {self.name}", config)
         values = {"commit": self.commit, "files": [dataclasses.asdict(file) for file in self.files]}
         for record in self.records:
-            write_json(record, values)
+            write_record(record, values)
         return dataclasses.replace(self, missing=(), records=())
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from hafs_extract.config import difference
 from hafs_extract.synthetic.worlds import WORLDS, World, build, forest, world_record
 from hafs_jax.base.errors import UserError, disk_errors, one_line_errors
-from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, write_npy, write_text
+from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_json, write_npy, write_record, write_text
 from hafs_jax.base.flags import Parser, add_flags, with_flags
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import check, option, to_dict
@@ -214,7 +214,7 @@ def _make(config: SyntheticConfig, work: Path) -> None:
     timing = {"seconds": seconds, "seconds_by_stage": {"model": seconds}, "attempts": 1, "device": config.device}
     for split in _SPLITS:
         more = {"tokens": rows, "tokens_per_second": rows / max(seconds, 1e-9), "padding_share": 0.0}
-        write_json(work / split / TIMING, timing | more)
+        write_record(work / split / TIMING, timing | more)
     truth = {
         "format_version": TRUTH_VERSION,
         "config": config.record(),
@@ -225,7 +225,7 @@ def _make(config: SyntheticConfig, work: Path) -> None:
         "features_by_level": np.bincount(levels_N).tolist(),
         "true_l0": {split: float(counts[split].sum() / sizes[split]) for split in _SPLITS},
     }
-    write_json(work / TRUTH, truth)
+    write_record(work / TRUTH, truth)
 
 
 def _available(device: str) -> str:

@@ -12,9 +12,9 @@ from hafs_evaluate.core import encode
 from hafs_evaluate.core.reconstruction import core_metrics, store_moments
 from hafs_evaluate.core.splice import splice_metrics
 from hafs_jax.base.errors import UserError
-from hafs_jax.store.manifest import MANIFEST
+from hafs_jax.store.manifest import read_manifest, write_manifest
 from hafs_jax.store.reader import Store
-from tests.support.stores import write_store
+from tests.support.stores import resealed, write_store
 from tests.support.torch_saes import identity_sae, random_sae, tiny_model
 
 N, D, F = 90, 6, 11
@@ -70,7 +70,7 @@ def store(tmp_path):
         for name in ("rows", "shard"):
             path = folder / f"{name}-{index:05d}.npy"
             np.save(path, np.load(path)[order])
-    return Store(folder)
+    return Store(resealed(folder))
 
 
 def acts_of(store):
@@ -227,10 +227,10 @@ def test_a_source_is_centred_on_its_own_mean(tmp_path):
     rows = np.load(folder / "rows-00000.npy")
     rows["source"][25:] = 1
     np.save(folder / "rows-00000.npy", rows)
-    text = (folder / MANIFEST).read_text()
-    start = text.index('"sources": [') + len('"sources": [')
-    source = text[start : text.index("]", start)]
-    (folder / MANIFEST).write_text(text.replace(source, source + "," + source.replace('"text"', '"biology"')))
+    manifest = read_manifest(resealed(folder))
+    (source,) = manifest.sources
+    sources = (source, dataclasses.replace(source, name="biology"))
+    write_manifest(folder, dataclasses.replace(manifest, sources=sources))
     store = Store(folder)
     found = measured(Constant(acts[25:].astype(np.float64).mean(0)), store).values
     assert found["by_source"]["biology"]["fvu"] == pytest.approx(1, rel=1e-6)

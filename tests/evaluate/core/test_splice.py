@@ -10,7 +10,7 @@ from hafs_evaluate.core.splice import ce_score, choose_contexts, kl_score, splic
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.manifest import read_manifest, write_manifest
 from hafs_jax.store.reader import Store
-from tests.support.stores import write_store
+from tests.support.stores import resealed, write_store
 from tests.support.torch_saes import HOOK, identity_sae, random_sae, tiny_model
 
 D, LENGTH = 20, 9
@@ -24,7 +24,7 @@ def make_store(folder, rows=37, **changes):
     tokens[np.load(folder / "contexts.npy")["start"]] = 0
     np.save(folder / "tokens.npy", tokens)
     write_manifest(folder, dataclasses.replace(manifest, hook_point=HOOK, **changes))
-    return Store(folder)
+    return Store(resealed(folder))
 
 
 @pytest.fixture(scope="module")

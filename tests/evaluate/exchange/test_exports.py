@@ -47,7 +47,9 @@ def hand_made_run(
     run = finished_run(tmp_path / "runs" / f"baseline-{architecture}", config, record, (D, D_OUT if transcode else D))
     state = SimpleNamespace(weights=lambda: params, threshold=lambda decay: threshold)
 
-    def load_checkpoint(folder: Path, config: TrainConfig, d_model: int, d_out: int | None = None) -> Any:
+    def load_checkpoint(
+        folder: Path, config: TrainConfig, d_model: int, d_out: int | None = None, step: Any = None
+    ) -> Any:
         assert (d_model, d_out) == (D, D_OUT if transcode else D)
         return state, scale
 

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
+from hafs_evaluate.workspace import Workspace
 from hafs_jax.base.errors import UserError
+from tests.support.stores import resealed
 from tests.support.workspaces import CONFIG, run
 
 SKIP = ("splice", "probing", "latents")
@@ -61,6 +63,8 @@ def test_a_tree_with_nothing_left_is_skipped_and_said(workspace, tmp_path, caplo
     texts = [json.loads(line)["text"] for line in (tmp_path / "trees" / "words.jsonl").read_text().splitlines()]
     lines = [json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()}) for text in texts[:75]]
     (workspace.train.folder / "documents.jsonl").write_text("\n".join(lines) + "\n")
+    resealed(workspace.train.folder)
+    workspace = Workspace(workspace.folder)
     with pytest.raises(
         UserError, match="no label tree has two leaves outside the training documents; --skip hierarchy"
     ):

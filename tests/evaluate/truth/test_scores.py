@@ -15,7 +15,7 @@ from hafs_evaluate.truth.ground_truth import Truth, load_truth
 from hafs_evaluate.truth.scores import Scorer, score_sae
 from hafs_extract.synthetic.samples import HOOK_POINT
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import sha256_of
+from hafs_jax.base.files import read_json, sha256_of
 from hafs_jax.store.reader import Store
 from tests.support.torch_saes import random_sae
 from tests.support.worlds import N_FEATURES, D
@@ -245,14 +245,15 @@ def test_what_does_not_belong_together_is_refused(tiny, tmp_path):
     (tmp_path / "truth.npz").write_bytes((tiny / "truth.npz").read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"truth.npz: expected sha256"):
         load_truth(tmp_path)
-    (tmp_path / "truth.json").write_text(record.replace('"format_version": 1', '"format_version": 9'))
+    values = read_json(tiny / "truth.json", "a truth")
+    (tmp_path / "truth.json").write_text(json.dumps({**values, "format_version": 9}))
     with pytest.raises(UserError, match="expected format_version 1, found 9"):
         load_truth(tmp_path)
     (tmp_path / "truth.npz").write_bytes(b"PK no archive")
     digest = sha256_of(tmp_path / "truth.npz")
     for content, message in (
         (
-            {**json.loads(record), "arrays_sha256": digest},
+            {**values, "arrays_sha256": digest},
             r"expected a synthetic world's truth at .*npz, found a file that",
         ),
         ({"format_version": 1}, "expected arrays_sha256 and stores in a world's truth"),

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 
 import pytest
 
@@ -11,6 +10,7 @@ from hafs_evaluate.cli import main as evaluate_main
 from hafs_evaluate.truth.ground_truth import load_truth
 from hafs_evaluate.workspace import Exported, FinishedRun, hashed_export, open_workspace
 from hafs_extract.synthetic.samples import HOOK_POINT, generate
+from hafs_jax.base.files import read_json
 from hafs_jax.runs import Run
 from tests.support.runs import STORE, config_of, finished_run
 from tests.support.torch_saes import saved_sae
@@ -50,7 +50,7 @@ def test_runs_are_scored_once(workspace, monkeypatch):
     truth = load_truth(workspace.folder)
     for result in results:
         path = workspace.result(result["run"], "synthetic.json")
-        assert json.loads(path.read_text()) == result
+        assert read_json(path, "a result") == result
         exported = hashed_export(result["run"], workspace.runs / result["run"] / "sae")
         assert result["metrics"] == stage.score(exported, workspace.heldout, truth)
         assert result["truth_sha256"] == truth.sha256

@@ -206,10 +206,10 @@ def test_a_suggestion_is_never_the_word_itself() -> None:
 
 def test_figures_that_are_not_finite_become_null_and_are_named(tmp_path: Path) -> None:
     write_figures(tmp_path / "a", {"a": {"b": [1.0, float("-inf")]}, "c": float("nan"), "d": 2})
-    found = json.loads((tmp_path / "a").read_text())
+    found = read_json(tmp_path / "a", "figures")
     assert found == {"a": {"b": [1.0, None]}, "c": None, "d": 2, "not_finite": {"a.b.1": "-inf", "c": "nan"}}
     write_figures(tmp_path / "a", {"a": 1.0})
-    assert json.loads((tmp_path / "a").read_text()) == {"a": 1.0}
+    assert read_json(tmp_path / "a", "figures") == {"a": 1.0}
 
 
 def test_fields_are_replaced_by_name() -> None:

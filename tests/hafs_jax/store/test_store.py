@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hafs_jax.base.checksums import checked
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import sha256_of, write_json, write_npy
+from hafs_jax.base.files import read_json, sha256_of, write_json, write_npy
 from hafs_jax.store.manifest import (
     CONTEXT,
     DISK_DTYPES,
@@ -22,7 +23,7 @@ from hafs_jax.store.manifest import (
 )
 from hafs_jax.store.reader import Store
 from hafs_jax.store.verify import verify
-from tests.support.stores import save_store
+from tests.support.stores import resealed, save_store
 
 D, LENGTHS, SHARDS = 5, (4, 3, 6), (7, 3)
 
@@ -117,7 +118,7 @@ def test_no_manifest_is_no_store(tmp_path: Path) -> None:
 def test_another_version_and_unknown_keys_are_refused(tmp_path: Path) -> None:
     make_store(tmp_path / "s")
     path = tmp_path / "s" / "manifest.json"
-    values = json.loads(path.read_text())
+    values = read_json(path, "a manifest")
     write_json(path, {**values, "format_version": 7})
     with pytest.raises(UserError, match="expected format_version 1, found 7"):
         Store(tmp_path / "s")
@@ -164,8 +165,9 @@ def test_a_stores_documents_may_hold_any_line_end_of_unicode(tmp_path: Path) -> 
     records = [json.loads(line) for line in path.read_text().splitlines()]
     records[0]["labels"] = {"title": "a\u2028b\x85c"}
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    assert Store(tmp_path / "s").documents() == records
+    assert Store(resealed(tmp_path / "s")).documents() == records
     path.write_text('{"document": 0}\n{"docu')
+    resealed(tmp_path / "s")
     with pytest.raises(UserError, match=r"documents\.jsonl, line 2: expected one JSON object a line"):
         Store(tmp_path / "s").documents()
 
@@ -196,7 +198,7 @@ def test_row_counts_must_add_up(tmp_path: Path) -> None:
 def _rewrite(folder: Path, name: str, array: np.ndarray) -> None:
     """Replaces an array and its checksum, so that only its contents are wrong."""
     write_npy(folder / name, array)
-    text = json.loads((folder / "manifest.json").read_text())
+    text = read_json(folder / "manifest.json", "a manifest")
     digest, index = sha256_of(folder / name), int(name[-5]) if "-" in name else 0
     if name in text["files_sha256"]:
         text["files_sha256"][name] = digest
@@ -277,3 +279,55 @@ def test_the_fingerprint_is_of_the_bytes(tmp_path: Path) -> None:
     make_store(tmp_path / "c", "float32")
     a, b, c = (read_manifest(tmp_path / name).fingerprint for name in "abc")
     assert a == b != c and len(a) == 16
+
+
+@pytest.mark.parametrize("name", ["shard-00001.npy", "rows-00001.npy", "contexts.npy", "tokens.npy", "documents.jsonl"])
+def test_what_is_read_is_what_the_manifest_says(tmp_path: Path, name: str) -> None:
+    folder = make_store(tmp_path / "s")
+    path = tmp_path / "s" / name
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1  # of a value
+    path.write_bytes(data)
+    store = Store(tmp_path / "s")
+    readers = {"shard": lambda: store.read(1), "rows": lambda: store.rows(1), "documents": store.documents}
+    reader = readers.get(name.split(".")[0].split("-")[0], store.contexts)
+    with pytest.raises(UserError, match=f"{name}, found .*: it was damaged or replaced; restore it, or extract"):
+        reader()
+    store.read(0), store.rows(0)  # what is not read is not hashed
+    assert folder is not None
+
+
+def test_a_store_that_is_replaced_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    store = Store(tmp_path / "s")
+    first = store.read(0).copy()
+    shard = np.array(store.raw(0))
+    shard[0, 0] += 1
+    write_npy(tmp_path / "s" / "shard-00000.npy", shard)
+    resealed(tmp_path / "s")
+    with pytest.raises(UserError, match="damaged or replaced"):
+        store.read(0)
+    assert (Store(tmp_path / "s").read(0) != first).sum() == 1
+
+
+def test_a_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path / "s")
+    hashed: list[str] = []
+    real = checked.sha256_of
+    monkeypatch.setattr(checked, "sha256_of", lambda path: hashed.append(path.name) or real(path))
+    store = Store(tmp_path / "s")
+    for _ in store.batches(2):
+        pass
+    for _ in Store(tmp_path / "s").batches(1):
+        pass
+    assert sorted(hashed) == sorted(set(hashed)) and "shard-00001.npy" in hashed and "tokens.npy" not in hashed
+
+
+def test_a_flipped_bit_of_the_manifest_is_noticed(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    path = tmp_path / "s" / "manifest.json"
+    whole = path.read_bytes()
+    place = whole.index(b'"mean": [') + 20
+    path.write_bytes(whole[:place] + (b"1" if whole[place : place + 1] != b"1" else b"2") + whole[place + 1 :])
+    with pytest.raises(UserError, match="it is damaged or was edited: its SHA-256 is not the one in its last key"):
+        Store(tmp_path / "s")

@@ -92,3 +92,75 @@ def test_a_run_of_the_first_format_loads(tmp_path: Path, monkeypatch: pytest.Mon
     in_format_1(tmp_path, state, scale, monkeypatch)
     found, _ = load_checkpoint(tmp_path, config, D)
     np.testing.assert_array_equal(found.params["W_enc"], state.params["W_enc"])
+
+
+def two_checkpoints(folder: Path) -> tuple[TrainState, TrainState, object]:
+    """The states of step 1 and 2, both saved."""
+    config = small()
+    state, scale = fresh(config)
+    states = []
+    with Checkpoints(folder) as checkpoints:
+        for _ in range(2):
+            state = one_step(config, state, scale, batch())[0]
+            states.append(jax.tree.map(lambda leaf: leaf.copy(), state))
+            checkpoints.save(state, scale)
+    return states[0], states[1], scale
+
+
+def damage(folder: Path, step: int) -> None:
+    """Damages the checkpoint's arrays."""
+    for path in (folder / str(step)).rglob("d/*"):
+        path.write_bytes(bytes(len(path.read_bytes())))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second, scale = two_checkpoints(tmp_path / "run")
+    damage(tmp_path / "run", 2)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        found, _ = checkpoints.resume(second, scale)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(found.params["W_dec"], first.params["W_dec"])
+        (line,) = caplog.messages
+        assert "checkpoint 2 in" in line and "damaged" in line and line.endswith("going back to checkpoint 1")
+        checkpoints.save(second, scale)  # type: ignore[arg-type]
+        found, _ = checkpoints.restore(second, scale, 2)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found.params["W_dec"], second.params["W_dec"])
+    assert (tmp_path / "run.damaged-2").is_dir()
+
+
+def test_a_flipped_bit_of_an_array_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing in Orbax's files shows it: here the arrays that come back are other ones."""
+    _, second, scale = two_checkpoints(tmp_path)
+    with Checkpoints(tmp_path) as checkpoints:
+        real = checkpoints._manager.restore
+
+        def flipped(step: int, **options: object) -> object:
+            tree = real(step, **options)
+            bits = np.array(tree["state"]["params"]["b_dec"]).view(np.uint32)
+            bits[-1] ^= 1
+            tree["state"]["params"]["b_dec"] = bits.view(np.float32)
+            return tree
+
+        monkeypatch.setattr(checkpoints._manager, "restore", flipped)
+        with pytest.raises(UserError, match=r"checkpoint 2 .* is damaged \(state.params.b_dec is not the array"):
+            checkpoints.restore(second, scale, 2)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="train the run again"):
+            checkpoints.restore(second, scale)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_without_checksums_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_has_whole_arrays", lambda: False)
+        _, second, scale = two_checkpoints(tmp_path)
+    with Checkpoints(tmp_path) as checkpoints:
+        found, _ = checkpoints.restore(second, scale)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found.params["W_dec"], second.params["W_dec"])
+
+
+def test_a_finished_run_is_not_an_earlier_checkpoint(tmp_path: Path) -> None:
+    _, second, scale = two_checkpoints(tmp_path)
+    damage(tmp_path, 2)
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match=r"checkpoint 2 .*damaged.*remove run\.json"):
+            checkpoints.restore(second, scale, 2)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"expected checkpoint 3 in .*, found 1, 2"):
+            checkpoints.restore(second, scale, 3)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from hafs_jax.runs import Run
 from hafs_jax.training.checkpoint import load_checkpoint
 from hafs_jax.training.loop import TrainingStopped
 from hafs_jax.training.train import train
-from tests.support.stores import planted, write_store
+from tests.support.stores import planted, resealed, write_store
 
 ROOT = Path(__file__).parents[3]
 D, ROWS = 16, 4000
@@ -207,6 +207,7 @@ def test_a_run_on_bad_data_stops_names_the_step_and_keeps_the_checkpoint(tmp_pat
     shard = np.load(folder / "shard-00002.npy")
     shard[:] = np.nan
     np.save(folder / "shard-00002.npy", shard)
+    resealed(folder)
     config = small(checkpoint_every_steps=1, steps_per_dispatch=1)
     with pytest.raises(
         TrainingStopped, match=r"2 of the first (\d+) batches gave.* from step \1: more.*checkpoint is in"

@@ -1,0 +1,1 @@
+"""Checksums: of records, which carry their own, and of files, which are hashed before they are used."""

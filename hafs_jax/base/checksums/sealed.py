@@ -1,0 +1,61 @@
+"""Records that carry their own checksum, so that one flipped bit is noticed. Standard library only.
+
+A sealed JSON file ends with the key `sha256_of_above`: the SHA-256 of the file's bytes before that key. A line of a
+sealed JSON-lines file ends with the key `crc32`: that of the line's bytes before it. Files of earlier versions have
+neither key and are read as they are; so is a file that a person edits, once the key is removed.
+
+`folder` files of another format have their checksums beside them in `checksums.json`, which is itself sealed.
+"""
+
+import hashlib
+import json
+import re
+import zlib
+from typing import Any
+
+KEY, LINE_KEY = "sha256_of_above", "crc32"
+
+_SEAL = re.compile(rb'"%s": ?"([0-9a-f]{64})"\s*\}\s*' % KEY.encode())
+_LINE_SEAL = re.compile(rb'"%s": "([0-9a-f]{8})"\}\s*' % LINE_KEY.encode())
+
+
+class Broken(ValueError):
+    """The bytes are not those that were sealed."""
+
+
+def sealed(values: dict[str, Any], indent: int | None = 2) -> bytes:
+    """`values` as JSON text, sealed. Raises ValueError for NaN and infinity, which JSON does not have."""
+    separators = (",", ": ") if indent else (",", ":")
+    text = json.dumps(values, indent=indent, ensure_ascii=False, allow_nan=False, separators=separators)
+    end = "\n" if indent else ""
+    above = text.removesuffix("}").removesuffix("\n") + ("," if values else "") + end + " " * (indent or 0)
+    found = hashlib.sha256(above.encode()).hexdigest()
+    return f'{above}"{KEY}": "{found}"{end}}}\n'.encode()
+
+
+def unsealed(data: bytes, values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, which `data` is the text of, without its seal; `Broken` where that does not match."""
+    if KEY not in values:
+        return values
+    start = data.rfind(b'"%s"' % KEY.encode())
+    seal = _SEAL.fullmatch(data, start) if start >= 0 else None
+    if seal is None or hashlib.sha256(data[:start]).hexdigest() != seal[1].decode():
+        raise Broken(f"it is damaged or was edited: its SHA-256 is not the one in its last key, {KEY}")
+    return {name: value for name, value in values.items() if name != KEY}
+
+
+def sealed_line(values: dict[str, Any]) -> str:
+    """`values` as one line of JSON, sealed, with its line end."""
+    above = json.dumps(values)[:-1] + (", " if values else "")
+    return f'{above}"{LINE_KEY}": "{zlib.crc32(above.encode()):08x}"}}\n'
+
+
+def unsealed_line(line: bytes, values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, which `line` is the text of, without its seal; `Broken` where that does not match."""
+    if LINE_KEY not in values:
+        return values
+    start = line.rfind(b'"%s"' % LINE_KEY.encode())
+    seal = _LINE_SEAL.fullmatch(line, start) if start >= 0 else None
+    if seal is None or zlib.crc32(line[:start]) != int(seal[1], 16):
+        raise Broken(f"it is damaged or was edited: its checksum is not the one in its key {LINE_KEY}")
+    return {name: value for name, value in values.items() if name != LINE_KEY}
