@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from hafs_jax.base.checksums.sealed import KEY, sealed, unsealed, unsealed_line
+from hafs_jax.base.checksums.sealed import KEY, LINE_KEY, sealed, unsealed, unsealed_line
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.foreign import parse_json, reading, reason, refuse_pointer, refuse_special
 from hafs_jax.base.places import make_folder, sync_folder
@@ -155,8 +155,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     with reading(path, "JSON lines"), open(path, "rb") as file:
         lines = file.readlines()
     records = []
-    for number, record in json_lines(lines, path, whole_lines=True):
+    found = list(json_lines(lines, path, whole_lines=True))
+    is_sealed = any(LINE_KEY in record for _, record in found)
+    for number, record in found:
         try:
+            if is_sealed and LINE_KEY not in record:
+                raise ValueError(f"it is damaged: expected its checksum in the key {LINE_KEY}, as other lines have")
             records.append(unsealed_line(lines[number - 1], record))
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}; restore the file, or remove the line") from None
