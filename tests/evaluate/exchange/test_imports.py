@@ -132,7 +132,7 @@ def test_a_saelens_folder_is_copied_and_replaces_what_was_there(tmp_path: Path) 
         assert (target / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((target / "cfg.json").read_text()) == json.loads((source / "cfg.json").read_text())
     import_sae(library_folder(tmp_path / "other", "AutoEncoder"), target)
-    assert {path.name for path in target.iterdir()} == {"cfg.json", "sae_weights.safetensors"}
+    assert {path.name for path in target.iterdir()} == {"cfg.json", "checksums.json", "sae_weights.safetensors"}
     with pytest.raises(UserError, match="expected a target folder other than the source"):
         import_sae(source, source)
 

@@ -1,7 +1,6 @@
 """The dashboards of single latents: which are shown, what each holds, every option."""
 
 import dataclasses
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +15,7 @@ from hafs_evaluate.latents.dashboards import LatentsConfig, show_latents, write_
 from hafs_evaluate.latents.firing import scan
 from hafs_evaluate.latents.token_text import TokenText
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import read_json
 from tests.support.shuffled_store import D, F, everything, shuffled_store, tiny_tokenizer
 from tests.support.torch_saes import random_sae
 
@@ -44,7 +44,7 @@ def test_the_file_holds_what_the_parts_say(store, sae, tmp_path):
     path = tmp_path / "eval" / "run" / "latents.json"
     values = {"run": "run", **show_latents(sae, store, tokenizer, LatentsConfig(latents=6, examples=3))}
     write_latents(path, values)
-    assert json.loads(path.read_text()) == values
+    assert read_json(path, "latents") == values
     assert (values["run"], values["rows_scanned"]) == ("run", len(store))
     assert len(values["density"]) == len(values["max_activation"]) == len(values["nearest_cosine"]) == F
     found = scan(FiredRows(sae, store, 10**9), 3)
