@@ -127,7 +127,7 @@ def test_a_saelens_folder_is_copied_and_replaces_what_was_there(tmp_path: Path) 
     source, target = saved_sae(tmp_path / "source", D, F, "jumprelu"), tmp_path / "target"
     safetensors.torch.save_file({"sparsity": torch.zeros(F)}, source / "sparsity.safetensors")
     import_sae(source, target)
-    assert {path.name for path in target.iterdir()} == {path.name for path in source.iterdir()}
+    assert {path.name for path in target.iterdir()} == {path.name for path in source.iterdir()} | {"checksums.json"}
     for name in ("sae_weights.safetensors", "sparsity.safetensors"):
         assert (target / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((target / "cfg.json").read_text()) == json.loads((source / "cfg.json").read_text())
