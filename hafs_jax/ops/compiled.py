@@ -63,7 +63,7 @@ def check_entries() -> bool:
         return CheckedCache(found[0], found[1]), found[1]
 
     checked.checks = True  # type: ignore[attr-defined]
-    private.get_file_cache = checked  # type: ignore[assignment]
+    private.get_file_cache = checked
     return True
 
 

@@ -204,7 +204,7 @@ def _checksums(plain: dict[str, Any]) -> np.ndarray:
     for name, leaf in leaves:
         value = np.ascontiguousarray(jax.device_get(leaf))
         digest = hashlib.sha256(f"{name} {value.dtype} {leaf.shape} ".encode())
-        digest.update(value.reshape(-1).view(np.uint8))
+        digest.update(value.reshape(-1).view(np.uint8).data)
         found.append(np.frombuffer(digest.digest(), np.uint8))
     return np.stack(found)
 
