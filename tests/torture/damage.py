@@ -7,7 +7,8 @@
     silent     the reader returned something else: a fault
     traceback  another exception: a fault
 
-`case(seed, number)` repeats one case. `python -m tests.torture.damage CASES SEED` prints the table.
+`python -m tests.torture damage --case NUMBER --seed SEED` repeats one case; `python -m tests.torture.damage CASES SEED`
+prints the table.
 """
 
 import json
@@ -176,6 +177,17 @@ def run(cases: int, seed: int) -> dict[str, Counter[str]]:
     finally:
         shutil.rmtree(folder)
     return dict(sorted(found.items()))
+
+
+_made: dict[int, Files] = {}
+
+
+def case(made: Any, number: int, seed: int) -> str | None:
+    """What went wrong in one case; None where nothing did. `made.folder` is a folder for all cases."""
+    if seed not in _made:
+        _made[seed] = Files(made.folder / f"damage-{seed}", seed)
+    name, end, said = _made[seed].case(number)
+    return f"{name}: {end}: {said}" if end in ("silent", "traceback") else None
 
 
 def faults(found: dict[str, Counter[str]]) -> int:

@@ -28,7 +28,7 @@ COMMANDS: dict[str, list[list[str]]] = {
 }
 """Each job by name. It starts from what the jobs before it have left; `replace` and `retrain` from all of them."""
 START = {"import": "", "replace": "export", "train": "import", "retrain": "export", "sweep": "train", "export": "train"}
-VOLATILE = {"seconds", "tokens_per_second", "checksum"}
+VOLATILE = {"seconds", "tokens_per_second", "checksum", "sha256_of_above", "crc32", "of"}
 _SKIPPED = (".lock", ".locks", "checkpoints", "best", "auto.json")
 LIMIT_SECONDS = 120
 
