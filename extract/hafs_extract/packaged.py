@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from hafs_extract.text.unprobed import unprobed_records
+from hafs_jax.base.checksums.checked import check_folder, write_checksums
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of
 from hafs_jax.base.places import sync_folder, sync_tree, temporary_folder
 
 LOG = logging.getLogger(__name__)
+
+_AGAIN = "it is converted again"
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,18 @@ def read_records(text: PackagedText) -> list[dict[str, Any]]:
 def model_folder(name: str) -> Path:
     """The local folder of the packaged model `name`: float32 safetensors and the tokenizer, converted at first use.
 
-    The model is written beside its final place and renamed, so that a kill leaves no half of it.
+    The model is written beside its final place and renamed, so that a kill leaves no half of it. Its files' checksums
+    lie beside them and are compared once a process; a damaged one is converted again.
     """
     model = MODELS[name]
     folder = cache_folder() / "models" / f"{name.split('/')[-1]}-{model.wheel.sha256[:8]}"
     if folder.exists():
-        return folder
+        try:
+            check_folder(folder, "a converted model's file", _AGAIN)
+            return folder
+        except UserError as error:
+            LOG.warning(f"{error}; {_AGAIN}")
+            shutil.rmtree(folder)
     wheel = fetch(model.wheel)
     LOG.info(f"converting {model.member.split('/')[-1]} to float32 once, into {folder}")
     with temporary_folder(folder.parent, ".converting-") as temporary:
@@ -128,6 +137,7 @@ def model_folder(name: str) -> Path:
             gguf = Path(archive.extract(model.member, temporary))
         made = temporary / "model"
         _convert(gguf, made)
+        write_checksums(made, sorted(path.name for path in made.iterdir() if path.is_file()))
         try:
             sync_tree(made)
             os.rename(made, folder)

@@ -5,7 +5,9 @@ stopped, and new texts are added to old ones:
 
     <key>/<part>.npy    activations of the part's tokens, [tokens, D], as the store keeps them: in its dtype, without
                         BOS and without the tokens that its norm filter drops
-    <key>/<part>.json   {"texts": [sha256, ...], "rows": [tokens of each]}
+    <key>/<part>.json   {"texts": [sha256, ...], "rows": [tokens of each], "sha256": of the npy file}
+
+A part that is damaged is computed again.
 
 `cache_key` says what the key is made of.
 
@@ -27,8 +29,9 @@ from hafs_evaluate.core.encode import TorchSAE, batch_rows, encode, to_numpy
 from hafs_evaluate.core.texts import text_batches
 from hafs_evaluate.hierarchy.label_trees import text_sha256
 from hafs_evaluate.workspace import fingerprint
+from hafs_jax.base.checksums.checked import check_file
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import read_json, write_json, write_npy
+from hafs_jax.base.files import read_json, sha256_of, write_npy, write_record
 from hafs_jax.base.foreign import open_npy
 from hafs_jax.base.log import bar_options
 from hafs_jax.store.manifest import Manifest, from_float32, to_float32
@@ -37,6 +40,7 @@ LOG = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the same key would hold other numbers
 PART_TEXTS = 512
+_AGAIN = "they are computed again"
 
 
 class Span(NamedTuple):
@@ -121,11 +125,26 @@ def fill_text_cache(
 def _index(folder: Path) -> dict[str, Span]:
     where = {}
     for path in sorted(folder.glob("*.json")):
-        index = read_json(path, "an index of labelled texts")
+        if (index := _whole(path)) is None:
+            continue
         starts = np.cumsum([0, *index["rows"]])
         for digest, first, rows in zip(index["texts"], starts[:-1].tolist(), index["rows"], strict=True):
             where[digest] = Span(path.stem, first, rows)
     return where
+
+
+def _whole(path: Path) -> dict[str, Any] | None:
+    """The index of a part; None where it or its activations are damaged: a line says so, and the part is removed."""
+    try:
+        index = read_json(path, "an index of labelled texts")
+        if "sha256" in index:  # of the versions before there is none
+            check_file(path.with_suffix(".npy"), index["sha256"], "activations of labelled texts", _AGAIN)
+    except UserError as error:
+        LOG.warning(f"{error}; {_AGAIN}")
+        path.unlink(missing_ok=True)
+        path.with_suffix(".npy").unlink(missing_ok=True)
+        return None
+    return index
 
 
 def _compute(
@@ -146,7 +165,9 @@ def _compute(
             kept = _kept(model, [ids[index] for index in part], len(bos), manifest, batch_tokens, bar.update)
             name = fingerprint(digests)
             write_npy(folder / f"{name}.npy", np.concatenate(kept))
-            write_json(folder / f"{name}.json", {"texts": digests, "rows": [len(rows) for rows in kept]})
+            digest = sha256_of(folder / f"{name}.npy")
+            index = {"texts": digests, "rows": [len(rows) for rows in kept], "sha256": digest}
+            write_record(folder / f"{name}.json", index)
 
 
 def _kept(

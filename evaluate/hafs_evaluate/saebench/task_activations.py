@@ -6,6 +6,7 @@ tokenizer and BOS. Of each text, cut on the left to `max_tokens`, it keeps the a
 sae-probes' `_process_activations` does.
 
     <root>/tasks/<key>.pt                    one task's activations; the key is a hash of all that they depend on
+    <root>/tasks/<key>.json                  their SHA-256; what is damaged is computed again
     <root>/<hash of all tasks' keys>/...     what sae-probes is given: links to those files, under the names it reads
 """
 
@@ -28,8 +29,9 @@ from hafs_evaluate.core.texts import text_batches
 from hafs_evaluate.saebench.datasets import PROBING_DATASETS
 from hafs_evaluate.saebench.harness import model_short_name
 from hafs_evaluate.workspace import fingerprint
+from hafs_jax.base.checksums.checked import check_file, sha256_once
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import sha256_of, write_atomic
+from hafs_jax.base.files import read_json, sha256_of, write_atomic, write_record
 from hafs_jax.base.log import bar_options
 from hafs_jax.base.options import did_you_mean
 from hafs_jax.store.manifest import Manifest
@@ -118,6 +120,8 @@ def fill_cache(
     keys = [task_key(task, manifest, max_tokens) for task in read]
     files = [root / "tasks" / f"{key}.pt" for key in keys]
     pairs = list(zip(read, files, strict=True))
+    for _, file in pairs:
+        _drop_damaged(file)
     missing = [pair for pair in pairs if not pair[1].exists()]
     tokens = 0
     if missing:
@@ -132,6 +136,20 @@ def fill_cache(
     for task, file in pairs:
         _link(file, view / f"model_activations_{name}" / f"{task.name}_{manifest.hook_point}.pt")
     return ActivationCache(view, name, view.name, tokens)
+
+
+def _drop_damaged(file: Path) -> None:
+    """Removes a task's file that is not what was written, and says so."""
+    noted = file.with_suffix(".json")
+    if not (file.exists() and noted.exists()):  # of the versions before there is no note
+        return
+    again = "the task's activations are computed again"
+    try:
+        check_file(file, str(read_json(noted, "a note").get("sha256")), "a task's activations", again)
+    except UserError as error:
+        LOG.warning(f"{error}; {again}")
+        file.unlink()
+        noted.unlink()
 
 
 def _compute(
@@ -157,6 +175,7 @@ def _compute(
             known.update(zip(texts, acts_ND, strict=True))
             of_all_ND = torch.stack([known[text] for text in task.texts])
             write_atomic(file, partial(torch.save, of_all_ND))
+            write_record(file.with_suffix(".json"), {"sha256": sha256_of(file)})
     return total
 
 
@@ -193,7 +212,9 @@ def _encode(model: Any, manifest: Manifest, task: Task, texts: list[str], max_to
 def _link(file: Path, name: Path) -> None:
     """Makes `name` a link to `file`, or a copy of it where the file system has no links."""
     if name.exists():
-        return
+        if name.samefile(file) or sha256_once(name) == sha256_once(file):
+            return
+        name.unlink()  # of an earlier file, or a damaged copy
     try:
         os.link(file, name)
     except OSError:

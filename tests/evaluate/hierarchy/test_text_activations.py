@@ -48,3 +48,18 @@ def test_an_interrupted_pass_goes_on_and_means_are_of_the_kept_tokens(workspace,
     doubling.encode = lambda acts_BD: acts_BD.repeat(1, 2)
     doubled = acts.pooled(texts, doubling)
     np.testing.assert_allclose(doubled, np.tile(pooled, 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_a_damaged_part_is_computed_again(workspace, model_folder, suffix, caplog):
+    from tests.support.torch_saes import tiny_model
+
+    model, manifest, root = tiny_model(model_folder), workspace.train.manifest, workspace.cache / "labelled"
+    texts = [f"the cell of glass {'and iron ' * n}{n}" for n in range(8)]
+    whole = fill_text_cache(texts, manifest, root, lambda: model).pooled(texts)
+    (part,) = root.rglob(f"*{suffix}")
+    data = part.read_bytes()
+    part.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    again = fill_text_cache(texts, manifest, root, lambda: model).pooled(texts)
+    np.testing.assert_array_equal(again, whole)
+    assert part.read_bytes() == data and "they are computed again" in caplog.text

@@ -125,6 +125,17 @@ def test_a_shared_text_is_run_once_and_nothing_twice(model, manifest, tasks, tmp
     assert one.folder != cache.folder
 
 
+def test_a_damaged_task_is_computed_again(model, manifest, tasks, tmp_path, caplog):
+    whole = cached(fill_cache(tasks[:1], manifest, tmp_path / "cache", lambda: model), tasks[0])
+    (file,) = (tmp_path / "cache" / "tasks").glob("*.pt")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    again = fill_cache(tasks[:1], manifest, tmp_path / "cache", lambda: model)
+    torch.testing.assert_close(cached(again, tasks[0]), whole, rtol=0, atol=0)
+    assert again.tokens > 0 and "the task's activations are computed again" in caplog.text
+
+
 def test_an_interrupted_fill_goes_on_with_the_next_task(model, manifest, tasks, tmp_path):
     first = sum(len(ids) + 1 for ids in model.tokenize(sorted(set(read_task(tasks[0]).texts))))
     with pytest.raises(KeyboardInterrupt):
