@@ -2,6 +2,8 @@
 
 import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +18,17 @@ def _keep_to_own_cores() -> None:
     os.sched_setaffinity(0, set(cores[int(worker[2:]) % count :: count]) or {cores[int(worker[2:]) % len(cores)]})
 
 
+def _hear_signals() -> None:
+    """Tests that were started in the background or by nohup would pass on to commands that signals are ignored."""
+    if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 _keep_to_own_cores()
+_hear_signals()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
