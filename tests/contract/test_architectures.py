@@ -103,13 +103,17 @@ def test_trains_saves_loads_and_exports(
 ) -> None:
     """One run each: the loss falls, L0 is as promised, rows keep unit norm, it compiles once, torch agrees."""
     config = config_of(variant, architecture)
-    programs = []
-    monkeypatch.setattr(
-        "hafs_jax.training.loop.compile_steps", lambda *args: programs.append(compile_steps(*args)) or programs[-1]
-    )
+    programs = []  # with the number of configs that they were compiled for before: trainings of a kind share one
+
+    def noted(*args: object) -> object:
+        program = compile_steps(*args)
+        programs.append((program, program._cache_size()))
+        return program
+
+    monkeypatch.setattr("hafs_jax.training.loop.compile_steps", noted)
     with jax.log_compiles():
         run = train(config, store.folder, tmp_path)
-    assert [program._cache_size() for program in programs] == [1]
+    assert [program._cache_size() - before for program, before in programs] == [1]
     assert sum("Finished XLA compilation of jit(train_steps)" in message for message in caplog.messages) == 1
     records = run.metrics()
     first, final = records[0], run.result()["final"]
