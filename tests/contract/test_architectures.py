@@ -153,7 +153,7 @@ def test_exporting_twice_gives_the_same_bytes_and_an_unfinished_run_is_refused(s
     run = train(config_of("baseline", "batchtopk", steps=16), store.folder, tmp_path)
     folder = export_saelens(run.folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert set(before) == {"cfg.json", "sae_weights.safetensors"}
+    assert set(before) == {"cfg.json", "sae_weights.safetensors", "checksums.json"}
     assert {path.name: path.read_bytes() for path in export_saelens(run.folder).iterdir()} == before
     run.result_path.unlink()
     with pytest.raises(UserError, match=r"expected a finished run's run\.json"):

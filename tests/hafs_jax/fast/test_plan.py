@@ -13,6 +13,7 @@ import pytest
 
 from hafs_jax import load
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import write_json
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast import plan
 from hafs_jax.fast.plan import Machine, choose, resolve_products
@@ -151,10 +152,9 @@ class TestProductsOfARun:
 
     def test_of_an_earlier_version_that_wrote_auto_go_on(self, store: Path, tmp_path: Path) -> None:
         run = train(self.config(), store, tmp_path)
-        text = run.config_path.read_text()
-        resolved = f'"products": "{run.config().products}"'
-        assert resolved in text
-        run.config_path.write_text(text.replace(resolved, '"products": "auto"'))
+        record = run.record()
+        assert record["config"]["products"] != "auto"
+        write_json(run.config_path, {**record, "config": {**record["config"], "products": "auto"}})
         assert train(self.config(), store, tmp_path).config().products == "auto"
 
     @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core")
