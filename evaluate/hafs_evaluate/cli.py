@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 from hafs_evaluate.config import EvalConfig
@@ -57,15 +58,24 @@ def evaluate(arguments: list[str]) -> int:
     what = f"{len(runs)} SAE{'s' if len(runs) > 1 else ''} on store {workspace.folder / 'store'}"
 
     from hafs_evaluate.stages import evaluate
-    from hafs_extract.models import pick_device  # torch
 
-    said = f"profile {workspace.profile}: {what}, device {pick_device(config.device)}"
+    said = f"profile {workspace.profile}: {what}, device {_device(config.device)}"
     print(said, file=sys.stderr, flush=True)
 
     modes = {stage.name: getattr(options, stage.name) for stage in STAGES.values() if stage.modes}
     evaluate(workspace, config, runs, options.skip, {name: mode for name, mode in modes.items() if mode})
     print(workspace.eval)
     return 0
+
+
+def _device(device: str) -> str:
+    """The device that `device` stands for. Torch, whose import takes seconds, is not asked where it has no CUDA."""
+    if device == "cpu" or (device == "auto" and version("torch").endswith("+cpu")):
+        return "cpu"
+
+    from hafs_extract.models import pick_device
+
+    return str(pick_device(device))
 
 
 def evaluate_parser() -> Parser:

@@ -18,6 +18,7 @@ from hafs_evaluate.stage import Evaluation
 from hafs_evaluate.stages import STAGES
 from hafs_evaluate.workspace import Workspace, fingerprint, finished_runs, hashed_export, open_workspace
 from hafs_extract.models import pick_device
+from hafs_jax.base.checksums.checked import write_checksums
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.options import to_dict
@@ -407,3 +408,20 @@ def test_what_compares_all_runs_is_left_where_nothing_changed(workspace, monkeyp
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises((ZeroDivisionError, AssertionError)):
         run(workspace, skip=skip)
+
+
+def test_with_nothing_to_do_neither_torch_nor_jax_is_imported(workspace):
+    """They take seconds. The settings of `hierarchy` and `tokens` still need torch."""
+    for folder in workspace.runs.glob("*-s0/sae"):
+        own = Run(folder.parent)
+        write_checksums(folder, [path.name for path in folder.iterdir()], {"of": own.state()})
+    skip = [name for name in STAGES if name not in ("core", "across", "domains")]
+    script = (
+        "import sys; from hafs_evaluate.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or sorted({'torch', 'jax', 'scipy', 'pandas'} & set(sys.modules)) or None)"
+    )
+    command = [sys.executable, "-c", script, "evaluate", "--out", str(workspace.folder.parent)]
+    command += ["--profile", "offline", "--device", "cpu", "--skip", *(name for name in skip if not STAGES[name].modes)]
+    for first in (True, False):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
+        assert first or done.returncode == 0, done.stderr
