@@ -15,6 +15,7 @@ import torch
 from sae_lens import SAE as TorchSAE
 
 from hafs_jax.api import load
+from hafs_jax.base.checksums.checked import CHECKSUMS
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
 from hafs_jax.config import SAEConfig, TrainConfig
@@ -252,24 +253,27 @@ def test_a_run_of_the_version_before_goes_on_loads_and_exports_to_the_same_bytes
     fields = {"tokens": 128, "batch_size": 16, "steps_per_dispatch": 2, "tag": "k=3", "sae": {"n_latents": F, "k": K}}
     config = with_fields(preset("baseline", "relu"), fields)
     run = train(config, store, tmp_path / "runs")
-    expected = {path.name: path.read_bytes() for path in export_saelens(run.folder).iterdir()}
 
+    def exported() -> dict[str, bytes]:  # without the checksums, which are of the run's files too
+        return {path.name: path.read_bytes() for path in export_saelens(run.folder).iterdir() if path.name != CHECKSUMS}
+
+    expected = exported()
     result, record = run.result(), run.record()
     result = {name: value for name, value in result.items() if name not in ("arm", "k", "tag")} | {"k_or_target_l0": K}
     del record["config"]["arm"]
     write_json(run.result_path, result)
     write_json(run.config_path, record)
     shutil.rmtree(run.sae)
-    assert {path.name: path.read_bytes() for path in export_saelens(run.folder).iterdir()} == expected
+    assert exported() == expected
     assert run.summary().arm == "baseline" and run.summary().k == K
     run.result_path.unlink()  # as if it had been stopped just before
     again = train(config, store, tmp_path / "runs")
     assert again.summary().final == run.metrics()[-1] and len(run.metrics()) == len({m["step"] for m in run.metrics()})
-    assert {path.name: path.read_bytes() for path in export_saelens(run.folder).iterdir()} == expected
+    assert exported() == expected
     moved = store.rename(store.with_name("gone"))
     try:
         assert load(run.folder).d_model == D
-        assert {path.name: path.read_bytes() for path in export_saelens(run.folder).iterdir()} == expected
+        assert exported() == expected
         record = run.record()
         del record["store"]["manifest"]  # of a version before, whose export does need the store
         write_json(run.config_path, record)

@@ -128,7 +128,7 @@ def test_ctrl_c_ends_it_at_once_with_one_line_though_the_model_is_at_work() -> N
             server.send_signal(signal.SIGINT)
             _, err = server.communicate(timeout=20)
         assert time.monotonic() - began < 5
-        assert err.strip() == "explorer stopped" and server.returncode == 0
+        assert err.strip() == "explorer stopped" and server.returncode == 128 + signal.SIGINT
     finally:
         server.kill()
         server.wait()
