@@ -75,8 +75,13 @@ def _all(store: Store) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([store.read(i) for i in n]), np.concatenate([store.rows(i) for i in n])
 
 
+def _names(folder: Path) -> list[str]:
+    """What lies in a folder beside its lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
 def _digests(root: Path) -> dict[str, str]:
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != "timing.json")
+    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name not in ("timing.json", ".lock"))
     return {str(path.relative_to(root)): sha256_of(path) for path in files}
 
 
@@ -100,15 +105,13 @@ def test_one_pass_gives_what_a_pass_for_each_gives_and_runs_no_further(model: La
 
 
 def test_each_hook_point_has_its_stores_of_the_same_rows_in_the_same_order(made: Path, model: LanguageModel) -> None:
-    assert sorted(path.name for path in (made / "offline").iterdir()) == sorted(HOOKS)
+    assert _names(made / "offline") == sorted(HOOKS)
     for split in SPLITS:
         first = _store(made, HOOKS[0], split)
         assert len(first) > 100
         for hook in HOOKS:
             store = _store(made, hook, split)
-            assert verify(store.folder) == [] and sorted(p.name for p in store.folder.parent.iterdir()) == sorted(
-                SPLITS
-            )
+            assert verify(store.folder) == [] and _names(store.folder.parent) == sorted(SPLITS)
             assert store.manifest.hook_point == hook and store.manifest.config["hook_point"] == ",".join(HOOKS)
             check_aligned(first, store)
             acts, rows = _all(store)
@@ -221,7 +224,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(
             assert not place.exists() or verify(place) == []
             assert place.name != "train" or not place.exists() or all(f.exists() for f in folders if f.name != "train")
     assert attempt > 1 and _digests(tmp_path) == _digests(made)
-    assert sorted(path.name for path in (tmp_path / "offline").iterdir()) == sorted(HOOKS)
+    assert _names(tmp_path / "offline") == sorted(HOOKS)
 
 
 def test_stores_that_are_made_are_put_in_place_without_the_model(

@@ -2,8 +2,7 @@
 
 import csv
 import dataclasses
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_json
+from hafs_jax.base.process import children
 from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.runs import Run
@@ -204,15 +204,12 @@ def test_synth_makes_a_world_trains_and_scores(
     from hafs_jax.cli import main
 
     started: list[str] = []
-    real = subprocess.run
 
-    def run(command: Any, **options: Any) -> subprocess.CompletedProcess:
-        if command[:3] != [sys.executable, "-m", "hafs_jax"]:
-            return real(command, **options)  # SAELens asks git for its version
-        started.append(command[3])
-        return subprocess.CompletedProcess(command, main(command[3:]))
+    def run(command: Sequence[str]) -> int:
+        started.append(command[0])
+        return main(list(command))
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(children, "run", run)
     flags = ["--batch-size", "64", "--passes", "2"]
     grid = "variant=baseline,random_init"
     main(["synth", "--out", str(tmp_path), "--world", "tiny", "--samples", "20000", "--grid", grid, *flags])
