@@ -3,7 +3,6 @@
 The contract suite itself is run on them, in a process that loads the module as any `hafs` command does.
 """
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from hafs_jax.fast.forms import FORMS
 from hafs_jax.method.architectures import ARCHITECTURES, Architecture, l0, relu, topk
 from hafs_jax.method.penalties import PENALTIES, Penalty, hinge_penalty
 from hafs_jax.registry import register_architecture, register_penalty, register_variant
+from tests.support.environments import importing
 
 ROOT = Path(__file__).parents[2]
 MODULE = '''
@@ -49,8 +49,7 @@ register_penalty("centred", Penalty(centred), {"penalty": {"lam_max": 0.1}})
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "theirs.py").write_text(MODULE)
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "HAFS_PLUGINS": "theirs", "PYTHONPATH": path, "PYTEST_ADDOPTS": "-p no:cacheprovider"}
+    return importing(tmp_path, HAFS_PLUGINS="theirs", PYTEST_ADDOPTS="-p no:cacheprovider")
 
 
 @pytest.mark.slow

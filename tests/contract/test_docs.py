@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.environments import importing
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
@@ -66,8 +68,7 @@ def test_all_that_it_adds_is_known_to_the_commands(tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "extending.md").read_text(), flags=re.M | re.S)
     assert len(blocks) >= 4
     (tmp_path / "my_additions.py").write_text("\n".join(blocks))
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "HAFS_PLUGINS": "my_additions", "PYTHONPATH": path, "COLUMNS": "300"}
+    environment = importing(tmp_path, HAFS_PLUGINS="my_additions", COLUMNS="300")
 
     def help_of(*command: str) -> str:
         done = subprocess.run(

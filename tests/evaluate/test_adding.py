@@ -6,7 +6,6 @@ other file is touched.
 
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from hafs_evaluate.saebench import datasets, suites
 from hafs_evaluate.stages import STAGES, evaluate
 from hafs_evaluate.workspace import Workspace, finished_runs
 from hafs_jax.base.errors import UserError
+from tests.support.environments import importing
 from tests.support.runs import config_of, finished_run
 from tests.support.workspaces import CONFIG
 
@@ -189,7 +189,7 @@ def test_an_evaluation_is_one_module_and_one_record(
 def test_the_command_takes_an_evaluation_that_hafs_plugins_names(tmp_path: Path) -> None:
     (tmp_path / "norms.py").write_text(EVALUATION)
     command = [sys.executable, "-m", "hafs_jax", "evaluate", "--help"]
-    environment = {**os.environ, "HAFS_PLUGINS": "norms", "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environment = importing(tmp_path, HAFS_PLUGINS="norms")
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert "how much of each row's norm the SAE keeps" in shown and "eval/<run>/norms.json" in shown
 

@@ -14,6 +14,7 @@ from hafs_jax.api import load
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_json
 from tests.support.both_saes import SAELENS, D, F, K, assert_same, rows, saelens_folder
+from tests.support.environments import importing
 from tests.support.hub import Hub, serving
 
 
@@ -109,7 +110,7 @@ def test_an_sae_of_a_release_is_read_by_saelens_in_a_process_of_its_own(tmp_path
     package = tmp_path / "packages" / "sae_lens"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(SAE_LENS.replace("SOURCE", str(folder)))
-    paths = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", ""), str(Path.cwd())])
+    paths = importing(package.parent, Path.cwd())["PYTHONPATH"]
     script = (
         "import sys\n"
         "print(load('release:some-release/layer_1/wide'))\n"

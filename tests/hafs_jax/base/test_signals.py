@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hafs_jax.base.process import signals
+from tests.support.environments import importing
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 COMMAND = """
@@ -146,7 +147,7 @@ def test_children_end_with_their_parent(number: int, tmp_path: Path) -> None:
         "    (here / 'saved').write_text(str(received))\n"
     )
     run = "with children.stopping():\n    children.run(['inspect', '--help'])"
-    environment = {**os.environ, "HAFS_PLUGINS": plugin.stem, "PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
+    environment = importing(tmp_path, HAFS_PLUGINS=plugin.stem)
     process = started("print('ready', flush=True)\n" + run, env=environment)
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
