@@ -1,7 +1,6 @@
 """Estimates how much memory a training needs, before it starts, and refuses one that does not fit."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from hafs_jax.fast.plan import choose, target
 from hafs_jax.ops.products import blocks_of
 from hafs_jax.store.manifest import DISK_DTYPES
 from hafs_jax.training.loop import Stores
+from hafs_jax.training.room import available_bytes, remedies, size
 from hafs_jax.training.state import hyperparameters, init_state
 
 # What a compiled step holds at once on a CPU beside its state, as XLA's own analysis of temporary memory has it:
@@ -106,41 +106,10 @@ def check_memory(config: TrainConfig, stores: Stores, members: int = 1, together
     needed, free = budget(config, stores, members, together), available_bytes()
     sharing = jax.local_device_count() if target() == "cpu" else 1  # devices in the same memory
     if free is not None and sharing * needed.total > free:
-        fewer = f"{arg('most_together')}, " if members > 1 else ""
         raise UserError(
             f"{config.sae.architecture} F={config.sae.F} with {arg('batch_size', config.batch_size)} needs about "
-            f"{needed}; "
-            f"found {size(free)} free on {jax.local_devices()[0]}; lower {fewer}"
-            f"{arg('batch_size')}, {arg('sae.expansion')} or {arg('sae.n_latents')}, or split the "
-            f"latents over more devices with {arg('mesh')}{_more_of_the_pool()}"
+            f"{needed}; found {size(free)} free on {jax.local_devices()[0]}; {remedies(members)}"
         )
-
-
-def available_bytes() -> int | None:
-    """Free bytes of the accelerator, or of the host where the CPU is the device; None where the system does not say."""
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        statistics = device.memory_stats() or {}
-        limit = statistics.get("bytes_limit")
-        return None if limit is None else limit - statistics.get("bytes_in_use", 0)
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:  # not Linux
-        return None
-    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * kilobytes[0] if kilobytes else None
-
-
-def _more_of_the_pool() -> str:
-    """A further remedy on an accelerator, of whose memory JAX takes three quarters unless told otherwise."""
-    return "" if target() == "cpu" else ", or give JAX more of it with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
-
-
-def size(count: int) -> str:
-    """A number of bytes for people, in kB, MB or GB."""
-    if count < 1e6:
-        return f"{count / 1e3:,.0f} kB"
-    return f"{count / 1e6:,.0f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 
 def _bytes(tree: Any) -> int:

@@ -31,6 +31,7 @@ from hafs_jax.training.checkpoint import Checkpoints
 from hafs_jax.training.data import first_rows, geometric_median, input_scale, prefetch
 from hafs_jax.training.heldout import Heldout
 from hafs_jax.training.programs import TOGETHER, compile_steps
+from hafs_jax.training.room import check_room
 from hafs_jax.training.rows.rolling import RollingBatches, batches_of
 from hafs_jax.training.runlog import OnRunMetrics, Progress, RunLog
 from hafs_jax.training.state import TrainState, hyperparameters, init_state, seed_key, shared_config, state_of
@@ -179,7 +180,7 @@ class _Fit:
             for block in blocks:
                 if (steps := len(jax.tree.leaves(block)[0])) not in compiled:
                     progress.compiling()
-                    program.lower(state, block, scale, hyper, config).compile()
+                    check_room(program.lower(state, block, scale, hyper, config).compile(), len(self.members))
                     give_back_memory()  # compiling took hundreds of MB, which would stay
                     compiled.add(steps)
                 stopped = stack.enter_context(deferred()) if stopped is None else stopped

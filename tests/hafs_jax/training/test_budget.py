@@ -13,10 +13,12 @@ from hafs_jax.fast import plan
 from hafs_jax.presets import preset
 from hafs_jax.store.reader import Store
 from hafs_jax.training import budget as module
-from hafs_jax.training.budget import available_bytes, budget, size
+from hafs_jax.training import room
+from hafs_jax.training.budget import budget
 from hafs_jax.training.data import input_scale
 from hafs_jax.training.loop import Stores
 from hafs_jax.training.programs import compile_steps
+from hafs_jax.training.room import available_bytes, check_room, size
 from hafs_jax.training.state import hyperparameters, init_state
 from hafs_jax.training.sweeps import sweep
 from hafs_jax.training.train import describe, train
@@ -131,3 +133,46 @@ def test_nothing_is_refused_where_memory_is_not_known(
 def test_the_free_memory_of_this_machine() -> None:
     found = available_bytes()
     assert found is None or 1 << 20 < found < 1 << 50
+
+
+def test_on_an_accelerator_a_compiled_step_that_has_no_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's own plan decides."""
+
+    def step(acts_ND: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gram_NN = acts_ND @ acts_ND.T
+        return gram_NN, jax.numpy.sort(gram_NN, axis=1)[:, 0]
+
+    compiled = jax.jit(step).lower(jax.ShapeDtypeStruct((100, 10), np.float32)).compile()
+    planned = compiled.memory_analysis()
+    needed = planned.temp_size_in_bytes + planned.output_size_in_bytes
+    assert needed >= 40_000 + 400
+    monkeypatch.setattr(room, "available_bytes", lambda: needed - 1)
+    check_room(compiled)  # on a CPU other processes use the memory too: what is free now says little
+    monkeypatch.setattr(room, "target", lambda: "gpu")
+    with pytest.raises(
+        UserError, match=r"the compiled step needs \d+ kB beside .* already; found .* free; lower batch"
+    ):
+        check_room(compiled)
+    with pytest.raises(UserError, match="lower most_together, "):
+        check_room(compiled, members=3)
+    monkeypatch.setattr(room, "available_bytes", lambda: needed)
+    check_room(compiled)
+
+
+def test_what_takes_the_place_of_an_argument_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = jax.jit(lambda acts_ND: acts_ND + 1.0, donate_argnums=0)
+    compiled = step.lower(jax.ShapeDtypeStruct((100, 100), np.float32)).compile()
+    monkeypatch.setattr(room, "target", lambda: "gpu")
+    monkeypatch.setattr(room, "available_bytes", lambda: 1_000)
+    check_room(compiled)
+
+
+def test_a_training_checks_the_room_of_what_it_compiled(
+    stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(compiled: jax.stages.Compiled, members: int) -> None:
+        raise UserError(f"{compiled.memory_analysis().temp_size_in_bytes > 0}, {members} member")
+
+    monkeypatch.setattr("hafs_jax.training.loop.check_room", refuse)
+    with pytest.raises(UserError, match="True, 1 member"):
+        train(config_of(), stores.train.folder, tmp_path)
