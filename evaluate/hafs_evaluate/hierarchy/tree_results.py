@@ -132,15 +132,20 @@ class TreeProbing:
     def texts(self) -> list[LabelledTexts]:
         """The texts of each tree, without the training documents. A tree left with under two leaves is not there."""
         trained_on = {record.get("sha256", "") for record in self.train.documents()}
-        kept = []
+        kept, skipped = [], []
         for tree in self.trees:
             texts = labelled_texts(tree, trained_on)
-            left = len(texts.leaves)
-            if texts.dropped or left < 2:  # the result names the leaves
-                said = f"tree {tree.name}: {left} of {left + len(texts.dropped)} leaves have enough held-out texts"
-                self.say(said + ("; skipped" if left < 2 else ""))
-            if left >= 2:
-                kept.append(texts)
+            left, all_leaves = len(texts.leaves), len(texts.leaves) + len(texts.dropped)
+            if left < 2:
+                skipped.append(f"{tree.name} ({left} of {all_leaves})")
+                continue
+            if texts.dropped:  # the result names the leaves
+                self.say(f"tree {tree.name}: {left} of {all_leaves} leaves have enough texts that were not trained on")
+            kept.append(texts)
+        if skipped:
+            self.say(
+                f"trees left out, too few of whose leaves have texts that were not trained on: {', '.join(skipped)}"
+            )
         if not kept:
             raise UserError("no label tree has two leaves outside the training documents; --skip hierarchy")
         return kept

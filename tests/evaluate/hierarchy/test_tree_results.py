@@ -69,4 +69,4 @@ def test_a_tree_with_nothing_left_is_skipped_and_said(workspace, tmp_path, caplo
         UserError, match="no label tree has two leaves outside the training documents; --skip hierarchy"
     ):
         run(workspace, skip=SKIP)
-    assert "leaves have enough held-out texts; skipped" in caplog.text
+    assert "texts that were not trained on: words (0 of 4)" in caplog.text
