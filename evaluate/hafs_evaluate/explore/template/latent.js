@@ -40,7 +40,7 @@ function figures(answer) {
 
 function logits(title, tokens, values) {
   return [make("h3", {}, title), make("p", {}, ...tokens.map((token, place) =>
-    make("span", { class: "chip", title: number(values[place]) }, token)))];
+    make("span", { class: "chip", title: number(values[place]) }, named(token))))];
 }
 
 function effectNote(answer) {

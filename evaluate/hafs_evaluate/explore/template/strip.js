@@ -24,7 +24,7 @@ function hit(run, index, label, value, share) {
   return make("button", { type: "button", class: "hit", "data-run": run, "data-index": index, "aria-current": isOpen,
     title: label ? `strongest on “${label}”` : null, onclick: () => openLatent(run, index) },
     make("i", { style: `width: ${(100 * Math.min(1, share || 0)).toFixed(1)}%` }),
-    make("b", {}, `#${index}`), make("span", { class: "token" }, label || ""), make("span", {}, number(value)));
+    make("b", {}, `#${index}`), make("span", { class: "token" }, named(label || "")), make("span", {}, number(value)));
 }
 
 function markOpen() {

@@ -22,6 +22,11 @@ function make(tag, options = {}, ...children) {
   return element;
 }
 
+/* A token as a list names it: one of spaces alone would be an empty place. */
+function named(token) {
+  return token.trim() ? token : token.replace(/\s/g, "␣");
+}
+
 function scrollTo(element) {
   element.scrollIntoView({ behavior: "instant" });
 }

@@ -54,7 +54,7 @@ async function fillCard(card, name, record, place) {
   }
   if (!shown) return;
   const [other, at] = shown;
-  card.append(make("p", {}, `density ${percent(other.columns.density[at])} `, ...other.top[at].slice(0, 4).map(([token]) => make("span", { class: "chip" }, words(other, token)))));
+  card.append(make("p", {}, `density ${percent(other.columns.density[at])} `, ...other.top[at].slice(0, 4).map(([token]) => make("span", { class: "chip" }, named(words(other, token))))));
   card.append(...contextsOf(other, at).filter((context) => !context.isRandom).slice(0, 3).map((context) => drawContext(other, context, other.scale[at])));
 }
 

@@ -30,7 +30,7 @@ function logitRow(record, place, kind) {
   const tokens = record[kind][place];
   if (!tokens.length) return ["not evaluated"];
   const logits = record[`${kind}_logits`] ? record[`${kind}_logits`][place] : [];
-  return tokens.map((id, i) => make("span", { class: "chip" }, words(record, id), logits[i] === undefined ? "" : make("small", {}, ` ${logits[i] > 0 ? "+" : ""}${short(logits[i], 2).replace("-", "−")}`)));
+  return tokens.map((id, i) => make("span", { class: "chip" }, named(words(record, id)), logits[i] === undefined ? "" : make("small", {}, ` ${logits[i] > 0 ? "+" : ""}${short(logits[i], 2).replace("-", "−")}`)));
 }
 
 /* When promoted tokens mean little: where the effect is a random direction's, and where most blocks come after. */
@@ -147,7 +147,7 @@ async function drawDetail() {
     ...columns.map((name) => [{ density: "density", max_activation: "max activation", selectivity: "selectivity" }[name] || titleOf(name),
       [name === "density" ? `${percent(record.columns[name][place])} of tokens` : number(record.columns[name][place])]]),
     ...(record.histogram && record.histogram[place] && record.columns.density[place] > 0 ? [["activations", [histogram(record.histogram[place], record.columns.max_activation[place])]]] : []),
-    ["top tokens", record.top[place].map(([token, share]) => make("span", { class: "chip", title: `${percent(share)} of the top contexts` }, words(record, token)))],
+    ["top tokens", record.top[place].map(([token, share]) => make("span", { class: "chip", title: `${percent(share)} of the top contexts` }, named(words(record, token))))],
     ["promoted", logitRow(record, place, "promoted")],
     ["suppressed", [...logitRow(record, place, "suppressed"), logitCaveat(record, place)]],
     ...relations(variant, record, place),

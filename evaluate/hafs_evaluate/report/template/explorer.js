@@ -13,7 +13,7 @@ let started = false;
 /* What the list calls a latent: its label, or else its top tokens. */
 function nameOf(place) {
   const label = labelOf(view.variant, table.columns.index[place]);
-  return label ? label[0] : [...new Set(table.tokens[place].map((token) => token.trim() || token))].slice(0, 4).join("  ");
+  return label ? label[0] : [...new Set(table.tokens[place].map((token) => named(token).trim()))].slice(0, 4).join("  ");
 }
 
 function matches(place, query, number) {
