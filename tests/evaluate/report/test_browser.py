@@ -12,7 +12,13 @@ import pytest
 
 from hafs_evaluate.report.report import write_report
 from tests.support.browser import NEEDS_CHROMIUM, OVERFLOW, PHONE, api, visiting
-from tests.support.report_workspace import make_experiment, make_workspace, write_hierarchy, write_many_latents
+from tests.support.report_workspace import (
+    make_experiment,
+    make_workspace,
+    write_hierarchy,
+    write_latents,
+    write_many_latents,
+)
 
 pytestmark = NEEDS_CHROMIUM
 
@@ -143,6 +149,16 @@ def test_a_search_finds_tokens_titles_promoted_tokens_and_indices(visit, demo):
     page.locator("#rows .missing").wait_for()
     page.locator("#search").fill("")
     api.expect(page.locator("#count")).to_have_text(f"{LATENTS} latents")
+
+
+def test_a_token_of_spaces_alone_is_no_empty_place(visit, tmp_path):
+    folder = make_workspace(tmp_path / "offline", RUNS[:1])
+    write_latents(folder, RUNS[0], ["The", "  ", " fox"])
+    write_report(folder)
+    page = visit(address(folder) + "#latent=3")
+    explore(page)
+    api.expect(page.locator("#rows .row .token").first).to_have_text("␣␣")
+    api.expect(page.locator("#detail .chip").first).to_have_text("␣␣")
 
 
 def test_only_the_rows_in_view_are_in_the_page(visit, demo):
