@@ -56,6 +56,7 @@ def test_the_readmes_python_prints_what_it_says(tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout == "".join(f"{line.strip()}\n" for line in output.strip().splitlines()), done.stderr
+    assert "LOOK" not in done.stderr
 
 
 def _headings(page: Path) -> set[str]:
