@@ -21,6 +21,7 @@ class Message:
 
     what: str
     kind: str  # all-gather, reduce-scatter, all-reduce or all-to-all
+    along: str  # data, latent, or devices for all
     among: int  # devices that exchange it
     size: int  # bytes of its result on one device
     times: int = 1
@@ -44,11 +45,11 @@ def messages(config: TrainConfig, d_model: int, d_out: int, axes: Axes) -> list[
     rows, latents, owned = config.batch_size // axes.data, sae.F // axes.latent, sae.F // axes.devices
     wide = jnp.dtype(sae.compute_dtype).itemsize
     found = [
-        Message(f"{name}: the latents of a place", "all-gather", axes.data, latents * width * wide)
+        Message(f"{name}: the latents of a place", "all-gather", "data", axes.data, latents * width * wide)
         for name, width in (("W_enc", d_model), ("W_dec", d_out))
     ]
     found += [
-        Message(f"gradient of {name}", "reduce-scatter", axes.data, owned * width * 4)
+        Message(f"gradient of {name}", "reduce-scatter", "data", axes.data, owned * width * 4)
         for name, width in (("W_enc", d_model), ("W_dec", d_out))
     ]
     bands = 1
@@ -57,17 +58,19 @@ def messages(config: TrainConfig, d_model: int, d_out: int, axes: Axes) -> list[
     elif architecture.budgets:
         bands = len(sae.budgets)
     extra = int(architecture.extra is not None)
-    found.append(Message("reconstruction", "all-reduce", axes.latent, rows * d_out * 4, bands + extra))
+    found.append(Message("reconstruction", "all-reduce", "latent", axes.latent, rows * d_out * 4, bands + extra))
     if architecture.activate is topk:
         each = rows * min(sae.largest_k, latents) * axes.latent * 4
-        found.append(Message("largest values of each row", "all-gather", axes.latent, each, 1 + architecture.budgets))
+        found.append(
+            Message("largest values of each row", "all-gather", "latent", axes.latent, each, 1 + architecture.budgets)
+        )
     if architecture.activate is batchtopk:
-        found.append(Message("counts above a threshold", "all-reduce", axes.devices, 7 * 4, 11))
+        found.append(Message("counts above a threshold", "all-reduce", "devices", axes.devices, 7 * 4, 11))
     if config.penalty.kind == "hinge" and config.penalty.sharing != "cofiring":
         lanes = axes.devices * lane_rows(owned, axes.devices) * 4
-        found.append(Message("rows to their chunks, and back", "all-to-all", axes.devices, lanes * d_out, 2))
-        found.append(Message("their places", "all-to-all", axes.devices, lanes, 2))
+        found.append(Message("rows to their chunks, and back", "all-to-all", "devices", axes.devices, lanes * d_out, 2))
+        found.append(Message("their places", "all-to-all", "devices", axes.devices, lanes, 2))
     elif config.penalty.kind != "none":
-        found.append(Message("the decoder", "all-gather", axes.devices, sae.F * d_out * 4))
-    found.append(Message("how often each latent fires", "all-reduce", axes.data, latents * 4))
+        found.append(Message("the decoder", "all-gather", "devices", axes.devices, sae.F * d_out * 4))
+    found.append(Message("how often each latent fires", "all-reduce", "data", axes.data, latents * 4))
     return [message for message in found if message.among > 1]
