@@ -62,6 +62,7 @@ def train_parser(arguments: list[str]) -> Parser:
         metavar="FLAGS",
         help="extract beside the training, by `hafs extract FLAGS`; with --window-gb no more than that is stored",
     )
+    _add_hosts(parser.add_argument_group("several processes, on one host or on many"))
     return parser
 
 
@@ -117,6 +118,16 @@ def add_place(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--profile", default="auto", help="the profile that was extracted; auto: the one extracted last [auto]"
     )
+
+
+def _add_hosts(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 listens; auto: ask Slurm or Open MPI [one process]",
+    )
+    parser.add_argument("--processes", type=int, metavar="X", help="how many processes there are")
+    parser.add_argument("--process", type=int, metavar="X", help="which of them this is, from 0")
 
 
 def _add_data(parser: argparse._ActionsContainer) -> None:

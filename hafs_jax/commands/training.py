@@ -23,16 +23,33 @@ def train(arguments: list[str]) -> None:
     config = chosen_config(parsed)
     if config.sae.transcode and parsed.target is None:
         raise UserError(f"--config {parsed.config} is that of a transcoder: give its --target, too")
-    with _extraction_beside(parsed):
+    with _extraction_beside(parsed), _joined(parsed):
         store, runs = _places(parsed)
 
+        from hafs_jax.ops import hosts
         from hafs_jax.training.train import train
 
+        with hosts.together():
+            if hosts.first():  # which may write an export
+                config = _started_from(config, parsed)
         config = _started_from(config, parsed)
-        _say_where(store, runs)
         with _stops():
+            _say_where(store, runs)
             run = train(config, store, runs, parsed.force, parsed.target)
-    print(_result(run))
+            if hosts.first():
+                print(_result(run))
+
+
+def _joined(parsed: argparse.Namespace) -> AbstractContextManager[None]:
+    """What makes the command one of several processes, where the flags say so."""
+    given = parsed.coordinator, parsed.processes, parsed.process
+    if given == (None, None, None):
+        return nullcontext()
+    if parsed.stream is not None:
+        raise UserError("--stream: expected neither --coordinator, --processes nor --process beside it; extract first")
+    from hafs_jax.ops.hosts import joined
+
+    return joined(*given)
 
 
 def _extraction_beside(parsed: argparse.Namespace) -> AbstractContextManager[None]:
@@ -139,11 +156,14 @@ def _places(parsed: argparse.Namespace) -> tuple[Path, Path]:
 def _say_where(store: Path, runs: Path) -> None:
     """Prints the profile, the store and the device, before the work begins."""
     from hafs_jax.ops.devices import describe_devices
+    from hafs_jax.ops.hosts import first
     from hafs_jax.store.manifest import read_manifest
 
-    manifest = read_manifest(store)
+    manifest, devices = read_manifest(store), describe_devices()
+    if not first():
+        return
     rows = f"{manifest.rows:,} rows of {manifest.d_model} {manifest.dtype}"
-    print(f"profile {runs.parent.name}: store {store} ({rows}), on {describe_devices()}", flush=True)
+    print(f"profile {runs.parent.name}: store {store} ({rows}), on {devices}", flush=True)
 
 
 def _started_from(config: TrainConfig, parsed: argparse.Namespace) -> TrainConfig:
@@ -184,12 +204,14 @@ def _result(run: Run) -> str:
 @contextmanager
 def _stops() -> Iterator[None]:
     """Turns a training's stop into its message and exit code."""
+    from hafs_jax.ops.hosts import first
     from hafs_jax.training.loop import Terminated, TrainingStopped
 
     try:
         yield
     except Terminated as stop:
-        print("stopped and checkpointed; run the same command again to go on", file=sys.stderr)
+        if first():
+            print("stopped and checkpointed; run the same command again to go on", file=sys.stderr)
         signals.said()
         raise SystemExit(128 + stop.args[0]) from None
     except TrainingStopped as stop:

@@ -21,6 +21,8 @@ from hafs_jax.base.foreign import reason
 from hafs_jax.base.process.saving import saving
 from hafs_jax.config import TrainConfig
 from hafs_jax.method.sae import InputScale
+from hafs_jax.ops import hosts
+from hafs_jax.ops.parts import whole
 from hafs_jax.training.state import TrainState, hyperparameters, init_state
 
 LOG = logging.getLogger(__name__)
@@ -73,8 +75,7 @@ class Checkpoints:
         if self._manager.latest_step() == step:
             return
         plain = _plain(state, scale)
-        if _has_whole_arrays():
-            plain["sha256"] = _checksums(plain)
+        plain["sha256"] = _checksums(plain)
         with saving(Path(self._manager.directory), step):
             self._manager.save(step, args=ocp.args.StandardSave(plain))
             self._manager.wait_until_finished()
@@ -90,7 +91,9 @@ class Checkpoints:
         state, step = self._latest_whole(like, scale)
         for later in [number for number in self._manager.all_steps() if number > step]:
             folder = Path(self._manager.directory)
-            (folder / str(later)).rename(folder.with_name(f"{folder.name}.damaged-{later}"))
+            if hosts.first():
+                (folder / str(later)).rename(folder.with_name(f"{folder.name}.damaged-{later}"))
+        hosts.exchange()
         self._manager.reload()
         return state
 
@@ -129,15 +132,17 @@ class Checkpoints:
         where = f"checkpoint {step} in {self._manager.directory}"
         unfit = f"{where} does not fit this config or is damaged"
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like, scale))
-        wanted, names = abstract["state"], self._names(step, unfit)
-        if is_old := "format" not in names:
-            abstract["state"] = jax.tree_util.tree_map_with_path(_of_format_1, wanted)
-            del abstract["format"]
-        if "sha256" in names:
-            abstract["sha256"] = jax.ShapeDtypeStruct((len(jax.tree.leaves(abstract)), 32), np.uint8)
-        self._check_shapes(step, abstract, unfit)
-        with _damaged(unfit):
-            restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        wanted = abstract["state"]
+        with hosts.together():
+            names = self._names(step, unfit)
+            if is_old := "format" not in names:
+                abstract["state"] = jax.tree_util.tree_map_with_path(_of_format_1, wanted)
+                del abstract["format"]
+            if "sha256" in names:
+                abstract["sha256"] = jax.ShapeDtypeStruct((len(jax.tree.leaves(abstract)), 32), np.uint8)
+            self._check_shapes(step, abstract, unfit)
+            with _damaged(unfit):
+                restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         if (expected := restored.pop("sha256", None)) is not None:
             _check_arrays(restored, np.asarray(expected), where)
         fields = dict(restored["state"])
@@ -192,17 +197,12 @@ def _damaged(unfit: str) -> Iterator[None]:
         raise UserError(f"{unfit} ({reason(error)})") from error
 
 
-def _has_whole_arrays() -> bool:
-    """Whether this process has all of every array: of several hosts none has."""
-    return jax.process_count() == 1
-
-
 def _checksums(plain: dict[str, Any]) -> np.ndarray:
     """The SHA-256 of each array's name, dtype, shape and bytes, [arrays, 32], by name."""
     leaves = sorted((_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(plain))
     found = []
     for name, leaf in leaves:
-        value = np.ascontiguousarray(jax.device_get(leaf))
+        value = np.ascontiguousarray(whole(leaf))
         digest = hashlib.sha256(f"{name} {value.dtype} {leaf.shape} ".encode())
         digest.update(value.reshape(-1).view(np.uint8).data)
         found.append(np.frombuffer(digest.digest(), np.uint8))

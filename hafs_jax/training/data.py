@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ import numpy as np
 
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.method.sae import InputScale
+from hafs_jax.ops.parts import put_rows
 from hafs_jax.store.reader import Store, check_aligned
 from hafs_jax.store.stream import Stream
 from hafs_jax.training.step import Batch
@@ -28,8 +30,25 @@ Rows = tuple[np.ndarray, ...]
 """Rows of the store, and for a transcoder the same rows of its target's store."""
 
 _POPULATE_READ = 22  # Linux's MADV_POPULATE_READ, which the module mmap has no name for
+_MOST_PAGES = 0.6  # of a shard, that are read one by one
 _WAITING_SECONDS = 0.5
 _THREADS = min(4, os.cpu_count() or 1)  # that gather rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of `count` processes takes of each batch of `total` rows: those of `rows`, which follow one another.
+
+    Each shard is checked by one process, before any step is taken with its rows.
+    """
+
+    rows: range
+    total: int
+    index: int = 0
+    count: int = 1
+
+    def checks(self, shard: int) -> bool:
+        return shard % self.count == self.index
 
 
 class Batches:
@@ -40,9 +59,14 @@ class Batches:
     system's file cache.
     """
 
-    def __init__(self, store: Store, batch_size: int, seed: int, target: Store | None = None) -> None:
-        """`target`: a transcoder's second store. Raises `UserError` where the store holds fewer rows than one batch, or
-        the two do not hold the same rows in the same order."""
+    def __init__(
+        self, store: Store, batch_size: int, seed: int, target: Store | None = None, part: Part | None = None
+    ) -> None:
+        """`target`: a transcoder's second store; `part`: what this process takes of each batch (none: all).
+
+        Raises `UserError` where the store holds fewer rows than one batch, or the two do not hold the same rows in the
+        same order.
+        """
         if len(store) < batch_size:
             raise UserError(
                 f"store {store.folder} holds {len(store):,} rows, fewer than {arg('batch_size', batch_size)}; give "
@@ -52,29 +76,33 @@ class Batches:
             check_aligned(store, target)
         self.stores = (store,) if target is None else (store, target)
         self.batch_size, self.seed = batch_size, seed
+        self.part = Part(range(batch_size), batch_size) if part is None else part
         self.steps_per_pass = len(store) // batch_size
 
     def dispatches(self, start: int, stop: int, size: int) -> Iterator[Rows]:
         """The batches of steps `start` to `stop`, [S, B, D] in the store's dtype, S = `size` but for the last.
 
-        Rows go straight from the mapped shard to their place in the dispatch, and are copied nowhere else.
+        Of a part of the batches, B are its rows, and no others are read. Rows go straight from the mapped shard to
+        their place in the dispatch, and are copied nowhere else.
         """
-        B, left = self.batch_size, (stop - start) * self.batch_size
-        blocks: Rows = ()  # of the dispatch being filled, `filled` of its rows
-        filled, memory = 0, _Memory()
+        B, left, own = self.batch_size, (stop - start) * self.batch_size, self.part.rows
+        blocks: Rows = ()  # of the dispatch being filled: `passed` of its rows were seen, `filled` of them are its own
+        passed, filled, memory = 0, 0, _Memory()
         with ThreadPoolExecutor(_THREADS, "rows") as pool:
             for shards, order in self.rows(start, stop):
                 while len(order):
                     if not blocks:
                         rows = min(size * B, left)
-                        blocks = tuple(memory.empty((rows, shard.shape[1]), shard.dtype) for shard in shards)
-                    taken, order = order[: rows - filled], order[rows - filled :]
+                        length = rows // B * len(own)
+                        blocks = tuple(memory.empty((length, shard.shape[1]), shard.dtype) for shard in shards)
+                    seen, order = order[: rows - passed], order[rows - passed :]
+                    taken = _those_of(own, B, passed, seen)
                     for shard, block in zip(shards, blocks, strict=True):
                         _take(shard, taken, block[filled : filled + len(taken)], pool)
-                    filled += len(taken)
-                    if filled == rows:
-                        yield tuple(block.reshape(-1, B, block.shape[1]) for block in blocks)
-                        blocks, filled, left = (), 0, left - rows
+                    passed, filled = passed + len(seen), filled + len(taken)
+                    if passed == rows:
+                        yield tuple(block.reshape(-1, len(own), block.shape[1]) for block in blocks)
+                        blocks, passed, filled, left = (), 0, 0, left - rows
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[Rows, np.ndarray]]:
         """The shards of steps `start` to `stop` as they lie on disk, each with the numbers of its rows, in order."""
@@ -99,24 +127,41 @@ class Batches:
                 skip -= sizes[shard]
                 continue
             order = self._random(number, 1 + shard).permutation(sizes[shard])[skip:]
-            yield tuple(mapped_shard(store, shard) for store in self.stores), order
+            share, is_checked = len(self.part.rows) / self.batch_size, self.part.checks(shard)
+            yield tuple(mapped_shard(store, shard, share, is_checked) for store in self.stores), order
             skip = 0
 
     def _random(self, number: int, stream: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=[self.seed, (number << 32) + stream]))
 
 
-def mapped_shard(store: Store, shard: int) -> np.ndarray:
+def _those_of(own: range, batch_size: int, passed: int, numbers_N: np.ndarray) -> np.ndarray:
+    """Those of consecutive rows, `passed` after the start of a batch, whose places in their batches are `own`."""
+    if len(own) == batch_size:
+        return numbers_N
+    places_N = (passed + np.arange(len(numbers_N))) % batch_size
+    return numbers_N[(places_N >= own.start) & (places_N < own.stop)]
+
+
+def mapped_shard(store: Store, shard: int, share: float = 1.0, check: bool = True) -> np.ndarray:
     """A shard's rows in the store's dtype, bfloat16 as ml_dtypes', mapped from the file and read in sequence.
 
-    Rows are then taken in any order. Without reading ahead that would be one small read of the disk for each row.
+    Rows are then taken in any order. Without reading ahead that would be one small read of the disk for each row. That
+    is what it is where only a `share` of the rows is taken, and lies on few enough pages. `check`: see `Store.raw`.
     """
-    acts_ND = store.raw(shard)
+    acts_ND = store.raw(shard, check)
     if isinstance(acts_ND.base, mmap.mmap) and sys.platform == "linux":
+        advice = _POPULATE_READ if in_sequence(share, acts_ND[0].nbytes) else mmap.MADV_RANDOM
         with contextlib.suppress(OSError, ValueError):  # older than Linux 5.14: slower where the disk is, no more
-            acts_ND.base.madvise(_POPULATE_READ)
+            acts_ND.base.madvise(advice)
     rows_ND = np.asarray(acts_ND)
     return rows_ND.view(ml_dtypes.bfloat16) if store.manifest.dtype == "bfloat16" else rows_ND
+
+
+def in_sequence(share: float, row_bytes: int) -> bool:
+    """Whether a shard is read as a whole for a random share of its rows: they would need most of its pages."""
+    pages = 1 - (1 - share) ** max(1.0, mmap.PAGESIZE / row_bytes)
+    return pages > _MOST_PAGES
 
 
 def _take(shard_ND: np.ndarray, numbers_N: np.ndarray, out_ND: np.ndarray, pool: ThreadPoolExecutor) -> None:
@@ -195,12 +240,17 @@ def geometric_median(acts_ND: np.ndarray, iterations: int = 30) -> np.ndarray:
 
 
 def prefetch(
-    blocks: Iterator[Rows], sharding: jax.sharding.Sharding, depth: int = 2, waiting: Callable[[], None] = lambda: None
+    blocks: Iterator[Rows],
+    sharding: jax.sharding.Sharding,
+    depth: int = 2,
+    waiting: Callable[[], None] = lambda: None,
+    part: Part | None = None,
 ) -> Generator[Batch, None, None]:
     """`blocks` as device arrays (pairs for a transcoder), read and transferred by a thread that stays `depth` ahead.
 
-    An exception of the reading thread is raised here. Closing the iterator stops the thread. `waiting()` is called now
-    and then while no block is ready, and may raise.
+    They are the `part` of the batches that this process takes (none: all); the arrays are those of all processes. An
+    exception of the reading thread is raised here. Closing the iterator stops the thread. `waiting()` is called now and
+    then while no block is ready, and may raise.
     """
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -215,7 +265,10 @@ def prefetch(
     def work() -> None:
         try:
             for block in blocks:
-                on_device = tuple(jax.device_put(rows, sharding) for rows in block)
+                on_device = tuple(
+                    jax.device_put(rows, sharding) if part is None else put_rows(rows, sharding, part.rows, part.total)
+                    for rows in block
+                )
                 offer(on_device if len(on_device) > 1 else on_device[0])
                 if stop.is_set():
                     return

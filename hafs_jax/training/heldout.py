@@ -16,6 +16,7 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.fast.mesh import EVERYWHERE, axes_of, split, state_shardings
 from hafs_jax.method.architectures import OperatingPoint
 from hafs_jax.method.sae import InputScale, encode
+from hafs_jax.ops import hosts
 from hafs_jax.ops.products import Params, matmul
 from hafs_jax.runs import Run
 from hafs_jax.training.checkpoint import Checkpoints
@@ -70,7 +71,9 @@ class Heldout:
         rows = len(self._rows[0])
         fvu = squares / rows / float(variance)
         if self._note(step := int(state.step), fvu):
-            _drop_later(self._run.best, step)
+            if hosts.first():
+                _drop_later(self._run.best, step)
+            hosts.exchange()
             with Checkpoints(self._run.best, keep=1, state=state) as checkpoints:
                 checkpoints.save(state, scale)
         return {"heldout_fvu": fvu, "heldout_l0": active / rows}

@@ -20,6 +20,8 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.fast.mesh import BATCHES, EVERYWHERE, OWNED, axes_of, mesh_for, split, state_shardings
 from hafs_jax.method.penalties import coherence
 from hafs_jax.method.sae import InputScale
+from hafs_jax.ops import hosts
+from hafs_jax.ops.parts import own_rows, put
 from hafs_jax.ops.products import Params
 from hafs_jax.runs import Run, RunSummary
 from hafs_jax.saelens_format import read_start
@@ -28,12 +30,12 @@ from hafs_jax.store.manifest import MANIFEST
 from hafs_jax.store.reader import Store
 from hafs_jax.store.stream import Stream
 from hafs_jax.training.checkpoint import Checkpoints
-from hafs_jax.training.data import first_rows, geometric_median, input_scale, prefetch
+from hafs_jax.training.data import Part, first_rows, geometric_median, input_scale, prefetch
 from hafs_jax.training.heldout import Heldout
 from hafs_jax.training.programs import TOGETHER, compile_steps
 from hafs_jax.training.room import check_room
 from hafs_jax.training.rows.rolling import RollingBatches, batches_of
-from hafs_jax.training.runlog import OnRunMetrics, Progress, RunLog
+from hafs_jax.training.runlog import NoLog, OnRunMetrics, Progress, RunLog
 from hafs_jax.training.state import TrainState, hyperparameters, init_state, seed_key, shared_config, state_of
 
 _MEDIAN_ROWS = 16_384  # for the geometric median
@@ -118,7 +120,11 @@ class _Fit:
         self.config = shared_config(members[0].config)
         self.mesh = mesh_for(members[0].config)
         seed = members[0].config.seed if self.config.data_seed is None else self.config.data_seed
-        self.batches = batches_of(stores.train, self.config.batch_size, seed, stores.target, self.config.steps)
+        rows = own_rows(NamedSharding(self.mesh, BATCHES), self.config.batch_size)
+        self.part = Part(rows, self.config.batch_size, hosts.index(), hosts.count())
+        self.batches = batches_of(
+            stores.train, self.config.batch_size, seed, stores.target, self.config.steps, self.part
+        )
         self.rolling = self.batches if isinstance(self.batches, RollingBatches) else None
         self.failed: dict[int, str] = {}
 
@@ -130,7 +136,7 @@ class _Fit:
         like = of_one if how.members is None else jax.tree.map(partial(_stacked, len(self.members)), of_one)
         spread = state_shardings(like, self.mesh, stacked=how.members is not None)
         like = jax.tree.map(_placed, like, spread)
-        scale = jax.device_put(scale, NamedSharding(self.mesh, EVERYWHERE))  # where a checkpoint's comes back to
+        scale = put(scale, NamedSharding(self.mesh, EVERYWHERE))  # where a checkpoint's comes back to
         with ExitStack() as stack:
             checkpoints = stack.enter_context(Checkpoints(self.folder, state=like))
             if checkpoints.latest_step() is not None:
@@ -138,7 +144,7 @@ class _Fit:
             else:
                 each = zip([member.config for member in self.members], hypers, strict=True)
                 first = [first_state(config, self.stores, scale, hyper, self.mesh) for config, hyper in each]
-                joined = jax.device_put(how.join(first), spread)
+                joined = put(how.join(first), spread)
                 del first
             state = how.for_program(joined, len(self.members))
             del joined  # else it stays beside what training makes of it
@@ -160,12 +166,13 @@ class _Fit:
         step, bad = int(own[0].step), [int(one.gate.bad) for one in own]
         del own
         heldout = [Heldout(member.config, member.run, self.stores, step) for member in self.members]
-        logs = [RunLog(member.run, member.config, step, self.on_metrics) for member in self.members]
+        log_of = RunLog if hosts.first() else NoLog
+        logs = [log_of(member.run, member.config, step, self.on_metrics) for member in self.members]
         label = self.members[0].run.name if how.members is None else f"{len(self.members)} SAEs"
-        progress = Progress(label, config.steps, config.batch_size, step, self.progress)
+        progress = Progress(label, config.steps, config.batch_size, step, self.progress if hosts.first() else False)
 
         def waiting() -> None:
-            if stopped:
+            if stopped and hosts.count() == 1:  # of several, one alone can't save: they stop after the next dispatch
                 checkpoints.save(how.for_checkpoint(state), scale)
                 raise Terminated(stopped[0])
 
@@ -173,6 +180,7 @@ class _Fit:
             self.batches.dispatches(step, config.steps, config.steps_per_dispatch),
             NamedSharding(self.mesh, BATCHES),
             waiting=waiting,
+            part=self.part,
         )
         compiled: set[int] = set()  # numbers of steps in a call
         stopped: list[int] | None = None
@@ -191,16 +199,17 @@ class _Fit:
                 bad = [int(count) for count in metrics["bad_batches"][-1]]
                 self._log(metrics, before, state, scale, logs, heldout)
                 progress.advance(step, metrics)
+                signal = hosts.agreed(stopped)
                 if step == config.steps or all(measure.hopeless for measure in heldout):
                     break
-                if _passed(before, step, config.checkpoint_every_steps) or stopped:
+                if _passed(before, step, config.checkpoint_every_steps) or signal:
                     for log in logs:
                         log.sync()  # what a checkpoint goes on from is on disk before it
                     checkpoints.save(how.for_checkpoint(state), scale)
                     if self.rolling is not None:
                         self.rolling.saved(step)
-                if stopped:
-                    raise Terminated(stopped[0])
+                if signal:
+                    raise Terminated(signal)
             self._finish(state, scale, logs, heldout, checkpoints)
             if self.rolling is not None:
                 self.rolling.finished()
@@ -254,7 +263,9 @@ class _Fit:
             else:
                 with Checkpoints(member.run.checkpoints, state=own) as own_checkpoints:
                     own_checkpoints.save(own, scale)
-            member.run.write_result(self._summary(member, log, own, heldout[index]))
+            if hosts.first():
+                member.run.write_result(self._summary(member, log, own, heldout[index]))
+        hosts.exchange()  # run.json is there
 
     def _check_finite(self, metrics: dict[str, np.ndarray], before: list[int]) -> None:
         step = int(metrics["step"][-1, 0])
@@ -313,7 +324,7 @@ def first_state(
     start = partial(_fresh, config, stores, hyper)
     shape = jax.eval_shape(start)
     spread = state_shardings(shape, mesh)
-    on_devices = {name: jax.device_put(value, spread.params[name]) for name, value in given.items()}
+    on_devices = {name: put(value, spread.params[name]) for name, value in given.items()}
     return cast(TrainState, jax.jit(start, out_shardings=spread)(on_devices))
 
 

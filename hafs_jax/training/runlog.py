@@ -110,6 +110,22 @@ class RunLog:
             sink.close()
 
 
+class NoLog(RunLog):
+    """The log of a process that is not the first: it writes nothing."""
+
+    def __init__(self, run: Run, config: TrainConfig, start: int, on_metrics: OnRunMetrics | None = None) -> None:
+        pass
+
+    def write(self, metrics: dict[str, np.ndarray], index: int, extra: dict[str, float]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Sink(Protocol):
     """Where a run's metrics go beside metrics.jsonl."""
 

@@ -3,20 +3,24 @@
 import dataclasses
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from hafs_jax.base.errors import UserError, arg
+from hafs_jax.base.files import sha256_of
+from hafs_jax.base.options import to_dict
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.adam import check_optimizer
 from hafs_jax.fast.mesh import mesh_for
 from hafs_jax.fast.plan import check_kernels, resolve_products, this_machine
 from hafs_jax.health import checks
 from hafs_jax.method.penalties import PENALTIES
+from hafs_jax.ops import hosts
 from hafs_jax.ops.devices import check_devices
 from hafs_jax.runs import Run, baseline_tau, store_record
 from hafs_jax.store import given
+from hafs_jax.store.manifest import MANIFEST
 from hafs_jax.store.reader import Store
 from hafs_jax.store.rolling.windows import rolling_at
 from hafs_jax.store.stream import Stream
@@ -125,14 +129,18 @@ def prepare(config: TrainConfig, stores: Stores, runs: Path, force: bool = False
             LOG.info(f"{run.folder.name}: already trained ({run.folder}); force trains it again")
             return Member(config, run), True
     check_start(config, stores, run)
-    if force:
-        run.remove()
-    run.write_config(config, record)
+    hosts.exchange()  # all have seen the folder as it was
+    if hosts.first():
+        if force:
+            run.remove()
+        run.write_config(config, record)
     return Member(config, run), False
 
 
 def check_start(config: TrainConfig, stores: Stores, run: Run) -> None:
     """Raises `UserError` where a training of the resolved config could not start; it writes nothing."""
+    if hosts.count() > 1 and rolling_at(stores.train.folder) is not None:
+        raise UserError(f"{stores.train.folder}: a store in windows is for one process; extract it without window_gb")
     if stores.target is not None and rolling_at(stores.train.folder) is not None:
         raise UserError(f"{stores.train.folder}: a store in windows has no target; extract it without window_gb")
     check_path(run.checkpoints)
@@ -149,9 +157,9 @@ def check_start(config: TrainConfig, stores: Stores, run: Run) -> None:
 
 @contextmanager
 def locked_unless_finished(config: TrainConfig, runs: Path, force: bool) -> Iterator[None]:
-    """Locks the config's run, unless it has finished and stays as it is."""
+    """Locks the config's run, unless it has finished and stays as it is. Of several processes the first does."""
     run = run_of(config, runs)
-    if run.finished() and not force:
+    if not hosts.first() or (run.finished() and not force):
         yield
         return
     with run.locked():
@@ -196,17 +204,32 @@ def train(
     `Terminated` after SIGTERM or SIGINT (checkpointed), `TrainingStopped` when too many batches were not finite.
     """
     check_devices()
+    hosts.check_met()
     folder = Path(runs) if runs is not None else _default_runs(data)
-    stores = _stores_of(config, data, target, folder)
-    with stores.held(), locked_unless_finished(config, folder, force):
-        config, notes = resolve(config, stores.train, folder, stores.target, force)
-        member, finished = prepare(config, stores, folder, force)
+    if hosts.count() > 1 and given.store_folder(data) is None:
+        raise UserError(f"expected a store's folder for several processes, found a {type(data).__name__}")
+    hosts.check_shared(folder)
+    with ExitStack() as stack:
+        with hosts.together():
+            stores = _stores_of(config, data, target, folder)
+            hosts.check_same({"config": to_dict(config), "force": force, **_fingerprints(stores)})
+            stack.enter_context(stores.held())
+            stack.enter_context(locked_unless_finished(config, folder, force))
+            config, notes = resolve(config, stores.train, folder, stores.target, force)
+            hosts.check_same({"config": to_dict(config)})  # what each found for itself
+            member, finished = prepare(config, stores, folder, force)
         if not finished:
             LOG.info(f"{member.run.folder.name}: {describe(config, stores)}" + (f"; {notes}" if notes else ""))
             call = None if on_metrics is None else (lambda _, step, values: on_metrics(step, values))
             fit([member], stores, member.run.checkpoints, on_metrics=call, progress=progress)
             warn(member.run)
     return member.run
+
+
+def _fingerprints(stores: Stores) -> dict[str, str]:
+    """What tells the manifests of the stores from others."""
+    opened = {"store": stores.train, "target": stores.target}
+    return {name: sha256_of(store.folder / MANIFEST) for name, store in opened.items() if isinstance(store, Store)}
 
 
 def _default_runs(data: Any) -> Path:

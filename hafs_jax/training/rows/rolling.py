@@ -14,7 +14,7 @@ from hafs_jax.base.process.locks import is_held, locked
 from hafs_jax.store.reader import Store
 from hafs_jax.store.rolling.windows import LOCK, TRAINING_LOCK, Rolling, Wanted, rolling_at
 from hafs_jax.store.stream import Stream, StreamBatches
-from hafs_jax.training.data import Batches, Rows
+from hafs_jax.training.data import Batches, Part, Rows
 
 LOG = logging.getLogger(__name__)
 
@@ -136,11 +136,19 @@ class RollingBatches(Batches):
 
 
 def batches_of(
-    source: Store | Stream, batch_size: int, seed: int, target: Store | None = None, steps: int | None = None
+    source: Store | Stream,
+    batch_size: int,
+    seed: int,
+    target: Store | None = None,
+    steps: int | None = None,
+    part: Part | None = None,
 ) -> Batches | RollingBatches | StreamBatches:
-    """The batches of a training of `steps` steps: a store's in an order that the seed gives, a stream's in its own."""
+    """The batches of a training of `steps` steps: a store's in an order that the seed gives, a stream's in its own.
+
+    `part` is what this process takes of those of a store on disk.
+    """
     if isinstance(source, Stream):
         return StreamBatches(source, batch_size)
     if target is None and (rolling := rolling_at(source.folder)) is not None:
         return RollingBatches(source, rolling, batch_size, seed, steps)
-    return Batches(source, batch_size, seed, target)
+    return Batches(source, batch_size, seed, target, part)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -148,8 +149,14 @@ def test_a_flipped_bit_of_an_array_is_noticed(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_checkpoint_without_checksums_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = checkpoint.ocp.args.StandardSave
+
+    def of_an_earlier_version(plain: dict[str, Any]) -> Any:
+        del plain["sha256"]
+        return save(plain)
+
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_has_whole_arrays", lambda: False)
+        patch.setattr(checkpoint.ocp.args, "StandardSave", of_an_earlier_version)
         _, second, scale = two_checkpoints(tmp_path)
     with Checkpoints(tmp_path) as checkpoints:
         found, _ = checkpoints.restore(second, scale)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pytest
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.store.reader import Store
-from hafs_jax.training.data import Batches, first_rows, geometric_median, input_scale, prefetch
+from hafs_jax.training.data import Batches, Part, first_rows, geometric_median, in_sequence, input_scale, prefetch
 from tests.support.stores import write_store
 
 N, D, B = 203, 5, 6
@@ -51,6 +51,28 @@ def test_rows_come_in_the_order_of_the_permutations(store: Store) -> None:
         expected.append(np.concatenate(rows)[:per_pass])
     blocks = [block for (block,) in Batches(store, B, seed).dispatches(0, 2 * (N // B), 5)]
     np.testing.assert_array_equal(np.concatenate(blocks).reshape(-1, D), np.concatenate(expected))
+
+
+def test_parts_of_the_batches_make_the_batches(store: Store) -> None:
+    parts = [Part(range(2), B, 0, 3), Part(range(2, 3), B, 1, 3), Part(range(3, B), B, 2, 3)]
+    for start, stop, size in ((0, 80, 4), (7, 33, 5)):
+        of_each = [Batches(store, B, 3, part=part).dispatches(start, stop, size) for part in parts]
+        for (block,), *found in zip(Batches(store, B, 3).dispatches(start, stop, size), *of_each, strict=True):
+            np.testing.assert_array_equal(np.concatenate([own for (own,) in found], axis=1), block)
+
+
+def test_each_shard_is_checked_by_one_part(store: Store) -> None:
+    path = store.folder / "shard-00001.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    rows = N // B
+    assert len(list(Batches(store, B, 0, part=Part(range(3), B, 0, 2)).dispatches(0, rows, 1))) == rows
+    with pytest.raises(UserError, match=r"shard-00001.npy, found"):
+        list(Batches(store, B, 0, part=Part(range(3, B), B, 1, 2)).dispatches(0, rows, 1))
+
+
+def test_a_shard_is_read_in_sequence_where_most_of_its_pages_are_needed() -> None:
+    assert [in_sequence(1.0, 4096), in_sequence(0.5, 1024), in_sequence(0.25, 1024)] == [True] * 3
+    assert not any([in_sequence(0.5, 4096), in_sequence(0.5, 8192), in_sequence(0.125, 1152)])
 
 
 def test_memory_is_used_again_once_nothing_looks_at_it(store: Store) -> None:
