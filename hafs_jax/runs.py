@@ -120,7 +120,13 @@ class Run:
 
     @contextmanager
     def held(self, work: str) -> Iterator[None]:
-        """Holds the run as it is for `work` ("an evaluation"); `UserError` where a training is at work on it."""
+        """Holds the run as it is for `work` ("an evaluation"); `UserError` where a training is at work on it.
+
+        Nothing is held, and no lock is made, of a folder that is no run's.
+        """
+        if not is_run(self.folder):
+            yield
+            return
         with locked(self._lock, work, self.folder, shared=True):
             yield
 
@@ -192,8 +198,14 @@ class Run:
         """
         by_step: dict[int, dict[str, Any]] = {}
         for record in read_jsonl(self.metrics_path):
-            if not isinstance(record.get("step"), int):
+            if not _is_whole(record.get("step")):
                 raise UserError(f"{self.metrics_path}: expected a step in each line, found one without; remove it")
+            for name, value in record.items():
+                if value is not None and not isinstance(value, int | float):
+                    raise UserError(
+                        f"{self.metrics_path}, step {record['step']}: expected a number for {name}, found {value!r}; "
+                        "restore the file, or remove the line"
+                    )
             by_step[record["step"]] = record
         logged = self.result().get("logged_steps") if self.finished() else None
         if logged is not None and logged != len(by_step):
@@ -302,6 +314,11 @@ class Run:
         return {name: value for name, value in known.items() if name in names and value is not None}
 
 
+def _is_whole(value: Any) -> bool:
+    """Whether it is a whole number, such as a step is."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
 def all_runs(folder: Path) -> list[Run]:
     """The runs in `folder`, by name, finished or not."""
     found = [Run(path) for path in sorted(folder.glob("[!.]*")) if path.is_dir()]
@@ -367,7 +384,7 @@ def profile_folder(out: Path, profile: str) -> Path:
                 f"profile auto: expected {noted}, found none; run `hafs extract`, or name the {arg('profile')}"
             )
         profile = read_json(noted, "the profile that was extracted last").get("profile", "")
-        if profile and not is_inside(profile):
+        if profile != "" and not is_inside(profile):
             raise UserError(f"{noted}: expected the name of a folder in {out}, found profile {profile!r}; correct it")
     if profile and not is_inside(profile):
         raise UserError(f"{arg('profile', profile)}: expected the name of a folder in {out}")

@@ -3,11 +3,11 @@
 Torch and JAX are imported once a command's arguments are known to be right, since they take seconds.
 """
 
-import argparse
 import os
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from hafs_jax.base.log import shown
 from hafs_jax.base.options import did_you_mean
 from hafs_jax.base.process.locks import locked
 from hafs_jax.runs import find_run
+from hafs_jax.runs import finished_runs as trained
 
 FORMATS = ("saelens", "dictionary_learning")
 OUT = Path("artifacts")
@@ -213,15 +214,16 @@ def export(arguments: list[str]) -> int:
         "--k", type=int, help="active latents per row of a hierarchical_topk or topk, at most those of training [those]"
     )
     options = parser.parse_args(arguments)
-    run_folder = _run_folder(options)
+    run = find_run(options.run, options.out, options.profile)
 
     from hafs_jax.saelens import export_saelens
 
-    folder = export_saelens(run_folder, options.k)
-    if options.format == "dictionary_learning":
-        from hafs_evaluate.exchange.dictionary_learning import to_dictionary_learning
+    with run.held("an export"):
+        folder = export_saelens(run.folder, options.k)
+        if options.format == "dictionary_learning":
+            from hafs_evaluate.exchange.dictionary_learning import to_dictionary_learning
 
-        folder = to_dictionary_learning(folder, run_folder / folder.name.replace("sae", "dictionary_learning"))
+            folder = to_dictionary_learning(folder, run.folder / folder.name.replace("sae", "dictionary_learning"))
     print(folder)
     return 0
 
@@ -254,11 +256,12 @@ def neuronpedia(arguments: list[str]) -> int:
     parser.add_argument("--set", dest="set_name", metavar="NAME", help="the source set's name [the run's]")
     parser.add_argument("--creator", default="", metavar="NAME", help="who made the SAE [nobody]")
     options = parser.parse_args(arguments)
-    run_folder = _run_folder(options, OUT)
+    run = find_run(options.run, OUT, options.profile)
 
     from hafs_evaluate.exchange.neuronpedia import write_neuronpedia
 
-    print(write_neuronpedia(run_folder, options.out, set_name=options.set_name, creator=options.creator))
+    with run.held("an export"):
+        print(write_neuronpedia(run.folder, options.out, set_name=options.set_name, creator=options.creator))
     return 0
 
 
@@ -273,12 +276,13 @@ def upload(arguments: list[str]) -> int:
     parser.add_argument("--license", dest="licence", help="the licence that the card names, e.g. apache-2.0 [none]")
     parser.add_argument("--dry-run", type=Path, metavar="DIR", help="write what would be uploaded to DIR instead")
     options = parser.parse_args(arguments)
-    run_folder = _run_folder(options)
+    run = find_run(options.run, options.out, options.profile)
 
     from hafs_evaluate.exchange.hub import upload
 
     private, licence, dry_run = options.private, options.licence, options.dry_run
-    print(upload(run_folder, options.repo_id, private=private, licence=licence, dry_run=dry_run))
+    with run.held("an upload"):
+        print(upload(run.folder, options.repo_id, private=private, licence=licence, dry_run=dry_run))
     return 0
 
 
@@ -327,10 +331,6 @@ def _add_run(parser: Parser, with_out: bool = True) -> None:
     _add_profile(parser)
     if with_out:
         _add_out(parser)
-
-
-def _run_folder(options: argparse.Namespace, out: Path | None = None) -> Path:
-    return find_run(options.run, out or options.out, options.profile).folder
 
 
 def _stage_lines() -> list[str]:
@@ -382,6 +382,9 @@ def _imported(workspace: Workspace, source: Path, name: str | None) -> FinishedR
 def _write_report(workspace: Workspace) -> None:
     from hafs_evaluate.report.report import write_report
 
-    with locked(workspace.lock("report"), "a report", workspace.report):
+    with ExitStack() as locks:
+        locks.enter_context(locked(workspace.lock("report"), "a report", workspace.report))
+        for run in trained(workspace.runs):
+            locks.enter_context(run.held("a report"))
         write_report(workspace.folder)
     print(workspace.report / "index.html")

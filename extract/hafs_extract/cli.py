@@ -14,6 +14,7 @@ from hafs_jax.base.errors import disk_errors, one_line_errors
 from hafs_jax.base.files import read_json, write_json
 from hafs_jax.base.flags import Parser, add_flags, with_flags
 from hafs_jax.base.log import shown
+from hafs_jax.store.holding import as_it_is
 from hafs_jax.store.manifest import TIMING, read_manifest
 from hafs_jax.store.rolling.windows import rolling_at
 from hafs_jax.store.verify import verify
@@ -91,12 +92,13 @@ def _verify(arguments: list[str]) -> int:
     )
     parser.add_argument("store", type=Path, metavar="STORE", help="a store's folder, such as OUT/offline/store/train")
     folder = parser.parse_args(arguments).store
-    problems = verify(folder)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if problems:
-        return 1
-    manifest = read_manifest(folder)
+    with as_it_is(folder, "a check"):
+        problems = verify(folder)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        if problems:
+            return 1
+        manifest = read_manifest(folder)
     print(
         f"{folder}: {manifest.rows:,} rows of {manifest.d_model} {manifest.dtype} in {len(manifest.shards)} shards,"
         f" {manifest.split} split, {manifest.model.name} at {manifest.hook_point}, fingerprint {manifest.fingerprint}"

@@ -22,6 +22,7 @@ _DISK = {
 """The errors of reading and writing that a user can correct."""
 
 
+_MOST_LETTERS = 2_000  # of an error on the command line
 _BEGIN, _END = "\x02", "\x03"  # around an option's name in a message, with a NUL between the name and its value
 _OPTION = re.compile(f"{_BEGIN}([^\0{_END}]*)(?:\0([^{_END}]*))?{_END}")
 _QUOTED = re.compile(r"^'([\w.,=+-]+)'$")  # a string that a shell takes without quotes
@@ -74,7 +75,12 @@ class UserError(Exception):
 
 
 def in_one_line(text: str) -> str:
-    """The text with what is no printable character as its escape: a name that a user gave may hold a line end."""
+    """The text with what is no printable character as its escape: a name that a user gave may hold a line end.
+
+    Of a text that is longer than a line can tell, the middle is left out.
+    """
+    if len(text) > _MOST_LETTERS:
+        text = f"{text[: _MOST_LETTERS // 2]}...{text[-_MOST_LETTERS // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 

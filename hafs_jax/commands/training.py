@@ -72,6 +72,7 @@ def sweep(arguments: list[str]) -> None:
 def synth(arguments: list[str]) -> None:
     """`hafs synth`."""
     parsed, flags_of_all = synth_parser().parse_known_args(arguments)
+    _points(parsed, flags_of_all)  # a wrong flag is said before the minutes that sampling takes
     profile = f"synth-{parsed.world}"
 
     def run(*command: str) -> None:
@@ -90,17 +91,23 @@ def synth(arguments: list[str]) -> None:
 
 def _sweep(parsed: argparse.Namespace, flags_of_all: list[str]) -> None:
     """Trains the grid; `flags_of_all` are flags of `hafs train`, which hold for every SAE."""
-    from hafs_jax.training.sweeps import arguments_of, parse_grid
     from hafs_jax.training.train import open_stores
 
-    points = parse_grid(parsed.grid)
-    variant = _variant(flags_of_all)
-    configs = [run_config([*flags_of_all, *arguments_of(point, parsed.tag, variant)]) for point in points]
+    configs = _points(parsed, flags_of_all)
     note_flags({name: f"--{alias}" for alias, name in ALIASES.items()})
     store, runs = _places(parsed)
     configs = [_started_from(config, parsed) for config in configs]
     _say_where(store, runs)
     _trained(configs, open_stores(store, parsed.target), runs, parsed)
+
+
+def _points(parsed: argparse.Namespace, flags_of_all: list[str]) -> list[TrainConfig]:
+    """The config of each SAE of the grid."""
+    from hafs_jax.training.sweeps import arguments_of, parse_grid
+
+    variant = _variant(flags_of_all)
+    points = parse_grid(parsed.grid)
+    return [run_config([*flags_of_all, *arguments_of(point, parsed.tag, variant)]) for point in points]
 
 
 def _variant(arguments: list[str]) -> str:
@@ -177,7 +184,8 @@ def _started_from(config: TrainConfig, parsed: argparse.Namespace) -> TrainConfi
 
     from hafs_jax.saelens import export_saelens
 
-    return dataclasses.replace(config, init_from=str(export_saelens(run.folder)))
+    with run.held("an export"):
+        return dataclasses.replace(config, init_from=str(export_saelens(run.folder)))
 
 
 def _result(run: Run) -> str:

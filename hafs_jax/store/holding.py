@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.process.locks import locked
-from hafs_jax.store.manifest import read_manifest
+from hafs_jax.store.manifest import MANIFEST, read_manifest
 from hafs_jax.store.reader import Store
 
 LOCK = ".lock"
@@ -24,6 +24,19 @@ def replacing(folders: Iterable[Path], work: str) -> Iterator[None]:
     with ExitStack() as locks:
         for folder in sorted(set(folders)):
             locks.enter_context(locked(folder / LOCK, work, folder))
+        yield
+
+
+@contextmanager
+def as_it_is(store: Path, work: str) -> Iterator[None]:
+    """Holds the store at this folder for `work` ("a check") before it is opened; nothing where none is there.
+
+    `UserError` where another process replaces it.
+    """
+    with ExitStack() as locks:
+        if (store / MANIFEST).exists():
+            folder = store.resolve().parent
+            locks.enter_context(locked(folder / LOCK, work, folder, shared=True))
         yield
 
 

@@ -16,9 +16,6 @@ CASES = {
     "SAE files": 600,
     "flags of extract": 100,
     "flags of import": 120,
-    "flags of train": 80,
-    "flags of sweep": 80,
-    "flags of evaluate": 200,
 }
 """How many cases of each kind are tried by default."""
 

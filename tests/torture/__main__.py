@@ -7,14 +7,14 @@ import tempfile
 import time
 from pathlib import Path
 
-SUBJECTS = {"kills": 120, "signals": 60, "disks": 150, "power": 200, "damage": 2000}
+SUBJECTS = {"kills": 120, "signals": 60, "disks": 150, "power": 200, "damage": 2000, "fuzz": 10_000}
 """The cases of each subject, by default."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS)} [all]")
-    parser.add_argument("--cases", type=int, help="cases of each subject [120, 60, 150, 200, 2000]")
+    parser.add_argument("--cases", type=int, help=f"cases of each subject [{', '.join(map(str, SUBJECTS.values()))}]")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers [0]")
     parser.add_argument("--case", type=int, nargs="+", help="only these, of one subject")
     options = parser.parse_args()

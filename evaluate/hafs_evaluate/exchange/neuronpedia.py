@@ -20,12 +20,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hafs_evaluate.results.result_shapes import check_latents
 from hafs_evaluate.workspace import Workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_atomic, write_text
 from hafs_jax.runs import is_inside
 from hafs_jax.store.manifest import Manifest
 
+_NEEDED = ("promoted_logits", "suppressed_logits", "random_contexts", "partners")
 EMPTY = (
     "neuron_alignment_indices",
     "neuron_alignment_values",
@@ -55,8 +57,8 @@ def write_neuronpedia(
     path = workspace.result(run_folder.name, "latents.json")
     if not path.exists():
         raise UserError(f"run {run_folder.name}: expected {path}, found none; run `make eval` without --skip latents")
-    values, manifest = read_json(path, "an SAE's latents"), workspace.train.manifest
-    if any("promoted_logits" not in latent for latent in values["latents"]):
+    values, manifest = check_latents(read_json(path, "an SAE's latents"), path), workspace.train.manifest
+    if any(latent.get(name) is None for latent in values["latents"] for name in _NEEDED) or _lacks(values):
         raise UserError(f"run {run_folder.name}: {path} is of an earlier version; run `make eval` again")
     batch = dashboard_batch(values, manifest, set_name or run_folder.name)
     name = f"{batch['layer']}-{batch['sae_set']}"
@@ -72,6 +74,12 @@ def write_neuronpedia(
         data = gzip.compress("".join(map(_line, rows)).encode(), compresslevel=6, mtime=0)
         write_atomic(folder / f"{name}.jsonl.gz", partial(_write, data))
     return folder
+
+
+def _lacks(values: dict[str, Any]) -> bool:
+    """Whether there is no number of rows, or a partner without its phi."""
+    partners = (partner for latent in values["latents"] for partner in latent["partners"])
+    return values.get("rows_scanned") is None or any(partner.get("phi") is None for partner in partners)
 
 
 def dashboard_batch(values: dict[str, Any], manifest: Manifest, set_name: str) -> dict[str, Any]:

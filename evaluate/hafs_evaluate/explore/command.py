@@ -4,6 +4,7 @@ import shlex
 import socket
 import sys
 import webbrowser
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from hafs_evaluate.explore.ports import HOST, PORT, listening_socket
 from hafs_evaluate.workspace import FinishedRun, Workspace, finished_runs, open_workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.flags import Parser
+from hafs_jax.runs import Run
+from hafs_jax.store.holding import reading
 
 LATENTS = "latents.json"
 
@@ -21,7 +24,11 @@ def main(arguments: list[str]) -> int:
     workspace = open_workspace(options.out, options.profile)
     runs = _evaluated(workspace, finished_runs(workspace, options.runs))
 
-    with listening_socket(options.port) as listening:  # before the seconds that a model takes
+    with ExitStack() as held:
+        listening = held.enter_context(listening_socket(options.port))  # before the seconds that a model takes
+        held.enter_context(reading([workspace.heldout], "an explorer"))
+        for run in runs:
+            held.enter_context(Run(run.folder).held("an explorer"))
         return _serve(workspace, runs, listening, options)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from hafs_evaluate.core.loading import load_sae
 from hafs_evaluate.latents.neighbours import rounded
 from hafs_evaluate.results.readings import LATENTS, OTHERS
+from hafs_evaluate.results.result_shapes import check_latents
 from hafs_evaluate.workspace import FinishedRun, Workspace, export
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json
@@ -57,7 +58,7 @@ def load_run(workspace: Workspace, run: FinishedRun, manifest: Manifest, device:
     """The SAE and the evaluated latents of `run`; `UserError` where they do not belong together, or to the store."""
     started = time.monotonic()
     path = workspace.result(run.name, LATENTS)
-    values = read_json(path, "the evaluated latents")
+    values = check_latents(read_json(path, "the evaluated latents"), path)
     sae = load_sae(export(run), manifest, device)
     hook_point = sae.cfg.metadata.hook_name
     if hook_point != manifest.hook_point:
@@ -71,7 +72,7 @@ def load_run(workspace: Workspace, run: FinishedRun, manifest: Manifest, device:
     others = path.with_name(OTHERS)  # an evaluation of an earlier version has none
     entries = [
         *values.pop("latents", []),
-        *(read_json(others, "the other latents")["latents"] if others.exists() else []),
+        *(check_latents(read_json(others, "the other latents"), others)["latents"] if others.exists() else []),
     ]
     dashboards = {entry["index"]: entry for entry in entries}
     return LoadedRun(sae, values, density_F, max_F, unit_FD, time.monotonic() - started, dashboards)

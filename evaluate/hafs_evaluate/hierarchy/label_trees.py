@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hafs_evaluate.results.shapes import ANY, TEXT, WHOLE, check_shape
 from hafs_extract import packaged
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import jsonl_records, read_json, sha256_of
@@ -47,6 +48,11 @@ _SOURCE_KEYS = {
     "sae_probes": {"kind"},
     "jsonl": {"kind", "path"},
 }
+_SHAPE = {
+    "about": TEXT, "cap": WHOLE, "seed": WHOLE,
+    "sources": {str: {"kind!": TEXT, "name": TEXT, "text": TEXT, "group": TEXT, "path": TEXT}},
+    "leaves": [{"path!": TEXT, "source!": TEXT, "where": {str: TEXT}, "cap": WHOLE, "task": TEXT, "label": ANY}],
+}  # fmt: skip
 _LEAF_KEYS = {"packaged": {"path", "source", "where", "cap"}, "sae_probes": {"path", "source", "task", "label", "cap"}}
 
 
@@ -133,6 +139,7 @@ def find_trees(names: Sequence[str] = ()) -> list[Tree]:
 def read_tree(path: Path) -> Tree:
     """The tree in the file `path`; `UserError` naming what is wrong in it."""
     values = read_json(path, "a label tree")
+    check_shape(values, _SHAPE, str(path), "correct it")
     _check_keys(values, _TREE_KEYS, str(path))
     sources, leaves = values.get("sources") or {}, values.get("leaves") or []
     for name, source in sources.items():

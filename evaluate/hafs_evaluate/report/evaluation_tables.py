@@ -110,7 +110,7 @@ def domain_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, A
                 "name": name,
                 "cells": [
                     _mean([one["best_auroc"]["auroc"] for one in seeds]),
-                    *(_mean([one[key]["f1"] for one in seeds]) for key in f1),
+                    *(_mean([figure for one in seeds if (figure := _f1(one, key)) is not None]) for key in f1),
                     _mean([one["detectors"] for one in seeds], 0 if len(seeds) == 1 else 1),
                 ],
                 "latents": [
@@ -130,6 +130,12 @@ def domain_tables(results: dict[str, Any], names: list[str]) -> list[dict[str, A
             }
         )
     return tables
+
+
+def _f1(source: dict[str, Any], key: str) -> float | None:
+    found = source.get(key)
+    value = found.get("f1") if isinstance(found, dict) else None
+    return value if isinstance(value, int | float) else None
 
 
 def token_table(results: dict[str, Any]) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from hafs_evaluate.hierarchy.tree_means import complements, left_out, only_children
 from hafs_evaluate.results.arms import estimate
-from hafs_evaluate.results.probing_means import top_k
+from hafs_evaluate.results.probing_means import is_probe, top_k
 
 METRICS = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
 CONTRASTS = {"rest": "against all other texts", "siblings": "given the parent, against siblings"}
@@ -154,7 +154,7 @@ def _ks(hierarchy: dict[str, Any]) -> set[int]:
         for node in values["nodes"].values()
         for scores in (node.get("contrasts") or {}).values()
         for column in scores or {}
-        if column.startswith("top_")
+        if column.startswith("top_") and is_probe(column)
     }
 
 

@@ -50,8 +50,8 @@ def column(probes: dict[str, dict[str, dict[str, float]]], measure: str) -> dict
     columns = {
         task: {
             name: values[measure]
-            for name, values in sorted(by_name.items(), key=lambda item: (item[0].startswith("pca_"), top_k(item[0])))
-            if values.get(measure) is not None
+            for name, values in sorted(by_name.items(), key=lambda item: (item[0].startswith("pca_"), _k(item[0])))
+            if is_probe(name) and values.get(measure) is not None
         }
         for task, by_name in probes.items()
     }
@@ -95,6 +95,15 @@ def _by_number(task: str) -> tuple[int, str]:
     return (int(number[0]) if number else 1 << 30, task)
 
 
+def is_probe(name: str) -> bool:
+    """Whether `name` is one that a probe has: "full", "top_<k>" or "pca_<k>"."""
+    return re.fullmatch(r"full|(top|pca)_[0-9]{1,9}", name) is not None
+
+
 def top_k(name: str) -> int:
     """The k of "top_<k>" or "pca_<k>"; 0 for "full"."""
     return 0 if name == "full" else int(name.partition("_")[2])
+
+
+def _k(name: str) -> int:
+    return top_k(name) if is_probe(name) else 0

@@ -13,6 +13,7 @@ from typing import Any
 from hafs_evaluate.hierarchy.tree_means import counted, with_means
 from hafs_evaluate.results.measures import FIRST_LETTER, HIERARCHY, MEASURES, PROBING, K, Measure
 from hafs_evaluate.results.probing_means import mean_over_shared, sae_probing
+from hafs_evaluate.results.result_shapes import check_latents, check_result
 from hafs_jax.base.files import read_json
 
 OTHERS = "latents_others.json"  # of the latents that latents.json has not
@@ -20,9 +21,15 @@ LATENTS = "latents.json"  # of single latents: no measure reads it, the report a
 
 
 def read_result(folder: Path, name: str) -> dict[str, Any]:
-    """The result file `name` of the run whose folder in eval/ is `folder`; empty where its stage did not run."""
+    """The result file `name` of the run whose folder in eval/ is `folder`; empty where its stage did not run.
+
+    `UserError` where it has not the shape of such a file.
+    """
     path = folder / name
-    values = read_json(path, "an evaluation's result") if path.exists() else {}
+    if not path.exists():
+        return {}
+    check = check_latents if name in (LATENTS, OTHERS) else check_result
+    values = check(read_json(path, "an evaluation's result"), path)
     return with_means(values) if name == HIERARCHY and values else values
 
 

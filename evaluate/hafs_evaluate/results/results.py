@@ -12,6 +12,7 @@ from hafs_evaluate.results.arms import DEFAULT_ARCHITECTURE, VARIANT_ORDER, buil
 from hafs_evaluate.results.measures import CORE, DOMAINS, FIRST_LETTER, HIERARCHY, PROBING, TOKENS
 from hafs_evaluate.results.probing_means import column, llm_probing, sae_probing
 from hafs_evaluate.results.readings import read_result, read_results, run_figures
+from hafs_evaluate.results.result_shapes import check_result
 from hafs_jax.base.files import read_json
 from hafs_jax.health import DEAD_L0, death
 from hafs_jax.runs import Run, RunSummary, all_runs, finished_runs
@@ -168,7 +169,7 @@ def _seconds(folder: Path, runs: list[RunSummary]) -> dict[str, float | None]:
 
 
 def _optional(path: Path, what: str) -> dict[str, Any]:
-    return read_json(path, what) if path.exists() else {}
+    return check_result(read_json(path, what), path) if path.exists() else {}
 
 
 def _plain(value: Any) -> Any:
