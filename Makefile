@@ -10,6 +10,7 @@ OUT     ?= artifacts
 GRID    ?= seed=0..3
 WORLD   ?= toy-0
 EXPERIMENT ?= experiments/reduced.toml
+ENGINE  ?= local
 ARGS    ?=
 
 PY     := $(VENV)/bin/python
@@ -68,6 +69,8 @@ help:  ## show this list
 	@echo "  EXPERIMENT  The file of make experiment. [experiments/reduced.toml]"
 	@echo "  ACCEL       What make setup installs JAX and torch for: cpu, cuda12, cuda13, or auto, which asks the NVIDIA driver. [auto]"
 	@echo "  CONFIRM     yes: make clean and make distclean remove without asking. [ask]"
+	@echo "  ENGINE      What runs the model of make extract: local, or ray (pip install 'hafs-jax[extract-ray]'). [local]"
+	@echo "  WORKERS     How many processes run it. [local: 1; ray: one for each GPU, or machine]"
 	@echo "  STREAM      For make train: flags of hafs extract, which then runs beside it, such as STREAM='--window-gb 50'. [none]"
 	@echo "  ARGS        Flags for the command behind a target; make train ARGS=--help lists them. [none]"
 
@@ -112,8 +115,8 @@ lint: setup  ## ruff and mypy
 docs: setup  ## this documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build $(ARGS)
 
-extract: setup  ## text -> activation store
-	$(HAFS) extract $(PLACE) $(ARGS)
+extract: setup  ## text -> activation store (ENGINE, WORKERS)
+	$(HAFS) extract $(PLACE) --engine $(ENGINE) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
 train: setup  ## activation store -> SAE (VARIANT, ARCH, SEED, MESH)
 	$(HAFS) train $(PLACE) --variant $(VARIANT) --arch $(ARCH) --seed $(SEED) $(if $(STREAM),--stream "$(STREAM)") $(if $(MESH),--mesh $(MESH)) $(ARGS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from hafs_extract.config import TEXT_SYNTAX, ExtractConfig, parse_source
 from hafs_extract.hub.presence import prepare_hub
 from hafs_extract.journal import is_complete, profile_names, store_folders
+from hafs_extract.parts.engine import Engine
 from hafs_extract.profiles import DATASETS, OFFLINE, PROFILES, PYTHIA70M, Resolved, resolve
 from hafs_jax.base.errors import disk_errors, one_line_errors
 from hafs_jax.base.files import read_json, write_json
@@ -128,6 +129,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--text", action="append", default=[], metavar="SOURCE", help="a source of text, see below")
     parser.add_argument("--force", action="store_true", help="replace a store of another config, or extract anew")
+    add_flags(parser, Engine())
     add_flags(parser, OFFLINE, skip=("profile", "sources"))
     return parser
 
@@ -160,6 +162,7 @@ def _note_profile(out: Path, resolved: Resolved) -> None:
 
 def _extract(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
+    engine = with_flags(Engine(), options)
     wanted = _config(PYTHIA70M, options) if options.requested == "auto" else PYTHIA70M
     resolved = resolve(options.requested, wanted)
     config = _config(PROFILES[resolved.resolved].config, options)
@@ -191,7 +194,7 @@ def _extract(arguments: list[str]) -> int:
     from hafs_extract.run import extract  # torch, and the hub libraries
 
     with disk_errors(options.out):
-        extract(config, resolved, options.out, options.force, placed)
+        extract(config, resolved, options.out, options.force, placed, engine)
     return 0
 
 

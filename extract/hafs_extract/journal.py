@@ -78,35 +78,33 @@ def begun_config(config: ExtractConfig, out: Path, work: str) -> dict[str, Any] 
 
 
 @dataclass(frozen=True)
-class SplitProgress:
-    """How far the model has come with one split."""
-
-    batches: int = 0
-    buckets: tuple[int, ...] = ()  # rows in each bucket; () before the first batch
-
-
-@dataclass(frozen=True)
 class Journal:
-    """Where an unfinished extraction stands; rewritten atomically every few seconds."""
+    """Where an unfinished extraction stands. What the model has done lies beside it, in parts (`parts.files`)."""
 
     config: dict[str, Any]
     profile: dict[str, Any]
     notes: tuple[str, ...] | None = None  # for the user, about the mix of texts; None until the contexts are on disk
     model: dict[str, Any] | None = None
     commits: dict[str, Any] = option({}, "commit of each source that is a hub dataset, by its name")
-    splits: dict[str, Any] = option({}, "SplitProgress by split")
+    has_parts: bool = False  # whether a part was made
+    made_by: dict[str, Any] = option({}, "what made the newest part: `parts.making.made_by`")
     seconds: dict[str, Any] = option({}, "seconds by stage, over all attempts")
     attempts: int = 0
     made: bool = False  # whether all stores are whole, in the work folder or already in their places
-
-    def progress(self, split: str) -> SplitProgress:
-        return from_dict(SplitProgress, self.splits.get(split, {}), f"{JOURNAL}: {split}")
 
 
 def read_journal(folder: Path) -> Journal | None:
     """The journal in `folder`, or None where no extraction was begun."""
     path = folder / JOURNAL
-    return from_dict(Journal, read_json(path, "a journal"), str(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    values = read_json(path, "a journal")
+    if "splits" in values:
+        raise UserError(
+            f"{folder} holds an extraction that an earlier version of hafs has begun; finish it with that version, or"
+            f" delete {folder} to begin anew"
+        )
+    return from_dict(Journal, values, str(path))
 
 
 def write_journal(folder: Path, journal: Journal) -> None:

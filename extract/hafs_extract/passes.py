@@ -1,14 +1,14 @@
-"""The two passes over one split: the model's rows into the shuffle's buckets, then the buckets into stores.
+"""The two passes over one split: the model's rows into parts, then the shuffle's buckets of all parts into stores.
 
 There is one store for each hook point. Their rows go through the shuffle together, so that the stores stay aligned.
 """
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ from tqdm import tqdm
 from hafs_extract.config import ExtractConfig
 from hafs_extract.contexts import SPLITS, Batches, plan_batches
 from hafs_extract.models import LanguageModel
-from hafs_extract.saving import Saver
+from hafs_extract.parts.files import Parts
+from hafs_extract.parts.plan import Part, plan_parts
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_atomic
 from hafs_jax.base.foreign import open_npy
@@ -29,6 +30,7 @@ from hafs_jax.store.manifest import (
     MANIFEST,
     ROW,
     Manifest,
+    ModelInfo,
     NormFilter,
     SourceInfo,
     TokenizerInfo,
@@ -37,9 +39,22 @@ from hafs_jax.store.manifest import (
 )
 from hafs_jax.store.reader import Contexts
 from hafs_jax.store.shards import ShardWriter
-from hafs_jax.store.shuffle import Spill, n_buckets, norm_limits, norms, shuffle_keys, spill_record, within_limits
+from hafs_jax.store.shuffle import n_buckets, norm_limits, norms, shuffle_keys, spill_record, within_limits
 
 TEXT_FILES = ("contexts.npy", "tokens.npy", "documents.jsonl")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a store's rows come from, as its manifest says it."""
+
+    model: ModelInfo
+    tokenizer: TokenizerInfo
+
+
+def origin_of(model: LanguageModel) -> Origin:
+    tokenizer = TokenizerInfo(model.info.name, len(model.tokenizer), model.bos_token_id, model.prepend_bos)
+    return Origin(model.info, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -53,10 +68,20 @@ class Split:
     first_position: int  # the first position that is stored: 1 where BOS is at 0, else 0
     record: np.dtype  # of `shuffle.spill_record`, with a kind of activations for each hook point
 
-    @property
+    @cached_property
     def rows(self) -> int:
         lengths = self.contexts.table["length"].astype(np.int64)
         return int((lengths - self.first_position).sum())
+
+    @property
+    def buckets(self) -> int:
+        """The shuffle's buckets."""
+        return n_buckets(self.rows, self.record)
+
+    def plan(self, first_row: int = 0) -> list[Part]:
+        """The parts of the split. `first_row` is the number of its first row, where it is a window of a longer one."""
+        lengths = self.contexts.table["length"].astype(np.int64)[self.batches.order] - self.first_position
+        return plan_parts(np.add.reduceat(lengths, self.batches.starts[:-1]), self.record.itemsize, first_row)
 
     @property
     def bytes_needed(self) -> int:
@@ -67,59 +92,44 @@ class Split:
         return self.rows * (self.record.itemsize + 4 * kinds + stored) + kinds * text
 
 
-def open_split(name: str, folder: Path, config: ExtractConfig, model: LanguageModel, widths: Sequence[int]) -> Split:
-    """The split whose contexts lie in `folder`. `widths` are those of the hook points' activations."""
+def open_split(name: str, folder: Path, config: ExtractConfig, has_bos: bool, widths: Sequence[int]) -> Split:
+    """The split whose contexts lie in `folder`; `has_bos`: each begins with BOS.
+
+    `widths` are those of the hook points' activations.
+    """
     contexts = Contexts(open_npy(folder / "contexts.npy"), open_npy(folder / "tokens.npy"))
     batches = plan_batches(contexts.table["length"], config.batch_tokens)
     record = spill_record([(width, config.dtype) for width in widths])
-    return Split(name, folder, contexts, batches, int(model.prepend_bos), record)
+    return Split(name, folder, contexts, batches, int(has_bos), record)
 
 
-def spill_rows(
-    split: Split,
-    model: LanguageModel,
-    config: ExtractConfig,
-    spill_folder: Path,
-    batches_done: int,
-    counts: list[int],
-    save: Callable[[int, list[int]], None],
-    save_seconds: float,
-    bar: tqdm,
-    first_row: int = 0,
-) -> Spill:
-    """Pass 1: runs the model over the split's batches from `batches_done` on and appends every row to its bucket.
+def part_records(
+    split: Split, model: LanguageModel, config: ExtractConfig, part: Part, storing: ThreadPoolExecutor
+) -> np.ndarray:
+    """Pass 1 over a part of the split: the records of its rows, [rows] of the split's record.
 
-    `save(batches done, rows by bucket)` is called every `save_seconds` and at the end (see `Saver`). `first_row` is the
-    number of the split's first row, where it is a window of a longer one.
+    Where the model has a device of its own, the rows of a batch are taken from it in `storing`, a single thread.
     """
-    counts = counts or [0] * n_buckets(split.rows, split.record)
-    stream = SPLITS.index(split.name)
+    records = np.zeros(part.rows, split.record)
+    stream, filled = SPLITS.index(split.name), 0
 
-    def store(index: int, batch: _Batch) -> None:
-        records = _records(split, config, batch)
-        records["key"] = shuffle_keys(config.seed, stream, first_row + spill.rows, len(records))
-        spill.append(records)
-        bar.update(len(records))
-        saver.appended(index + 1)
+    def store(batch: _Batch) -> None:
+        nonlocal filled
+        filled += _store(split, config, batch, records[filled:])
 
-    with contextlib.ExitStack() as opened:
-        spill = opened.enter_context(contextlib.closing(Spill(spill_folder, split.record, counts)))
-        saver = opened.enter_context(contextlib.closing(Saver(spill, save, save_seconds)))
-        thread = opened.enter_context(ThreadPoolExecutor(1))
-        storing: Future[None] | None = None
-        for index in range(batches_done, len(split.batches)):
-            batch = _run(split, model, config, split.batches[index])
-            if not _overlaps(model):
-                store(index, batch)
-                continue
-            if storing is not None:
-                storing.result()
-            storing = thread.submit(store, index, batch)  # while the model runs over the next one
-        if storing is not None:
-            storing.result()
-        if batches_done < len(split.batches):
-            saver.finish(len(split.batches))
-    return spill
+    stored: Future[None] | None = None
+    for index in range(part.first_batch, part.stop_batch):
+        batch = _run(split, model, config, split.batches[index])
+        if not _overlaps(model):
+            store(batch)
+            continue
+        if stored is not None:
+            stored.result()
+        stored = storing.submit(store, batch)  # while the model runs over the next one
+    if stored is not None:
+        stored.result()
+    records["key"] = shuffle_keys(config.seed, stream, part.first_row, part.rows)
+    return records
 
 
 def _overlaps(model: LanguageModel) -> bool:
@@ -145,13 +155,16 @@ def _run(split: Split, model: LanguageModel, config: ExtractConfig, numbers: np.
     return _Batch(numbers, tokens_BL, model.activations_at(torch.from_numpy(tokens_BL), config.hook_points))
 
 
-def _records(split: Split, config: ExtractConfig, batch: _Batch) -> np.ndarray:
-    """The records of a batch's rows, in order, without BOS and padding. Their keys are not yet filled in."""
+def _store(split: Split, config: ExtractConfig, batch: _Batch, into: np.ndarray) -> int:
+    """Fills in the first records of `into`: a batch's rows, in order, without BOS and padding. Returns their number.
+
+    Their keys are left out.
+    """
     table, tokens_BL = split.contexts.table[batch.numbers], batch.tokens_BL
     position_L = np.arange(tokens_BL.shape[1])
     kept_BL = (position_L >= split.first_position) & (position_L < table["length"][:, None])
     context_N, position_N = np.nonzero(kept_BL)
-    records = np.zeros(len(context_N), split.record)
+    records = into[: len(context_N)]
     row_N = records["row"]
     row_N["token"], row_N["position"] = tokens_BL[kept_BL], position_N
     row_N["context"] = batch.numbers[context_N]
@@ -163,7 +176,7 @@ def _records(split: Split, config: ExtractConfig, batch: _Batch) -> np.ndarray:
         if not (is_finite_N := np.isfinite(norm_N)).all():
             raise _not_finite(hook_point, acts_ND.float().cpu().numpy(), ~is_finite_N, row_N, split, config)
         records[f"acts{kind}"] = kept_ND
-    return records
+    return len(records)
 
 
 def _convert_rows(acts_ND: torch.Tensor, dtype: str) -> np.ndarray:
@@ -195,11 +208,11 @@ def _not_finite(
 
 def write_stores(
     split: Split,
-    spill: Spill,
+    parts: Parts,
     median_norms: Sequence[float],
     folders: dict[str, Path],
     config: ExtractConfig,
-    model: LanguageModel,
+    origin: Origin,
     profile: dict,
     bar: tqdm,
 ) -> dict[Path, Manifest]:
@@ -215,7 +228,7 @@ def write_stores(
             width = split.record[f"acts{kind}"].shape[0]
             writer = ShardWriter(folder, width, config.dtype, config.shard_rows, len(config.sources))
             writers.append(threads.enter_context(contextlib.closing(writer)))
-        for records in spill.shuffled():
+        for records in parts.shuffled():
             kept = within_limits(records, limits)
             for kind, writer in enumerate(writers):
                 writer.add(kept[f"acts{kind}"], kept["row"])
@@ -223,9 +236,7 @@ def write_stores(
             del records, kept  # frees their memory before the next bucket is read
         manifests = {}
         for (hook_point, folder), writer, median_norm in zip(folders.items(), writers, median_norms, strict=True):
-            manifests[folder] = _manifest(
-                split, hook_point, folder, writer, median_norm, config, model, profile, spill.rows
-            )
+            manifests[folder] = _manifest(split, hook_point, folder, writer, median_norm, config, origin, profile)
     return manifests
 
 
@@ -246,9 +257,8 @@ def _manifest(
     writer: ShardWriter,
     median_norm: float,
     config: ExtractConfig,
-    model: LanguageModel,
+    origin: Origin,
     profile: dict,
-    spilled_rows: int,
 ) -> Manifest:
     statistics = writer.finish()
     if statistics is None:
@@ -258,15 +268,15 @@ def _manifest(
         format_version=FORMAT_VERSION,
         split=split.name,
         profile=profile,
-        model=model.info,
-        tokenizer=TokenizerInfo(model.info.name, len(model.tokenizer), model.bos_token_id, model.prepend_bos),
+        model=origin.model,
+        tokenizer=origin.tokenizer,
         hook_point=hook_point,
         d_model=writer.d_model,
         dtype=config.dtype,
         context_length=config.context_length,
         seed=config.seed,
         sources=_sources(split, config, writer.rows_by_source),
-        norm_filter=NormFilter(config.norm_multiple, median_norm, limit, spilled_rows - writer.rows),
+        norm_filter=NormFilter(config.norm_multiple, median_norm, limit, split.rows - writer.rows),
         rows=writer.rows,
         shards=tuple(writer.shards),
         files_sha256={file: sha256_of(folder / file) for file in TEXT_FILES},

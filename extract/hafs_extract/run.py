@@ -4,6 +4,7 @@ The work lies in a hidden folder beside the stores; a rename turns it into them.
 goes on when the same command is given again, and ends with the same bytes.
 """
 
+import contextlib
 import dataclasses
 import logging
 import shutil
@@ -14,14 +15,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hafs_extract.compiling import compile_blocks
 from hafs_extract.config import ExtractConfig, SourceConfig, difference
 from hafs_extract.contexts import SPLITS, write_contexts
 from hafs_extract.hub.files import Fetch, plan_dataset, plan_model
 from hafs_extract.hub.presence import hub_needs
 from hafs_extract.journal import (
     Journal,
-    SplitProgress,
     begun_config,
     is_complete,
     read_journal,
@@ -29,8 +28,13 @@ from hafs_extract.journal import (
     work_root,
     write_journal,
 )
-from hafs_extract.models import LanguageModel, check_same_model, load_model, pick_dtype
-from hafs_extract.passes import Split, open_split, spill_rows, write_stores
+from hafs_extract.models import check_same_model, load_model, pick_dtype
+from hafs_extract.parts.engine import Engine
+from hafs_extract.parts.files import Entry, Parts
+from hafs_extract.parts.jobs import Job, Setup
+from hafs_extract.parts.makers import Maker, open_maker
+from hafs_extract.parts.plan import Part
+from hafs_extract.passes import Origin, Split, open_split, origin_of, write_stores
 from hafs_extract.profiles import Resolved
 from hafs_extract.windows import Windows, cut_text
 from hafs_jax.base.errors import UserError
@@ -42,12 +46,10 @@ from hafs_jax.store.holding import replacing
 from hafs_jax.store.manifest import TIMING, Manifest, ModelInfo, write_manifest
 from hafs_jax.store.rolling.windows import FOLDER as ROLLING
 from hafs_jax.store.rolling.windows import Ledger, read_ledger, rolling_at, text_folder, window_rows, write_ledger
-from hafs_jax.store.shuffle import Spill
 
 LOG = logging.getLogger(__name__)
 
 WORK = ".work"
-JOURNAL_SECONDS = 2.0  # a kill loses this time, and that of a sync
 SPARE_BYTES = 64 << 20  # of disk space, for what is not activations
 
 
@@ -57,26 +59,30 @@ def extract(
     out: Path,
     force: bool = False,
     placed: Callable[[], None] = lambda: None,
+    engine: Engine | None = None,
 ) -> dict[str, dict[str, Path]]:
     """Makes the stores of `config` under `out` and returns their folders by hook point and split.
 
     Goes on where an earlier run of the same config was stopped. `force` replaces stores of another config, and
     discards its unfinished work. Where the rows need more disk than the config's `window_gb`, the store is the first
     window, and the others are made as long as a training asks for them (`hafs_jax.store.rolling.windows`). `placed()`
-    is called when the stores are there.
+    is called when the stores are there. `engine` [this process] says what runs the model.
     """
     folders, root = store_folders(config, out), work_root(config, out)
-    model: LanguageModel | None = None
     stores = {folder.parent for splits in folders.values() for folder in splits.values()}
-    with replacing({root, *stores}, "an extraction"):
-        config = with_dtype(config, out, force)
-        if not force and is_complete(config, out):
-            shutil.rmtree(root / WORK, ignore_errors=True)
-        else:
-            model = _Extraction(config, resolved, root / WORK, force).run(folders)
-    placed()
-    if (rolling := rolling_at(folders[config.hook_points[0]]["train"])) is not None:
-        Windows(config, rolling, model).run()
+    with contextlib.ExitStack() as opened:
+        maker: Maker | None = None
+        with replacing({root, *stores}, "an extraction"):
+            config = with_dtype(config, out, force)
+            if not force and is_complete(config, out):
+                shutil.rmtree(root / WORK, ignore_errors=True)
+            else:
+                extraction = _Extraction(config, resolved, root / WORK, force, engine or Engine(), opened)
+                maker = extraction.run(folders)
+        placed()
+        if (rolling := rolling_at(folders[config.hook_points[0]]["train"])) is not None:
+            with contextlib.closing(Windows(config, rolling, engine or Engine(), maker)) as windows:
+                windows.run()
     return folders
 
 
@@ -96,11 +102,20 @@ def with_dtype(config: ExtractConfig, out: Path, force: bool) -> ExtractConfig:
 class _Extraction:
     """One attempt at an extraction. At any moment, `self.journal` is the journal on disk."""
 
-    def __init__(self, config: ExtractConfig, resolved: Resolved, work: Path, force: bool) -> None:
-        self.config, self.work = config, work
+    def __init__(
+        self,
+        config: ExtractConfig,
+        resolved: Resolved,
+        work: Path,
+        force: bool,
+        engine: Engine,
+        opened: contextlib.ExitStack,
+    ) -> None:
+        """`opened` closes what makes the parts."""
+        self.config, self.work, self.engine, self._opened = config, work.absolute(), engine, opened
         journal = read_journal(work)
         if journal and (found := difference(journal.config, to_dict(config))):
-            if journal.splits and not force:  # without splits, there is little to lose
+            if journal.has_parts and not force:  # without parts, there is little to lose
                 raise UserError(f"{work} holds an unfinished extraction with {found}; pass --force to discard it")
             journal = None
         if journal is None:
@@ -109,14 +124,15 @@ class _Extraction:
         else:
             LOG.info("going on with the extraction that was interrupted")
         self.journal = dataclasses.replace(journal, attempts=journal.attempts + 1)
+        self._progress: tqdm | None = None  # of pass 1, while it goes on
         self._note()
 
-    def run(self, folders: dict[str, dict[str, Path]]) -> LanguageModel | None:
+    def run(self, folders: dict[str, dict[str, Path]]) -> Maker | None:
         """Makes the stores, as far as they are not made yet, and puts them in their places.
 
-        Returns the language model, where it was needed.
+        Returns the maker of parts, where it was needed.
         """
-        model = None if self.journal.made else self._make()
+        maker = None if self.journal.made else self._make()
         windows, place = self.work / ROLLING, self.work.parent / ROLLING
         if windows.exists():
             put_in_place(windows, place, self.work / "old" / ROLLING)
@@ -128,13 +144,25 @@ class _Extraction:
         if place.exists() and rolling_at(folders[self.config.hook_points[0]]["train"]) is None:
             shutil.rmtree(place)  # of the stores before
         shutil.rmtree(self.work)
-        return model
+        return maker
 
     def _made(self, hook_point: str, split: str) -> Path:
         """The folder in which a store is made."""
         return self.work / "stores" / hook_point / split
 
-    def _make(self) -> LanguageModel:
+    def _make(self) -> Maker:
+        config = self.config
+        maker = self._opened.enter_context(contextlib.closing(open_maker(self.engine, config.device)))
+        try:
+            splits, origin = self._prepare(maker)
+            self._write(splits, self._run_model(splits, maker), origin, maker)
+        except BaseException:
+            maker.close()  # while the folder is still locked
+            raise
+        return maker
+
+    def _prepare(self, maker: Maker) -> tuple[list[Split], Origin]:
+        """Loads and checks the model, reads the texts and tells the maker what to do."""
         config, started = self.config, time.monotonic()
         begun = from_dict(ModelInfo, self.journal.model, "journal") if self.journal.model else None
         revision = begun.revision if begun and begun.origin == "hub" else config.revision  # the same commit as before
@@ -154,17 +182,20 @@ class _Extraction:
             bos = model.bos_token_id if model.prepend_bos else None
             reading = dataclasses.replace(config, sources=sources)
             notes = write_contexts(reading, model.tokenize, bos, self.work, model.chat)
-            notes += self._cut(open_split("train", self.work / "train", config, model, widths))
+            notes += self._cut(open_split("train", self.work / "train", config, model.prepend_bos, widths))
             self._note("text", started, notes=tuple(notes))
         for note in self.journal.notes or ():
             LOG.info(note)
         window = text_folder(self.work / ROLLING, 0)
         texts = {name: self.work / name for name in SPLITS} | ({"train": window} if window.exists() else {})
-        splits = [open_split(name, texts[name], config, model, widths) for name in SPLITS]
+        splits = [open_split(name, texts[name], config, model.prepend_bos, widths) for name in SPLITS]
         self._check_space(splits)
-        self._compile(splits, model)
-        self._write(splits, self._run_model(splits, model), model)
-        return model
+        rows = sum(split.rows for split in splits)
+        if (windows := self._windows()) is not None:
+            rows += sum(windows.rows[1:])
+        shared = str(self.work)
+        maker.prepare(Setup(config, tuple(widths), model.info, model.prepend_bos, rows, shared), model)
+        return splits, origin_of(model)
 
     def _cut(self, train: Split) -> list[str]:
         """Cuts the training split into windows where it does not fit `window_gb`; returns a line for the user."""
@@ -206,69 +237,62 @@ class _Extraction:
             fetch.run()
         return tuple(sources), weights[0].commit if weights else revision
 
-    def _compile(self, splits: list[Split], model: LanguageModel) -> None:
-        """Compiles the model's blocks where the config says so, or has "auto" and at least COMPILED_FROM_TOKENS."""
-        config, started = self.config, time.monotonic()
-        if all(self.journal.progress(split.name).batches == len(split.batches) for split in splits):
-            return
+    def _run_model(self, splits: list[Split], maker: Maker) -> list[Parts]:
+        """Pass 1 over both splits: the parts that are not on disk yet."""
+        found = [self._parts(split, maker) for split in splits]
+        missing = sum(len(parts.missing) for parts in found)
+        if missing:
+            started = time.monotonic()
+            maker.start(missing)
+            self._note_maker(maker, started)
         rows = sum(split.rows for split in splits)
-        if (windows := self._windows()) is not None:
-            rows += sum(windows.rows[1:])
-        if compile_blocks(config, model, rows):
-            self._note("compile", started)
+        with _bar(rows, "activations", sum(parts.rows_made for parts in found)) as self._progress:
+            for parts in found:
+                parts.finish()
+        self._progress = None
+        maker.rest()
+        return found
 
-    def _run_model(self, splits: list[Split], model: LanguageModel) -> list[Spill]:
-        """Pass 1 over both splits: the model's rows, in buckets on disk."""
-        done = {split.name: self.journal.progress(split.name) for split in splits}
-        spills, total = [], sum(split.rows for split in splits)
-        with _bar(total, "activations", sum(sum(progress.buckets) for progress in done.values())) as bar:
-            for split in splits:
+    def _parts(self, split: Split, maker: Maker) -> Parts:
+        folder = self.work / f"{split.name}-parts"
+
+        def make(wanted: list[Part]) -> None:
+            started = time.monotonic()
+
+            def made(job: Job, entry: Entry) -> None:
+                nonlocal started
+                parts.note(entry)
+                self._note("model", started, has_parts=True)
                 started = time.monotonic()
+                if self._progress is not None:
+                    self._progress.update(entry.part.rows)
 
-                def save(batches: int, counts: list[int], name: str = split.name) -> None:
-                    nonlocal started
-                    now = time.monotonic()
-                    progress = SplitProgress(batches, tuple(counts))
-                    self._note("model", started, splits={**self.journal.splits, name: to_dict(progress)})
-                    started = now
+            if self._progress is None:
+                LOG.warning(f"{len(wanted)} parts of the {split.name} split are damaged; they are made again")
+            maker.make([Job(split.name, str(split.folder), str(folder), part) for part in wanted], made)
 
-                progress, folder = done[split.name], self.work / f"{split.name}-rows"
-                spill = spill_rows(
-                    split,
-                    model,
-                    self.config,
-                    folder,
-                    progress.batches,
-                    list(progress.buckets),
-                    save,
-                    JOURNAL_SECONDS,
-                    bar,
-                )
-                spills.append(spill)
-        return spills
+        parts = Parts(folder, split.plan(), split.record, split.buckets, make)
+        return parts
 
-    def _write(self, splits: list[Split], spills: list[Spill], model: LanguageModel) -> None:
+    def _note_maker(self, maker: Maker, started: float) -> None:
+        """Notes who makes the parts, and how long it took to get ready."""
+        by = maker.made_by or {}
+        if self.journal.has_parts and (found := difference(self.journal.made_by, by)):
+            LOG.info(f"earlier parts were made with {found}: the last bits of their rows may differ from the others'")
+        self._note("compile" if by.get("compiled") else "load", started, made_by=by)
+
+    def _write(self, splits: list[Split], found: list[Parts], origin: Origin, maker: Maker) -> None:
         """Pass 2: makes all stores, which are then whole and only need to be put in their places."""
         started = time.monotonic()
-        medians = spills[SPLITS.index("train")].median_norms()
+        medians = found[SPLITS.index("train")].median_norms()
         manifests: dict[Path, Manifest] = {}
+        profile = self.journal.profile
         with _bar(sum(split.rows for split in splits), "shuffling") as bar:
-            for split, spill in zip(splits, spills, strict=True):
+            for split, parts in zip(splits, found, strict=True):
                 folders = {hook_point: self._made(hook_point, split.name) for hook_point in self.config.hook_points}
-                manifests |= write_stores(split, spill, medians, folders, self.config, model, self.journal.profile, bar)
+                manifests |= write_stores(split, parts, medians, folders, self.config, origin, profile, bar)
         self._note("write", started)
-        tokens, positions = sum(split.rows for split in splits), sum(split.batches.positions for split in splits)
-        seconds = self.journal.seconds
-        timing = {
-            "seconds": sum(seconds.values()),
-            "seconds_by_stage": seconds,
-            "attempts": self.journal.attempts,
-            "compiled": "compile" in seconds,
-            "device": str(model.device),
-            "tokens": tokens,
-            "tokens_per_second": tokens / max(seconds["model"], 1e-9),
-            "padding_share": 1 - sum(len(split.contexts.tokens) for split in splits) / positions,
-        }
+        timing = self._timing(splits, maker)
         commits = self.journal.commits
         for folder, manifest in manifests.items():
             sources = (dataclasses.replace(source, revision=commits.get(source.name)) for source in manifest.sources)
@@ -281,13 +305,29 @@ class _Extraction:
             write_ledger(self.work / ROLLING, Ledger(first.fingerprint, windows.rows, kept))
         self._note(made=True)
 
+    def _timing(self, splits: list[Split], maker: Maker) -> dict[str, Any]:
+        tokens, positions = sum(split.rows for split in splits), sum(split.batches.positions for split in splits)
+        seconds = self.journal.seconds
+        return {
+            "seconds": sum(seconds.values()),
+            "seconds_by_stage": seconds,
+            "attempts": self.journal.attempts,
+            "compiled": "compile" in seconds,
+            "device": self.journal.made_by.get("device"),
+            "made_by": self.journal.made_by,
+            "workers": maker.workers,
+            "tokens": tokens,
+            "tokens_per_second": tokens / max(seconds["model"], 1e-9),
+            "padding_share": 1 - sum(len(split.contexts.tokens) for split in splits) / positions,
+        }
+
     def _windows(self) -> Ledger | None:
         """The windows that the training split was cut into; None where it is one store."""
         folder = self.work / ROLLING
         return read_ledger(folder) if folder.exists() else None
 
     def _check_space(self, splits: list[Split]) -> None:
-        spilled = sum(path.stat().st_size for path in self.work.glob("*-rows/*"))
+        spilled = sum(path.stat().st_size for path in self.work.glob("*-parts/*"))
         needed = sum(split.bytes_needed for split in splits) + SPARE_BYTES - spilled
         if self._windows() is not None and self.config.window_gb is not None:
             needed += int(self.config.window_gb * 1e9)

@@ -14,14 +14,16 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from hafs_extract.compiling import compile_blocks
 from hafs_extract.config import ExtractConfig
-from hafs_extract.journal import SplitProgress
-from hafs_extract.models import LanguageModel, check_same_model, load_model
-from hafs_extract.passes import Split, open_split, spill_rows, write_stores
-from hafs_jax.base.files import read_json, write_atomic, write_json, write_npy
+from hafs_extract.models import check_same_model, load_model
+from hafs_extract.parts.engine import Engine
+from hafs_extract.parts.files import Entry, Parts
+from hafs_extract.parts.jobs import Job, Setup
+from hafs_extract.parts.makers import Maker, open_maker
+from hafs_extract.parts.plan import Part
+from hafs_extract.passes import Origin, Split, open_split, write_stores
+from hafs_jax.base.files import read_json, write_atomic, write_npy, write_record
 from hafs_jax.base.log import bar_options
-from hafs_jax.base.options import from_dict, option, to_dict
 from hafs_jax.base.process.locks import locked
 from hafs_jax.store.manifest import read_manifest, write_manifest
 from hafs_jax.store.reader import Contexts
@@ -75,22 +77,23 @@ def _lines(path: Path) -> Iterator[dict]:
             yield json.loads(line)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Progress:
-    """How far the window that is being made has come."""
-
-    window: int
-    spilled: dict = option({}, "SplitProgress")
-
-
 class Windows:
     """Makes the windows that a training asks for, until it has ended."""
 
-    def __init__(self, config: ExtractConfig, rolling: Rolling, model: LanguageModel | None = None) -> None:
-        """`model` is the language model where it is loaded (and, if it is to be, compiled) already."""
-        self.config, self.rolling, self._model = config, rolling, model
+    def __init__(
+        self, config: ExtractConfig, rolling: Rolling, engine: Engine | None = None, maker: Maker | None = None
+    ) -> None:
+        """`maker` makes parts where it was prepared for this extraction already; else `engine` [this process] says."""
+        self.config, self.rolling, self._engine = config, rolling, engine or Engine()
+        self._maker, self._opened = maker, contextlib.ExitStack()
+        if maker is not None:
+            maker.move(rolling.folder.absolute())
         self.first = read_manifest(rolling.train)
-        self.making = rolling.folder / _MAKING
+        self.making = (rolling.folder / _MAKING).absolute()
+
+    def close(self) -> None:
+        """Ends the maker that was opened here."""
+        self._opened.close()
 
     def run(self) -> None:
         """Makes what is asked for; waits while nothing is; returns once the training says that it has ended."""
@@ -111,50 +114,55 @@ class Windows:
 
     def make(self, window: int) -> None:
         """Makes a window's store, or goes on where that was interrupted, and puts it in its place."""
-        rolling, config, model = self.rolling, self.config, self.model()
-        split = open_split("train", rolling.text(window), config, model, [self.first.d_model])
-        done, journal = self._begun(window)
-        first_row = sum(rolling.ledger.rows[:window])
-
-        def save(batches: int, counts: list[int]) -> None:
-            progress = SplitProgress(batches, tuple(counts))
-            write_json(journal, to_dict(_Progress(window, to_dict(progress))))
-
+        rolling, config, first, maker = self.rolling, self.config, self.first, self.maker()
+        self._begin(window)
+        has_bos = first.tokenizer.prepend_bos
+        split = open_split("train", rolling.text(window).absolute(), config, has_bos, [first.d_model])
         said = f"window {window} of {rolling.windows - 1}"
         with tqdm(total=2 * split.rows, desc=said, unit="tok", unit_scale=True, delay=1, **bar_options(LOG)) as bar:
-            bar.update(sum(done.buckets))
-            spill = spill_rows(
-                split, model, config, self.making / "rows", done.batches, list(done.buckets), save, 2.0, bar, first_row
-            )
+
+            def make(wanted: list[Part]) -> None:
+                def made(job: Job, entry: Entry) -> None:
+                    parts.note(entry)
+                    bar.update(entry.part.rows)
+
+                maker.make([Job("train", str(split.folder), str(folder), part) for part in wanted], made)
+
+            folder, plan = self.making / "parts", split.plan(sum(rolling.ledger.rows[:window]))
+            parts = Parts(folder, plan, split.record, split.buckets, make)
+            bar.update(parts.rows_made)
+            parts.finish()
             folders = {config.hook_points[0]: self.making / "store"}
-            medians = [self.first.norm_filter.median_norm]  # of the first window, so that each window can be made alone
-            (manifest,) = write_stores(split, spill, medians, folders, config, model, self.first.profile, bar).values()
-        commits = {source.name: source.revision for source in self.first.sources}
+            medians = [first.norm_filter.median_norm]  # of the first window, so that each window can be made alone
+            origin = Origin(first.model, first.tokenizer)
+            (manifest,) = write_stores(split, parts, medians, folders, config, origin, first.profile, bar).values()
+        commits = {source.name: source.revision for source in first.sources}
         sources = tuple(dataclasses.replace(source, revision=commits.get(source.name)) for source in manifest.sources)
         write_manifest(self.making / "store", dataclasses.replace(manifest, sources=sources))
         rolling.put(window, self.making / "store", manifest.rows)
         shutil.rmtree(self.making)
 
-    def model(self) -> LanguageModel:
-        """The language model of the first window, loaded when it is first needed."""
-        if self._model is None:
-            config, begun = self.config, self.first.model
-            revision = begun.revision if begun.origin == "hub" else config.revision
-            self._model = load_model(config.model, config.model_dtype, revision, config.device)
+    def maker(self) -> Maker:
+        """What makes the parts: that of the first window, or one that is opened when it is first needed."""
+        if self._maker is None:
+            config, first = self.config, self.first
+            maker = self._opened.enter_context(contextlib.closing(open_maker(self._engine, config.device)))
+            revision = first.model.revision if first.model.origin == "hub" else config.revision
+            model = load_model(config.model, config.model_dtype, revision, config.device)
             advice = "give it that model again, or extract anew with --force"
-            check_same_model(self._model.info, begun, f"{self.rolling.train} was extracted with", advice)
+            check_same_model(model.info, first.model, f"{self.rolling.train} was extracted with", advice)
             heldout = read_manifest(self.rolling.train.parent / "heldout")
-            rows = self.rolling.rows + heldout.rows + heldout.norm_filter.dropped_rows
-            compile_blocks(config, self._model, rows)  # as the first window's extraction chose
-        return self._model
+            rows = self.rolling.rows + heldout.rows + heldout.norm_filter.dropped_rows  # as its extraction counted
+            shared, widths = str(self.rolling.folder.absolute()), (first.d_model,)
+            maker.prepare(Setup(config, widths, model.info, model.prepend_bos, rows, shared), model)
+            self._maker = maker
+        return self._maker
 
-    def _begun(self, window: int) -> tuple[SplitProgress, Path]:
-        """What of the window was made before an interruption, and where that is noted."""
+    def _begin(self, window: int) -> None:
+        """Removes what is left of another window that was begun."""
         journal = self.making / _JOURNAL
-        if journal.exists():
-            begun = from_dict(_Progress, read_json(journal, "a journal"), str(journal))
-            if begun.window == window:
-                return from_dict(SplitProgress, begun.spilled, str(journal)), journal
+        if journal.exists() and read_json(journal, "a journal").get("window") == window:
+            return
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.making)
-        return SplitProgress(), journal
+        write_record(journal, {"window": window})

@@ -222,7 +222,7 @@ class ArrayImport:
             spills: list[Spill] = []
             descriptions: list[Descriptions] = []
             for split, rows in zip(SPLITS, self.grouping.rows_by_split, strict=True):
-                spill = Spill(work / f"{split}-rows", record, [0] * n_buckets(rows, record))
+                spill = Spill(work / f"{split}-rows", record, n_buckets(rows, record))
                 spills.append(files.enter_context(contextlib.closing(spill)))
                 grouped = self.grouping.groups_N is not None
                 writer = Descriptions(work / "store" / split, rows, len(self.acts.parts), grouped)

@@ -129,7 +129,10 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that a reader needs to know of a store. Statistics are of the stored rows, computed in float64."""
+    """Everything that a reader needs to know of a store.
+
+    Statistics are of the stored rows, in float64: sums of each shard, added in the order of the shards.
+    """
 
     format_version: int
     split: str  # "train" or "heldout"; the two never share a document

@@ -89,9 +89,12 @@ class ShardWriter:
         self.shards.append(ShardInfo(len(acts), sha256_of(paths[0]), sha256_of(paths[1])))
 
     def _sum(self, acts: np.ndarray, rows: np.ndarray) -> None:
-        # in the order of the rows, so that the sums are the same on every machine
+        # in the order of the shard's rows, then of the shards, so that the sums are the same on every machine
+        sum_D, squares_D = np.zeros(self.d_model), np.zeros(self.d_model)
         for start in range(0, len(acts), _ROWS_AT_ONCE):
             values = to_float32(acts[start : start + _ROWS_AT_ONCE], self.dtype).astype(np.float64)
-            self._sum_D += values.sum(0)
-            self._squares_D += np.square(values, out=values).sum(0)
+            sum_D += values.sum(0)
+            squares_D += np.square(values, out=values).sum(0)
+        self._sum_D += sum_D
+        self._squares_D += squares_D
         self.rows_by_source += np.bincount(rows["source"], minlength=len(self.rows_by_source))

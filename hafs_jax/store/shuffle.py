@@ -1,22 +1,24 @@
 """The global shuffle in bounded memory, and the exact median of the norms. Standard library and numpy only.
 
 Every row of a split has a 64-bit key: a hash of the seed, the split and the row's number. Rows are stored in the order
-of their keys. Pass 1 appends each row to a bucket on disk, chosen by the top bits of its key. Pass 2 reads one bucket
+of their keys. Pass 1 puts each row into a bucket on disk, chosen by the top bits of its key. Pass 2 reads one bucket
 after another and sorts it. The result is the order of one sort over all rows. It depends neither on the number of
 buckets nor on when a run was interrupted.
+
+`Spill` is one file for each bucket, for rows that one process makes. An extraction's rows lie in parts instead, which
+several processes may make (`hafs_extract.parts`).
 """
 
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from hafs_jax.base.errors import UserError, arg, naming
-from hafs_jax.base.places import make_folder, sync_folder
+from hafs_jax.base.places import make_folder
 from hafs_jax.store.manifest import DISK_DTYPES, ROW, from_float32, to_float32
 
 BUCKET_BYTES = 96 << 20
@@ -82,25 +84,25 @@ def n_buckets(rows: int, record: np.dtype) -> int:
     return min(MAX_BUCKETS, max(1, -(-rows * record.itemsize // BUCKET_BYTES)))
 
 
+def buckets_of(keys_N: np.ndarray, count: int) -> np.ndarray:
+    """The bucket [N] int64, of `count`, of each key [N] uint64. Buckets are in the order of their keys."""
+    return ((keys_N >> np.uint64(32)) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
+
+
 class Spill:
     """One split's rows on disk, between the two passes.
 
     They lie in buckets, and their norms in one more file, in row order.
     """
 
-    def __init__(self, folder: Path, record: np.dtype, counts: list[int]) -> None:
-        """Opens `len(counts)` buckets and cuts each back to its number of rows in `counts`, which a journal has noted.
-
-        Zeros begin anew.
-        """
+    def __init__(self, folder: Path, record: np.dtype, buckets: int) -> None:
+        """Begins anew in `folder`, with `buckets` buckets."""
         make_folder(folder)
-        self._is_named = False
-        self.record, self.counts, self.kinds = record, list(counts), record["norm"].shape[0]
-        self._paths = [folder / f"bucket-{index:04d}.bin" for index in range(len(counts))]
+        self.record, self.counts, self.kinds = record, [0] * buckets, record["norm"].shape[0]
+        self._paths = [folder / f"bucket-{index:04d}.bin" for index in range(buckets)]
         self._norms_path = folder / "norms.bin"
-        sizes = [count * record.itemsize for count in counts]
-        self._files = [_cut(path, size) for path, size in zip(self._paths, sizes, strict=True)]
-        self._norms = _cut(self._norms_path, 4 * self.kinds * self.rows)
+        self._files = [open(path, "wb") for path in self._paths]  # noqa: SIM115 - closed by `close`
+        self._norms = open(self._norms_path, "wb")  # noqa: SIM115
 
     @property
     def rows(self) -> int:
@@ -108,8 +110,7 @@ class Spill:
 
     def append(self, records: np.ndarray) -> None:
         """Appends rows, each to the bucket of its key."""
-        n = np.uint64(len(self.counts))
-        bucket = ((records["key"] >> np.uint64(32)) * n >> np.uint64(32)).astype(np.int64)
+        bucket = buckets_of(records["key"], len(self.counts))
         ordered = take_rows(records, np.argsort(bucket, kind="stable"))
         ends = np.cumsum(np.bincount(bucket, minlength=len(self.counts)))
         for index, (start, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
@@ -125,16 +126,6 @@ class Spill:
         for file in (*self._files, self._norms):
             with naming(Path(file.name)):
                 file.flush()
-
-    def sync(self) -> None:
-        """Puts everything appended on disk (fsync), and at the first call the files' names."""
-        self.flush()
-        for file in (*self._files, self._norms):
-            with naming(Path(file.name)):
-                os.fsync(file.fileno())
-        if not self._is_named:
-            sync_folder(self._norms_path.parent)
-            self._is_named = True
 
     def close(self) -> None:
         """Closes the files. What could not be written was said by `flush`."""
@@ -177,26 +168,34 @@ def within_limits(records: np.ndarray, limits: np.ndarray | None) -> np.ndarray:
 
 
 def exact_median(path: Path, column: int = 0, columns: int = 1) -> float:
-    """The exact median of one column of the non-negative float32 numbers in a raw file, in constant memory.
+    """The exact median of one column of the non-negative float32 numbers in a raw file, in constant memory."""
+    count = path.stat().st_size // (4 * columns)
+    with naming(path):
+        return median_of_bits(lambda: _bits(path, column, columns), count)
+
+
+def median_of_bits(bits: Callable[[], Iterator[np.ndarray]], count: int) -> float:
+    """The exact median of `count` non-negative float32 numbers. `bits()` gives their bits in pieces [n] uint32.
 
     The bits of non-negative floats, read as integers, have the order of the floats. One pass counts the upper 16 bits;
     this gives the median's upper half. A second pass counts the lower 16 bits of the numbers that share it.
     """
-    count = path.stat().st_size // (4 * columns)
     upper = np.zeros(1 << 16, np.int64)
-    for bits in _bits(path, column, columns):
-        upper += np.bincount(bits >> 16, minlength=1 << 16)
+    for piece in bits():
+        upper += np.bincount(piece >> 16, minlength=1 << 16)
     ends = np.cumsum(upper)
     if ends[-1] != count:  # numpy does not say that the disk has failed
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    ranks = (count - 1) // 2, count // 2
+    highs = [int(np.searchsorted(ends, rank, side="right")) for rank in ranks]
+    lower = {high: np.zeros(1 << 16, np.int64) for high in highs}
+    for piece in bits():
+        for high, counts in lower.items():
+            counts += np.bincount(piece[piece >> 16 == high] & 0xFFFF, minlength=1 << 16)
     middle = []
-    for rank in ((count - 1) // 2, count // 2):
-        high = int(np.searchsorted(ends, rank, side="right"))
-        lower = np.zeros(1 << 16, np.int64)
-        for bits in _bits(path, column, columns):
-            lower += np.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16)
+    for rank, high in zip(ranks, highs, strict=True):
         before = int(ends[high] - upper[high])
-        low = int(np.searchsorted(np.cumsum(lower), rank - before, side="right"))
+        low = int(np.searchsorted(np.cumsum(lower[high]), rank - before, side="right"))
         middle.append(float(np.uint32(high << 16 | low).view(np.float32)))
     return (middle[0] + middle[1]) / 2
 
@@ -210,13 +209,3 @@ def _bits(path: Path, column: int, columns: int) -> Iterator[np.ndarray]:
 def take_rows(records: np.ndarray, order: np.ndarray) -> np.ndarray:
     """records[order], copied as bytes. Field by field, numpy takes eight times as long."""
     return np.take(records.view(np.dtype((np.void, records.itemsize))), order).view(records.dtype)
-
-
-def _cut(path: Path, size: int) -> IO[bytes]:
-    """The file opened for appending, cut to `size` bytes."""
-    found = path.stat().st_size if path.exists() else 0
-    if found < size:
-        raise UserError(f"{path} holds {found} bytes, the journal says {size}; delete {path.parents[1]} to begin anew")
-    file = open(path, "ab")  # noqa: SIM115 - closed by Spill.close
-    file.truncate(size)
-    return file

@@ -248,7 +248,7 @@ def test_what_the_disk_refuses_is_one_line(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hafs_jax.store.shuffle.Spill.append", full)
+        patch.setattr("hafs_extract.parts.making.write_part", full)
         assert "out: No space left on device; put that right and repeat" in said("--context-length", "64")
     assert main([*flags, "--context-length", "64"]) == 0
     (tmp_path / "file").write_text("")
@@ -269,7 +269,7 @@ finally:
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True, timeout=600
     )
     fields = [name.replace("_", "-") for name in json.loads(json.dumps(OFFLINE.__dict__, default=str))]
-    for flag in {*fields, "out", "text", "force"} - {"sources"}:
+    for flag in {*fields, "out", "text", "force", "engine", "workers"} - {"sources"}:
         assert f"--{flag} " in done.stdout, flag
     assert "pythia70m  EleutherAI/pythia-70m-deduped" in done.stdout and "[NAME=]PATH[@WEIGHT]" in done.stdout
     for name in (*PROFILES, *DATASETS):

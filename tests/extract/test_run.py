@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel
 
-from hafs_extract import compiling, passes, run
+from hafs_extract import compiling, models, passes, run
 from hafs_extract.cli import main
 from hafs_extract.config import ExtractConfig, parse_source
 from hafs_extract.contexts import plan_batches
 from hafs_extract.models import load_for_manifest, load_model
+from hafs_extract.parts import files, making, plan
 from hafs_extract.profiles import PYTHIA70M, resolve
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of
@@ -79,6 +80,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """About two batches in a part. `made` has one part for each split: its bytes are the same."""
+    monkeypatch.setattr(plan, "LEAST_BYTES", 40_000)
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +233,9 @@ class Killed(BaseException):
 
 STEPS: list[tuple[object, str]] = [
     (run, "write_journal"),
-    (passes.Spill, "append"),
-    (passes.Spill, "sync"),
+    (making, "part_records"),
+    (files, "write_atomic"),
+    (files, "write_record"),
     (run, "write_contexts"),
     (shards, "write_npy"),
     (run, "write_manifest"),
@@ -241,7 +249,7 @@ STEPS: list[tuple[object, str]] = [
 def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(
     inputs: Inputs, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, when: str
 ) -> None:
-    """Attempt n is stopped at its n-th such step, until one is not; the journal is written at every batch."""
+    """Attempt n is stopped at its n-th such step, until one is not. Every second batch ends a part."""
     original: Callable = getattr(owner, name)
     attempt = calls = 0
 
@@ -258,7 +266,6 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(
     model = load_model(str(inputs.model), "float32", device="cpu")
     monkeypatch.setattr(run, "load_model", lambda *_: model)
     monkeypatch.setattr(owner, name, stopping)
-    monkeypatch.setattr(run, "JOURNAL_SECONDS", 0.0)
     root, place = None, tmp_path / "pythia70m" / "store"
     while root is None:
         attempt, calls = attempt + 1, 0
@@ -273,9 +280,10 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(
 
 CHILD = """
 import os, signal, sys
-from hafs_extract import passes
+from hafs_extract.parts import making, plan
 from hafs_jax.store import shards
-owner, name, at = {"sync": (passes.Spill, "sync"), "npy": (shards, "write_npy")}[sys.argv[1]] + (int(sys.argv[2]),)
+plan.LEAST_BYTES = 40_000
+owner, name, at = {"part": (making, "write_part"), "npy": (shards, "write_npy")}[sys.argv[1]] + (int(sys.argv[2]),)
 original, calls = getattr(owner, name), 0
 def dying(*args, **kwargs):
     global calls
@@ -287,8 +295,6 @@ def dying(*args, **kwargs):
     return original(*args, **kwargs)
 setattr(owner, name, dying)
 from hafs_extract.cli import main
-import hafs_extract.run
-hafs_extract.run.JOURNAL_SECONDS = 0.0
 sys.exit(main(sys.argv[3:]))
 """
 
@@ -303,9 +309,11 @@ def test_a_run_killed_in_both_passes_ends_with_the_same_bytes(inputs: Inputs, ma
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=1200)
 
     work = tmp_path / "pythia70m" / "store" / ".work"
-    assert attempt("sync", 5).returncode == -signal.SIGKILL
-    progress = read_json(work / "journal.json", "a journal")["splits"]["train"]
-    assert progress["batches"] == 4
+    assert attempt("part", 3).returncode == -signal.SIGKILL
+    assert [path.name for path in sorted((work / "train-parts").glob("*.json"))] == [
+        "part-00000.json",
+        "part-00001.json",
+    ]
     killed = attempt("npy", 4)
     assert killed.returncode == -signal.SIGKILL and "going on with the extraction" in killed.stderr
     assert (work / "stores" / "blocks.3.hook_resid_post" / "train" / "shard-00000.npy").exists()
@@ -366,7 +374,7 @@ def test_too_little_space_is_said_before_the_model_runs(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(run.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
-    monkeypatch.setattr(run, "spill_rows", lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr(making, "part_records", lambda *_: pytest.fail("the model ran"))
     with pytest.raises(UserError, match=r"needs 0\.\d GB of free disk space .* found 0.0 GB; free some"):
         _extract(inputs.config(), tmp_path)
 
@@ -379,7 +387,7 @@ def test_blocks_are_compiled_where_it_is_asked_for_or_pays(
 ) -> None:
     found: list[tuple] = []
     monkeypatch.setattr(compiling, "COMPILED_FROM_TOKENS", least)
-    monkeypatch.setattr(run.LanguageModel, "compile_blocks", lambda _, *asked: found.append(asked))
+    monkeypatch.setattr(models.LanguageModel, "compile_blocks", lambda _, *asked: found.append(asked))
     root = _extract(inputs.config(compile=asked), tmp_path)
     assert found == [(("blocks.3.hook_resid_post",), (15, 17))] * calls  # 256 tokens in contexts of 17
     timing = read_json(root / "train" / "timing.json", "timing")
@@ -395,7 +403,7 @@ def test_what_cannot_be_compiled_is_an_error_only_where_it_was_asked_for(
         raise UserError("no compiler")
 
     monkeypatch.setattr(compiling, "COMPILED_FROM_TOKENS", 1)
-    monkeypatch.setattr(run.LanguageModel, "compile_blocks", fail)
+    monkeypatch.setattr(models.LanguageModel, "compile_blocks", fail)
     with pytest.raises(UserError, match="compile=on: no compiler; pass --compile auto"):
         _extract(inputs.config(compile="on"), tmp_path / "asked")
     with pytest.raises(UserError, match="batch_tokens=33 is less than two contexts of 17 tokens"):
@@ -413,7 +421,7 @@ def test_rows_are_stored_beside_the_models_next_batch_where_it_has_a_device_of_i
 ) -> None:
     monkeypatch.setattr(passes, "_overlaps", lambda _: True)
     if fails:
-        monkeypatch.setattr(passes, "_records", lambda *_: (_ for _ in ()).throw(UserError("a row that is not finite")))
+        monkeypatch.setattr(passes, "_store", lambda *_: (_ for _ in ()).throw(UserError("a row that is not finite")))
         with pytest.raises(UserError, match="a row that is not finite"):
             _extract(inputs.config(), tmp_path)
     else:
@@ -453,7 +461,7 @@ def test_another_model_under_the_same_name_is_not_gone_on_with(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes.Spill, "sync", stop)
+        patch.setattr(making, "write_part", stop)
         with pytest.raises(Killed):
             _extract(inputs.config(), tmp_path)
     model = load_model(str(inputs.model), "float32", device="cpu")
@@ -485,7 +493,7 @@ def test_weights_that_change_are_noticed_by_a_resumed_extraction(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes.Spill, "sync", stop)
+        patch.setattr(making, "write_part", stop)
         with pytest.raises(Killed):
             _extract(own.config(), tmp_path / "out")
     _change_a_weight(own.model)

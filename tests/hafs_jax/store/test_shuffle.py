@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from hafs_extract.passes import _convert_rows
-from hafs_jax.base.errors import UserError
 from hafs_jax.store.manifest import DISK_DTYPES, ShardInfo, from_float32, to_float32
 from hafs_jax.store.shards import ShardWriter
 from hafs_jax.store.shuffle import Spill, exact_median, n_buckets, norms, shuffle_keys, spill_record
@@ -27,10 +26,10 @@ def _records(start: int, stop: int, seed: int = 0) -> np.ndarray:
 
 
 def _order(folder: Path, buckets: int, pieces: list[int], seed: int = 0) -> np.ndarray:
-    with contextlib.closing(Spill(folder, RECORD, [0] * buckets)) as spill:
+    with contextlib.closing(Spill(folder, RECORD, buckets)) as spill:
         for start, stop in zip([0, *pieces], [*pieces, N], strict=True):
             spill.append(_records(start, stop, seed))
-        spill.sync()
+        spill.flush()
     shuffled = np.concatenate(list(spill.shuffled()))
     assert (shuffled["acts0"] == shuffled["row"]["token"][:, None]).all()
     return shuffled["row"]["token"]
@@ -69,47 +68,20 @@ def test_keys_are_uniform_and_independent_of_neighbours() -> None:
     assert abs(np.corrcoef(ranks, np.arange(count))[0, 1]) < 5 / count**0.5
 
 
-def test_a_spill_is_cut_back_to_what_the_journal_says(tmp_path: Path) -> None:
-    with contextlib.closing(Spill(tmp_path, RECORD, [0] * 5)) as spill:
-        spill.append(_records(0, 400))
-        spill.sync()
-        counts = list(spill.counts)
-        spill.append(_records(400, 700))  # a kill: these may be on disk whole, in part or not at all
-    with open(tmp_path / "bucket-0003.bin", "ab") as file:
-        file.write(b"half a row")
-    with contextlib.closing(Spill(tmp_path, RECORD, counts)) as spill:
-        assert spill.rows == 400
-        spill.append(_records(400, N))
-        spill.sync()
-    shuffled = np.concatenate(list(spill.shuffled()))
-    np.testing.assert_array_equal(shuffled["row"]["token"], np.argsort(shuffle_keys(0, 0, 0, N)))
-    assert spill.median_norms() == [np.median(_records(0, N)["norm"].astype(np.float64))]
-
-
 def test_every_kind_has_its_own_exact_median_and_stays_with_its_row(tmp_path: Path) -> None:
     norms = np.random.default_rng(1).gamma([1.0, 2.0, 7.0], size=(N, 3)).astype(np.float32)
     records = np.zeros(N, spill_record([(2, "float32"), (D, "float16"), (4, "bfloat16")]))
     records["key"], records["norm"] = shuffle_keys(0, 0, 0, N), norms
     for kind in range(3):
         records[f"acts{kind}"] = np.arange(N)[:, None] + kind
-    with contextlib.closing(Spill(tmp_path, records.dtype, [0] * 3)) as spill:
+    with contextlib.closing(Spill(tmp_path, records.dtype, 3)) as spill:
         spill.append(records[:10])
         spill.append(records[10:])
-        spill.sync()
-        counts = list(spill.counts)
-        spill.append(records[:3])
-    with contextlib.closing(Spill(tmp_path, records.dtype, counts)) as spill:  # cut back in all three columns
+        spill.flush()
         shuffled = np.concatenate(list(spill.shuffled()))
         assert spill.median_norms() == np.median(norms.astype(np.float64), axis=0).tolist()
     for kind in range(3):
         np.testing.assert_array_equal(shuffled[f"acts{kind}"][:, 1], np.argsort(records["key"]) + kind)
-
-
-def test_a_spill_shorter_than_its_journal_is_named(tmp_path: Path) -> None:
-    (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "bucket-0000.bin").write_bytes(b"x" * (2 * RECORD.itemsize - 1))
-    with pytest.raises(UserError, match=r"bucket-0000.bin holds \d+ bytes, the journal says \d+; delete .* to begin"):
-        Spill(tmp_path / "rows", RECORD, [2])
 
 
 def test_buckets_are_enough_for_memory_and_not_too_many_files() -> None:
@@ -159,6 +131,23 @@ def test_shards_are_full_but_the_last_and_statistics_are_of_what_is_stored(
     np.testing.assert_allclose(statistics.mean_D, kept.mean(0), rtol=1e-14)
     np.testing.assert_allclose(statistics.mean_squared_norm, (kept**2).sum(1).mean(), rtol=1e-14)
     np.testing.assert_allclose(statistics.variance, ((kept - kept.mean(0)) ** 2).sum(1).mean(), rtol=1e-12)
+
+
+def test_statistics_are_sums_of_shards_which_are_added_in_their_order(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows, scale = np.zeros(2_000, RECORD["row"]), 10.0 ** rng.integers(-9, 3, (2_000, 1))
+    acts = (rng.normal(3.0, 2.0, (2_000, D)) * scale).astype(np.float32)
+    total_D = running_D = np.zeros(D)
+    for start in range(0, 2_000, 700):
+        shard, sum_D = acts[start : start + 700].astype(np.float64), np.zeros(D)
+        for piece in np.split(shard, range(256, len(shard), 256)):
+            sum_D, running_D = sum_D + piece.sum(0), running_D + piece.sum(0)
+        total_D = total_D + sum_D
+    writer = ShardWriter(tmp_path, D, "float32", 700, 1)
+    writer.add(acts, rows)
+    statistics = writer.finish()
+    assert statistics is not None and (running_D != total_D).any()  # the order shows
+    np.testing.assert_array_equal(statistics.mean_D, total_D / 2_000)
 
 
 def test_no_rows_are_no_statistics(tmp_path: Path) -> None:
