@@ -72,7 +72,8 @@ def sweep(arguments: list[str]) -> None:
 def synth(arguments: list[str]) -> None:
     """`hafs synth`."""
     parsed, flags_of_all = synth_parser().parse_known_args(arguments)
-    _points(parsed, flags_of_all)  # a wrong flag is said before the minutes that sampling takes
+    # A wrong flag is said before the minutes that sampling takes. F and k, where no flag gives them, are the world's.
+    _points(parsed, ["--sae.n-latents", "4096", "--sae.k", "1", *flags_of_all])
     profile = f"synth-{parsed.world}"
 
     def run(*command: str) -> None:

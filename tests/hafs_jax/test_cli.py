@@ -253,3 +253,16 @@ def test_make_clean_removes_results_and_distclean_the_environment_too_but_asks(t
         assert str(out) in refused.stdout and "CONFIRM=yes" in refused.stderr
     assert make("clean", "CONFIRM=yes").returncode == 0 and not out.exists() and venv.exists()
     assert make("distclean", "CONFIRM=yes").returncode == 0 and not out.exists() and not venv.exists()
+
+
+def test_synth_refuses_a_wrong_flag_before_it_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And takes a number of latents below the default k, which is the world's own."""
+    started = []
+    monkeypatch.setattr("hafs_jax.base.process.children.run", lambda command: started.append(command) or 3)
+    for flags, code in ((["--batch-size", "many"], 2), (["--grid", "k="], 2), (["--sae.n-latents", "24"], 3)):
+        with pytest.raises(SystemExit) as stop:
+            main(["synth", "--out", str(tmp_path), *flags])
+        assert stop.value.code == code, capsys.readouterr().err
+    assert [command[0] for command in started] == ["synth-world"]
