@@ -13,9 +13,9 @@ from hafs_jax.fast.mesh import all_devices, parse
 from hafs_jax.fast.objective import blocks_of_rows
 from hafs_jax.fast.plan import choose, target
 from hafs_jax.ops.products import blocks_of
+from hafs_jax.ops.room import available_bytes, remedies, size
 from hafs_jax.store.manifest import DISK_DTYPES
 from hafs_jax.training.loop import Stores
-from hafs_jax.training.room import available_bytes, remedies, size
 from hafs_jax.training.state import hyperparameters, init_state
 
 # What a compiled step holds at once on a CPU beside its state, as XLA's own analysis of temporary memory has it:

@@ -23,6 +23,7 @@ from hafs_jax.method.sae import InputScale
 from hafs_jax.ops import hosts
 from hafs_jax.ops.parts import own_rows, put
 from hafs_jax.ops.products import Params
+from hafs_jax.ops.room import check_room
 from hafs_jax.runs import Run, RunSummary
 from hafs_jax.saelens_format import read_start
 from hafs_jax.store.holding import reading
@@ -33,7 +34,6 @@ from hafs_jax.training.checkpoint import Checkpoints
 from hafs_jax.training.data import Part, first_rows, geometric_median, input_scale, prefetch
 from hafs_jax.training.heldout import Heldout
 from hafs_jax.training.programs import TOGETHER, compile_steps
-from hafs_jax.training.room import check_room
 from hafs_jax.training.rows.rolling import RollingBatches, batches_of
 from hafs_jax.training.runlog import NoLog, OnRunMetrics, Progress, RunLog
 from hafs_jax.training.state import TrainState, hyperparameters, init_state, seed_key, shared_config, state_of
