@@ -1,7 +1,7 @@
 """What every architecture under every variant promises. A new one joins by its line in the presets.
 
-The short promises are checked for every pair. A whole run with its export is made for every architecture, and for every
-variant on the default one; beside those only where a variant and an architecture could interfere.
+Shapes are checked for every pair. The compiled step against the plain one, and a whole run with its export, are checked
+for every architecture, and for every variant on the default one; beside those only where the two could interfere.
 """
 
 import dataclasses
@@ -37,7 +37,10 @@ WHOLE = [
     for variant, architecture in EVERY
     if variant in ("baseline", "adaptive", "random_init") or architecture == "batchtopk"
 ]
-every = pytest.mark.parametrize(("variant", "architecture"), EVERY, ids=["-".join(pair) for pair in EVERY])
+every, whole = (
+    pytest.mark.parametrize(("variant", "architecture"), pairs, ids=["-".join(pair) for pair in pairs])
+    for pairs in (EVERY, WHOLE)
+)
 
 
 def config_of(variant: str, architecture: str, steps: int = 600) -> TrainConfig:
@@ -77,7 +80,7 @@ def test_shapes_dtypes_and_unit_rows(variant: str, architecture: str) -> None:
         assert float(encoding.latents_BF.min()) >= 0
 
 
-@every
+@whole
 def test_jit_equals_no_jit(variant: str, architecture: str, store: Store) -> None:
     config = config_of(variant, architecture)
     hyper = hyperparameters(config)
@@ -92,7 +95,7 @@ def test_jit_equals_no_jit(variant: str, architecture: str, store: Store) -> Non
         np.testing.assert_allclose(compiled.params[name], value, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("variant", "architecture"), WHOLE, ids=["-".join(pair) for pair in WHOLE])
+@whole
 def test_trains_saves_loads_and_exports(
     variant: str,
     architecture: str,

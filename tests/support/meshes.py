@@ -70,14 +70,10 @@ def compare(config: TrainConfig, meshes: tuple[Axes, ...] = MESHES) -> dict[str,
 
 
 def on_devices(script: str, *arguments: str, count: int = 4) -> str:
-    """What the script prints on so many virtual devices.
-
-    Programs are the same as elsewhere, but compiled without LLVM's costly passes, which takes two thirds of the time.
-    """
+    """What the script prints on so many virtual devices."""
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     done = subprocess.run(
