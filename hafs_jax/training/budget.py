@@ -27,7 +27,7 @@ _GRADIENTS, _PENALTY, _COPIES = 1.5, 0.5, 1.5  # times the parameters
 _DENSE_ARRAYS, _SPARSE_ARRAYS = {"gated": 5, "jumprelu": 5, "matryoshka_relu": 5, "hierarchical_topk": 6}, 1
 _OTHERS = 3  # of _DENSE_ARRAYS
 _AUX_ARRAYS = 3
-_DISPATCHES = 4  # being filled, two waiting, in use
+_DISPATCHES = 5  # being filled, two waiting, two in use
 
 
 @dataclass(frozen=True)

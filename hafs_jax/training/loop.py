@@ -171,9 +171,28 @@ class _Fit:
         label = self.members[0].run.name if how.members is None else f"{len(self.members)} SAEs"
         progress = Progress(label, config.steps, config.batch_size, step, self.progress if hosts.first() else False)
 
+        unread: list[tuple[Any, int]] = []  # metrics that may still be computed, and the step before them
+
+        def read() -> None:
+            """Waits for the metrics that are unread, checks and logs them."""
+            nonlocal bad
+            while unread:
+                stacked, before = unread.pop()
+                metrics = {name: value.reshape(len(value), -1) for name, value in jax.device_get(stacked).items()}
+                self._check_finite(metrics, bad)
+                bad = [int(count) for count in metrics["bad_batches"][-1]]
+                self._log(metrics, before, state, scale, logs, heldout)
+                progress.advance(int(metrics["step"][-1, 0]), metrics)
+
+        def save() -> None:
+            for log in logs:
+                log.sync()  # what a checkpoint goes on from is on disk before it
+            checkpoints.save(how.for_checkpoint(state), scale)
+
         def waiting() -> None:
             if stopped and hosts.count() == 1:  # of several, one alone can't save: they stop after the next dispatch
-                checkpoints.save(how.for_checkpoint(state), scale)
+                read()
+                save()
                 raise Terminated(stopped[0])
 
         blocks = prefetch(
@@ -193,19 +212,17 @@ class _Fit:
                     compiled.add(steps)
                 stopped = stack.enter_context(deferred()) if stopped is None else stopped
                 state, stacked = program(state, block, scale, hyper, config)
-                metrics = {name: value.reshape(len(value), -1) for name, value in jax.device_get(stacked).items()}
-                before, step = step, int(metrics["step"][-1, 0])
-                self._check_finite(metrics, bad)
-                bad = [int(count) for count in metrics["bad_batches"][-1]]
-                self._log(metrics, before, state, scale, logs, heldout)
-                progress.advance(step, metrics)
+                before, step = step, step + steps
+                read()  # of the dispatch before, while the device computes this one
+                unread.append((stacked, before))
                 signal = hosts.agreed(stopped)
+                if not (signal or self._needs_state(before, step)):
+                    continue
+                read()
                 if step == config.steps or all(measure.hopeless for measure in heldout):
                     break
                 if _passed(before, step, config.checkpoint_every_steps) or signal:
-                    for log in logs:
-                        log.sync()  # what a checkpoint goes on from is on disk before it
-                    checkpoints.save(how.for_checkpoint(state), scale)
+                    save()
                     if self.rolling is not None:
                         self.rolling.saved(step)
                 if signal:
@@ -221,6 +238,17 @@ class _Fit:
             for log in logs:
                 log.close()
 
+    def _measured(self, before: int, step: int) -> tuple[bool, bool]:
+        """Whether coherence, and whether the held-out rows, are due at the end of the steps after `before`."""
+        config, at_end = self.config, step == self.config.steps
+        every = config.evaluate_every_steps
+        coherent = _passed(before, step, config.coherence_every_steps) or at_end
+        return coherent, bool(every) and (_passed(before, step, every) or at_end)
+
+    def _needs_state(self, before: int, step: int) -> bool:
+        """Whether the state at that end is measured or saved: else the next dispatch may take its place at once."""
+        return any(self._measured(before, step)) or _passed(before, step, self.config.checkpoint_every_steps)
+
     def _log(
         self,
         metrics: dict[str, np.ndarray],
@@ -230,11 +258,13 @@ class _Fit:
         logs: list[RunLog],
         heldout: list[Heldout],
     ) -> None:
-        """Logs a dispatch, the steps after `before`, with what is measured at its end where that is due."""
+        """Logs a dispatch, the steps after `before`, with what is measured at its end where that is due.
+
+        `state` is that at its end where this is so, and else maybe a later one.
+        """
         config, step = self.config, int(metrics["step"][-1, 0])
         at_end = step == config.steps
-        measured = _passed(before, step, config.coherence_every_steps) or at_end
-        held = bool(config.evaluate_every_steps) and (_passed(before, step, config.evaluate_every_steps) or at_end)
+        measured, held = self._measured(before, step)
         for index, (member, log) in enumerate(zip(self.members, logs, strict=True)):
             extra: dict[str, float] = {}
             if (measured or held) and index not in self.failed:

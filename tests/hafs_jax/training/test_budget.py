@@ -44,7 +44,7 @@ def test_what_is_counted(stores: Stores) -> None:
     assert found.parameters == 4 * (2 * D * F + F + D)
     assert 2 * found.parameters < found.optimizer < 2 * found.parameters + 4 * 4 * F  # Adam's moments, and counters
     assert found.step == 1.5 * found.parameters + 3 * 4 * B * F
-    assert found.batches == 4 * 5 * B * D * 2
+    assert found.batches == 5 * 5 * B * D * 2
     assert found.total == found.parameters + found.optimizer + found.step + found.batches
     kept = config_of("topk", "sparse")
     assert budget(kept, stores).step == found.step  # the auxiliary loss takes as much

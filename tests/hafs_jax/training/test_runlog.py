@@ -17,6 +17,7 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.runs import Run
+from hafs_jax.training import programs
 from hafs_jax.training.checkpoint import load_checkpoint
 from hafs_jax.training.sweeps import sweep
 from hafs_jax.training.train import open_stores, train
@@ -200,3 +201,32 @@ def test_bars_and_notes_are_shown_where_they_are_asked_for(
     with caplog.at_level(logging.INFO, "hafs_jax"):
         assert "strict-s0: 100%" in said("noted") and said("hidden", progress=False) == ""
     assert any(message.startswith("strict-s0: batchtopk D=8 F=12 k=2, 40 steps") for message in caplog.messages)
+
+
+class Noting:
+    """A compiled program that notes its calls."""
+
+    def __init__(self, program: Any, events: list[Any]) -> None:
+        self._program, self._events = program, events
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._program, name)
+
+    def __call__(self, *arguments: Any) -> Any:
+        self._events.append("dispatch")
+        return self._program(*arguments)
+
+
+def test_metrics_are_read_while_the_next_dispatch_is_computed(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for those after which the state is saved or measured, which the next dispatch takes the place of."""
+    events: list[Any] = []
+    monkeypatch.setattr(
+        "hafs_jax.training.loop.compile_steps", lambda *args: Noting(programs.compile_steps(*args), events)
+    )
+    config = small(
+        tokens=12 * 20, steps_per_dispatch=2, log_every_steps=2, checkpoint_every_steps=8, coherence_every_steps=100
+    )
+    train(config, store, tmp_path, on_metrics=lambda step, _: events.append(step))
+    assert events == [*["dispatch"] * 2, 2, "dispatch", 4, "dispatch", 6, 8, *["dispatch"] * 2, 10, 12]
