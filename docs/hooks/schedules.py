@@ -54,7 +54,7 @@ def drawn() -> str:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(7.2, 2.5), layout="constrained")
         for axes, (title, label, x, y) in zip(figure.subplots(1, 2), lines, strict=True):
-            axes.plot(x, y, color=_LINE, linewidth=2)
+            axes.plot(x, np.round(y, 3), color=_LINE, linewidth=2)
             axes.set(title=title, xlabel=label, ylim=(-0.04, 1.08), xlim=(x[0], x[-1]))
             axes.grid(color=_FAINT, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)

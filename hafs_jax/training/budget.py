@@ -12,8 +12,8 @@ from hafs_jax.fast.forms import form_of
 from hafs_jax.fast.mesh import all_devices, parse
 from hafs_jax.fast.objective import blocks_of_rows
 from hafs_jax.fast.plan import choose, target
+from hafs_jax.fast.room import available_bytes, remedies, size
 from hafs_jax.ops.products import blocks_of
-from hafs_jax.ops.room import available_bytes, remedies, size
 from hafs_jax.store.manifest import DISK_DTYPES
 from hafs_jax.training.loop import Stores
 from hafs_jax.training.state import hyperparameters, init_state

@@ -18,12 +18,12 @@ from hafs_jax.base.memory import give_back_memory
 from hafs_jax.base.process.signals import deferred
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.mesh import BATCHES, EVERYWHERE, OWNED, axes_of, mesh_for, split, state_shardings
+from hafs_jax.fast.room import check_room
 from hafs_jax.method.penalties import coherence
 from hafs_jax.method.sae import InputScale
 from hafs_jax.ops import hosts
 from hafs_jax.ops.parts import own_rows, put
 from hafs_jax.ops.products import Params
-from hafs_jax.ops.room import check_room
 from hafs_jax.runs import Run, RunSummary
 from hafs_jax.saelens_format import read_start
 from hafs_jax.store.holding import reading

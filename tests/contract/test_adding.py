@@ -58,7 +58,7 @@ def test_the_contract_suite_holds_for_them(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "tests/contract/test_architectures.py", "-k", chosen]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert " 9 passed" in done.stdout, done.stdout[-300:]
+    assert " 8 passed" in done.stdout, done.stdout[-300:]
 
 
 def test_every_command_knows_them(environment: dict[str, str]) -> None:

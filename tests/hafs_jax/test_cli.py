@@ -106,7 +106,7 @@ def test_the_flags_that_matter_come_first(capsys: pytest.CaptureFixture, monkeyp
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "usage: hafs train [options]" and max(map(len, lines)) <= 80
     groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert groups[:3] == ["options:", "most used:", "data and place:"] and len(groups) == 8
+    assert groups[:3] == ["options:", "most used:", "data and place:"] and len(groups) == 9
     flags = [line.split()[0].rstrip(",") for line in lines if line.startswith("  --")]
     assert flags[:5] == ["--variant", "--arch", "--sae.k", "--sae.n-latents", "--sae.expansion"]
     assert len(flags) == len(set(flags)) > 60

@@ -20,6 +20,7 @@ PRINTERS = {
     "hafs_jax.commands.plan": None,
     "hafs_jax.commands.streaming": {"_pass_on"},
     "hafs_jax.base.errors": {"one_line_errors"},
+    "hafs_jax.ops.hosts": {"_said"},
     "hafs_jax.base.flags": {"error"},
     "hafs_jax.base.log": {"emit"},
     "hafs_extract.cli": None,

@@ -9,9 +9,8 @@ import pytest
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.config import TrainConfig
-from hafs_jax.fast import plan
-from hafs_jax.ops import room
-from hafs_jax.ops.room import available_bytes, check_room, size
+from hafs_jax.fast import plan, room
+from hafs_jax.fast.room import available_bytes, check_room, size
 from hafs_jax.presets import preset
 from hafs_jax.store.reader import Store
 from hafs_jax.training import budget as module
@@ -148,7 +147,7 @@ def test_on_an_accelerator_a_compiled_step_that_has_no_room_is_refused(monkeypat
     assert needed >= 40_000 + 400
     monkeypatch.setattr(room, "available_bytes", lambda: needed - 1)
     check_room(compiled)  # on a CPU other processes use the memory too: what is free now says little
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(room, "target", lambda: "gpu")
     with pytest.raises(
         UserError, match=r"the compiled step needs \d+ kB beside .* already; found .* free; lower batch"
     ):
@@ -162,7 +161,7 @@ def test_on_an_accelerator_a_compiled_step_that_has_no_room_is_refused(monkeypat
 def test_what_takes_the_place_of_an_argument_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     step = jax.jit(lambda acts_ND: acts_ND + 1.0, donate_argnums=0)
     compiled = step.lower(jax.ShapeDtypeStruct((100, 100), np.float32)).compile()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(room, "target", lambda: "gpu")
     monkeypatch.setattr(room, "available_bytes", lambda: 1_000)
     check_room(compiled)
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from hafs_jax.base.errors import UserError, arg
+from hafs_jax.fast.plan import target
 
 
 def available_bytes() -> int | None:
@@ -31,7 +32,7 @@ def check_room(compiled: Any, members: int = 1) -> None:
     nothing is checked: other processes use its memory too.
     """
     planned = compiled.memory_analysis()
-    if jax.default_backend() == "cpu" or planned is None:
+    if target() == "cpu" or planned is None:
         return
     needed = planned.temp_size_in_bytes + planned.output_size_in_bytes - planned.alias_size_in_bytes
     free = available_bytes()
@@ -45,7 +46,7 @@ def check_room(compiled: Any, members: int = 1) -> None:
 def remedies(members: int = 1) -> str:
     """What to change where a training of `members` SAEs in one program does not fit."""
     fewer = f"{arg('most_together')}, " if members > 1 else ""
-    pool = "" if jax.default_backend() == "cpu" else ", or give JAX more of it with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
+    pool = "" if target() == "cpu" else ", or give JAX more of it with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
     return (
         f"lower {fewer}{arg('batch_size')}, {arg('sae.expansion')} or {arg('sae.n_latents')}, or split the latents "
         f"over more devices with {arg('mesh')}{pool}"
