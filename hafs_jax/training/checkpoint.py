@@ -41,6 +41,12 @@ def check_path(folder: Path) -> None:
         )
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what asyncio says of Orbax's tasks that failed beside the one whose exception was raised."""
+    said = record.getMessage()
+    return not (said.startswith("Task exception was never retrieved") and "orbax" in said)
+
+
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager.
 
@@ -49,6 +55,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 2, state: Any = None) -> None:
+        logging.getLogger("asyncio").addFilter(_is_news)
         sizes = [leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state) if _is_plain(leaf)]
         limit = {"save_concurrent_gb": (max(sizes) + 1) / 1e9} if sizes else {}  # to be above the largest array
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)

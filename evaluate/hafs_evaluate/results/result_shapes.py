@@ -73,7 +73,7 @@ SHAPES: dict[str, Any] = {
     "summary.json": {
         "config": {"name": TEXT}, "arms": ANY, "verdict": [TEXT],
         "comparisons": [{
-            "architecture!": TEXT, "k!": NUMBER, "measure!": TEXT, "a!": TEXT, "b!": TEXT, "difference": NUMBER,
+            "architecture!": TEXT, "k": WHOLE, "measure!": TEXT, "a!": TEXT, "b!": TEXT, "difference": NUMBER,
             "low": NUMBER, "high": NUMBER, "p": NUMBER, "p_holm": NUMBER, "reseed_sd": NUMBER, "verdict!": TEXT,
         }],
         "falsifiers": [{"name": TEXT, "architecture": TEXT, "claim": TEXT, "outcome": TEXT, "why": TEXT}],

@@ -10,6 +10,7 @@ import pytest
 from hafs_evaluate.cli import main
 from hafs_evaluate.exchange.neuronpedia import EMPTY, write_neuronpedia
 from hafs_evaluate.latents.dashboards import LatentsConfig, show_latents, write_latents
+from hafs_jax.base.files import read_json, write_json
 from tests.support.shuffled_store import D, F, shuffled_store, tiny_tokenizer
 from tests.support.torch_saes import random_sae
 
@@ -134,7 +135,8 @@ def test_the_command_and_a_run_that_was_not_evaluated(run_folder, tmp_path, caps
     assert main(["neuronpedia", str(run_folder), "--out", str(tmp_path / "np")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "np" / "tiny" / "1-strict-s0")
     latents = tmp_path / "offline" / "eval" / "strict-s0" / "latents.json"
-    latents.write_text('{"latents": [{"index": 3}]}')
+    values = read_json(latents, "latents")
+    write_json(latents, {**values, "latents": [{**latent, "partners": None} for latent in values["latents"]]})
     with pytest.raises(SystemExit, match="2"):
         main(["neuronpedia", str(run_folder), "--out", str(tmp_path / "np")])
     assert "latents.json is of an earlier version; run `make eval` again" in capsys.readouterr().err

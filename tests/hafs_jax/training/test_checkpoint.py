@@ -1,6 +1,7 @@
 """Checkpoints of the first format, whose W_enc is [D, F], are read; those of a later one are refused."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,15 @@ def damage(folder: Path, step: int) -> None:
     """Damages the checkpoint's arrays."""
     for path in (folder / str(step)).rglob("d/*"):
         path.write_bytes(bytes(len(path.read_bytes())))
+
+
+def test_of_a_damaged_checkpoint_there_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Orbax reads arrays in tasks. What a second of them met is said by asyncio when its task is collected."""
+    said, asyncio = "Task exception was never retrieved\nfuture: <Task coro=<{}() done>>", logging.getLogger("asyncio")
+    with Checkpoints(tmp_path / "run"):
+        asyncio.error(said.format("orbax/checkpoint/handlers.py: ArrayHandler.metadata"))
+        asyncio.error(said.format("theirs"))
+    assert caplog.messages == [said.format("theirs")]
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
