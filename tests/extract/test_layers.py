@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +28,6 @@ from tests.support.tiny_models import D, save_jsonl, save_model, sentence
 HOOKS = ("blocks.3.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre")
 SPLITS = ("train", "heldout")
 RESOLVED = resolve("offline")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

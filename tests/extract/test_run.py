@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,15 +71,6 @@ class Inputs:
         fields = {"model": str(self.model), "sources": sources, "context_length": 17, "shard_rows": 300}
         fields |= {"batch_tokens": 256, "dtype": "float32", "heldout_fraction": 0.2, "norm_multiple": 1.1}
         return dataclasses.replace(PYTHIA70M, **{**fields, **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are slower on several threads, and sum in another order than a child process of one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from hafs_extract import run
 from hafs_extract.config import ExtractConfig, parse_source
@@ -35,14 +34,6 @@ from tests.support.tiny_models import save_model, save_wikitext
 
 RESOLVED = resolve("pythia70m")
 B = 32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,10 @@ import os
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 
 from hafs_extract import run
 from hafs_extract.cli import main
@@ -126,14 +124,6 @@ def test_a_workers_refusal_is_the_extractions() -> None:
     crew.send = lambda worker, job: crew.answers.append((worker, Refused("the disk is full")))  # type: ignore[method-assign]
     with pytest.raises(UserError, match="the disk is full"):
         Pool(crew).make(JOBS, lambda *_: None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
