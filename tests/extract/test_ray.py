@@ -15,7 +15,7 @@ from hafs_extract.parts.engine import Engine
 from hafs_extract.parts.pool import Pool
 from hafs_extract.profiles import resolve
 from hafs_jax.base.errors import UserError
-from tests.extract.test_workers import _digests, config, made, one_thread, pools, small_parts  # noqa: F401 - fixtures
+from tests.extract.test_workers import _digests, config, made, pools, small_parts  # noqa: F401 - fixtures
 
 RESOLVED = resolve("pythia70m")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
