@@ -27,6 +27,7 @@ SILENT_SECONDS = 20.0
 GRACE_SECONDS = 3.0
 _AGAIN_SECONDS = 0.2  # between two attempts to connect
 _HELLO_SECONDS = 5.0
+_LONGEST = 2**24  # bytes of a message: whoever reaches the port may send without end
 _AGAIN = "start all processes again: the run goes on from its last checkpoint"
 
 
@@ -174,7 +175,7 @@ class _Link:
     def read(self) -> dict[str, Any] | None:
         """The next message; None at the connection's end, which also one is that is no message."""
         try:
-            line = self._file.readline()
+            line = self._file.readline(_LONGEST)
             found = json.loads(line) if line else None
         except TimeoutError:
             self.reason = f"it was silent for {self._connection.gettimeout():g} s"

@@ -148,3 +148,21 @@ def test_someone_else_who_connects_does_not_count() -> None:
     assert isinstance(zero, Meeting) and isinstance(one, Meeting)
     zero.close()
     one.close()
+
+
+def test_a_message_without_end_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meetings, "_LONGEST", 1_000)
+    ours, theirs = _connected()
+    link = meetings._Link(ours)
+    link.patient_for(1)
+    theirs.sendall(b'{"process": 1}\n' + b" " * 5_000)
+    assert link.read() == {"process": 1}
+    assert link.read() is None and "broke" in link.reason
+    link.close()
+    theirs.close()
+
+
+def _connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        return server.accept()[0], theirs
