@@ -1,17 +1,19 @@
-"""SAE-Bench's first-letter absorption: refused where not valid, redirected, resumable. Its run_eval is a stub here."""
+"""SAE-Bench's first-letter absorption: refused where not valid, of the store's hook point, resumable."""
 
-import json
-import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from hafs_evaluate.saebench import first_letter as room
-from hafs_evaluate.saebench.first_letter import check_validity, first_letter, parameters, validity
+from hafs_evaluate.saebench.first_letter import Reading, check_validity, first_letter, validity
+from hafs_extract.models import load_model
 from hafs_jax.base.errors import UserError
-from tests.support.shuffled_store import D, F, shuffled_store
+from tests.support.shuffled_store import F, shuffled_store
+from tests.support.tiny_models import D, save_model
 from tests.support.torch_saes import random_sae
 
 
@@ -30,64 +32,71 @@ def test_small_models_and_dictionaries_are_refused_unless_forced():
     assert "\n" not in str(refused.value)
 
 
-@pytest.fixture
-def saebench(monkeypatch):
-    """A stub of run_eval that does what SAE-Bench does with folders; `calls` is what it saw."""
-    from sae_bench.evals.absorption import main
-
-    calls = []
-
-    def sparse(*, experiment_dir="site-packages", probes_dir="site-packages"):
-        return {"sparse": experiment_dir, "probes": probes_dir}
-
-    def absorption(*, experiment_dir="site-packages", sparse_probing_experiment_dir="site-packages", probes_dir="s"):
-        return {"absorption": experiment_dir, "sparse_again": sparse_probing_experiment_dir, "probes_again": probes_dir}
-
-    def run_eval(config, selected_saes, device, output_path, force_rerun):
-        torch.set_grad_enabled(True)
-        os.makedirs(os.path.join("artifacts", "absorption"), exist_ok=True)
-        model = main.HookedTransformer.from_pretrained_no_processing(config.model_name, device=device, dtype=None)
-        seen = {"model": model, "config": config, "cwd": os.getcwd(), "output": output_path}
-        calls.append(seen | main.run_k_sparse_probing_experiment() | main.run_feature_absortion_experiment())
-        if len(calls) > 1:
-            return  # too few letters: no result
-        Path(output_path).mkdir(parents=True)
-        path = Path(output_path) / f"{selected_saes[0][0]}_custom_sae_eval_results.json"
-        path.write_text(json.dumps({"eval_result_metrics": {"mean": {"mean_full_absorption_score": 0.25}}}))
-
-    monkeypatch.setattr(main, "run_k_sparse_probing_experiment", sparse)
-    monkeypatch.setattr(main, "run_feature_absortion_experiment", absorption)
-    monkeypatch.setattr(main, "run_eval", run_eval)
-    return SimpleNamespace(calls=calls, main=main)
+HOOK = "blocks.1.hook_mlp_out"
+LENIENT = {"min_feats_for_eval": 1, "min_GT_probe_f1": -1.0, "max_k_value": 2, "k_sparse_probe_num_epochs": 2}
 
 
-def test_the_result_is_saebenchs_with_its_validity_and_nothing_lies_outside(saebench, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    manifest = shuffled_store(tmp_path / "store").manifest
-    model = SimpleNamespace(hf=torch.nn.Linear(3, 4), bridge=object(), device="cpu")
-    originals = saebench.main.HookedTransformer, saebench.main.run_k_sparse_probing_experiment
-    assert parameters(model) == 16
-    root, sae = Path("cache"), random_sae(D, F)
+def score(model, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """The figures of SAE-Bench's own code for a random SAE of the tiny model's MLP."""
+    manifest = replace(shuffled_store(folder / "store").manifest, hook_point=HOOK)
     with torch.no_grad():
-        found = first_letter("run-ab", sae, model, manifest, root, {"max_k_value": 3})
+        found = first_letter("run-ab", random_sae(D, F, hook=HOOK), model, manifest, folder / "cache", changes)
         assert not torch.is_grad_enabled()
-    assert found["valid"] is False
-    assert "found 0 million parameters and 11 latents" in found["reason"]
-    assert found["result"]["eval_result_metrics"]["mean"]["mean_full_absorption_score"] == 0.25
-    (seen,) = saebench.calls
-    assert seen["model"] is model.bridge
-    assert (seen["config"].model_name, seen["config"].max_k_value, seen["config"].llm_dtype) == ("tiny", 3, "float32")
-    inside = (tmp_path / "cache").resolve()
-    for key in ("cwd", "output", "sparse", "probes", "absorption", "sparse_again", "probes_again"):
-        assert Path(seen[key]).is_relative_to(inside) and Path(seen[key]).is_absolute(), key
-    assert seen["sparse"] == seen["sparse_again"]
-    assert seen["probes"] == seen["probes_again"]
-    assert Path.cwd() == tmp_path and not (tmp_path / "artifacts").exists()
-    assert (saebench.main.HookedTransformer, saebench.main.run_k_sparse_probing_experiment) == originals
+    return found
 
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_model(str(save_model(tmp_path_factory.mktemp("model") / "model")), "float32")
+
+
+def test_saebench_scores_a_tiny_model_and_goes_on_from_what_a_kill_left(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # as commands set it
+    models_files = sorted(Path(model.info.name).rglob("*"))
+    found = score(model, tmp_path, LENIENT)
+    figures = found["result"]["eval_result_metrics"]["mean"]
+    assert found["result"]["eval_result_details"]  # of letters
+    assert 0 <= figures["mean_full_absorption_score"] <= 1
+    assert (found["valid"], "found 0 million parameters and 11 latents" in found["reason"]) == (False, True)
+    assert found["result"]["sae_bench_commit_hash"].startswith("sae-bench==")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "store"] and Path.cwd() == tmp_path
+    assert sorted(Path(model.info.name).rglob("*")) == models_files  # where SAE-Bench would write by itself
+
+    cache = tmp_path / "cache"
+    (probes,) = (cache / "probes").iterdir()
+    kept = next(probes.rglob("probe.pth"))
+    made = kept.stat().st_mtime_ns
+    for torn in (*(cache / "run-ab").rglob("*.parquet"), next((cache / "run-ab" / "output").iterdir())):
+        torn.write_bytes(torn.read_bytes()[:40])
+    assert measures(score(model, tmp_path, LENIENT)) == measures(found)
+    assert kept.stat().st_mtime_ns == made
+
+    shutil.rmtree(cache / "run-ab")
+    probes.rename(probes.with_name(f"{probes.name}.unfinished"))  # a kill amid the probe
+    assert measures(score(model, tmp_path, LENIENT)) == measures(found)
+    assert [path.name for path in (cache / "probes").iterdir()] == [probes.name]
+
+
+def measures(found: dict[str, Any]) -> list[Any]:
+    return [found["result"][key] for key in ("eval_result_metrics", "eval_result_details")]
+
+
+def test_a_model_that_does_not_spell_has_no_figure(model, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "LEAST_PARAMETERS", 10)
     monkeypatch.setattr(room, "LEAST_LATENTS", F)
-    empty = first_letter("other-cd", sae, model, manifest, root)
-    assert (empty["valid"], empty["result"]) == (False, None)
-    assert "spells fewer than 20 letters" in empty["reason"]
-    assert first_letter("run-ab", sae, model, manifest, root)["valid"] is True  # its files are there
+    found = score(model, tmp_path, LENIENT | {"min_feats_for_eval": 27})
+    assert (found["valid"], found["result"]) == (False, None)
+    assert "spells fewer than 27 letters" in found["reason"]
+
+
+@pytest.mark.parametrize("hook_point", [HOOK, "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"])
+def test_the_model_stops_at_the_hook_point(model, hook_point):
+    prompts = ["the cell of a membrane", "under glass while rivers carried salt"]
+    _, whole = model.bridge.run_with_cache(prompts, names_filter=[hook_point])
+    ran = []
+    handle = model.hf.gpt_neox.layers[2].mlp.register_forward_hook(lambda *_: ran.append(2))
+    _, found = Reading(model.bridge, "tiny", hook_point, 1).run_with_cache(prompts, ["blocks.1.hook_resid_post"])
+    handle.remove()
+    assert not ran
+    torch.testing.assert_close(found["blocks.1.hook_resid_post"], whole[hook_point].flatten(2), rtol=0, atol=0)
