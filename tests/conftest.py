@@ -36,8 +36,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hafs-jax" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# XLA's programs are those of users; LLVM's costly passes over them are left out, which takes a quarter of the time.
+# XLA's programs are those of users, but their machine code is made the quick way, which halves the tests' time: without
+# LLVM's costly passes, by the older emitters of loops, in one piece. `make demo` and the benchmarks take the usual one.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 import flax.struct
 import pytest

@@ -73,7 +73,7 @@ def on_devices(script: str, *arguments: str, count: int = 4) -> str:
     """What the script prints on so many virtual devices."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     done = subprocess.run(
