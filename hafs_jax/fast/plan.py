@@ -33,7 +33,6 @@ class Machine:
     cores: int  # CPU cores that this process may use
     has_amx: bool  # the processor has AMX, which multiplies tiles of bfloat16
     adds_rows: bool = False  # a GPU that adds four float32 in one atomic instruction: of compute capability 9.0 on
-    devices: int = 1
 
     @property
     def runs_kernels(self) -> bool:
@@ -64,7 +63,7 @@ def target(platform: str | None = None) -> str:
 def this_machine(platform: str | None = None) -> Machine:
     """The machine that this process runs on, with `platform` as its platform if one is given."""
     where = target(platform)
-    return Machine(where, _cores(), _has_amx(), where == "gpu" and _compute_capability() >= 9, jax.device_count())
+    return Machine(where, _cores(), _has_amx(), where == "gpu" and _compute_capability() >= 9)
 
 
 def choose(config: TrainConfig, platform: str | None = None, axes: Axes = Axes()) -> Plan:
@@ -84,14 +83,12 @@ def check_kernels(config: TrainConfig, machine: Machine) -> None:
     """Raises `UserError` where the config asks for kernels that the machine cannot run."""
     if config.kernels != "on":
         return
-    asked, instead = arg("kernels", "on"), f"leave it out, or say {arg('kernels', 'off')}"
     if not machine.runs_kernels:
         found = "an earlier GPU" if machine.platform == "gpu" else f"a {machine.platform.upper()}"
         raise UserError(
-            f"{asked}: expected an NVIDIA GPU of compute capability 9.0 (Hopper) or later, found {found}; {instead}"
+            f"{arg('kernels', 'on')}: expected an NVIDIA GPU of compute capability 9.0 (Hopper) or later, found "
+            f"{found}; leave it out, or say {arg('kernels', 'off')}"
         )
-    if machine.devices > 1:
-        raise UserError(f"{asked}: expected one device, found {machine.devices}; {instead}")
 
 
 def has_sparse_form(config: TrainConfig) -> bool:

@@ -20,7 +20,7 @@ def described(
 ) -> list[str]:
     """What a step of the config needs and costs on each of `devices` GPUs, in lines."""
     config = _for_target(config, d_model, on)
-    check_kernels(config, dataclasses.replace(on.machine, devices=devices))
+    check_kernels(config, on.machine)
     try:
         places = devices_of(on, devices)
     except NoCompiler as error:

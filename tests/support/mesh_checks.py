@@ -38,6 +38,13 @@ def steps_by_active_latents() -> None:
     compare(config_of("adaptive", "topk", products="sparse"), (Axes(1, 4),))
 
 
+def steps_with_kernels() -> None:
+    """Each device's kernels sum over its own rows, for its own latents."""
+    config, axes = config_of("adaptive", "topk", products="sparse", kernels="on"), Axes(2, 2)
+    assert plan.choose(config, axes=axes).kernels == "interpreted"
+    compare(config, (axes,))
+
+
 def steps_with_resampling() -> None:
     fields = {"resample_every_steps": 2, "resample_until": 1.0}
     compare(config_of("adaptive", "batchtopk", sparsity=fields), (Axes(2, 2),))

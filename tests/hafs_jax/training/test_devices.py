@@ -8,7 +8,7 @@ import pytest
 from tests.support.meshes import on_devices
 
 GROUPS = (
-    ("steps_by_active_latents", "steps_with_resampling", "ties"),
+    ("steps_by_active_latents", "steps_with_kernels", "steps_with_resampling", "ties"),
     ("lanes_that_overflow", "traffic", "shards", "other_meshes"),
 )
 """Checks that share a process, which takes about 35 seconds of one core."""
