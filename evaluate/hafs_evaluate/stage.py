@@ -354,9 +354,12 @@ def _mark(run: Exported, inputs: list[Any]) -> str:
 
 
 def _left(stage: Stage, evaluation: Evaluation) -> str:
-    """A fingerprint of the files that a stage of all runs reads and writes."""
+    """A fingerprint of the files that a stage of all runs reads and writes, wherever the profile's folder lies."""
     assert stage.reads is not None
-    return fingerprint([FORMAT, [[str(path), sha256_once(path)] for path in stage.reads(evaluation) if path.exists()]])
+    read = [path for path in stage.reads(evaluation) if path.exists()]
+    return fingerprint(
+        [FORMAT, [[os.path.relpath(path, evaluation.workspace.folder), sha256_once(path)] for path in read]]
+    )
 
 
 def _identified(values: Values, job: Job) -> Values:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hafs_extract.config import TEXT_SYNTAX, ExtractConfig, parse_source
 from hafs_extract.hub.presence import prepare_hub
-from hafs_extract.journal import is_complete, profile_names, store_folders
+from hafs_extract.journal import WORK, is_complete, profile_names, store_folders, work_root
 from hafs_extract.parts.engine import Engine
 from hafs_extract.profiles import DATASETS, OFFLINE, PROFILES, PYTHIA70M, Resolved, resolve
 from hafs_jax.base.errors import disk_errors, one_line_errors
@@ -179,9 +179,9 @@ def _extract(arguments: list[str]) -> int:
         _report_timing(folders)
 
     is_there = not options.force and is_complete(config, options.out)
-    if is_there and all(
-        rolling_at(folders["train"]) is None for folders in store_folders(config, options.out).values()
-    ):
+    is_left = (work_root(config, options.out) / WORK).exists()
+    is_rolling = any(rolling_at(folders["train"]) for folders in store_folders(config, options.out).values())
+    if is_there and not is_left and not is_rolling:
         print(f"{said}\n{there}", file=sys.stderr)
         placed()
         return 0

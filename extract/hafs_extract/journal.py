@@ -16,6 +16,8 @@ from hafs_jax.base.options import from_dict, option, to_dict
 from hafs_jax.store.manifest import MANIFEST, read_manifest
 
 JOURNAL = "journal.json"
+WORK = ".work"
+"""The folder beside the stores in which they are made. A command that is killed while it removes it leaves some."""
 
 
 def profile_names(config: ExtractConfig) -> dict[str, str]:

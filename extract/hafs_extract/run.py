@@ -20,6 +20,7 @@ from hafs_extract.contexts import SPLITS, write_contexts
 from hafs_extract.hub.files import Fetch, plan_dataset, plan_model
 from hafs_extract.hub.presence import hub_needs
 from hafs_extract.journal import (
+    WORK,
     Journal,
     begun_config,
     is_complete,
@@ -49,7 +50,6 @@ from hafs_jax.store.rolling.windows import Ledger, read_ledger, rolling_at, text
 
 LOG = logging.getLogger(__name__)
 
-WORK = ".work"
 SPARE_BYTES = 64 << 20  # of disk space, for what is not activations
 
 

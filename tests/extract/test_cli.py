@@ -168,6 +168,10 @@ def test_auto_is_recorded_and_a_second_run_has_nothing_to_do(
     assert manifest.profile == expected and manifest.hook_point == "blocks.1.hook_resid_pre"
     assert f"train: {manifest.rows:,} rows of 20 bfloat16" in said.out and "tokens/s" in said.out
 
+    left = store / ".work" / "train-parts"  # by a kill in the last moment
+    left.mkdir(parents=True)
+    assert main(flags) == 0
+    assert "the stores are there already" in capsys.readouterr().err and not left.parent.exists()
     monkeypatch.setattr("hafs_extract.run.extract", lambda *_: pytest.fail("extracted again"))
     assert main(flags) == 0
     assert "the stores are there already" in capsys.readouterr().err

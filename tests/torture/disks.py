@@ -3,14 +3,14 @@
 import errno
 import random
 
-from tests.torture.jobs import COMMANDS, Torture, one_line
+from tests.torture.jobs import Torture, one_line
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EFBIG)
 
 
 def case(torture: Torture, number: int, seed: int) -> str | None:
     rng = random.Random(f"disks {seed} {number}")
-    job, error = sorted(COMMANDS)[number % len(COMMANDS)], rng.choice(ERRORS)
+    job, error = torture.job(number), rng.choice(ERRORS)
     at = rng.randint(1, torture.events[job]) * rng.choice((1, -1))
     out = torture.fresh(job)
     code, said = torture.run(job, out, at, error)

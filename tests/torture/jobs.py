@@ -1,6 +1,7 @@
 """The commands that are tortured, each in a fork of this process, and what of their results must be equal."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -13,11 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from tests.support.tiny_models import save_jsonl, save_model, sentence
 from tests.torture import layer
 
 TRAIN = ["--tokens", "1280", "--batch-size", "64", "--steps-per-dispatch", "2", "--checkpoint-every-steps", "4"]
 TRAIN += ["--log-every-steps", "2", "--sae.n-latents", "16", "--k", "3", "--evaluate-every-steps", "6"]
 PLACE = ["--out", "OUT", "--profile", "p"]
+MODEL = ["--out", "OUT", "--profile", "offline"]  # of the jobs with a language model
+TEXTS = ["--model", "MODEL", "--text", "TEXTS", "--hook-point", "blocks.1.hook_resid_post", "--heldout-fraction", "0.3"]
+TEXTS += ["--context-length", "32", "--batch-tokens", "256", "--shard-rows", "200", "--device", "cpu"]
+STAGES = ["--skip", "splice", "probing", "hierarchy", "tokens", "latents", "--device", "cpu"]
 COMMANDS: dict[str, list[list[str]]] = {
     "import": [["import", "ACTS", *PLACE, "--shard-rows", "200"]],
     "replace": [["import", "ACTS", *PLACE, "--shard-rows", "150", "--force"]],
@@ -25,31 +31,60 @@ COMMANDS: dict[str, list[list[str]]] = {
     "retrain": [["train", *PLACE, *TRAIN, "--force"]],
     "sweep": [["sweep", *PLACE, *TRAIN, "--grid", "seed=1..2"]],
     "export": [["export", "baseline-s0", *PLACE]],
+    "extract": [["extract", *MODEL, *TEXTS]],
+    "evaluate": [["evaluate", *MODEL, *STAGES]],
+    "report": [["report", *MODEL]],
+    "sample": [["synth-world", "--out", "OUT", "--world", "toy-1", "--samples", "3000"]],
 }
 """Each job by name. It starts from what the jobs before it have left; `replace` and `retrain` from all of them."""
+OF_MODELS = {"extract", "evaluate", "report", "sample"}
+"""Jobs that import torch."""
+UNDISTURBED = {"fit": [["sweep", *MODEL, *TRAIN, "--grid", "seed=1..2"]]}
+"""Jobs that are not tortured, from which others start."""
 START = {"import": "", "replace": "export", "train": "import", "retrain": "export", "sweep": "train", "export": "train"}
+START |= {"extract": "", "fit": "extract", "evaluate": "fit", "report": "evaluate", "sample": ""}
 VOLATILE = {"seconds", "tokens_per_second", "checksum", "sha256_of_above", "crc32", "of"}
-_SKIPPED = (".lock", ".locks", "checkpoints", "best", "auto.json")
+_SKIPPED = (".lock", ".locks", "checkpoints", "best", "auto.json", "timing.json", "seconds.json")
 LIMIT_SECONDS = 120
+_NUMBERS = itertools.count()
 
 
 @dataclass
 class Torture:
-    """A folder with the results of every job undisturbed, from which cases start."""
+    """A folder with the results of `jobs` undisturbed, from which cases start."""
 
     folder: Path
+    jobs: list[str]
 
     def __post_init__(self) -> None:
         acts = np.random.default_rng(0).normal(size=(700, 6)).astype(np.float32)
         np.save(self.folder / "acts.npy", acts)
+        if OF_MODELS & set(self.jobs):
+            save_model(self.folder / "model")
+            save_jsonl(self.folder / "texts.jsonl", [{"text": sentence(n, 30)} for n in range(60)])
+        self.words = {"ACTS": "acts.npy", "MODEL": "model", "TEXTS": "texts.jsonl"}
         self.events: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
         self.essences: dict[str, dict[str, str]] = {}
-        for job in ("import", "train", "export", "sweep", "replace", "retrain"):
-            out = self.fresh(job, f"of-{job}")
-            code, said = self.run(job, out, after=lambda: (self.folder / "count").write_text(str(layer.events())))
-            assert code == 0, f"{job} fails undisturbed: {said}"
-            self.events[job] = int((self.folder / "count").read_text())
-            self.essences[job] = essence(out)
+        for job in self.jobs:
+            self._prepare(job)
+
+    def _prepare(self, job: str) -> None:
+        """Runs the job undisturbed, after those that it starts from."""
+        if job in self.events:
+            return
+        if START[job]:
+            self._prepare(START[job])
+        out, started = self.fresh(job, f"of-{job}"), time.monotonic()
+        code, said = self.run(job, out, after=lambda: (self.folder / "count").write_text(str(layer.events())))
+        assert code == 0, f"{job} fails undisturbed: {said}"
+        self.seconds[job] = time.monotonic() - started
+        self.events[job] = int((self.folder / "count").read_text())
+        self.essences[job] = essence(out)
+
+    def job(self, number: int) -> str:
+        """The job of the case `number`: all in turn."""
+        return self.jobs[number % len(self.jobs)]
 
     def fresh(self, job: str, name: str = "case") -> Path:
         """A new OUT as the job finds it."""
@@ -74,7 +109,7 @@ class Torture:
 
         `after` is called in the fork at the end, `meanwhile(pid)` here.
         """
-        said = self.folder / "stderr"
+        said = self.folder / f"stderr-{next(_NUMBERS)}"
         pid = os.fork()
         if pid == 0:
             os._exit(self._child(job, out, at, action, log, after, said))
@@ -87,7 +122,9 @@ class Torture:
                 os.waitpid(pid, 0)
                 return 124, "hangs"
             time.sleep(0.02)
-        return os.waitstatus_to_exitcode(done[1]), said.read_text(errors="replace")
+        text = said.read_text(errors="replace")
+        said.unlink()
+        return os.waitstatus_to_exitcode(done[1]), text
 
     def _child(self, job: str, out: Path, at: int, action: int, log: Path | None, after: Any, said: Path) -> int:
         import sys
@@ -102,8 +139,8 @@ class Torture:
         layer.arm(out, at, action, log)
         code = 0
         try:
-            for command in COMMANDS[job]:
-                words = {"OUT": str(out), "ACTS": str(self.folder / "acts.npy")}
+            for command in (COMMANDS | UNDISTURBED)[job]:
+                words = {"OUT": str(out)} | {word: str(self.folder / name) for word, name in self.words.items()}
                 sys.argv = ["hafs", *(words.get(word, word) for word in command)]
                 code = cli.main() or 0
         except SystemExit as stop:

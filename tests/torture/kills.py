@@ -3,12 +3,12 @@
 import random
 import signal
 
-from tests.torture.jobs import COMMANDS, Torture
+from tests.torture.jobs import Torture
 
 
 def case(torture: Torture, number: int, seed: int) -> str | None:
     rng = random.Random(f"kills {seed} {number}")
-    job = sorted(COMMANDS)[number % len(COMMANDS)]
+    job = torture.job(number)
     out, at = torture.fresh(job), 0
     for _ in range(rng.choice((1, 1, 2, 3))):
         at = rng.randint(1, torture.events[job])

@@ -8,7 +8,7 @@ import random
 import shutil
 from pathlib import Path
 
-from tests.torture.jobs import COMMANDS, Torture
+from tests.torture.jobs import Torture
 from tests.torture.layer import Event, read_log
 
 _logs: dict[str, list[Event]] = {}
@@ -16,7 +16,7 @@ _logs: dict[str, list[Event]] = {}
 
 def case(torture: Torture, number: int, seed: int) -> str | None:
     rng = random.Random(f"power {seed} {number}")
-    job = sorted(COMMANDS)[number % len(COMMANDS)]
+    job = torture.job(number)
     recorded = torture.folder / "case"
     if job not in _logs:
         log = torture.folder / f"{job}.log"
@@ -50,12 +50,13 @@ def replay(events: list[Event], recorded: Path, out: Path, rng: random.Random) -
         return out / Path(path).relative_to(recorded)
 
     inodes: dict[int, Path] = {}
-    for event in (events[index] for index in names if index <= kept):
+    created: dict[int, int] = {}  # the event that made the file, since the number of a removed file is given again
+    for index, event in ((index, events[index]) for index in names if index <= kept):
         path = place(event.path)
         if event.kind == "C":
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
-            inodes[event.inode] = path
+            inodes[event.inode], created[event.inode] = path, index
         elif event.kind == "M":
             path.mkdir(exist_ok=True)
         elif event.kind == "U" and path.is_dir():
@@ -75,7 +76,9 @@ def replay(events: list[Event], recorded: Path, out: Path, rng: random.Random) -
         elif event.kind == "L" and path.exists():
             shutil.copy2(path, place(event.other))
     for inode, path in inodes.items():
-        own = [event for event in events if event.inode == inode and event.kind in "WTS"]
+        later = events[created[inode] + 1 :]
+        again = next((i for i, event in enumerate(later) if event.inode == inode and event.kind == "C"), len(later))
+        own = [event for event in later[:again] if event.inode == inode and event.kind in "WTS"]
         last = max((index for index, event in enumerate(own) if event.kind == "S"), default=-1)
         with open(path, "r+b") as file:
             for event in own[: rng.randint(last + 1, len(own))]:

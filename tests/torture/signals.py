@@ -3,14 +3,14 @@
 import random
 import signal
 
-from tests.torture.jobs import COMMANDS, Torture
+from tests.torture.jobs import Torture
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def case(torture: Torture, number: int, seed: int) -> str | None:
     rng = random.Random(f"signals {seed} {number}")
-    job, sent = sorted(COMMANDS)[number % len(COMMANDS)], rng.choice(NUMBERS)
+    job, sent = torture.job(number), rng.choice(NUMBERS)
     at = rng.randint(1, torture.events[job])
     out = torture.fresh(job)
     code, said = torture.run(job, out, at, -sent)

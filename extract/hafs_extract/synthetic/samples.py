@@ -119,12 +119,12 @@ def generate(config: SyntheticConfig, out: Path, force: bool = False) -> Path:
     `force` replaces those of another config, and makes those of this one again. Memory does not grow with `samples`.
     """
     folder = out / config.profile
-    if not force and is_made(config, out):
+    work = folder / "store" / _WORK
+    if not (force or work.exists()) and is_made(config, out):
         return folder
     with replacing([folder / "store"], "a sampling of a world"):
+        shutil.rmtree(work, ignore_errors=True)
         if force or not is_made(config, out):
-            work = folder / "store" / _WORK
-            shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             _check_space(config, work)
             _make(config, work)
