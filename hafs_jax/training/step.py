@@ -18,7 +18,7 @@ from hafs_jax.fast.plan import Plan, choose
 from hafs_jax.method.architectures import ARCHITECTURES
 from hafs_jax.method.controllers import ErrorGate, SparsityControl, update_gate, update_sparsity
 from hafs_jax.method.loss import Forward, Metrics, Weights
-from hafs_jax.method.penalties import PENALTIES, Structure, assign_parents, noise_floor_margin, tangent
+from hafs_jax.method.penalties import PENALTIES, Structure, assign_parents, noise_floor_margin, tangent, tangent_norms
 from hafs_jax.method.resample import resample
 from hafs_jax.method.sae import InputScale
 from hafs_jax.method.schedules import (
@@ -83,12 +83,16 @@ def train_step(
     rate_F = _RATE_DECAY * state.rate_F + (1 - _RATE_DECAY) * forward.firing_F / B
 
     # A unit row can only turn. What points along it would be undone by `unit_rows`, but would stay in Adam's moments.
-    grads["W_dec"] = tangent(grads["W_dec"], state.params["W_dec"])
+    whole_FD = grads["W_dec"]
+    grads["W_dec"] = tangent(whole_FD, state.params["W_dec"])
     alpha = jnp.float32(alpha_schedule(config.penalty, config.steps)(step))
     penalised = _with_penalty(grads["W_dec"], state, forward, rate_F, alpha, config, plan, chunk_key, axis)
     grads["W_dec"], held, groups_F, penalty = penalised
     loss += penalty["loss_orthogonality"]
-    gradient_norm = axes.norm(grads)
+    sizes = grads
+    if not plan.on_cpu and config.penalty.kind == "none":  # so that XLA need not write the tangent to memory
+        sizes = {**grads, "W_dec": tangent_norms(whole_FD, state.params["W_dec"])}
+    gradient_norm = axes.norm(sizes)
     ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
     learning_rate = hyper.learning_rate * learning_rate_schedule(config.optimizer, config.steps)(step)

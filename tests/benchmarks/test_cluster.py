@@ -14,8 +14,8 @@ CALM = dataclasses.replace(Cluster(), spread=0.0)
 
 
 def test_a_step_is_near_the_one_that_was_compiled_for_the_gpu() -> None:
-    """16.9 ms by the roofline of the compiled kernels: the table in benchmarks/README.md."""
-    assert compute_seconds(CONFIG, D, Axes(), GPUS["h100"]) == pytest.approx(16.9e-3, rel=0.1)
+    """15.9 ms without a penalty and 19.2 with one, by the roofline of the compiled kernels of `make gpu-check`."""
+    assert 15.9e-3 < compute_seconds(CONFIG, D, Axes(), GPUS["h100"]) < 19.2e-3
 
 
 def test_without_noise_and_with_a_fast_disk_nothing_waits() -> None:

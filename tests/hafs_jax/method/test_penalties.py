@@ -15,6 +15,8 @@ from hafs_jax.method.penalties import (
     hinge_penalty,
     noise_floor_margin,
     ortsae_penalty,
+    tangent,
+    tangent_norms,
 )
 from tests.support.penalties import D, F, structure_of
 
@@ -35,6 +37,18 @@ def naive(W_dec: jax.Array, alpha: float, mu0: float, T: np.ndarray | None = Non
 @pytest.fixture
 def W_dec() -> jax.Array:
     return 1.7 * jax.random.normal(jax.random.key(1), (F, D))
+
+
+def test_the_norms_of_a_tangent_need_no_tangent() -> None:
+    """Of rows whose norm is only about 1 too, of a row of zeros, and of one that points along its unit row."""
+    gradient_FD = jax.random.normal(jax.random.key(2), (F, D))
+    unit_FD = jax.random.normal(jax.random.key(3), (F, D))
+    unit_FD *= jnp.linspace(0.9, 1.1, F)[:, None] / jnp.linalg.norm(unit_FD, axis=1, keepdims=True)
+    unit_FD = unit_FD.at[1].divide(jnp.linalg.norm(unit_FD[1]))
+    gradient_FD = gradient_FD.at[0].set(0.0).at[1].set(5.0 * unit_FD[1])
+    expected_F = jnp.linalg.norm(tangent(gradient_FD, unit_FD), axis=1)
+    np.testing.assert_allclose(tangent_norms(gradient_FD, unit_FD), expected_F, rtol=1e-5, atol=5e-3)
+    np.testing.assert_allclose(tangent_norms(gradient_FD, unit_FD)[2:], expected_F[2:], rtol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.9])

@@ -16,6 +16,7 @@ from hafs_jax.method.sae import InputScale
 from hafs_jax.presets import ARCHITECTURES
 from hafs_jax.training.programs import compile_steps
 from hafs_jax.training.state import TrainState, hyperparameters, init_state
+from hafs_jax.training.step import train_step
 from tests.support.steps import B, D, F, K, batch, fresh, one_step, small
 
 
@@ -134,6 +135,20 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_counters_and_lambda(pois
     assert float(after.threshold_ema) == float(state.threshold_ema)
     assert int(metrics["bad_batches"]) == 1 and int(after.step) == int(state.step) + 1
     assert np.isfinite(float(after.sparsity.l0_ema))
+
+
+@pytest.mark.parametrize("variant", ["baseline", "adaptive"])
+def test_a_step_for_a_gpu_clips_by_the_norm_of_what_it_applies(variant: str) -> None:
+    """It takes the norm without the gradient's tangent in memory: a step as for a CPU has it from the tangent."""
+    config = small(variant, "topk", optimizer={"clip_norm": 0.01})
+    (state, scale), run = fresh(config), jax.jit(train_step, static_argnames=("config", "platform"))
+    (gpu, found), (cpu, expected) = (
+        run(state, batch(), scale, hyperparameters(config), config, platform=platform) for platform in ("gpu", "cpu")
+    )
+    assert float(expected["gradient_norm"]) > 0.01 / D  # it is clipped
+    assert float(found["gradient_norm"]) == pytest.approx(float(expected["gradient_norm"]), rel=1e-5)
+    for one, other in zip(jax.tree.leaves(gpu.opt_state), jax.tree.leaves(cpu.opt_state), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
 
 
 def test_counters_saturate_instead_of_wrapping() -> None:
