@@ -1,5 +1,6 @@
 """The commands that are tortured, each in a fork of this process, and what of their results must be equal."""
 
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -45,7 +46,7 @@ START = {"import": "", "replace": "export", "train": "import", "retrain": "expor
 START |= {"extract": "", "fit": "extract", "evaluate": "fit", "report": "evaluate", "sample": ""}
 VOLATILE = {"seconds", "tokens_per_second", "checksum", "sha256_of_above", "crc32", "of"}
 _SKIPPED = (".lock", ".locks", "checkpoints", "best", "auto.json", "timing.json", "seconds.json")
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 60
 _NUMBERS = itertools.count()
 
 
@@ -120,7 +121,7 @@ class Torture:
             if time.monotonic() > deadline:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-                return 124, "hangs"
+                return 124, f"hangs: {said.read_text(errors='replace')}"
             time.sleep(0.02)
         text = said.read_text(errors="replace")
         said.unlink()
@@ -132,10 +133,11 @@ class Torture:
 
         from hafs_jax import cli
 
-        with open(said, "w") as err, open(os.devnull, "w") as null:
-            os.dup2(err.fileno(), 2)
-            os.dup2(null.fileno(), 1)
+        err, null = open(said, "w"), open(os.devnull, "w")  # noqa: SIM115 (of this process until it ends)
+        os.dup2(err.fileno(), 2)
+        os.dup2(null.fileno(), 1)
         sys.stderr, sys.stdout = open(2, "w", closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+        faulthandler.dump_traceback_later(LIMIT_SECONDS - 5, file=err)
         layer.arm(out, at, action, log)
         code = 0
         try:
@@ -157,7 +159,7 @@ class Torture:
         """What is wrong after the same command was given again, undisturbed; None where all is as it should be."""
         code, said = self.run(job, out)
         if code:
-            return f"the same command again ends with {code}: {said.strip()[-300:]}"
+            return f"the same command again ends with {code}: {said.strip()[-4000:]}"
         found, expected = essence(out), self.essences[job]
         if found == expected:
             return None

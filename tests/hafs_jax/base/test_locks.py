@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -63,6 +64,29 @@ def test_many_read_and_one_writes(tmp_path: Path) -> None:
     other.communicate(b"x", timeout=30)
     with locked(path, "an extraction", tmp_path), pytest.raises(UserError, match="an extraction is at work on it"):
         locked(path, "a training", tmp_path, shared=True).__enter__()
+
+
+def test_notes_that_are_damaged_or_of_another_machine_do_not_hinder(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    note = {"pid": 2**22 + 1, "work": "a training", "command": "hafs train", "since": "now"}  # above the largest pid
+    here, there = {**note, "id": "a", "host": os.uname().nodename}, {**note, "id": "b", "host": "elsewhere"}
+    path.write_text("\n".join(["{", "[" * 100_000, "[1]", json.dumps(here), json.dumps(there), "\0\0"]))
+    with open(path, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError) as caught:
+            locked(path, "an evaluation", tmp_path).__enter__()
+    assert f"a training is at work on it (pid {2**22 + 1} on elsewhere, since now: hafs train)" in str(caught.value)
+    assert os.uname().nodename not in str(caught.value)
+
+
+def test_notes_of_many_readers_do_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ".lock"
+    monkeypatch.setattr(locks, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(sys, "argv", ["hafs", "x" * 3000])
+    for _ in range(30):
+        with locked(path, "a report", tmp_path, shared=True):
+            assert b'"work": "a report"' in path.read_bytes()
+    assert path.stat().st_size < 2000
 
 
 def test_the_lock_of_a_killed_process_is_free_and_its_name_forgotten(tmp_path: Path) -> None:
@@ -150,6 +174,9 @@ def test_a_mount_whose_locks_hold_on_one_machine_is_refused(
     monkeypatch.setattr(locks, "MOUNTS", mounts)
     mounts.write_text(f"/dev/a / ext4 rw 0 0\nserver:/x {tmp_path} nfs {options} 0 0\n")
     with pytest.raises(UserError, match=r"keeps them to this one .*HAFS_LOCAL_LOCKS=1"):
+        locked(tmp_path / "a" / ".lock", "a test", tmp_path).__enter__()
+    mounts.write_text(f"server:/x {tmp_path} nfs {options} 0 0\n/dev/a / ext4 rw 0 0\n")
+    with pytest.raises(UserError, match="keeps them to this one"):  # the mount below counts, in any order
         locked(tmp_path / "a" / ".lock", "a test", tmp_path).__enter__()
     monkeypatch.setenv("HAFS_LOCAL_LOCKS", "1")
     with locked(tmp_path / "a" / ".lock", "a test", tmp_path):

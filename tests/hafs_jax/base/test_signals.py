@@ -101,11 +101,46 @@ def test_state_is_saved_however_long_that_takes(number: int) -> None:
     seconds = signals._PATIENCE_SECONDS + 1
     process = started(
         f"with signals.deferred() as received:\n    print('ready', flush=True)\n    time.sleep({seconds})\n"
-        "    print('saved', received, flush=True)\ntime.sleep(60)"
+        "    print('saved', received, flush=True)\nprint('went on', flush=True)\ntime.sleep(60)"
     )
     process.send_signal(number)
     out, said = process.communicate(timeout=60)
     assert (process.returncode, out, said.strip()) == (128 + number, f"saved [{int(number)}]\n", signals.LINE)
+
+
+def test_another_signal_does_not_disturb_what_the_first_one_ends() -> None:
+    """Only Ctrl-C asks to end at once: a cluster's manager may send SIGTERM again and again."""
+    process = started(
+        "try:\n    print('ready', flush=True)\n    time.sleep(60)\nfinally:\n    time.sleep(1)\n"
+        "    print('cleaned', flush=True)"
+    )
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(signals._DOUBLE_SECONDS + 0.2)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out, said.strip()) == (143, "cleaned\n", signals.LINE)
+
+
+def test_a_command_that_is_patient_ends_in_its_own_time() -> None:
+    process = started(
+        "with signals.patient():\n    try:\n        print('ready', flush=True)\n        time.sleep(60)\n    finally:\n"
+        f"        time.sleep({signals._PATIENCE_SECONDS + 1})\n        print('cleaned', flush=True)"
+    )
+    process.send_signal(signal.SIGTERM)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out, said.strip()) == (143, "cleaned\n", signals.LINE)
+
+
+def test_the_line_is_written_once_though_the_process_is_slow_to_end() -> None:
+    process = started(f"import atexit\natexit.register(time.sleep, {signals._PATIENCE_SECONDS + 3})\n{SLEEPS}")
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (143, [signals.LINE])
+
+
+def test_a_signal_to_a_command_that_is_done_changes_nothing() -> None:
+    process = started("import atexit\natexit.register(lambda: (print('ready', flush=True), time.sleep(1)))")
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (0, [])
 
 
 def test_a_second_ctrl_c_ends_a_save_that_hangs() -> None:
@@ -173,3 +208,17 @@ def test_in_python_signals_are_noted_while_deferred_and_come_after_it(number: in
         [sys.executable, "-c", body, str(int(number))], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == -number and done.stdout == f"[{int(number)}]\n"
+
+
+def test_in_python_a_second_ctrl_c_is_one_and_what_was_ignored_stays_so() -> None:
+    body = (
+        "import os, signal, time\nfrom hafs_jax.base.process.signals import deferred\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "with deferred() as received: os.kill(os.getpid(), signal.SIGHUP)\n"
+        "print(received)\n"
+        "try:\n    with deferred() as received:\n"
+        "        os.kill(os.getpid(), signal.SIGINT); print(received); os.kill(os.getpid(), signal.SIGINT)\n"
+        "        print('not reached')\nexcept KeyboardInterrupt: print('raised')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n[2]\nraised\n", "")
