@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,8 +132,11 @@ class Torture:
         import sys
         import traceback
 
+        from tqdm import tqdm
+
         from hafs_jax import cli
 
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that was killed may have it
         err, null = open(said, "w"), open(os.devnull, "w")  # noqa: SIM115 (of this process until it ends)
         os.dup2(err.fileno(), 2)
         os.dup2(null.fileno(), 1)
