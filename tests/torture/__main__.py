@@ -10,7 +10,9 @@ from pathlib import Path
 
 SUBJECTS = {"kills": 90, "times": 45, "signals": 60, "disks": 90, "power": 200, "concurrency": 45}
 SUBJECTS |= {"damage": 5000, "fuzz": 10_000, "flat": 200}
-"""The cases of each subject, by default. The last three work in this process, after all forks."""
+"""The cases of each subject, by default."""
+IN_PROCESS = {"damage", "fuzz", "flat"}
+"""Subjects that work in this process, after all forks."""
 
 
 def main() -> int:
@@ -25,7 +27,10 @@ def main() -> int:
         parser.error(f"expected {', '.join(SUBJECTS)}, found {', '.join(unknown)}")
 
     from tests.torture import layer
+    from tests.torture.jobs import COMMANDS
 
+    if unknown := set(options.jobs or ()) - set(COMMANDS):
+        parser.error(f"--jobs: expected {', '.join(COMMANDS)}, found {', '.join(unknown)}")
     if not layer.loaded():
         if not layer.is_buildable():
             parser.error("needs a C compiler, cc")
@@ -37,14 +42,13 @@ def main() -> int:
 def torture(options: argparse.Namespace) -> int:
     from tests.torture.jobs import COMMANDS, Torture
 
-    if unknown := set(options.jobs or ()) - set(COMMANDS):
-        raise SystemExit(f"--jobs: expected {', '.join(COMMANDS)}, found {', '.join(unknown)}")
-    jobs = options.jobs or sorted(COMMANDS)
+    subjects = [name for name in SUBJECTS if not options.subjects or name in options.subjects]
+    jobs = (options.jobs or sorted(COMMANDS)) if set(subjects) - IN_PROCESS else []
     _import_for(jobs)
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         made = Torture(Path(folder), jobs)
-        for subject in [name for name in SUBJECTS if not options.subjects or name in options.subjects]:
+        for subject in subjects:
             case = importlib.import_module(f"tests.torture.{subject}").case
             count, started = options.cases or SUBJECTS[subject], time.monotonic()
             numbers = options.case or range(count)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from tests.support.tiny_models import save_jsonl, save_model, sentence
 from tests.torture import layer
 
 TRAIN = ["--tokens", "1280", "--batch-size", "64", "--steps-per-dispatch", "2", "--checkpoint-every-steps", "4"]
@@ -62,6 +61,8 @@ class Torture:
         acts = np.random.default_rng(0).normal(size=(700, 6)).astype(np.float32)
         np.save(self.folder / "acts.npy", acts)
         if OF_MODELS & set(self.jobs):
+            from tests.support.tiny_models import save_jsonl, save_model, sentence
+
             save_model(self.folder / "model")
             save_jsonl(self.folder / "texts.jsonl", [{"text": sentence(n, 30)} for n in range(60)])
         self.words = {"ACTS": "acts.npy", "MODEL": "model", "TEXTS": "texts.jsonl"}

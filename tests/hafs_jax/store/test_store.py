@@ -11,6 +11,7 @@ import pytest
 from hafs_jax.base.checksums import checked
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of, write_json, write_npy
+from hafs_jax.store.holding import as_it_is, reading, replacing
 from hafs_jax.store.manifest import (
     CONTEXT,
     DISK_DTYPES,
@@ -23,7 +24,7 @@ from hafs_jax.store.manifest import (
 )
 from hafs_jax.store.reader import Store
 from hafs_jax.store.verify import verify
-from tests.support.stores import resealed, save_store
+from tests.support.stores import resealed, save_store, write_store
 
 D, LENGTHS, SHARDS = 5, (4, 3, 6), (7, 3)
 
@@ -331,3 +332,13 @@ def test_a_flipped_bit_of_the_manifest_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(whole[:place] + (b"1" if whole[place : place + 1] != b"1" else b"2") + whole[place + 1 :])
     with pytest.raises(UserError, match="it is damaged or was edited: its SHA-256 is not the one in its last key"):
         Store(tmp_path / "s")
+
+
+def test_a_store_behind_a_link_is_held_where_it_lies(tmp_path: Path) -> None:
+    folder = write_store(tmp_path / "store" / "train", np.zeros((8, 3), np.float32))
+    link = tmp_path / "elsewhere" / "train"
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    for held in (reading([Store(link)], "a training"), as_it_is(link, "a check")):
+        with held, pytest.raises(UserError, match="is at work on it"):
+            replacing([folder.parent], "an extraction").__enter__()
