@@ -1,6 +1,5 @@
 """The training loop: it feeds the compiled step, logs, measures on held-out rows and checkpoints; one SAE or many."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -150,8 +149,6 @@ class _Fit:
             del joined  # else it stays beside what training makes of it
             program = compile_steps(state_shardings(of_one, self.mesh) if how.members == "map" else spread, how.members)
             self._train(state, scale, how.hyper(hypers), program, checkpoints, stack)
-        if how.members is not None:
-            shutil.rmtree(self.folder)
         return list(self.failed.values())
 
     def _train(

@@ -9,12 +9,13 @@ import json
 import logging
 import math
 import re
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import write_text
+from hafs_jax.base.files import read_json, write_record, write_text
 from hafs_jax.base.options import to_dict
 from hafs_jax.config import ALIASES, PenaltyConfig, TrainConfig, axes_tag
 from hafs_jax.fast.plan import target
@@ -31,6 +32,8 @@ LOG = logging.getLogger(__name__)
 
 COLUMNS = ("fvu_ema", "heldout_fvu", "l0", "dead_fraction", "coherence_mean", "coherence_max", "lambda", "tau_reached")
 
+
+MEMBERS, _REMOVED = "members.json", ".old"
 
 MOST = 10_000
 """How many SAEs a sweep may have: a slip such as seed=0..1000000000 would fill the memory before anything trains."""
@@ -150,6 +153,7 @@ def sweep(
         locks.enter_context(stores.held())
         for config in configs:
             locks.enter_context(locked_unless_finished(config, runs, force))
+        _remove_groups(runs, set(names) if force else set())
         return _trained(configs, stores, runs, together, force, most, on_metrics, progress)
 
 
@@ -185,7 +189,9 @@ def _trained(
                 if len(part) == 1:
                     failures += fit(part, stores, part[0].run.checkpoints, None, on_metrics, progress)
                 else:
-                    failures += fit(part, stores, runs / f".together-{_digest(part)}", together, on_metrics, progress)
+                    group = _group(part, stores, runs)
+                    failures += fit(part, stores, group / "checkpoints", together, on_metrics, progress)
+                    _remove_group(group)
     order = {config.run_name: index for index, config in enumerate(configs)}
     return sorted(done, key=lambda run: order[run.folder.name]), failures
 
@@ -217,7 +223,31 @@ def write_table(runs: list[Run], path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _digest(members: list[Member]) -> str:
-    """Names a group's shared checkpoints: the same members in the same order resume them."""
-    text = json.dumps([identity(member.config) for member in members])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _group(members: list[Member], stores: Stores, runs: Path) -> Path:
+    """The folder of the checkpoints that members share: the same ones in the same order, on the same rows, resume them.
+
+    It names its members in members.json, so that a later sweep knows when nobody needs it.
+    """
+    rows = [store.manifest.fingerprint for store in (stores.train, stores.target) if store is not None]
+    text = json.dumps([rows, [identity(member.config) for member in members]])
+    folder = runs / f".together-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    write_record(folder / MEMBERS, {"members": [member.run.folder.name for member in members]})
+    return folder
+
+
+def _remove_groups(runs: Path, replaced: set[str]) -> None:
+    """Removes the groups of which a member is `replaced` or all have finished, and what a killed removal has left."""
+    for folder in runs.glob(".together-*"):
+        if folder.name.endswith(_REMOVED):
+            shutil.rmtree(folder, ignore_errors=True)
+        elif (folder / MEMBERS).exists():
+            names = set(read_json(folder / MEMBERS, "the members of a sweep's group")["members"])
+            if names & replaced or all(Run(runs / name).finished() for name in names):
+                _remove_group(folder)
+
+
+def _remove_group(folder: Path) -> None:
+    """Removes it. It loses its name first, so that a kill leaves no half of it under that name."""
+    removed = folder.with_name(folder.name + _REMOVED)
+    folder.rename(removed)
+    shutil.rmtree(removed)

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import write_json
+from hafs_jax.base.files import write_json, write_record
 from hafs_jax.base.process import children
 from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset, with_fields
@@ -129,14 +130,38 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_weights(
     monkeypatch.setattr(loop.Progress, "advance", dies)
     with pytest.raises(KeyboardInterrupt):
         sweep(configs, open_stores(folder), tmp_path / "broken", "vmap")
+    for name in ("forced", "other"):
+        shutil.copytree(tmp_path / "broken", tmp_path / name)
+    first = calls[0]
     monkeypatch.setattr(loop.Progress, "advance", lambda self, step, metrics: calls.append(step))
     calls.clear()
     runs, _ = sweep(configs, open_stores(folder), tmp_path / "broken", "vmap")
     assert calls[0] == 40  # from the checkpoint of step 32
+    calls.clear()
+    sweep(configs, open_stores(folder), tmp_path / "forced", "vmap", force=True)
+    assert calls[0] == first  # `force` trains anew, from the first step
+    for config in configs:
+        shutil.rmtree(tmp_path / "other" / config.run_name)
+    calls.clear()
+    other = write_store(tmp_path / "rows" / "train", 1.5 * planted(3000, D, 20, 3)[0])
+    sweep(configs, open_stores(other), tmp_path / "other", "vmap")
+    assert calls[0] == first  # checkpoints of other rows are not theirs
     for run, other in zip(runs, whole, strict=True):
         for name, value in params_of(other).items():
             np.testing.assert_array_equal(params_of(run)[name], value)
         assert [(r["step"], r["loss"]) for r in run.metrics()] == [(r["step"], r["loss"]) for r in other.metrics()]
+
+
+def test_what_a_sweep_that_was_killed_in_its_last_moment_has_left_goes(folder: Path, tmp_path: Path) -> None:
+    configs = [small(seed=seed) for seed in (0, 1)]
+    sweep(configs, open_stores(folder), tmp_path, "map")
+    left = [tmp_path / f".together-{name}" for name in ("done", "half.old")]
+    goes_on = tmp_path / ".together-of-others"
+    for place, members in ((left[0], ["baseline-s0"]), (left[1], []), (goes_on, ["baseline-s0", "baseline-s7"])):
+        write_record(place / "members.json", {"members": members})
+        (place / "checkpoints").mkdir()
+    sweep(configs, open_stores(folder), tmp_path, "map")
+    assert list(tmp_path.glob(".together-*")) == [goes_on]
 
 
 def test_a_member_that_diverges_does_not_stop_the_others(folder: Path, tmp_path: Path) -> None:
