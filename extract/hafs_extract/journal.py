@@ -3,6 +3,7 @@
 A run that was killed goes on from its journal. The journal never says more than what is already synced to disk.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from hafs_extract.config import ExtractConfig, difference
 from hafs_extract.contexts import SPLITS
 from hafs_extract.loading.files import fingerprint
+from hafs_extract.text.files import text_fingerprint
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, write_record
 from hafs_jax.base.options import from_dict, option, to_dict
@@ -65,7 +67,23 @@ def is_complete(config: ExtractConfig, out: Path) -> bool:
                     f"{folder} was extracted with another model at {config.model} (fingerprint {before[:12]}, now"
                     f" {now[:12]}): config, tokenizer or weights have changed; put them back, or {advice}"
                 )
+    for folder in made[-1:]:  # all are of the same text
+        texts = {source.name: source.fingerprint for source in read_manifest(folder).sources}
+        if changed := changed_text(texts, config):
+            raise UserError(f"{folder} was extracted from other text: {changed}; put it back, or {advice}")
     return len(made) == len(folders)
+
+
+def changed_text(recorded: Mapping[str, str | None], config: ExtractConfig) -> str | None:
+    """Which local text is not what was `recorded`, by the sources' names, in words; None where none is.
+
+    Text that is no longer there is not compared, and what was not recorded neither.
+    """
+    for source in config.sources:
+        before = recorded.get(source.name)
+        if before and (now := text_fingerprint(source)) not in (before, None):
+            return f"{source.path} has changed since (fingerprint {before[:12]}, now {str(now)[:12]})"
+    return None
 
 
 def begun_config(config: ExtractConfig, out: Path, work: str) -> dict[str, Any] | None:
@@ -88,6 +106,7 @@ class Journal:
     notes: tuple[str, ...] | None = None  # for the user, about the mix of texts; None until the contexts are on disk
     model: dict[str, Any] | None = None
     commits: dict[str, Any] = option({}, "commit of each source that is a hub dataset, by its name")
+    texts: dict[str, Any] = option({}, "fingerprint of each source of local files, by its name")
     has_parts: bool = False  # whether a part was made
     made_by: dict[str, Any] = option({}, "what made the newest part: `parts.making.made_by`")
     seconds: dict[str, Any] = option({}, "seconds by stage, over all attempts")

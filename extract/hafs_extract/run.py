@@ -23,6 +23,7 @@ from hafs_extract.journal import (
     WORK,
     Journal,
     begun_config,
+    changed_text,
     is_complete,
     read_journal,
     store_folders,
@@ -37,6 +38,7 @@ from hafs_extract.parts.makers import Maker, open_maker
 from hafs_extract.parts.plan import Part
 from hafs_extract.passes import Origin, Split, open_split, origin_of, write_stores
 from hafs_extract.profiles import Resolved
+from hafs_extract.text.files import text_fingerprint
 from hafs_extract.windows import Windows, cut_text
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_record
@@ -118,6 +120,10 @@ class _Extraction:
             if journal.has_parts and not force:  # without parts, there is little to lose
                 raise UserError(f"{work} holds an unfinished extraction with {found}; pass --force to discard it")
             journal = None
+        if journal and (changed := changed_text(journal.texts, config)):
+            if journal.has_parts and not force:
+                raise UserError(f"{work} holds an unfinished extraction: {changed}; put it back, or pass --force")
+            journal = None
         if journal is None:
             shutil.rmtree(work, ignore_errors=True)
             journal = Journal(to_dict(config), dataclasses.asdict(resolved))
@@ -181,9 +187,10 @@ class _Extraction:
             started = time.monotonic()
             bos = model.bos_token_id if model.prepend_bos else None
             reading = dataclasses.replace(config, sources=sources)
+            read = {source.name: found for source in sources if (found := text_fingerprint(source))}
             notes = write_contexts(reading, model.tokenize, bos, self.work, model.chat)
             notes += self._cut(open_split("train", self.work / "train", config, model.prepend_bos, widths))
-            self._note("text", started, notes=tuple(notes))
+            self._note("text", started, notes=tuple(notes), texts=read)
         for note in self.journal.notes or ():
             LOG.info(note)
         window = text_folder(self.work / ROLLING, 0)
@@ -293,9 +300,12 @@ class _Extraction:
                 manifests |= write_stores(split, parts, medians, folders, self.config, origin, profile, bar)
         self._note("write", started)
         timing = self._timing(splits, maker)
-        commits = self.journal.commits
+        commits, texts = self.journal.commits, self.journal.texts
         for folder, manifest in manifests.items():
-            sources = (dataclasses.replace(source, revision=commits.get(source.name)) for source in manifest.sources)
+            sources = (
+                dataclasses.replace(source, revision=commits.get(source.name), fingerprint=texts.get(source.name))
+                for source in manifest.sources
+            )
             write_record(folder / TIMING, timing)
             manifests[folder] = dataclasses.replace(manifest, sources=tuple(sources))
             write_manifest(folder, manifests[folder])

@@ -136,8 +136,10 @@ class Windows:
             medians = [first.norm_filter.median_norm]  # of the first window, so that each window can be made alone
             origin = Origin(first.model, first.tokenizer)
             (manifest,) = write_stores(split, parts, medians, folders, config, origin, first.profile, bar).values()
-        commits = {source.name: source.revision for source in first.sources}
-        sources = tuple(dataclasses.replace(source, revision=commits.get(source.name)) for source in manifest.sources)
+        pairs = zip(manifest.sources, first.sources, strict=True)
+        sources = tuple(
+            dataclasses.replace(source, revision=one.revision, fingerprint=one.fingerprint) for source, one in pairs
+        )
         write_manifest(self.making / "store", dataclasses.replace(manifest, sources=sources))
         rolling.put(window, self.making / "store", manifest.rows)
         shutil.rmtree(self.making)

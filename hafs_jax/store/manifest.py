@@ -94,6 +94,7 @@ class SourceInfo:
     tokens: int  # tokens run through the model, BOS excluded
     rows: int  # activation rows stored
     revision: str | None = None  # commit of a hub dataset; None for other text, and where it was not recorded
+    fingerprint: str | None = None  # SHA-256 of a local source's files; None for other text, and where not recorded
 
 
 @dataclass(frozen=True)

@@ -508,6 +508,31 @@ def test_weights_that_change_are_noticed_by_the_same_command_and_by_evaluation(o
     assert _extract(own.config(), tmp_path / "out") == folder  # the stores are there, and whole
 
 
+def test_text_that_changes_is_noticed(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an extraction that goes on and by one that has nothing to do; `force` takes the new text."""
+    out, changing = tmp_path / "out", dataclasses.replace(inputs, wmdp=shutil.copytree(inputs.wmdp, tmp_path / "q"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_stores", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            _extract(changing.config(), out)
+    save_wmdp(changing.wmdp, 24)
+    with pytest.raises(
+        UserError, match=r"an unfinished extraction: .*q has changed since .*; put it back, or pass --f"
+    ):
+        _extract(changing.config(), out)
+    folder = _extract(changing.config(), out, force=True)
+    manifest = read_manifest(folder / "train")
+    assert sum(source.documents for source in manifest.sources if source.name == "wmdp-bio") <= 24
+    assert all(len(source.fingerprint or "") == 64 for source in manifest.sources)
+    assert _extract(changing.config(), out) == folder
+    save_wmdp(changing.wmdp, 25)
+    with pytest.raises(UserError, match=r"was extracted from other text: .*q has changed since .*; put it back, o"):
+        _extract(changing.config(), out)
+    _extract(changing.config(), out, force=True)
+    shutil.rmtree(changing.wmdp)
+    assert _extract(changing.config(), out) == folder  # the stores are there, and whole
+
+
 def test_a_model_that_sees_what_follows_is_refused(own: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     sizes = {"hidden_size": D, "intermediate_size": 14, "num_hidden_layers": 5, "num_attention_heads": 2}
     BertLMHeadModel(BertConfig(vocab_size=401, max_position_embeddings=64, **sizes)).save_pretrained(own.model)

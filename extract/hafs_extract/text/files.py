@@ -5,18 +5,20 @@ file needs it: for parquet, and for zstd.
 """
 
 import gzip
+import hashlib
 import io
 import itertools
 import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from hafs_extract.config import SourceConfig
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import json_lines, json_type
+from hafs_jax.base.files import json_lines, json_type, sha256_of
 from hafs_jax.base.foreign import parse_json, reading, reason, refuse_pointer
 
 LOG = logging.getLogger(__name__)
@@ -50,12 +52,12 @@ def format_of(path: Path) -> tuple[str, str] | None:
     return (suffix, compression) if suffix in FORMATS and not (suffix == ".parquet" and compression) else None
 
 
-def local_files(source: SourceConfig) -> list[Path]:
+def local_files(source: SourceConfig, quiet: bool = False) -> list[Path]:
     """The files of a local source, sorted by path: the file itself, or those of the folder.
 
     A folder may be laid out like the hub's (`<subset>/<split>-00000-of-00001.parquet`): then only the subset's files
     whose names begin with `split` are read. Where there is no such subset, or no such names, all files are. Hidden
-    files and folders are not read. What is left out is logged, in one line.
+    files and folders are not read. Unless `quiet`, what is left out is logged, in one line.
     """
     root = Path(source.path)
     if not root.is_dir():
@@ -70,10 +72,21 @@ def local_files(source: SourceConfig) -> list[Path]:
     named = [path for path in found if path.name.startswith(source.split)] or found
     if len(named) < len(found):
         left[f"whose names do not begin with {source.split!r}"] = len(found) - len(named)
-    if left:
+    if left and not quiet:
         total = len(named) + left.total()
         LOG.info(f"source {source.name}: {len(named)} of {total} in {root} are read{_listed('; left out: ', left)}")
     return named
+
+
+def text_fingerprint(source: SourceConfig) -> str | None:
+    """A SHA-256 of the names and contents of a local source's files; None where nothing local lies at its path."""
+    if not (root := Path(source.path)).exists():
+        return None
+    paths = local_files(source, quiet=True)
+    with ThreadPoolExecutor(4) as threads:
+        shas = threads.map(sha256_of, paths)
+        lines = [f"{sha}  {path.relative_to(root)}\n" for path, sha in zip(paths, shas, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _readable(root: Path) -> tuple[list[Path], Counter[str]]:
