@@ -105,7 +105,7 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {in_one_line(shown)}: {error.strerror}; put that right, or give another path", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
-        print(signals.LINE, file=sys.stderr)
+        print(signals.line(), file=sys.stderr)
         signals.said()
         raise SystemExit(128 + (stop.number if isinstance(stop, signals.Stopped) else 2)) from None
     finally:

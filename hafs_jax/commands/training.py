@@ -220,7 +220,7 @@ def _stops() -> Iterator[None]:
         yield
     except Terminated as stop:
         if first():
-            print("stopped and checkpointed; run the same command again to go on", file=sys.stderr)
+            print(f"stopped and checkpointed; {signals.again()} to go on", file=sys.stderr)
         signals.said()
         raise SystemExit(128 + stop.args[0]) from None
     except TrainingStopped as stop:

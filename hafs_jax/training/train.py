@@ -10,6 +10,7 @@ from typing import Any
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.base.files import sha256_of
 from hafs_jax.base.options import to_dict
+from hafs_jax.base.process import signals
 from hafs_jax.config import TrainConfig
 from hafs_jax.fast.adam import check_optimizer
 from hafs_jax.fast.mesh import mesh_for
@@ -133,6 +134,7 @@ def prepare(config: TrainConfig, stores: Stores, runs: Path, force: bool = False
     if hosts.first():
         if force:
             run.remove()
+            signals.resumed_by("run the same command without --force")  # which would begin anew once more
         run.write_config(config, record)
     return Member(config, run), False
 

@@ -20,7 +20,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LINE = "interrupted; run the same command again to resume"
+AGAIN = "run the same command again"
+LINE = f"interrupted; {AGAIN} to resume"
 
 _PATIENCE_SECONDS = 3.0  # between a signal and the end from outside
 _DOUBLE_SECONDS = 0.2  # one Ctrl-C may come twice: from the terminal, and from a program that passes it on
@@ -40,6 +41,7 @@ class _Command:
     def __init__(self) -> None:
         self.received: list[int] | None = None  # of the `deferred` that is entered
         self.patient = 0  # how many blocks want to end in their own time
+        self.again = AGAIN
         self.first: tuple[int, float] | None = None  # the first signal, and when it came
         self.is_raised = self.is_said = self.is_done = False
 
@@ -67,14 +69,14 @@ class _Command:
             self.first = number, now
             threading.Thread(target=self._see_to_the_end, name="signals-end", daemon=True).start()
         elif number == signal.SIGINT and now - self.first[1] > _DOUBLE_SECONDS:
-            self._end("ended at once; run the same command again to resume")
+            self._end(f"ended at once; {self.again} to resume")
 
     def _see_to_the_end(self) -> None:
         waited = 0.0
         while waited < _PATIENCE_SECONDS:
             time.sleep(0.05)
             waited = 0.0 if self.patient or self.received is not None else waited + 0.05
-        self._end(LINE)
+        self._end(line())
 
     def _end(self, line: str) -> NoReturn:
         assert self.first is not None
@@ -109,6 +111,22 @@ def _forget() -> None:
     for number in NUMBERS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+
+
+def resumed_by(again: str) -> None:
+    """Notes how the work of this command is resumed, where that is not by `AGAIN`."""
+    if _command is not None:
+        _command.again = again
+
+
+def again() -> str:
+    """How the work of this command is resumed, in words."""
+    return AGAIN if _command is None else _command.again
+
+
+def line() -> str:
+    """What a command says that was interrupted."""
+    return LINE.replace(AGAIN, again())
 
 
 def said() -> None:

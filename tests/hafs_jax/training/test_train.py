@@ -99,7 +99,7 @@ def wait_for_step(run: Run, step: int, process: subprocess.Popen) -> None:
 def test_a_run_killed_anywhere_resumes_to_the_same_bits(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """SIGKILL past a checkpoint, then SIGTERM, then to the end: the same weights, counters, key and losses."""
+    """SIGTERM, then SIGKILL past a checkpoint, then to the end: the same weights, counters, key and losses."""
     from hafs_jax.cli import main
 
     other = tmp_path / "artifacts"
@@ -110,16 +110,17 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bits(
     whole = Run(out / "tiny" / "runs" / "adaptive-s0")
 
     run = Run(other / "tiny" / "runs" / "adaptive-s0")
-    process = spawn(other, *extra)
+    process = spawn(other, *extra, "--force")
     wait_for_step(run, 90, process)
+    process.send_signal(signal.SIGTERM)
+    code, _, stderr = finish(process)
+    assert code == 128 + signal.SIGTERM
+    assert "stopped and checkpointed; run the same command without --force to go on" in stderr
+    process = spawn(other, *extra)
+    wait_for_step(run, 200, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not run.finished()
-    process = spawn(other, *extra)
-    wait_for_step(run, 200, process)
-    process.send_signal(signal.SIGTERM)
-    code, _, stderr = finish(process)
-    assert code == 128 + signal.SIGTERM and "stopped and checkpointed; run the same command again" in stderr
     assert main(arguments(other, *extra)) == 0
 
     assert weights(run) == weights(whole)
