@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hafs_jax.base.errors import UserError, arg
+from hafs_jax.base.files import read_json, write_record
 from hafs_jax.base.foreign import reason
 from hafs_jax.base.process.saving import saving
 from hafs_jax.config import TrainConfig
@@ -26,6 +27,9 @@ from hafs_jax.ops.parts import whole
 from hafs_jax.training.state import TrainState, hyperparameters, init_state
 
 LOG = logging.getLogger(__name__)
+
+FIRST = "first.json"
+"""A note beside the first checkpoint of all, as long as it is not on disk whole: {"step"}."""
 
 FORMAT = 2  # 1, of versions up to 0.1.0, has no number in the file, and W_enc and its moments are [D, F]
 _PATTERN_SIGNS = "*?[\\"
@@ -83,19 +87,46 @@ class Checkpoints:
             return
         plain = _plain(state, scale)
         plain["sha256"] = _checksums(plain)
-        with saving(Path(self._manager.directory), step):
+        with self._first_of_all(step), saving(Path(self._manager.directory), step):
             self._manager.save(step, args=ocp.args.StandardSave(plain))
             self._manager.wait_until_finished()
         self._check_shapes(
             step, plain, f"checkpoint {step} in {self._manager.directory} was written and cannot be read"
         )
 
-    def resume(self, like: TrainState, scale: InputScale) -> tuple[TrainState, InputScale]:
-        """The latest checkpoint that is whole, for a training to go on from.
+    @contextmanager
+    def _first_of_all(self, step: int) -> Iterator[None]:
+        """Around the writing of a checkpoint: notes the first one, until it is on disk.
+
+        It has its name before all of it is there. Where the power fails in between, a later one has one before it to go
+        back to; of this one nothing was lost.
+        """
+        is_noted = hosts.first() and not self._manager.all_steps()
+        note = Path(self._manager.directory) / FIRST
+        if is_noted:
+            write_record(note, {"step": step})
+        yield
+        if is_noted:
+            note.unlink()
+
+    def _is_lost(self, steps: list[int]) -> bool:
+        """Whether the only checkpoint is the first one, and was being written when the machine stopped."""
+        note = Path(self._manager.directory) / FIRST
+        return note.exists() and [read_json(note, "a note of a checkpoint").get("step")] == steps
+
+    def resume(self, like: TrainState, scale: InputScale) -> tuple[TrainState, InputScale] | None:
+        """The latest checkpoint that is whole, for a training to go on from; None where there is none yet.
 
         A later one that is damaged is moved out of the way, and a line says so.
         """
-        state, step = self._latest_whole(like, scale)
+        steps = self._manager.all_steps()
+        try:
+            state, step = self._latest_whole(like, scale) if steps else (None, -1)
+        except UserError:
+            if not self._is_lost(steps):
+                raise
+            LOG.warning(f"checkpoint {steps[0]} was not yet on disk when the machine stopped; the training begins anew")
+            state, step = None, -1
         for later in [number for number in self._manager.all_steps() if number > step]:
             folder = Path(self._manager.directory)
             if hosts.first():

@@ -138,15 +138,16 @@ class _Fit:
         scale = put(scale, NamedSharding(self.mesh, EVERYWHERE))  # where a checkpoint's comes back to
         with ExitStack() as stack:
             checkpoints = stack.enter_context(Checkpoints(self.folder, state=like))
-            if checkpoints.latest_step() is not None:
-                joined, scale = checkpoints.resume(like, scale)
+            resumed = checkpoints.resume(like, scale)
+            if resumed is not None:
+                joined, scale = resumed
             else:
                 each = zip([member.config for member in self.members], hypers, strict=True)
                 first = [first_state(config, self.stores, scale, hyper, self.mesh) for config, hyper in each]
                 joined = put(how.join(first), spread)
                 del first
             state = how.for_program(joined, len(self.members))
-            del joined  # else it stays beside what training makes of it
+            del joined, resumed  # else it stays beside what training makes of it
             program = compile_steps(state_shardings(of_one, self.mesh) if how.members == "map" else spread, how.members)
             self._train(state, scale, how.hyper(hypers), program, checkpoints, stack)
         return list(self.failed.values())

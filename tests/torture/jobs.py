@@ -184,7 +184,7 @@ def essence(out: Path) -> dict[str, str]:
     found = {}
     for path in sorted(out.rglob("*")):
         relative = path.relative_to(out)
-        if path.is_dir() or any(part in _SKIPPED for part in relative.parts):
+        if path.is_dir() or any(_is_skipped(part) for part in relative.parts):
             continue
         data = path.read_bytes()
         if path.suffix in (".json", ".jsonl") and path.name != "manifest.json":
@@ -198,3 +198,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items() if key not in VOLATILE}
     return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_skipped(name: str) -> bool:
+    """A checkpoint that a power loss has damaged is kept, under another name."""
+    return name in _SKIPPED or name.startswith("checkpoints.damaged-")

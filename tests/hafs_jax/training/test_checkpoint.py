@@ -124,11 +124,42 @@ def test_of_a_damaged_checkpoint_there_is_one_line(tmp_path: Path, caplog: pytes
     assert caplog.messages == [said.format("theirs")]
 
 
+def test_a_first_checkpoint_that_was_not_yet_on_disk_lets_the_training_begin_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The power fails between the checkpoint's last rename and its sync. One that is damaged later is still refused."""
+
+    class PowerFails(Exception):
+        pass
+
+    def sync_tree(_: Path) -> None:
+        raise PowerFails
+
+    state, scale = trained()
+    with monkeypatch.context() as patch, Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.resume(state, scale) is None  # type: ignore[arg-type]
+        patch.setattr("hafs_jax.base.process.saving.sync_tree", sync_tree)
+        with pytest.raises(PowerFails):
+            checkpoints.save(state, scale)  # type: ignore[arg-type]
+    (step,) = [int(path.name) for path in (tmp_path / "run").glob("[0-9]*")]
+    damage(tmp_path / "run", step)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.resume(state, scale) is None  # type: ignore[arg-type]
+        assert caplog.messages == [
+            f"checkpoint {step} was not yet on disk when the machine stopped; the training begins anew"
+        ]
+        checkpoints.save(state, scale)  # type: ignore[arg-type]
+    assert (tmp_path / f"run.damaged-{step}").is_dir()
+    damage(tmp_path / "run", step)
+    with Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(UserError, match="train the run again with"):
+        checkpoints.resume(state, scale)  # type: ignore[arg-type]
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second, scale = two_checkpoints(tmp_path / "run")
     damage(tmp_path / "run", 2)
     with Checkpoints(tmp_path / "run") as checkpoints:
-        found, _ = checkpoints.resume(second, scale)  # type: ignore[arg-type]
+        found, _ = checkpoints.resume(second, scale)  # type: ignore[arg-type, misc]
         np.testing.assert_array_equal(found.params["W_dec"], first.params["W_dec"])
         (line,) = caplog.messages
         assert "checkpoint 2 in" in line and "damaged" in line and line.endswith("going back to checkpoint 1")
