@@ -113,6 +113,7 @@ class Torture:
         `after` is called in the fork at the end, `meanwhile(pid)` here.
         """
         said = self.folder / f"stderr-{next(_NUMBERS)}"
+        said.touch()  # the fork may be killed before it has made it
         pid = os.fork()
         if pid == 0:
             os._exit(self._child(job, out, at, action, log, after, said))
