@@ -44,13 +44,14 @@ def locked(path: Path, work: str, of: Path, *, shared: bool = False, wait: bool 
     could not write locks them where there is a lock already: whoever writes them has made it.
     """
     with contextlib.ExitStack() as stack:
-        file = _opened(path, shared)
+        file, is_asked = _opened(path, shared), False
         if file is not None:
             stack.enter_context(file)
             while not _taken(file, path, shared):
                 if not _is_at(path, file.fileno()):  # someone has removed it, against the rule
                     file = stack.enter_context(_opened(path, shared) or contextlib.nullcontext(file))
-                elif wait:
+                elif wait or not (is_asked or _records(path)):  # who has just taken it has not signed yet
+                    is_asked = True
                     time.sleep(_POLL_SECONDS)
                 else:
                     raise UserError(f"{of}: {_holders(path)}; wait for it, end it, or choose another folder")

@@ -79,6 +79,23 @@ def test_notes_that_are_damaged_or_of_another_machine_do_not_hinder(tmp_path: Pa
     assert os.uname().nodename not in str(caught.value)
 
 
+def test_who_has_just_taken_a_lock_has_a_moment_to_sign(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    note = {
+        "id": "a",
+        "pid": os.getpid(),
+        "host": os.uname().nodename,
+        "work": "a sweep",
+        "command": "",
+        "since": "now",
+    }
+    with open(path, "wb", buffering=0) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        threading.Timer(locks._POLL_SECONDS / 4, other.write, [json.dumps(note).encode() + b"\n"]).start()
+        with pytest.raises(UserError, match="a sweep is at work on it"):
+            locked(path, "an evaluation", tmp_path).__enter__()
+
+
 def test_notes_of_many_readers_do_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / ".lock"
     monkeypatch.setattr(locks, "_MOST_BYTES", 1000)
