@@ -154,7 +154,9 @@ def sweep(
         for config in configs:
             locks.enter_context(locked_unless_finished(config, runs, force))
         _remove_groups(runs, set(names) if force else set())
-        return _trained(configs, stores, runs, together, force, most, on_metrics, progress)
+        trained = _trained(configs, stores, runs, together, force, most, on_metrics, progress)
+        _remove_groups(runs, set())  # of members that a killed sweep has finished in part, the rest came alone
+        return trained
 
 
 def _trained(

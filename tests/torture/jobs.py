@@ -44,7 +44,7 @@ UNDISTURBED = {"fit": [["sweep", *MODEL, *TRAIN, "--grid", "seed=1..2"]]}
 """Jobs that are not tortured, from which others start."""
 START = {"import": "", "replace": "export", "train": "import", "retrain": "export", "sweep": "train", "export": "train"}
 START |= {"extract": "", "fit": "extract", "evaluate": "fit", "report": "evaluate", "sample": ""}
-VOLATILE = {"seconds", "tokens_per_second", "checksum", "sha256_of_above", "crc32", "of"}
+VOLATILE = {"seconds", "tokens_per_second", "checksum", "sha256_of_above", "crc32", "of", "trained_together"}
 _SKIPPED = (".lock", ".locks", "checkpoints", "best", "auto.json", "timing.json", "seconds.json")
 LIMIT_SECONDS = 60
 _NUMBERS = itertools.count()

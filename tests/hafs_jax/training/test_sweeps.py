@@ -162,6 +162,10 @@ def test_what_a_sweep_that_was_killed_in_its_last_moment_has_left_goes(folder: P
         (place / "checkpoints").mkdir()
     sweep(configs, open_stores(folder), tmp_path, "map")
     assert list(tmp_path.glob(".together-*")) == [goes_on]
+    write_record(left[0] / "members.json", {"members": ["baseline-s0", "baseline-s1"]})
+    (tmp_path / "baseline-s1" / "run.json").unlink()  # killed between the ends of two members
+    sweep(configs, open_stores(folder), tmp_path, "map")
+    assert list(tmp_path.glob(".together-*")) == [goes_on]
 
 
 def test_a_member_that_diverges_does_not_stop_the_others(folder: Path, tmp_path: Path) -> None:
