@@ -202,6 +202,7 @@ def json_type(value: Any) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file as 64 hexadecimal digits, read in 1 MiB pieces."""
+    """The SHA-256 of a file as 64 hexadecimal digits; `UserError` for what is no plain file."""
+    refuse_special(path, "a file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -61,10 +61,11 @@ _SAFETENSORS_DTYPES: dict[str, np.dtype] = {"F16": np.dtype("<f2"), "F32": np.dt
 
 
 def refuse_pointer(path: Path | str, what: str) -> None:
-    """Raises `UserError` where the file is a Git-LFS pointer.
+    """Raises `UserError` where the file is a Git-LFS pointer, or special.
 
     For formats that would take its text for content, and to name the cause where a library has refused it.
     """
+    refuse_special(path, what)
     if (found := found_instead(Path(path))) and is_pointer(Path(path)):
         raise UserError(f"expected {what} at {path}, found {found}")
 

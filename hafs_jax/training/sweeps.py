@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +153,9 @@ def sweep(
         locks.enter_context(stores.held())
         for config in configs:
             locks.enter_context(locked_unless_finished(config, runs, force))
-        _remove_groups(runs, set(names) if force else set())
+        _remove_groups(runs, set(names), force)
         trained = _trained(configs, stores, runs, together, force, most, on_metrics, progress)
-        _remove_groups(runs, set())  # of members that a killed sweep has finished in part, the rest came alone
+        _remove_groups(runs, set(names))  # of members that a killed sweep has finished in part, the rest came alone
         return trained
 
 
@@ -237,19 +237,25 @@ def _group(members: list[Member], stores: Stores, runs: Path) -> Path:
     return folder
 
 
-def _remove_groups(runs: Path, replaced: set[str]) -> None:
-    """Removes the groups of which a member is `replaced` or all have finished, and what a killed removal has left."""
-    for folder in runs.glob(".together-*"):
-        if folder.name.endswith(_REMOVED):
-            shutil.rmtree(folder, ignore_errors=True)
-        elif (folder / MEMBERS).exists():
-            names = set(read_json(folder / MEMBERS, "the members of a sweep's group")["members"])
-            if names & replaced or all(Run(runs / name).finished() for name in names):
-                _remove_group(folder)
+def _remove_groups(runs: Path, ours: set[str], force: bool = False) -> None:
+    """Removes groups of `ours`, the runs of this sweep, that have all finished, and what a killed removal has left.
+
+    With `force` those too of which a member is trained anew. Another sweep beside this one keeps its own.
+    """
+    for left in runs.glob(f".together-*{_REMOVED}"):
+        shutil.rmtree(left, ignore_errors=True)
+    for note in runs.glob(f".together-*/{MEMBERS}"):
+        names = set(read_json(note, "the members of a sweep's group")["members"])
+        if (force and names & ours) or (names <= ours and all(Run(runs / name).finished() for name in names)):
+            _remove_group(note.parent)
 
 
 def _remove_group(folder: Path) -> None:
-    """Removes it. It loses its name first, so that a kill leaves no half of it under that name."""
+    """Removes it. It loses its name first, so that a kill leaves no half of it under that name.
+
+    The same sweep, given once more, may do so at the same moment.
+    """
     removed = folder.with_name(folder.name + _REMOVED)
-    folder.rename(removed)
-    shutil.rmtree(removed)
+    with suppress(FileNotFoundError):
+        folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)

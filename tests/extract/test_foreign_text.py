@@ -3,6 +3,8 @@
 import gzip
 import json
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from hafs_extract.config import SourceConfig, parse_source
 from hafs_extract.contexts import mixed
 from hafs_extract.text.documents import Chat, documents
+from hafs_extract.text.files import text_fingerprint
 from hafs_jax.base.errors import UserError
 from tests.support.fuzz import Fuzz, damaged
 from tests.support.tiny_models import save_jsonl, save_parquet
@@ -204,6 +207,16 @@ def test_pointers_and_missing_files_are_named(tmp_path: Path) -> None:
     for path in (str(tmp_path / "no.jsonl"), "no.json.gz", "./no", "~/no", "/" + "x" * 3000):
         with pytest.raises(UserError, match=r"source s: expected a file or a folder at .*, found none"):
             _texts(path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.parquet", "a.txt.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("read", [_texts, lambda path: text_fingerprint(_source(path))])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str, read: Callable[[Path], Any]) -> None:
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "b.txt").write_text("a text")
+    for given in (tmp_path / name, tmp_path):
+        with pytest.raises(UserError, match=rf"{name}, found a pipe, a device or a socket"):
+            read(given)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pickle
 import random
 import shutil
@@ -211,6 +212,10 @@ def test_folders_that_are_no_model_say_what_they_are(folder: Path, whole: Path) 
         with pytest.raises(UserError, match=rf"{name}, found a Git-LFS pointer, .* `git lfs pull`"):
             _load(folder)
     shutil.copytree(whole, folder, dirs_exist_ok=True)
+    os.mkfifo(folder / "merges.txt")
+    with pytest.raises(UserError, match=r"merges.txt, found a pipe, a device or a socket"):
+        _load(folder)
+    (folder / "merges.txt").unlink()
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds an adapter .* merge it"):
         _load(folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_text
+from hafs_jax.base.foreign import refuse_special
 from hafs_jax.base.options import did_you_mean
 
 LABELS = "labels.csv"
@@ -43,6 +44,7 @@ def read_labels(path: Path, variants: Collection[str] | None = None) -> list[Lab
     """
     if not path.exists():
         return []
+    refuse_special(path, "a file of labels")
     try:
         text = path.read_text(encoding="utf-8-sig")  # a spreadsheet may begin it with a byte order mark
     except UnicodeDecodeError as error:

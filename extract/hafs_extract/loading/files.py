@@ -15,7 +15,7 @@ from typing import Any
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import read_json, sha256_of
-from hafs_jax.base.foreign import refuse_pointer
+from hafs_jax.base.foreign import refuse_pointer, refuse_special
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _DECIDING = (
@@ -92,6 +92,8 @@ def check_files(folder: Path) -> None:
     A library would load some of these without a word, and the activations would be those of another model.
     """
     refuse_adapter(folder, (path.name for path in folder.iterdir()))
+    for path in sorted(folder.iterdir()):
+        refuse_special(path, "a model's file")
     for path in deciding_files(folder):
         refuse_pointer(path, "a model's file")
     config = folder / "config.json"

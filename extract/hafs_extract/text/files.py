@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from hafs_extract.config import SourceConfig
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import json_lines, json_type, sha256_of
-from hafs_jax.base.foreign import parse_json, reading, reason, refuse_pointer
+from hafs_jax.base.foreign import parse_json, reading, reason, refuse_pointer, refuse_special
 
 LOG = logging.getLogger(__name__)
 
@@ -63,10 +63,13 @@ def local_files(source: SourceConfig, quiet: bool = False) -> list[Path]:
     if not root.is_dir():
         if format_of(root) is None:
             raise UserError(f"source {source.name}: {root} is no {ENDINGS} file")
+        refuse_special(root, "a text file")
         return [root]
     if source.subset and (root / source.subset).is_dir():
         root = root / source.subset
     found, left = _readable(root)
+    for path in found:
+        refuse_special(path, "a text file")
     if not found:
         raise UserError(f"source {source.name}: no {ENDINGS} file in {root}{_listed(' (found: ', left, ')')}")
     named = [path for path in found if path.name.startswith(source.split)] or found

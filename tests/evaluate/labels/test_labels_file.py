@@ -1,5 +1,7 @@
 """labels.csv: what is read, what is written, and the one line that each bad file gets."""
 
+import os
+
 import pytest
 
 from hafs_evaluate.labels.labels_file import Label, read_labels, write_labels
@@ -49,3 +51,9 @@ def test_bytes_that_are_no_text_are_one_line(tmp_path):
     path.write_bytes(b"variant,latent,label\nbaseline,1,\xe9\n")
     with pytest.raises(UserError, match="expected UTF-8"):
         read_labels(path, KNOWN)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "labels.csv")
+    with pytest.raises(UserError, match="found a pipe"):
+        read_labels(tmp_path / "labels.csv", KNOWN)

@@ -1,6 +1,7 @@
 """Files that another program wrote, or that are damaged: what is expected becomes one line, a bug of ours does not."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 from hafs_jax.base.errors import UserError
-from hafs_jax.base.files import jsonl_records, read_json, read_jsonl, read_toml
-from hafs_jax.base.foreign import open_npy, read_npz, reading
+from hafs_jax.base.files import jsonl_records, read_json, read_jsonl, read_toml, sha256_of
+from hafs_jax.base.foreign import open_npy, read_npz, reading, refuse_pointer
 from hafs_jax.saelens_files import read_safetensors
 from tests.support.fuzz import Fuzz, damaged
 
@@ -53,6 +54,22 @@ def test_what_is_no_file_with_content_is_named(tmp_path: Path, kind: str) -> Non
             read(path)
     else:
         assert not read(path)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        *READERS.values(),
+        sha256_of,
+        lambda path: refuse_pointer(path, "a file"),
+        lambda path: read_safetensors(path, "a file"),
+    ],
+)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    path = tmp_path / "a.file"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"expected .* at .*a\.file, found a pipe, a device or a socket; give a plain"):
+        read(path)
 
 
 BAD_JSON = {

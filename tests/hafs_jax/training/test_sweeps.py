@@ -155,17 +155,35 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_weights(
 def test_what_a_sweep_that_was_killed_in_its_last_moment_has_left_goes(folder: Path, tmp_path: Path) -> None:
     configs = [small(seed=seed) for seed in (0, 1)]
     sweep(configs, open_stores(folder), tmp_path, "map")
+    train(small(seed=8), folder, tmp_path)
     left = [tmp_path / f".together-{name}" for name in ("done", "half.old")]
-    goes_on = tmp_path / ".together-of-others"
-    for place, members in ((left[0], ["baseline-s0"]), (left[1], []), (goes_on, ["baseline-s0", "baseline-s7"])):
+    goes_on = {tmp_path / ".together-unfinished": "baseline-s7", tmp_path / ".together-of-others": "baseline-s8"}
+    others = [(place, ["baseline-s0", name]) for place, name in goes_on.items()]
+    for place, members in ((left[0], ["baseline-s0"]), (left[1], []), *others):
         write_record(place / "members.json", {"members": members})
         (place / "checkpoints").mkdir()
     sweep(configs, open_stores(folder), tmp_path, "map")
-    assert list(tmp_path.glob(".together-*")) == [goes_on]
+    assert set(tmp_path.glob(".together-*")) == set(goes_on)
     write_record(left[0] / "members.json", {"members": ["baseline-s0", "baseline-s1"]})
     (tmp_path / "baseline-s1" / "run.json").unlink()  # killed between the ends of two members
     sweep(configs, open_stores(folder), tmp_path, "map")
-    assert list(tmp_path.glob(".together-*")) == [goes_on]
+    assert set(tmp_path.glob(".together-*")) == set(goes_on)
+
+
+def test_a_group_that_the_same_sweep_removes_meanwhile_is_no_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = loop.fit
+
+    def beside(*arguments: Any) -> list[str]:
+        failures = fit(*arguments)
+        for group in tmp_path.glob(".together-*"):
+            shutil.rmtree(group)
+        return failures
+
+    monkeypatch.setattr("hafs_jax.training.sweeps.fit", beside)
+    runs, failures = sweep([small(seed=seed) for seed in (0, 1)], open_stores(folder), tmp_path, "map")
+    assert not failures and all(run.finished() for run in runs)
 
 
 def test_a_member_that_diverges_does_not_stop_the_others(folder: Path, tmp_path: Path) -> None:

@@ -87,10 +87,10 @@ WORDS = (
     ),
 )
 PLACES = (
-    *("folder", "empty", "pipe", "zero", "socket", "secret", "acts.npy", "text.jsonl", "exp.toml", "no/such"),
+    *("folder", "empty", "pipe", "pipe.jsonl", "zero", "socket", "secret", "acts.npy", "text.jsonl", "exp.toml"),
     *("out", f"out/{PROFILE}", f"out/{PROFILE}/runs", RUN, f"{RUN}/sae", f"{RUN}/sae/cfg.json", f"out/{PROFILE}/store"),
     *(".", "..", "../../..", "/", "/dev/null", "/proc/self/mem", "/dev/fd/0", "x" * 300, "a/" * 2000, "model"),
-    *("acts.npy/a", "other.npy"),
+    *("acts.npy/a", "other.npy", "no/such"),
 )  # fmt: skip
 READ_ONLY = ("/", "..", "../../..", ".", "/dev/null", "/proc/self/mem", "/dev/fd/0")
 """Places that no command is told to write to here: the rest of this machine."""

@@ -95,7 +95,8 @@ class Place:
             np.save(self.here / f"{name}.npy", values)
         save_model(self.here / "model")
         save_jsonl(self.here / "text.jsonl", [{"text": sentence(number, 12), "n": number} for number in range(12)])
-        os.mkfifo(self.here / "pipe")
+        for name in ("pipe", "pipe.jsonl"):
+            os.mkfifo(self.here / name)
         (self.here / "zero").symlink_to("/dev/zero")
         (self.here / "secret").symlink_to("/etc/hostname")
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as opened:
