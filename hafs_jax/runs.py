@@ -63,6 +63,9 @@ class RunSummary:
     logged_steps: int | None = None  # in metrics.jsonl; None where that is not known
 
 
+_NO_COUNTS = dict.fromkeys(("tokens", "seconds", "tokens_per_second", "dead_fraction", "bad_batches"))
+"""What each logged step has beside its number, and no step lacks or has as null."""
+
 _NOT_YET = {"stopped_early": False, "trained_together": 1, "tau": None, "tau_reached": None, "best": None,
             "logged_steps": None}  # fmt: skip
 """What holds for a run whose run.json is from before there was such a key."""
@@ -200,10 +203,11 @@ class Run:
         for record in read_jsonl(self.metrics_path):
             if not _is_whole(record.get("step")):
                 raise UserError(f"{self.metrics_path}: expected a step in each line, found one without; remove it")
-            for name, value in record.items():
-                if value is not None and not isinstance(value, int | float):
+            for name, value in (_NO_COUNTS | record).items():
+                if not isinstance(value, int | float) and (value is not None or name in _NO_COUNTS):
                     raise UserError(
-                        f"{self.metrics_path}, step {record['step']}: expected a number for {name}, found {value!r}; "
+                        f"{self.metrics_path}, step {record['step']}: expected a number for {name}, "
+                        f"found {'none' if value is None else repr(value)}; "
                         "restore the file, or remove the line"
                     )
             by_step[record["step"]] = record

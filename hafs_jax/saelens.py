@@ -63,13 +63,14 @@ def export_saelens(run_folder: Path | str, k: int | None = None) -> Path:
     kind = saelens_name(config.sae.architecture, config.sae.transcode, str(run.folder))
     manifest, target = run.manifests()
     sae = load(run.folder, k=k)
+    dead = summary.final.get("dead_fraction")
     metadata = {
         "variant": config.variant,
         "seed": config.seed,
         "training_tokens": summary.tokens,
         "k": sae.config.sae.k,
-        "l0": summary.final["l0"] if k is None else None,
-        "num_dead_features": round(summary.final["dead_fraction"] * config.sae.F),
+        "l0": summary.final.get("l0") if k is None else None,
+        "num_dead_features": None if dead is None else round(dead * config.sae.F),
     }
     if ARCHITECTURES[config.sae.architecture].nested:
         ends = [config.sae.F] if config.sae.sampled_prefixes else sorted(set(fixed_ends(config.sae)))

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import hashlib
-import json
 import math
 import os
 import re
@@ -14,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from hafs_jax.base.checksums.sealed import KEY, LINE_KEY, sealed, unsealed, unsealed_line
+from hafs_jax.base.checksums.sealed import KEY, LINE_KEY, json_text, sealed, unsealed, unsealed_line
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.foreign import parse_json, reading, reason, refuse_pointer, refuse_special
 from hafs_jax.base.places import make_folder, sync_folder
@@ -79,7 +78,7 @@ def _is_alive(pid: int) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(value, indent=2) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
@@ -111,8 +110,8 @@ def finite(value: Any, place: str = "") -> tuple[Any, dict[str, str]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8, atomically."""
-    write_atomic(path, lambda file: file.write(text.encode()))
+    """Writes `text` as UTF-8, atomically; half of a surrogate pair, which UTF-8 does not have, as its escape."""
+    write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:

@@ -90,6 +90,14 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {in_one_line(message)}; see `{self.prog} --help`", file=sys.stderr)
         raise SystemExit(2)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """The same, but the value of `--flag=--` is "--", as since Python 3.13; before, it is an empty list."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """The same, and notes how each option was written, for the errors that name it (see `errors.arg`).
 

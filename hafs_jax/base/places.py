@@ -12,7 +12,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from hafs_jax.base.errors import UserError
+
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
+
+
+_MOST_NEW = 100
+"""A deeper path is a mistake. Python can neither make nor remove it."""
 
 
 def make_folder(folder: Path) -> None:
@@ -22,6 +28,8 @@ def make_folder(folder: Path) -> None:
     while not above.exists() and above != above.parent:
         missing.append(above)
         above = above.parent
+    if (new := len(missing)) > _MOST_NEW:
+        raise UserError(f"{str(folder)[:80]}...: expected at most {_MOST_NEW} new folders in a path, found {new}")
     folder.mkdir(parents=True, exist_ok=True)
     for made in missing:
         sync_folder(made.parent)

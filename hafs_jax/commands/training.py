@@ -10,6 +10,7 @@ from typing import Any
 
 from hafs_jax.base.errors import UserError, note_flags
 from hafs_jax.base.files import read_json
+from hafs_jax.base.flags import Parser
 from hafs_jax.base.process import children, signals
 from hafs_jax.commands.flags import chosen_config, run_config, sweep_parser, synth_parser, train_parser
 from hafs_jax.config import ALIASES, TrainConfig
@@ -113,7 +114,7 @@ def _points(parsed: argparse.Namespace, flags_of_all: list[str]) -> list[TrainCo
 
 def _variant(arguments: list[str]) -> str:
     """The variant that flags of `train` name, or the default one."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--variant", default=TrainConfig().variant)
     return parser.parse_known_args(arguments)[0].variant
 

@@ -15,12 +15,13 @@ from hafs_jax.health import death, health
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.runs import Run
 from hafs_jax.training.train import train
-from tests.support.runs import config_of, finished_run
+from tests.support.runs import COUNTS, config_of, finished_run
 from tests.support.stores import planted, write_store
 
 GOOD = {
     "l0": 40.1, "dead_fraction": 0.01, "bad_batches": 0, "loss_reconstruction": 0.2, "penalty_gradient_share": 0.3,
     "tau_reached": True, "lambda": 2.0, "heldout_fvu": 0.2, "heldout_l0": 39.0, "step": 1000, "tokens": 1_024_000,
+    "seconds": 60.0, "tokens_per_second": 17_000.0,
 }  # fmt: skip
 
 
@@ -122,8 +123,8 @@ def test_an_l1_of_the_unscaled_activations_kills_and_is_named(
 
 def test_a_death_without_l1_is_not_blamed_on_it(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "runs" / "baseline-s0", config_of("baseline", "batchtopk"))
-    run.metrics_path.write_text(json.dumps({"step": 0, "l0": 0.0, "sparsity_coefficient": 0.0}) + "\n")
+    run.metrics_path.write_text(json.dumps({"step": 0, "l0": 0.0, "sparsity_coefficient": 0.0, **COUNTS}) + "\n")
     said = death(run)
     assert said is not None and "no L1 coefficient explains it" in said
-    run.metrics_path.write_text(json.dumps({"step": 0, "l0": None}) + "\n")
+    run.metrics_path.write_text(json.dumps({"step": 0, "l0": None, **COUNTS}) + "\n")
     assert death(run) is None

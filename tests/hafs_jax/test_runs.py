@@ -14,7 +14,7 @@ from hafs_jax.base.files import read_json, write_json
 from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.runs import Run, RunSummary, all_runs, finished_runs, identity, profile_folder
-from tests.support.runs import finished_run
+from tests.support.runs import COUNTS, finished_run
 from tests.support.stores import write_store
 
 NEW = {"arm", "k", "tag"}  # what run.json did not have before
@@ -142,7 +142,8 @@ def test_a_run_is_another_where_anything_but_its_arm_and_sinks_differs(run: Run)
 
 
 def test_of_a_step_logged_again_the_last_counts(run: Run) -> None:
-    lines = [{"step": 8, "loss": 3.0}, {"step": 16, "loss": 2.0}, {"step": 24, "loss": 9.0}, {"step": 16, "loss": 1.0}]
+    logged = [(8, 3.0), (16, 2.0), (24, 9.0), (16, 1.0)]
+    lines = [{"step": step, "loss": loss, **COUNTS} for step, loss in logged]
     cut = '{"step": 32, "lo'
     run.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines) + cut)
     assert [(line["step"], line["loss"]) for line in run.metrics()] == [(8, 3.0), (16, 1.0), (24, 9.0)]
@@ -178,7 +179,7 @@ def test_a_profile_is_the_one_extracted_last_and_nothing_is_guessed(tmp_path: Pa
 @pytest.mark.parametrize("name", ["config.json", "run.json", "metrics.jsonl"])
 def test_a_flipped_digit_is_noticed(tmp_path: Path, name: str) -> None:
     run = finished_run(tmp_path / "baseline-s0", logged_steps=2)
-    run.metrics_path.write_text("".join(sealed_line({"step": step, "fvu": 0.25}) for step in (8, 16)))
+    run.metrics_path.write_text("".join(sealed_line({"step": step, "fvu": 0.25, **COUNTS}) for step in (8, 16)))
     readers = {"config.json": run.config, "run.json": run.summary, "metrics.jsonl": run.metrics}
     readers[name]()
     whole = (run.folder / name).read_text()

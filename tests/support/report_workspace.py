@@ -13,7 +13,7 @@ import numpy as np
 from hafs_evaluate.report.embedded import LEVELS
 from hafs_evaluate.report.report import write_report
 from hafs_jax.base.files import write_json
-from tests.support.runs import config_of, finished_run
+from tests.support.runs import COUNTS, config_of, finished_run
 from tests.support.stores import write_store
 
 RUNS = ("baseline-relu-s0", "adaptive-s0", "strict-s0", "gate_only-s0", "baseline-s0")
@@ -27,8 +27,8 @@ def write_run(folder: Path, run: str, seed: int = 0, k: int = 4, tag: str = "", 
     variant, architecture = run.split("-")[0], "relu" if "relu" in run else "batchtopk"
     lines = [
         {
-            "step": step, "tokens": 64 * (step + 1), "loss": 1.2 / (step + 1), "fvu": 0.9, "fvu_ema": 1 / (step + 1),
-            "l0": 4.0, "dead_fraction": 0.0, "alpha": 0.5, "lambda": 0.1 * step, "penalty": 0.2,
+            **COUNTS, "step": step, "tokens": 64 * (step + 1), "loss": 1.2 / (step + 1), "fvu": 0.9,
+            "fvu_ema": 1 / (step + 1), "l0": 4.0, "alpha": 0.5, "lambda": 0.1 * step, "penalty": 0.2,
             "coherence_mean": 0.3, "coherence_max": 0.8,
         }
         for step in range(5)

@@ -7,6 +7,9 @@ from hafs_jax.config import TrainConfig
 from hafs_jax.presets import preset, with_fields
 from hafs_jax.runs import Run, RunSummary
 
+COUNTS = {"tokens": 640, "seconds": 1.5, "tokens_per_second": 400.0, "dead_fraction": 0.0, "bad_batches": 0}
+"""What each logged step has beside its number."""
+
 FINAL = {"step": 10, "l0": 3.0, "dead_fraction": 0.0, "fvu_ema": 0.25}
 STORE = {"folder": "../../store/train", "fingerprint": "0123456789abcdef"}
 

@@ -35,7 +35,7 @@ from hafs_jax.saelens_files import write_saelens
 from hafs_jax.saelens_format import read_saelens
 from hafs_jax.store.reader import Store
 from hafs_jax.training.checkpoint import Checkpoints
-from tests.support.runs import finished_run
+from tests.support.runs import COUNTS, finished_run
 from tests.support.steps import D, F, batch, fresh, one_step, small
 from tests.support.stores import write_store
 
@@ -76,7 +76,7 @@ def make(folder: Path) -> list[Kind]:
         "documents.jsonl",
     )]  # fmt: skip
     run = finished_run(folder / "runs" / "baseline-s0", logged_steps=9)
-    run.metrics_path.write_text("".join(sealed_line({"step": step, "fvu": 1 / (step + 1)}) for step in range(9)))
+    run.metrics_path.write_text("".join(sealed_line({"step": step, **COUNTS}) for step in range(9)))
     for name, read in (("config.json", run.config), ("run.json", run.summary), ("metrics.jsonl", run.metrics)):
         kinds.append(Kind(f"run {name}", run.folder / name, partial(_of_run, run, read)))
     config = small()

@@ -57,8 +57,9 @@ def counted(nodes: Nodes, texts: int | None) -> dict[str, dict[str, Any]]:
 
 def left_out(nodes: Nodes, texts: int | None) -> list[str]:
     """The parents that are left out of means over parents of probes against the rest of the tree, by path."""
-    parents = {node.get("parent") for node in nodes.values()} - {None}
-    twice = only_children(nodes).keys() | {path for path in complements(nodes, texts) if nodes[path]["parent"] is None}
+    above = {path: node.get("parent") for path, node in nodes.items()}
+    parents = set(above.values()) - {None}
+    twice = only_children(nodes).keys() | {path for path in complements(nodes, texts) if above[path] is None}
     return sorted(path for path in twice if path in parents)
 
 
@@ -83,7 +84,7 @@ def macro(nodes: Nodes, texts: int | None) -> dict[str, Any]:
                     }
                     for probe in known[0]
                 }
-    parents = {node["parent"] for node in nodes.values()} - {None}
+    parents = {node.get("parent") for node in nodes.values()} - {None}
     top_1 = [(nodes[parent]["contrasts"].get("rest") or {}).get("top_1") for parent in sorted(parents)]
     values["parents_top_1"] = _mean([scores["balanced_accuracy"] for scores in top_1 if scores])
     values["hole"] = _mean([node.get("hole") for node in nodes.values()])

@@ -192,7 +192,7 @@ def first_letter_table(results: dict[str, Any]) -> dict[str, Any] | None:
         if not seeds:
             continue
         means = [one["result"]["eval_result_metrics"]["mean"] for one in seeds if one.get("result")]
-        reasons = list(dict.fromkeys(one["reason"] for one in seeds if not one["valid"]))
+        reasons = list(dict.fromkeys(one.get("reason") or "no reason given" for one in seeds if not one.get("valid")))
         rows.append(
             {
                 "name": name,

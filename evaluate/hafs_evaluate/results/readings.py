@@ -117,7 +117,7 @@ def _hierarchy(values: dict[str, Any]) -> dict[str, Any]:
     """
     trees = (values.get("trees") or {}).items()
     nodes = {tree: counted(found["nodes"], found.get("texts")) for tree, found in trees}
-    parents = {tree: {node["parent"] for node in found.values()} for tree, found in nodes.items()}
+    parents = {tree: {node.get("parent") for node in found.values()} for tree, found in nodes.items()}
 
     def those(are_parents: bool) -> dict[str, Any]:
         return {

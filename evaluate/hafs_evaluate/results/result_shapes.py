@@ -85,6 +85,10 @@ SHAPES: dict[str, Any] = {
 def check_result(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """The values of the file at `path`; `UserError` where they have not the shape of a file of its name."""
     check_shape(values, SHAPES.get(path.name, {}), str(path), MEND)
+    for name, tree in ((values.get("trees") or {}) if path.name == HIERARCHY else {}).items():
+        parents = {node.get("parent") for node in tree["nodes"].values()} - {None}
+        if strange := sorted(parents - tree["nodes"].keys()):
+            raise UserError(f"{path}: {name}: expected a parent among the nodes, found {strange[0][:80]!r}; {MEND}")
     return values
 
 

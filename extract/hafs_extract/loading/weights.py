@@ -103,6 +103,7 @@ def check_tokenizer(name: str, origin: str, tokenizer: Any, rows: int) -> None:
         special = set(tokenizer.all_special_ids)
         special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         usable = {number: token for token, number in tokenizer.get_vocab().items() if number not in special}
+        tokenizer(["A text."], add_special_tokens=False)  # fails where a value of its config is of another type
     if not usable:
         raise UserError(
             f"model {name!r}: {origin} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, or"

@@ -17,6 +17,7 @@ from typing import Any
 KEY, LINE_KEY = "sha256_of_above", "crc32"
 
 _SEAL = re.compile(rb'"%s": ?"([0-9a-f]{64})"\s*\}\s*' % KEY.encode())
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LINE_SEAL = re.compile(rb'"%s": "([0-9a-f]{8})"\}\s*' % LINE_KEY.encode())
 
 
@@ -24,10 +25,18 @@ class Broken(ValueError):
     """The bytes are not those that were sealed."""
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON that UTF-8 can hold. Raises ValueError for NaN and infinity, which JSON does not have."""
+    separators = (",", ": ") if indent else (",", ":")
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, separators=separators)
+    if _SURROGATE.search(text):  # half of a pair, which another program may have escaped: so do we
+        text = json.dumps(value, indent=indent, allow_nan=False, separators=separators)
+    return text
+
+
 def sealed(values: dict[str, Any], indent: int | None = 2) -> bytes:
     """`values` as JSON text, sealed. Raises ValueError for NaN and infinity, which JSON does not have."""
-    separators = (",", ": ") if indent else (",", ":")
-    text = json.dumps(values, indent=indent, ensure_ascii=False, allow_nan=False, separators=separators)
+    text = json_text(values, indent)
     end = "\n" if indent else ""
     above = text.removesuffix("}").removesuffix("\n") + ("," if values else "") + end + " " * (indent or 0)
     found = hashlib.sha256(above.encode()).hexdigest()

@@ -1,6 +1,7 @@
 """A reduced form of `python -m tests.torture fuzz`, and proof that it sees a fault."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck
 
+from hafs_jax.base.checksums.sealed import KEY, LINE_KEY
 from tests.torture import fuzz
 from tests.torture.fuzz import commands, documents
+from tests.torture.fuzz.documents import EVAL, RUN, O
 from tests.torture.fuzz.place import Ended, Place, preload, problem
 
 CASES = {"commands": 200, "documents": 200, "foreign": 100}
@@ -40,6 +43,49 @@ def test_whatever_is_given_is_taken_or_refused_in_one_line(kind: str, place: Pla
         assert check(place, example) is None
 
     holds()
+
+
+def _changed(path: str, change: Callable[[dict[str, Any]], object]) -> bytes:
+    text = Path(path).read_text()
+    values = json.loads(text.splitlines()[0] if path.endswith(".jsonl") else text)
+    change(values)
+    return json.dumps({key: value for key, value in values.items() if key not in (KEY, LINE_KEY)}).encode() + b"\n"
+
+
+def _without_parents(values: dict[str, Any]) -> None:
+    for tree in values["trees"].values():
+        for node in tree["nodes"].values():
+            node.pop("parent")
+
+
+CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object]]] = {
+    "classes without parents": ("hierarchy.json", f"{EVAL}/hierarchy.json", _without_parents),
+    "a result without its verdict": ("first_letter.json", f"{EVAL}/first_letter.json", lambda values: values.clear()),
+    "a step without rows": ("metrics.jsonl", f"{RUN}/metrics.jsonl", lambda values: values.pop("tokens")),
+    "a step of null rows": ("metrics.jsonl", f"{RUN}/metrics.jsonl", lambda values: values.update(tokens=None)),
+    "half of a pair": ("summary.json", f"{O}/experiment/summary.json", lambda values: values.update(name="\ud83d")),
+    "half a pair in a run": (
+        "run.json",
+        f"{RUN}/run.json",
+        lambda values: values.update(store_fingerprint="\ud83d"),
+    ),
+    "a figure that is null": ("run.json", f"{RUN}/run.json", lambda values: values["final"].update(dead_fraction=None)),
+    "a figure that lacks": ("run.json", f"{RUN}/run.json", lambda values: values["final"].pop("l0")),
+}
+"""What was found wrong once: (the kind of file, its path, what is changed in it)."""
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_found_once_stays_mended(place: Place, name: str) -> None:
+    kind, path, change = CHANGES[name]
+    written = _changed(path, change)
+    for number in range(len(documents.KINDS[kind].readers)):
+        assert documents.case(place, (kind, number, written)) is None
+
+
+@pytest.mark.parametrize("flag", ["--dry-run=--", "--dry-run=" + "a/" * 1500, "--licence=--"])
+def test_odd_values_of_flags_are_taken_or_refused(place: Place, flag: str) -> None:
+    assert commands.case(place, [*documents.UPLOAD, flag]) is None
 
 
 def test_a_case_is_the_same_for_the_same_number() -> None:
