@@ -237,6 +237,8 @@ class Run:
         record = read_json(self.config_path, "a run's config.json")
         if not isinstance(record, dict) or not {"config", "store"} <= set(record):
             raise UserError(f"{self.config_path}: expected the keys config and store, found {sorted(record)}")
+        if not _is_store(record["store"]) or not _is_store(record["store"].get("target", record["store"])):
+            raise UserError(f"{self.config_path}: expected a store with its folder, found {str(record['store'])[:80]}")
         return record
 
     def store_record(self) -> dict[str, Any]:
@@ -316,6 +318,11 @@ class Run:
         if names & {"d_model", "d_out"}:
             known["d_model"], known["d_out"] = self.widths()
         return {name: value for name, value in known.items() if name in names and value is not None}
+
+
+def _is_store(value: Any) -> bool:
+    """Whether it names a store as config.json does."""
+    return isinstance(value, dict) and isinstance(value.get("folder"), str)
 
 
 def _is_whole(value: Any) -> bool:

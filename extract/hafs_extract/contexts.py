@@ -20,6 +20,7 @@ from hafs_extract.config import ExtractConfig, SourceConfig
 from hafs_extract.text.documents import Chat, Document, documents
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import write_atomic, write_npy
+from hafs_jax.base.places import make_folder
 from hafs_jax.store.manifest import CONTEXT
 
 SPLITS = ("train", "heldout")
@@ -96,7 +97,7 @@ class SplitText:
     """Writes one split's contexts, tokens and documents into `folder`, in bounded memory."""
 
     def __init__(self, folder: Path, config: ExtractConfig, bos: int | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.folder, self.bos, self.context_length = folder, bos, config.context_length
         self.source_names = [source.name for source in config.sources]
         self.rows = 0  # tokens without BOS

@@ -25,6 +25,7 @@ from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import sha256_of, write_atomic
 from hafs_jax.base.foreign import open_npy
 from hafs_jax.base.options import to_dict
+from hafs_jax.base.places import make_folder
 from hafs_jax.store.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -242,7 +243,7 @@ def write_stores(
 
 def _begin_store(split: Split, folder: Path) -> None:
     """Copies the split's texts into the folder and removes what an attempt that was killed left half done."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for left in [*folder.glob(".*.tmp"), folder / MANIFEST]:
         left.unlink(missing_ok=True)
     for name in TEXT_FILES:

@@ -24,6 +24,7 @@ from hafs_extract.parts.plan import Part
 from hafs_extract.passes import Origin, Split, open_split, write_stores
 from hafs_jax.base.files import read_json, write_atomic, write_npy, write_record
 from hafs_jax.base.log import bar_options
+from hafs_jax.base.places import make_folder
 from hafs_jax.base.process.locks import locked
 from hafs_jax.store.manifest import read_manifest, write_manifest
 from hafs_jax.store.reader import Contexts
@@ -55,7 +56,7 @@ def cut_text(split: Split, folder: Path, sizes: Sequence[int]) -> list[int]:
 
 def _write_text(contexts: Contexts, first: int, stop: int, lines: Iterator[dict], folder: Path) -> None:
     """Writes contexts `first` to `stop`, and the next documents of `lines`, as the text of a store of their own."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     table = np.array(contexts.table[first:stop])
     start, end = int(table["start"][0]), int(table["start"][-1]) + int(table["length"][-1])
     document, documents = int(table["document"][0]), int(table["document"][-1] - table["document"][0]) + 1

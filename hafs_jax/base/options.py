@@ -251,7 +251,8 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         item = typing.get_args(inner)[0]
         return tuple(_coerce(item, entry, f"{where}[{index}]") for index, entry in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return value
+        item = typing.get_args(inner)[1]
+        return {key: _coerce(item, entry, f"{where}.{key}") for key, entry in value.items()}
     if inner is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     expected = origin or inner

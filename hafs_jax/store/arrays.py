@@ -26,7 +26,7 @@ import numpy as np
 from hafs_jax.base.errors import UserError, arg
 from hafs_jax.base.files import sha256_of
 from hafs_jax.base.options import check, option, to_dict
-from hafs_jax.base.places import put_in_place
+from hafs_jax.base.places import make_folder, put_in_place
 from hafs_jax.base.process.locks import locked
 from hafs_jax.store.descriptions import FILES, Descriptions, Grouping
 from hafs_jax.store.holding import LOCK, replacing
@@ -180,7 +180,7 @@ class ArrayImport:
             shutil.rmtree(work, ignore_errors=True)
             if is_complete:
                 return False
-            work.mkdir(parents=True)
+            make_folder(work)
             self._make(work, progress)
             shutil.rmtree(unfinished, ignore_errors=True)
             for split in SPLITS:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hafs_jax.base.places import make_folder
 from hafs_jax.store.manifest import CONTEXT
 from hafs_jax.store.shuffle import hash_numbers
 
@@ -55,7 +56,7 @@ class Descriptions:
 
     def __init__(self, folder: Path, rows: int, n_sources: int, is_grouped: bool) -> None:
         """Opens the files for `rows` rows in all."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.documents_by_source = np.zeros(n_sources, np.int64)
         self._documents, self._document_of = 0, dict[int, int]()
         self._is_grouped = is_grouped

@@ -182,6 +182,7 @@ class Checkpoints:
             if "sha256" in names:
                 abstract["sha256"] = np.zeros((len(jax.tree.leaves(abstract)), 32), np.uint8)
             self._check_shapes(step, abstract, unfit)
+            self._check_notes(step, unfit)
             with _damaged(unfit):
                 restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         if (expected := restored.pop("sha256", None)) is not None:
@@ -197,13 +198,26 @@ class Checkpoints:
             fields["held_penalty"] = fields.pop("pull")
         return like.replace(**fields | {"key": jax.random.wrap_key_data(fields["key"])}), restored["scale"]
 
+    def _folder(self, step: int) -> Path:
+        return Path(self._manager.directory) / str(step) / ocp.checkpoint_manager.DEFAULT_ITEM_NAME
+
+    def _check_notes(self, step: int, unfit: str) -> None:
+        """Reads what Orbax reads beside the arrays, while it reads these: a fault would leave reads running."""
+        with _damaged(unfit):
+            for path in sorted(self._folder(step).glob("array_metadatas/process_*")):
+                for entry in json.loads(path.read_text())["array_metadatas"]:
+                    note = entry["array_metadata"]
+                    if not isinstance(note["param_name"], str) or note.get("ext_metadata") is not None:
+                        raise ValueError(f"{path.name} holds {str(note)[:80]}")
+                    tuple(note["write_shape"]), tuple(note["chunk_shape"])
+
     def _shapes(self, step: int, unfit: str) -> dict[str, tuple[int, ...]]:
         """The shape of each array of the checkpoint, by name, as its own metadata tell.
 
         Orbax's `item_metadata` tells them too, at the price of 0.1 MB that is never freed: `to_json` of TensorStore
         0.1.86 leaks what it returns.
         """
-        folder = Path(self._manager.directory) / str(step) / ocp.checkpoint_manager.DEFAULT_ITEM_NAME
+        folder = self._folder(step)
         with _damaged(unfit):
             base = {"driver": "file", "path": f"{folder}/"}
             store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()

@@ -49,8 +49,8 @@ class Trainings:
         """
         grown, after = self.grown(), self.count - WARM
         is_flat = grown["maps"] < 10 + 2 * after and grown["megabytes"] < 20 + after / 2
-        is_flat = is_flat and grown["objects"] < 3000 + 300 * after
-        return None if is_flat and grown["files"] <= 0 and grown["threads"] <= 2 else f"{after} trainings added {grown}"
+        is_flat = is_flat and grown["objects"] < 3000 + 300 * after and grown["descriptors"] <= 0
+        return None if is_flat and grown["threads"] <= 2 else f"{after} trainings added {grown}"
 
 
 def used() -> dict[str, int]:
@@ -58,11 +58,11 @@ def used() -> dict[str, int]:
     gc.collect()
     (resident,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
     maps = len(Path("/proc/self/maps").read_text().splitlines())
-    files = len(os.listdir("/proc/self/fd"))
+    descriptors = len(os.listdir("/proc/self/fd"))
     return {
         "megabytes": int(resident.split()[1]) >> 10,
         "maps": maps,
-        "files": files,
+        "descriptors": descriptors,
         "threads": threading.active_count(),
         "objects": len(gc.get_objects()),
     }

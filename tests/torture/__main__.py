@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 SUBJECTS = {"kills": 90, "times": 45, "signals": 60, "disks": 90, "power": 200, "concurrency": 45}
-SUBJECTS |= {"damage": 5000, "fuzz": 10_000, "flat": 200}
+SUBJECTS |= {"loop": 30, "damage": 5000, "fuzz": 10_000, "flat": 200, "rounds": 12}
 """The cases of each subject, by default."""
-IN_PROCESS = {"damage", "fuzz", "flat"}
+IN_PROCESS = {"damage", "fuzz", "flat", "rounds"}
 """Subjects that work in this process, after all forks."""
 
 

@@ -40,11 +40,15 @@ COMMANDS: dict[str, list[list[str]]] = {
 """Each job by name. It starts from what the jobs before it have left; `replace` and `retrain` from all of them."""
 OF_MODELS = {"extract", "evaluate", "report", "sample"}
 """Jobs that import torch."""
-UNDISTURBED = {"fit": [["sweep", *MODEL, *TRAIN, "--grid", "seed=1..2"]]}
-"""Jobs that are not tortured, from which others start."""
+UNDISTURBED = {
+    "fit": [["sweep", *MODEL, *TRAIN, "--grid", "seed=1..2"]],
+    "extract anew": [["extract", *MODEL, *TEXTS, "--force"]],
+    "fit anew": [["sweep", *MODEL, *TRAIN, "--grid", "seed=1..2", "--force"]],
+}
+"""Jobs that are not tortured alone: others start from them, or `loop` has them in turn."""
 START = {"import": "", "replace": "export", "train": "import", "retrain": "export", "sweep": "train", "export": "train"}
 START |= {"extract": "", "fit": "extract", "evaluate": "fit", "report": "evaluate", "sample": ""}
-VOLATILE = {"seconds", "tokens_per_second", "checksum", "sha256_of_above", "crc32", "of", "trained_together"}
+VOLATILE = {"seconds", "tokens_per_second", "checksum", "sha256_of_above", "crc32", "of", "trained_together", "across"}
 _SKIPPED = (".lock", ".locks", "checkpoints", "best", "auto.json", "timing.json", "seconds.json")
 LIMIT_SECONDS = 60
 _NUMBERS = itertools.count()
@@ -61,23 +65,32 @@ class Torture:
         acts = np.random.default_rng(0).normal(size=(700, 6)).astype(np.float32)
         np.save(self.folder / "acts.npy", acts)
         if OF_MODELS & set(self.jobs):
-            from tests.support.tiny_models import save_jsonl, save_model, sentence
-
-            save_model(self.folder / "model")
-            save_jsonl(self.folder / "texts.jsonl", [{"text": sentence(n, 30)} for n in range(60)])
+            self.make_texts()
         self.words = {"ACTS": "acts.npy", "MODEL": "model", "TEXTS": "texts.jsonl"}
         self.events: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.essences: dict[str, dict[str, str]] = {}
         for job in self.jobs:
-            self._prepare(job)
+            self.prepare(job)
 
-    def _prepare(self, job: str) -> None:
+    def make_texts(self) -> None:
+        """Writes the tiny model and the texts that it reads."""
+        from tests.support.tiny_models import save_jsonl, save_model, sentence
+
+        save_model(self.folder / "model")
+        save_jsonl(self.folder / "texts.jsonl", [{"text": sentence(n, 30)} for n in range(60)])
+
+    def filled(self, command: list[str], out: Path) -> list[str]:
+        """The words of a command, with paths in the place of OUT, ACTS, MODEL and TEXTS."""
+        words = {"OUT": str(out)} | {word: str(self.folder / name) for word, name in self.words.items()}
+        return [words.get(word, word) for word in command]
+
+    def prepare(self, job: str) -> None:
         """Runs the job undisturbed, after those that it starts from."""
         if job in self.events:
             return
         if START[job]:
-            self._prepare(START[job])
+            self.prepare(START[job])
         out, started = self.fresh(job, f"of-{job}"), time.monotonic()
         code, said = self.run(job, out, after=lambda: (self.folder / "count").write_text(str(layer.events())))
         assert code == 0, f"{job} fails undisturbed: {said}"
@@ -148,8 +161,7 @@ class Torture:
         code = 0
         try:
             for command in (COMMANDS | UNDISTURBED)[job]:
-                words = {"OUT": str(out)} | {word: str(self.folder / name) for word, name in self.words.items()}
-                sys.argv = ["hafs", *(words.get(word, word) for word in command)]
+                sys.argv = ["hafs", *self.filled(command, out)]
                 code = cli.main() or 0
         except SystemExit as stop:
             code = int(stop.code or 0)
@@ -166,6 +178,10 @@ class Torture:
         code, said = self.run(job, out)
         if code:
             return f"the same command again ends with {code}: {said.strip()[-4000:]}"
+        return self.difference(job, out)
+
+    def difference(self, job: str, out: Path) -> str | None:
+        """What differs from what the undisturbed job leaves; None where nothing does."""
         found, expected = essence(out), self.essences[job]
         if found == expected:
             return None

@@ -20,12 +20,23 @@ needs_compiler = pytest.mark.skipif(not layer.is_buildable(), reason="needs a C 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # of many commands
 def test_a_few_cases_of_each_subject() -> None:
-    subjects = [name for name in SUBJECTS if name not in ("fuzz", "flat")]  # which have tests of their own
-    command = [sys.executable, "-m", "tests.torture", *subjects, "--cases", "3"]
-    command += ["--jobs", "export", "import", "replace"]
+    others = ("fuzz", "flat", "loop", "rounds")  # the first three have tests of their own
+    _torture(*(name for name in SUBJECTS if name not in others), jobs=["export", "import", "replace"])
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_rounds_of_commands_that_are_killed_leave_nothing_behind() -> None:
+    _torture("loop", jobs=["evaluate"])
+
+
+def _torture(*subjects: str, jobs: list[str]) -> None:
+    """Tries three cases of each subject."""
+    command = [sys.executable, "-m", "tests.torture", *subjects, "--cases", "3", "--jobs", *jobs]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("3 cases of seed 0, 0 wrong") == 7
+    assert done.stdout.count("3 cases of seed 0, 0 wrong") == len(subjects)
 
 
 @needs_compiler

@@ -25,6 +25,7 @@ from hafs_evaluate.workspace import Workspace, open_workspace
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.files import finite, write_atomic, write_json, write_text
 from hafs_jax.base.log import bar_options
+from hafs_jax.base.places import make_folder
 from hafs_jax.base.process import children
 from hafs_jax.base.process.locks import locked
 from hafs_jax.runs import Run
@@ -162,7 +163,7 @@ def _command(command: list[str], log: Path, cores: set[int] | None) -> None:
 
     Raises `UserError` with the last line of the output where the command fails.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(log.parent)
     environment = dict(os.environ)
     if cores is not None:
         environment |= {"OMP_NUM_THREADS": str(len(cores)), "OMP_WAIT_POLICY": "PASSIVE"}

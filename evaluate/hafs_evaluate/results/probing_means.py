@@ -75,8 +75,8 @@ def mean_over_shared(
 ) -> tuple[list[str], dict[str | None, dict[str, float]]]:
     """(datasets, {run: {measure: its mean}}), over the datasets that every run has, so that the means compare.
 
-    A measure that one of these datasets lacks is left out. The key None is the `reference`'s means over them. Without
-    any run, the datasets are the reference's own.
+    A measure that one of these datasets lacks, or has as null, is left out. The key None is the `reference`'s means
+    over them. Without any run, the datasets are the reference's own.
     """
     reference = reference or {}
     shared = sorted(set.intersection(*map(set, by_run.values())) if by_run else reference, key=_by_number)
@@ -84,7 +84,7 @@ def mean_over_shared(
     for name, scores in [*by_run.items(), (None, reference)]:
         if not shared or not set(shared) <= set(scores):
             continue
-        columns = [column for column in scores[shared[0]] if all(column in scores[one] for one in shared)]
+        columns = [column for column in scores[shared[0]] if all(scores[one].get(column) is not None for one in shared)]
         means[name] = {column: sum(scores[one][column] for one in shared) / len(shared) for column in columns}
     return shared, means
 

@@ -9,6 +9,7 @@ from typing import Any
 from hafs_evaluate.results.measures import CORE, DOMAINS, FIRST_LETTER, HIERARCHY, PROBING, TOKENS
 from hafs_evaluate.results.shapes import ANY, FLAG, NUMBER, NUMERAL, TEXT, WHOLE, check_shape
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import finite
 
 MEND = "measure again, or restore the file"
 
@@ -83,18 +84,21 @@ SHAPES: dict[str, Any] = {
 
 
 def check_result(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The values of the file at `path`; `UserError` where they have not the shape of a file of its name."""
+    """The values of the file at `path`; `UserError` where they have not the shape of a file of its name.
+
+    Numbers that are not finite, which older files hold, become null, as they are in newer ones.
+    """
     check_shape(values, SHAPES.get(path.name, {}), str(path), MEND)
     for name, tree in ((values.get("trees") or {}) if path.name == HIERARCHY else {}).items():
         parents = {node.get("parent") for node in tree["nodes"].values()} - {None}
         if strange := sorted(parents - tree["nodes"].keys()):
             raise UserError(f"{path}: {name}: expected a parent among the nodes, found {strange[0][:80]!r}; {MEND}")
-    return values
+    return finite(values)[0]
 
 
 def check_latents(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Those of a latents.json, whose contexts each have a value for each token, and a peak among them."""
-    check_result(values, path)
+    check_shape(values, SHAPES.get(path.name, {}), str(path), MEND)
     for latent in values["latents"]:
         for context in (*latent["contexts"], *(latent.get("random_contexts") or [])):
             tokens, peak = context["tokens"], context["peak"]

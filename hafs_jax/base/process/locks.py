@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hafs_jax.base.errors import UserError
+from hafs_jax.base.places import make_folder
 
 ANYWAY = "HAFS_LOCAL_LOCKS"
 """The environment variable that says that no other machine works on these files, and locks of one machine will do."""
@@ -75,7 +76,7 @@ def is_held(path: Path) -> bool:
 def _opened(path: Path, shared: bool) -> IO[bytes] | None:
     """The lock's file, made where it is missing; None where it is missing and can't be made by a reader."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
     except OSError as error:
         if not shared or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):

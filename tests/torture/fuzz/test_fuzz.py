@@ -1,6 +1,7 @@
 """A reduced form of `python -m tests.torture fuzz`, and proof that it sees a fault."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,17 @@ CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object]]] = {
         lambda values: values.update(store_fingerprint="\ud83d"),
     ),
     "a figure that is null": ("run.json", f"{RUN}/run.json", lambda values: values["final"].update(dead_fraction=None)),
+    "a probe that is infinite": (
+        "llm probing.json",
+        f"{O}/eval/llm/probing.json",
+        lambda values: values["tasks"]["task_b"]["top_5"].update(test_accuracy=math.inf),
+    ),
+    "a checksum that is none": (
+        "manifest.json",
+        f"{O}/store/train/manifest.json",
+        lambda values: values["files_sha256"].update({"contexts.npy": {}}),
+    ),
+    "a store that is none": ("run config.json", f"{RUN}/config.json", lambda values: values.update(store="")),
     "a figure that lacks": ("run.json", f"{RUN}/run.json", lambda values: values["final"].pop("l0")),
 }
 """What was found wrong once: (the kind of file, its path, what is changed in it)."""
