@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ from typing import Any
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.places import sync_folder, sync_tree
 
-_OF_THE_SYSTEM = re.compile(r"([A-Z][\w ,/-]+) \[os_error_code='\d+'\]|\[OS error \d+: (?:\w+ )?([^\]]+)\]")
+_OF_THE_SYSTEM = re.compile(r"\[os_error_code='(\d+)'|\[OS error (\d+):")
+"""How TensorStore names the system's error, wherever in its message."""
 
 
 @contextlib.contextmanager
@@ -63,5 +65,5 @@ def _reason(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if found := _OF_THE_SYSTEM.search(str(error)):
-        return found[1] or found[2]
+        return os.strerror(int(found[1] or found[2]))
     return "no space left on the disk" if "RESOURCE_EXHAUSTED" in str(error) else None

@@ -145,12 +145,22 @@ def test_a_checkpoint_that_cannot_be_read_back_is_noticed_when_it_is_saved(
     assert not Run(tmp_path / "[x]" / "baseline-s0").finished()
 
 
-def test_a_full_disk_is_one_line(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']", "No space left on device"),
+        ("PERMISSION_DENIED: Failed to open: \"/a\" ['{\"open\":true}'] [os_error_code='30']", "Read-only file system"),
+        ("UNKNOWN: Error writing [OS error 5: EIO Input/output error]", "Input/output error"),
+    ],
+)
+def test_a_disk_that_refuses_is_one_line(
+    raised: str, said: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
-        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']")
+        raise ValueError(raised)
 
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
-    with pytest.raises(UserError, match=r"checkpoints: No space left on device \(checkpoint 8\); free space or"):
+    with pytest.raises(UserError, match=rf"checkpoints: {said} \(checkpoint 8\); free space or"):
         train(small(), store, tmp_path)
 
 
