@@ -363,9 +363,9 @@ class TrainConfig:
     )
     kernels: str = option(
         "auto",
-        "compute sparse products by this package's own kernels (on; NVIDIA GPUs from Hopper on, or a CPU for tests, "
-        "where it is slow) or by XLA alone (off); auto: off, until they have been measured on a GPU. Sums round "
-        "differently; a run may go on with another",
+        "compute sparse products and the decoder's update by this package's own kernels (on; NVIDIA GPUs from Hopper "
+        "on, or a CPU for tests, where it is slow) or by XLA alone (off); auto: off, until they have been measured on "
+        "a GPU. Sums round differently; a run may go on with another",
         ("auto", "on", "off"),
     )
     mesh: str = option(

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from hafs_jax.base.errors import UserError
 from hafs_jax.base.options import did_you_mean
@@ -127,13 +127,15 @@ def update(
     ok: Bool[Array, ""],
     config: TrainConfig,
     plan: Plan,
+    turns: bool = False,
 ) -> tuple[Params, optax.OptState]:
     """The parameters after one update, within their bounds, and the optimizer's state; both unchanged if not `ok`.
 
-    `gradient_norm` is the global norm of `grads`.
+    `gradient_norm` is the global norm of `grads`. `turns` (only where `by_rows` holds): W_dec's gradient still has what
+    it has along the rows, which is to be taken out.
     """
     if config.optimizer.name == "adam":
-        params, opt_state = _adam(params, opt_state, grads, gradient_norm, learning_rate, ok, config, plan)
+        params, opt_state = _adam(params, opt_state, grads, gradient_norm, learning_rate, ok, config, plan, turns)
     else:
         old = (params, opt_state)
         new = partial(plain_update, *old, grads, learning_rate, config, plan.axes)
@@ -163,21 +165,26 @@ def _adam(
     ok: Bool[Array, ""],
     config: TrainConfig,
     plan: Plan,
+    turns: bool,
 ) -> tuple[Params, optax.OptState]:
     """The same as `plain_update` for clipped Adam: first the moments, then the parameters from the moments alone."""
     settings, clip = config.optimizer, jnp.ones(())
     if settings.clip_norm is not None:
         clip = jnp.minimum(1.0, settings.clip_norm / params["W_dec"].shape[-1] / gradient_norm)
-    old = optax.tree.get(opt_state, "mu"), optax.tree.get(opt_state, "nu")
-    count = optax.tree.get(opt_state, "count")
+    old = [optax.tree.get(opt_state, name) for name in ("mu", "nu")]
+    before = optax.tree.get(opt_state, "count")
+    count = jnp.where(ok, optax.safe_increment(before), before)
+    rows: tuple[Params, ...] = ({}, {}, {})
+    if by_rows(config, plan, params["W_dec"].shape[-1]):
+        rows = _decoder_by_rows(params, grads, old[0], old[1], clip, learning_rate, count, ok, config, plan, turns)
+        params, grads, *old = map(_without_decoder, (params, grads, *old))
 
     def moments() -> tuple[Params, Params]:
         clipped = optax.tree.scale(clip, grads)
         mu = optax.tree.update_moment(clipped, old[0], settings.beta1, 1)
         return mu, optax.tree.update_moment_per_elem_norm(clipped, old[1], settings.beta2, 2)
 
-    mu, nu = _if_ok(ok, moments, old, plan)
-    count = jnp.where(ok, optax.safe_increment(count), count)
+    mu, nu = _if_ok(ok, moments, (old[0], old[1]), plan)
 
     def updated() -> Params:
         mean = optax.tree.bias_correction(mu, settings.beta1, count)
@@ -185,7 +192,46 @@ def _adam(
         changes = jax.tree.map(lambda m, v: -m / (jnp.sqrt(v) + settings.epsilon), mean, square)
         return _within_bounds(params, changes, learning_rate, config)
 
-    return _if_ok(ok, updated, params, plan), optax.tree.set(opt_state, mu=mu, nu=nu, count=count)
+    params, mu, nu = (rest | own for rest, own in zip((_if_ok(ok, updated, params, plan), mu, nu), rows, strict=True))
+    return params, optax.tree.set(opt_state, mu=mu, nu=nu, count=count)
+
+
+def by_rows(config: TrainConfig, plan: Plan, D: int) -> bool:
+    """Whether a kernel updates W_dec, a row at a time."""
+    if plan.kernels == "off" or config.optimizer.name != "adam" or config.frozen in ("decoder", "everything"):
+        return False
+    from hafs_jax.fast.kernels.update import takes
+
+    return takes(D, plan.kernels == "interpreted")
+
+
+def _decoder_by_rows(
+    params: Params,
+    grads: Params,
+    mu: Params,
+    nu: Params,
+    clip: Float[Array, ""],
+    learning_rate: Float[Array, ""],
+    count: Int[Array, ""],
+    ok: Bool[Array, ""],
+    config: TrainConfig,
+    plan: Plan,
+    turns: bool,
+) -> tuple[Params, Params, Params]:
+    """W_dec and its moments after the update `count`, by a kernel."""
+    from hafs_jax.fast.kernels.update import adam_of_rows
+
+    settings, decays = config.optimizer, (config.optimizer.beta1, config.optimizer.beta2)
+    corrections = [1 / (1 - jnp.float32(decay) ** count) for decay in decays]
+    scalars_S = jnp.stack([clip, learning_rate, *corrections, ok.astype(jnp.float32)])
+    W_FD, gradient_FD, mu_FD, nu_FD = (tree["W_dec"] for tree in (params, grads, mu, nu))
+    interpret = plan.kernels == "interpreted"
+    made = adam_of_rows(W_FD, gradient_FD, mu_FD, nu_FD, scalars_S, decays, settings.epsilon, interpret, turns)
+    return {"W_dec": made[0]}, {"W_dec": made[1]}, {"W_dec": made[2]}
+
+
+def _without_decoder(params: Params) -> Params:
+    return {name: value for name, value in params.items() if name != "W_dec"}
 
 
 def _within_bounds(params: Params, changes: Params, learning_rate: Float[Array, ""], config: TrainConfig) -> Params:
@@ -193,7 +239,8 @@ def _within_bounds(params: Params, changes: Params, learning_rate: Float[Array, 
     if config.frozen == "everything":
         return params
     new = jax.tree.map(lambda value, change: value + learning_rate * change, params, changes)
-    new["W_dec"] = params["W_dec"] if config.frozen == "decoder" else unit_rows(new["W_dec"])
+    if "W_dec" in new:
+        new["W_dec"] = params["W_dec"] if config.frozen == "decoder" else unit_rows(new["W_dec"])
     if "threshold" in new:  # below 0, negative pre-activations would count as active
         new["threshold"] = jnp.maximum(new["threshold"], 0.0)
     return new

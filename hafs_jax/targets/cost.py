@@ -16,7 +16,7 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
     "replica-id", "copy-done", "async-done", "async-update", "domain", "add-dependency",
 }  # fmt: skip
-_MOSAIC, _PIECES = 'custom_call_target="mosaic_gpu', "segment_pieces"
+_MOSAIC, _PIECES, _UPDATE = 'custom_call_target="mosaic_gpu', "segment_pieces", "adam_of_rows"
 _SLICES = {"slice", "dynamic-slice"}
 Array = tuple[str, str, int]
 """An array: the computation, the instruction and the number of its output that made it."""
@@ -152,13 +152,15 @@ class _Walk:
     def _taken_by_kernel(self, computation: Computation, kernel: Instruction, operand: Instruction) -> tuple[int, int]:
         """The same for a kernel of this package. If it takes rows of tables, the list of entries is before the first.
 
+        An update takes every row once.
+
         A kernel of pieces adds what a latent has beyond its first entries. The rows that it takes are among those of
         the kernel of the sums, which is charged for all.
         """
         size, shape = operand.bytes, operand.shapes[0]
         shapes = [computation.instructions[name].shapes[0] for name in kernel.operands]
         table = next((number for number, one in enumerate(shapes) if len(one.dims) == 2), 0)
-        if len(shape.dims) < 2 or table == 0:
+        if len(shape.dims) < 2 or table == 0 or _UPDATE in kernel.source:
             return size, 0
         if _PIECES in kernel.source:
             return 0, 0

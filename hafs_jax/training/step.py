@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from hafs_jax.config import TrainConfig
-from hafs_jax.fast.adam import update
+from hafs_jax.fast.adam import by_rows, update
 from hafs_jax.fast.hinge import penalty_and_gradient
 from hafs_jax.fast.objective import loss_and_gradients
 from hafs_jax.fast.plan import Plan, choose
@@ -84,19 +84,22 @@ def train_step(
 
     # A unit row can only turn. What points along it would be undone by `unit_rows`, but would stay in Adam's moments.
     whole_FD = grads["W_dec"]
-    grads["W_dec"] = tangent(whole_FD, state.params["W_dec"])
+    is_plain = config.penalty.kind == "none"
+    turns = is_plain and by_rows(config, plan, whole_FD.shape[1])  # the kernel does it, on the way
+    grads["W_dec"] = whole_FD if turns else tangent(whole_FD, state.params["W_dec"])
     alpha = jnp.float32(alpha_schedule(config.penalty, config.steps)(step))
     penalised = _with_penalty(grads["W_dec"], state, forward, rate_F, alpha, config, plan, chunk_key, axis)
     grads["W_dec"], held, groups_F, penalty = penalised
     loss += penalty["loss_orthogonality"]
     sizes = grads
-    if not plan.on_cpu and config.penalty.kind == "none":  # so that XLA need not write the tangent to memory
+    if turns or (is_plain and not plan.on_cpu):  # so that XLA need not write the tangent to memory
         sizes = {**grads, "W_dec": tangent_norms(whole_FD, state.params["W_dec"])}
     gradient_norm = axes.norm(sizes)
     ok = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
     learning_rate = hyper.learning_rate * learning_rate_schedule(config.optimizer, config.steps)(step)
-    params, opt_state = update(state.params, state.opt_state, grads, gradient_norm, learning_rate, ok, config, plan)
+    old = state.params, state.opt_state
+    params, opt_state = update(*old, grads, gradient_norm, learning_rate, ok, config, plan, turns)
 
     l0 = axes.sum_of_latents(jnp.sum(forward.firing_F)) / B
     since_F = jnp.where(ok & (forward.firing_F > 0), 0, jnp.minimum(state.steps_since_fired_F + 1, _NEVER))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from hafs_jax.fast.kernels.calls import call, spread, widened
 from hafs_jax.ops.selection import top_of_groups
 
-_WIDEST = 1_024  # entries of a row, 8 in the registers of each thread
+WIDEST = 1_024  # entries of a row, 8 in the registers of each thread
 
 
 def largest(
@@ -28,7 +28,7 @@ def _top_of_narrow(
     A program picks a row's largest entry, then the largest of the others, and so on. Entries must be finite. Of a row
     with NaN the values are NaN and the columns any of its own.
     """
-    if values_BN.shape[1] > _WIDEST:
+    if values_BN.shape[1] > WIDEST:
         return jax.lax.top_k(values_BN, most)
     (B, N), padded = values_BN.shape, widened(values_BN, -jnp.inf)
     width = padded.shape[1]

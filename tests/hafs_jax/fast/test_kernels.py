@@ -82,7 +82,7 @@ def test_a_sum_does_not_depend_on_the_other_entries() -> None:
 
 
 def test_wide_rows_are_taken_in_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_WIDEST", 256)
+    monkeypatch.setattr(calls, "WIDEST", 256)
     into, weights, from_, source = random_entries(30, 4, 7, 600)
     assert calls.widened(jnp.asarray(source)).shape == (7, 768) and calls.blocks_of_columns(768) == 3
     np.testing.assert_allclose(

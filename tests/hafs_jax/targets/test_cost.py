@@ -149,6 +149,7 @@ def test_a_kernel_of_ours_is_charged_for_the_rows_that_it_takes() -> None:
     assert read(KERNEL, cache=0) == lists + 50 * 2 * 8  # each entry's row
     assert read(KERNEL, cache=2 * 20 * 8) == lists + 2 * 20 * 8  # the table once: it stays in the cache
     assert read(KERNEL.replace("segment_sums", "segment_pieces"), cache=0) == lists
+    assert read(KERNEL.replace("segment_sums", "adam_of_rows"), cache=0) == lists + 2 * 20 * 8  # all rows, once
 
 
 def test_atomics_that_add_in_any_order_are_against_the_rules_of_kernels() -> None:
