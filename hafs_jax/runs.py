@@ -192,7 +192,14 @@ class Run:
                 f"train the run again with {arg('force', True)}"
             )
         found = {name: result[name] for name in names} | {"name": self.name}  # it may have been renamed
-        return from_dict(RunSummary, found, str(self.result_path))
+        summary = from_dict(RunSummary, found, str(self.result_path))
+        for name, value in {**summary.final, **(summary.best or {})}.items():
+            if not isinstance(value, int | float | None):
+                raise UserError(
+                    f"{self.result_path}: expected a number for {name}, found {value!r}; train the run again with "
+                    f"{arg('force', True)}"
+                )
+        return summary
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged steps so far, ascending; of a step that was logged again after a resume, the last.

@@ -104,17 +104,19 @@ class Checkpoints:
         back to; of this one nothing was lost.
         """
         is_noted = hosts.first() and not self._manager.all_steps()
-        note = Path(self._manager.directory) / FIRST
         if is_noted:
-            write_record(note, {"step": step})
+            write_record(self._first, {"step": step})
         yield
         if is_noted:
-            note.unlink()
+            self._first.unlink()
+
+    @property
+    def _first(self) -> Path:
+        return Path(self._manager.directory) / FIRST
 
     def _is_lost(self, steps: list[int]) -> bool:
         """Whether the only checkpoint is the first one, and was being written when the machine stopped."""
-        note = Path(self._manager.directory) / FIRST
-        return note.exists() and [read_json(note, "a note of a checkpoint").get("step")] == steps
+        return self._first.exists() and [read_json(self._first, "a note of a checkpoint").get("step")] == steps
 
     def resume(self, like: TrainState, scale: InputScale) -> tuple[TrainState, InputScale] | None:
         """The latest checkpoint that is whole, for a training to go on from; None where there is none yet.
@@ -129,6 +131,10 @@ class Checkpoints:
                 raise
             LOG.warning(f"checkpoint {steps[0]} was not yet on disk when the machine stopped; the training begins anew")
             state, step = None, -1
+        if state is not None and hosts.first() and self._first.exists():  # it was killed before it took the note away
+            with saving(Path(self._manager.directory), step):
+                pass
+            self._first.unlink()
         for later in [number for number in self._manager.all_steps() if number > step]:
             folder = Path(self._manager.directory)
             if hosts.first():

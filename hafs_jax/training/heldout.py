@@ -72,7 +72,7 @@ class Heldout:
         fvu = squares / rows / float(variance)
         if self._note(step := int(state.step), fvu):
             if hosts.first():
-                _drop_later(self._run.best, step)
+                _drop_from(self._run.best, step)
             hosts.exchange()
             with Checkpoints(self._run.best, keep=1, state=state) as checkpoints:
                 checkpoints.save(state, scale)
@@ -87,10 +87,13 @@ class Heldout:
         return is_best
 
 
-def _drop_later(folder: Path, step: int) -> None:
-    """Removes checkpoints of later steps, which an attempt that was killed left: Orbax would keep them instead."""
+def _drop_from(folder: Path, step: int) -> None:
+    """Removes checkpoints of this step and later ones, which an attempt that was killed left.
+
+    Orbax would keep later ones instead. One of this step may not be on disk as a whole.
+    """
     for path in folder.glob("[0-9]*"):
-        if path.name.isdigit() and int(path.name) > step:
+        if path.name.isdigit() and int(path.name) >= step:
             shutil.rmtree(path)
 
 

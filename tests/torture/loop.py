@@ -20,6 +20,8 @@ ROUND = ("extract", "fit", "evaluate")
 WARM = 2
 """Rounds after which everything is there that stays."""
 _MOST_MB = 30
+_KEPT = 3
+"""Checkpoints of a run: two last ones, and the best."""
 _ADOPT = 36  # PR_SET_CHILD_SUBREAPER of prctl: what a killed command has left becomes a child of this process
 _before: dict[Path, dict[str, int]] = {}
 _names: dict[Path, set[Path]] = {}
@@ -33,6 +35,8 @@ def case(torture: Torture, number: int, seed: int) -> str | None:
     rng, out = random.Random(f"loop {seed} {number}"), torture.folder / "loop"
     if not out.exists():
         ctypes.CDLL(None).prctl(_ADOPT, 1)
+        tempfile.tempdir = str(torture.folder / "temporary")  # of the forks too
+        Path(tempfile.tempdir).mkdir()
         shutil.copytree(torture.folder / "of-evaluate", out, symlinks=True)
     for job in ROUND:
         if problem := _killed(torture, job, out, rng):
@@ -60,11 +64,12 @@ def _killed(torture: Torture, job: str, out: Path, rng: random.Random) -> str | 
 
 
 def _grown(out: Path, number: int) -> str | None:
-    """What there is more of than after the first rounds. Into how many files `d/` arrays go, TensorStore decides."""
-    held = used()
-    names = {path.relative_to(out) for path in out.rglob("*") if path.is_file() and path.parent.name != "d"}
+    """What there is more of than after the first rounds. A checkpoint counts as one file."""
+    held, steps = used(), [path for kind in ("checkpoints", "best") for path in out.rglob(f"{kind}/[0-9]*")]
+    names = {path.relative_to(out) for path in out.rglob("*") if path.is_file() and not set(steps) & set(path.parents)}
     now = {
         "files": len(names),
+        "checkpoints": max(0, len(steps) - _KEPT * len(list(out.rglob("run.json")))),
         "temporary files": len(os.listdir(tempfile.gettempdir())),
         "processes": len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()),
         **{name: held[name] for name in ("descriptors", "maps", "threads", "megabytes")},

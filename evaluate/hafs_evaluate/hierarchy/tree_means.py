@@ -86,7 +86,7 @@ def macro(nodes: Nodes, texts: int | None) -> dict[str, Any]:
                 }
     parents = sorted({parent for node in nodes.values() if (parent := node.get("parent")) is not None})
     top_1 = [(nodes[parent]["contrasts"].get("rest") or {}).get("top_1") for parent in parents]
-    values["parents_top_1"] = _mean([scores["balanced_accuracy"] for scores in top_1 if scores])
+    values["parents_top_1"] = _mean([scores.get("balanced_accuracy") for scores in top_1 if scores])
     values["hole"] = _mean([node.get("hole") for node in nodes.values()])
     for name in ("fraction", "full"):
         values[f"absorption_{name}"] = _mean([(node.get("absorption") or {}).get(name) for node in nodes.values()])

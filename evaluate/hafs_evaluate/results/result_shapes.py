@@ -18,11 +18,13 @@ _CONTEXT = {
     "source!": TEXT, "document!": WHOLE, "title": TEXT, "peak!": WHOLE, "tokens!": [TEXT], "values!": [NUMBER],
 }  # fmt: skip
 _OTHER = {"index!": WHOLE, "cosine": NUMBER, "phi": NUMBER, "pmi": NUMBER, "share": NUMBER, "kind": TEXT}
+_NEAREST = {**_OTHER, "cosine!": NUMBER}
 _LATENT = {
-    "index!": WHOLE, "density!": NUMBER, "max_activation!": NUMBER, "nearest!": _OTHER, "top_tokens!": [(TEXT, NUMBER)],
+    "index!": WHOLE, "density!": NUMBER, "max_activation!": NUMBER, "nearest!": _NEAREST,
+    "top_tokens!": [(TEXT, NUMBER)],
     "promoted!": [TEXT], "suppressed!": [TEXT], "promoted_logits": [NUMBER], "suppressed_logits": [NUMBER],
     "contexts!": [_CONTEXT], "random_contexts": [_CONTEXT], "partners": [_OTHER], "shares_with": [_OTHER],
-    "neighbours": [_OTHER], "matches": {str: _OTHER}, "logit_effect": NUMBER, "histogram": ANY, "selectivity": ANY,
+    "neighbours": [_NEAREST], "matches": {str: _OTHER}, "logit_effect": NUMBER, "histogram": ANY, "selectivity": ANY,
 }  # fmt: skip
 LATENTS_SHAPE = {
     "latents!": [_LATENT], "rows_scanned": WHOLE, "density": [NUMBER], "max_activation": [NUMBER],
@@ -88,12 +90,13 @@ def check_result(values: dict[str, Any], path: Path) -> dict[str, Any]:
 
     Numbers that are not finite, which older files hold, become null, as they are in newer ones.
     """
+    values = finite(values)[0]
     check_shape(values, SHAPES.get(path.name, {}), str(path), MEND)
     for name, tree in ((values.get("trees") or {}) if path.name == HIERARCHY else {}).items():
         parents = {node.get("parent") for node in tree["nodes"].values()} - {None}
         if strange := sorted(parents - tree["nodes"].keys()):
             raise UserError(f"{path}: {name}: expected a parent among the nodes, found {strange[0][:80]!r}; {MEND}")
-    return finite(values)[0]
+    return values
 
 
 def check_latents(values: dict[str, Any], path: Path) -> dict[str, Any]:

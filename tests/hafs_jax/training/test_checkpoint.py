@@ -155,6 +155,28 @@ def test_a_first_checkpoint_that_was_not_yet_on_disk_lets_the_training_begin_ane
         checkpoints.resume(state, scale)  # type: ignore[arg-type]
 
 
+def test_a_note_of_the_first_checkpoint_goes_once_it_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the checkpoint and the note's removal leaves it: a later damage is none of that moment."""
+    (state, scale), unlink = trained(), Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "first.json":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch, Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.resume(state, scale) is None  # type: ignore[arg-type]
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(state, scale)  # type: ignore[arg-type]
+    assert (tmp_path / "run" / "first.json").exists()
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.resume(state, scale) is not None  # type: ignore[arg-type]
+    assert not (tmp_path / "run" / "first.json").exists()
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second, scale = two_checkpoints(tmp_path / "run")
     damage(tmp_path / "run", 2)

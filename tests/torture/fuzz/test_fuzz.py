@@ -59,6 +59,11 @@ def _without_parents(values: dict[str, Any]) -> None:
             node.pop("parent")
 
 
+def _infinite_f1(values: dict[str, Any]) -> None:
+    for source in values["sources"].values():
+        source["latents"] = [{**latent, "f1": math.inf} for latent in source["latents"]]
+
+
 CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object]]] = {
     "classes without parents": ("hierarchy.json", f"{EVAL}/hierarchy.json", _without_parents),
     "a result without its verdict": ("first_letter.json", f"{EVAL}/first_letter.json", lambda values: values.clear()),
@@ -71,6 +76,18 @@ CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object]]] = {
         lambda values: values.update(store_fingerprint="\ud83d"),
     ),
     "a figure that is null": ("run.json", f"{RUN}/run.json", lambda values: values["final"].update(dead_fraction=None)),
+    "a neighbour without a cosine": (
+        "latents.json",
+        f"{EVAL}/latents.json",
+        lambda values: [latent["nearest"].pop("cosine", None) for latent in values["latents"]],
+    ),
+    "a cosine that is null": (
+        "latents.json",
+        f"{EVAL}/latents.json",
+        lambda values: values.update(nearest_cosine=[None, *values["nearest_cosine"][1:]]),
+    ),
+    "a latent of infinite F1": ("domains.json", f"{EVAL}/domains.json", _infinite_f1),
+    "a figure that is a list": ("run.json", f"{RUN}/run.json", lambda values: values["final"].update(fvu_ema=[])),
     "a probe that is infinite": (
         "llm probing.json",
         f"{O}/eval/llm/probing.json",

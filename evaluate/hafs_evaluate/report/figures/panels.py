@@ -199,8 +199,12 @@ def latent_panels(latents: dict[str, list[dict[str, Any]]], prefix: str = "") ->
 
 
 def _arrays(latents: dict[str, list[dict[str, Any]]], key: str) -> Arrays:
-    found = {name: [np.array(values[key]) for values in seeds if values.get(key)] for name, seeds in latents.items()}
-    return {name: seeds for name, seeds in found.items() if seeds}
+    """What each seed has under the key; a figure that is null or not finite is left out."""
+    found = {
+        name: [np.array(values[key], float) for values in seeds if values.get(key)] for name, seeds in latents.items()
+    }
+    found = {name: [values[np.isfinite(values)] for values in seeds] for name, seeds in found.items()}
+    return {name: kept for name, seeds in found.items() if (kept := [values for values in seeds if len(values)])}
 
 
 def _outline(name: str, edges: np.ndarray, seeds: list[np.ndarray]) -> Series:
