@@ -79,11 +79,15 @@ def test_an_update_that_is_not_ok_changes_nothing(name: str) -> None:
         np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"], ids=["by a branch", "by selection"])
+@pytest.mark.parametrize(
+    ("platform", "kernels"),
+    [("cpu", "off"), ("gpu", "off"), ("cpu", "on")],
+    ids=["by a branch", "by selection", "by a kernel"],
+)
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_members_that_are_ok_change_and_the_others_stay(name: str, platform: str) -> None:
+def test_members_that_are_ok_change_and_the_others_stay(name: str, platform: str, kernels: str) -> None:
     """One program for two SAEs, of which the second's gradient is not finite; and one for each, compiled."""
-    config = config_of(name=name)
+    config = dataclasses.replace(config_of(name=name), kernels=kernels)
     params, state, (_, grads, _) = start(config)
     two = jax.tree.map(lambda value: jnp.stack([value, jnp.full_like(value, jnp.nan)]), grads)
     norms, ok = jnp.stack([optax.global_norm(grads), jnp.float32(jnp.nan)]), jnp.array([True, False])
