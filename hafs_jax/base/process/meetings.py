@@ -233,11 +233,9 @@ def _gather(address: Address, seconds: float) -> dict[int, _Link]:
                     f"coordinator {address}: expected the same number on all, found {found}", [link, *links.values()]
                 )
             if other in links or not 0 < other < address.count:
-                raise _refused(
-                    f"coordinator {address}: expected each of the processes 0 to {address.count - 1} once, found a "
-                    f"second process {other}",
-                    [link, *links.values()],
-                )
+                found = f"{'a second ' if other in links else ''}process {other}"
+                refusal = f"coordinator {address}: expected each of the processes 0 to {address.count - 1} once"
+                raise _refused(f"{refusal}, found {found}", [link, *links.values()])
             links[other] = link
     for link in links.values():
         link.send({"welcome": True})

@@ -98,6 +98,7 @@ def test_processes_that_are_not_told_apart_are_refused() -> None:
     for numbers, expected in (
         (((0, 2), (1, 3)), "expected the same number on all, found 2 processes on process 0 and 3 on process 1"),
         (((0, 3), (1, 3), (1, 3)), "expected each of the processes 0 to 2 once, found a second process 1"),
+        (((0, 2), (7, 2)), "expected each of the processes 0 to 1 once, found process 7"),
     ):
         for found in joined(*numbers):
             assert isinstance(found, UserError)
@@ -132,22 +133,34 @@ def test_a_port_that_is_taken_is_refused_and_who_else_listens_is_none() -> None:
         other.join()
 
 
-def test_someone_else_who_connects_does_not_count() -> None:
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b'{"process": "1"}\n', b""])
+def test_someone_else_who_connects_does_not_count(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one who says nothing hold up the others."""
+    monkeypatch.setattr(meetings, "_HELLO_SECONDS", 0.5)
     port = free_port()
 
     def stranger() -> None:
         time.sleep(0.2)
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            connection.sendall(said)
+            time.sleep(0 if said else 3)
 
     zero, one, _ = each(
-        lambda: join(Address("127.0.0.1", port, 0, 2), 5),
-        lambda: (time.sleep(0.5), join(Address("127.0.0.1", port, 1, 2), 5))[1],
+        lambda: join(Address("127.0.0.1", port, 0, 2), 2),
+        lambda: (time.sleep(0.5), join(Address("127.0.0.1", port, 1, 2), 2))[1],
         stranger,
     )
     assert isinstance(zero, Meeting) and isinstance(one, Meeting)
     zero.close()
     one.close()
+
+
+def test_processes_at_work_elsewhere_show_that_they_live() -> None:
+    two: list[Meeting] = joined((0, 2), (1, 2))
+    time.sleep(1.5)  # three times what is taken for silence
+    assert all(one.ended is None for one in two)
+    for one in two:
+        one.close()
 
 
 def test_a_message_without_end_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
