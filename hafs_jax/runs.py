@@ -125,9 +125,11 @@ class Run:
     def held(self, work: str) -> Iterator[None]:
         """Holds the run as it is for `work` ("an evaluation"); `UserError` where a training is at work on it.
 
-        Nothing is held, and no lock is made, of a folder that is no run's.
+        Nothing is held, and no lock is made, of a folder that is no run's, such as a language model's.
         """
-        if not is_run(self.folder):
+        try:
+            self.record()
+        except UserError:  # whoever reads it says what is wrong
             yield
             return
         with locked(self._lock, work, self.folder, shared=True):

@@ -187,7 +187,12 @@ def read_manifest(folder: Path) -> Manifest:
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; extract it again")
-    return from_dict(Manifest, values, str(path))
+    manifest = from_dict(Manifest, values, str(path))
+    if manifest.mean and len(manifest.mean) != manifest.d_model:
+        raise UserError(
+            f"{path}: expected a mean of {manifest.d_model} numbers (d_model), found {len(manifest.mean)}; restore it"
+        )
+    return manifest
 
 
 def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:

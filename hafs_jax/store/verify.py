@@ -109,7 +109,8 @@ def _statistics_problems(store: Store, by_source: np.ndarray, total_D: np.ndarra
     allowed = STATISTICS_TOLERANCE * square
     if abs(square - manifest.mean_squared_norm) > allowed:
         problems.append(f"{path}: mean_squared_norm={manifest.mean_squared_norm}, the rows' is {square}")
-    if (np.abs(mean_D - np.asarray(manifest.mean)) > STATISTICS_TOLERANCE * np.sqrt(square)).any():
+    off = STATISTICS_TOLERANCE * np.sqrt(square)
+    if len(manifest.mean) != len(mean_D) or (np.abs(mean_D - np.asarray(manifest.mean)) > off).any():
         problems.append(f"{path}: mean differs from the rows'")
     if abs(square - float(mean_D @ mean_D) - manifest.variance) > allowed:
         problems.append(f"{path}: variance={manifest.variance}, the rows' is {square - float(mean_D @ mean_D)}")

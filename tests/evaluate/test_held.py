@@ -90,3 +90,14 @@ def is_held_alone(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+@pytest.mark.parametrize("name", ["export", "upload", "neuronpedia"])
+def test_beside_a_folder_that_is_no_runs_no_lock_is_made(name: str, tmp_path: Path) -> None:
+    model = tmp_path / "p/runs/baseline-s0"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(SystemExit) as ended:
+        main(command(name, tmp_path))
+    assert ended.value.code == 2
+    assert [path.name for path in model.parent.iterdir()] == ["baseline-s0"]

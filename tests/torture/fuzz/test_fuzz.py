@@ -81,6 +81,7 @@ CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object]]] = {
         f"{EVAL}/latents.json",
         lambda values: [latent["nearest"].pop("cosine", None) for latent in values["latents"]],
     ),
+    "latents of unknown rows": ("latents.json", f"{EVAL}/latents.json", lambda values: values.pop("rows_scanned")),
     "a cosine that is null": (
         "latents.json",
         f"{EVAL}/latents.json",
@@ -98,6 +99,12 @@ CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object]]] = {
         f"{O}/store/train/manifest.json",
         lambda values: values["files_sha256"].update({"contexts.npy": {}}),
     ),
+    "a mean that is too short": (
+        "manifest.json",
+        f"{O}/store/train/manifest.json",
+        lambda values: values["mean"].pop(),
+    ),
+    "no mean": ("manifest.json", f"{O}/store/train/manifest.json", lambda values: values["mean"].clear()),
     "a store that is none": ("run config.json", f"{RUN}/config.json", lambda values: values.update(store="")),
     "a figure that lacks": ("run.json", f"{RUN}/run.json", lambda values: values["final"].pop("l0")),
 }

@@ -187,7 +187,7 @@ def latent_panels(latents: dict[str, list[dict[str, Any]]], prefix: str = "") ->
     panels = []
     densities = _arrays(latents, "density")
     if densities:
-        rows = max(values["rows_scanned"] for seeds in latents.values() for values in seeds)
+        rows = max(values.get("rows_scanned") or 1 for seeds in latents.values() for values in seeds)
         panels.append(_density_panel(densities, rows, prefix))
     cosines = _arrays(latents, "nearest_cosine")
     if cosines:
