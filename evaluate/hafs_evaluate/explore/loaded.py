@@ -65,8 +65,10 @@ def load_run(workspace: Workspace, run: FinishedRun, manifest: Manifest, device:
         raise UserError(f"run {run.name} was trained at {hook_point}, the store is of {manifest.hook_point}")
     n_latents = len(sae.W_dec)
     for key in ("density", "max_activation"):
-        if len(values.get(key) or []) != n_latents:
+        if len(found := values.get(key) or []) != n_latents or None in found:
             raise UserError(f"{path}: expected {key} of {n_latents} latents; run `make eval` again")
+    if not values.get("rows_scanned"):
+        raise UserError(f"{path}: expected rows_scanned, the number of rows that were read; run `make eval` again")
     unit_FD = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=1)
     density_F, max_F = (torch.tensor(values[key], dtype=torch.float32) for key in ("density", "max_activation"))
     others = path.with_name(OTHERS)  # an evaluation of an earlier version has none

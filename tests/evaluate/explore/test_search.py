@@ -1,14 +1,22 @@
 """The ranking of latents by a text: the formula by hand, and a latent that is about a text is found."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hafs_evaluate.explore.explorer import Explorer
+from hafs_evaluate.explore.loaded import load_run
 from hafs_evaluate.explore.reading import latents_of, text_scores
 from hafs_evaluate.explore.requests import SearchRequest
+from hafs_evaluate.workspace import FinishedRun
+from hafs_jax.base.errors import UserError
+from hafs_jax.base.files import read_json
 from tests.evaluate.explore.conftest import RUNS
+from tests.support.workspaces import F
 
 
 def test_the_score_is_strength_times_the_logarithm_of_the_lift() -> None:
@@ -34,3 +42,27 @@ def test_what_fires_everywhere_is_below_what_fires_here(explorer: Explorer, run)
         assert one["share"] > one["density"]
         assert one["share"] == pytest.approx(float((values[:, one["index"]] > 0).float().mean()), rel=1e-4)
     assert len(explorer.search(SearchRequest(request.text, RUNS[0], top=2))["latents"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda values: values.pop("rows_scanned"), "expected rows_scanned"),
+        (lambda values: values["density"].pop(), f"expected density of {F} latents"),
+        (lambda values: values.update(max_activation=[None] * F), f"expected max_activation of {F} latents"),
+    ],
+)
+def test_latents_that_lack_a_figure_are_refused(
+    explorer: Explorer, change: Callable[[dict[str, Any]], Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = explorer.workspace
+    run = FinishedRun(RUNS[0], workspace.runs / RUNS[0], is_exported=True)
+
+    def changed(path: Path, what: str) -> dict[str, Any]:
+        values = read_json(path, what)
+        change(values)
+        return values
+
+    monkeypatch.setattr("hafs_evaluate.explore.loaded.read_json", changed)
+    with pytest.raises(UserError, match=said):
+        load_run(workspace, run, workspace.train.manifest, "cpu")
