@@ -6,6 +6,7 @@ Nested dataclasses become dotted flags (`--penalty.lam-max 1`), the same path th
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 import textwrap
@@ -103,7 +104,13 @@ class Parser(argparse.ArgumentParser):
 
         Without any argument, a command that needs some prints its help, and the exit code is 2.
         """
-        words = [str(word).partition("=")[0] for word in (sys.argv[1:] if args is None else args)]
+        given_words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        for word in given_words:
+            try:
+                os.fsencode(word)
+            except UnicodeEncodeError:  # of Python's callers: no shell can say it
+                self.error(f"expected arguments that can be written, found {word!a}")
+        words = [word.partition("=")[0] for word in given_words]
         if not words and any(action.required for action in self._actions):
             self.print_help(sys.stderr)
             raise SystemExit(2)

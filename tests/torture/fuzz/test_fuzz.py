@@ -119,7 +119,7 @@ def test_what_was_found_once_stays_mended(place: Place, name: str) -> None:
         assert documents.case(place, (kind, number, written)) is None
 
 
-@pytest.mark.parametrize("flag", ["--dry-run=--", "--dry-run=" + "a/" * 1500, "--licence=--"])
+@pytest.mark.parametrize("flag", ["--dry-run=--", "--dry-run=" + "a/" * 1500, "--licence=--", "--dry-run=\ud83d"])
 def test_odd_values_of_flags_are_taken_or_refused(place: Place, flag: str) -> None:
     assert commands.case(place, [*documents.UPLOAD, flag]) is None
 
