@@ -140,7 +140,7 @@ def test_a_checkpoint_that_cannot_be_read_back_is_noticed_when_it_is_saved(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hafs_jax.training.train.check_path", lambda folder: None)
-    with pytest.raises(UserError, match=r"checkpoint 8 in .* was written and cannot be read \(NOT_FOUND"):
+    with pytest.raises(UserError, match=r"checkpoint 8 in .* was written and cannot be read \(format: expected"):
         train(small(), store, tmp_path / "[x]")
     assert not Run(tmp_path / "[x]" / "baseline-s0").finished()
 
