@@ -22,7 +22,10 @@ _MOST_NEW = 100
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder and those above it; the new names are on disk when it returns."""
+    """Makes the folder and those above it; the new names are on disk when it returns.
+
+    Raises `UserError` where that is over 100 new folders.
+    """
     missing = []
     above = folder
     while not above.exists() and above != above.parent:

@@ -218,10 +218,10 @@ class Checkpoints:
                     tuple(note["write_shape"]), tuple(note["chunk_shape"])
 
     def _shapes(self, step: int, unfit: str) -> dict[str, tuple[int, ...]]:
-        """The shape of each array of the checkpoint, by name, as its own metadata tell.
+        """The shape of each array of the checkpoint, by name, from its own metadata.
 
-        Orbax's `item_metadata` tells them too, at the price of 0.1 MB that is never freed: `to_json` of TensorStore
-        0.1.86 leaks what it returns.
+        Orbax's `item_metadata` has them too, but leaves 0.1 MB that is never freed: `to_json` of TensorStore 0.1.86
+        leaks what it returns.
         """
         folder = self._folder(step)
         with _damaged(unfit):

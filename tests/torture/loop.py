@@ -41,7 +41,12 @@ def case(torture: Torture, number: int, seed: int) -> str | None:
     for job in ROUND:
         if problem := _killed(torture, job, out, rng):
             return problem
-    return torture.difference("evaluate", out) or _grown(out, number)
+    problem, deadline = torture.difference("evaluate", out), time.monotonic() + 10
+    while not problem and (grown := _grown(out, number)):  # what a killed command has left may end in its own time
+        if time.monotonic() > deadline:
+            return grown
+        time.sleep(0.2)
+    return problem
 
 
 def _killed(torture: Torture, job: str, out: Path, rng: random.Random) -> str | None:
